@@ -1,0 +1,51 @@
+"""Every mistake a user can make, as one exception class each.
+
+The message says what is wrong, with the offending value, and what to do about it. Whatever raises one of these has
+changed nothing. All derive from :class:`MSTError`, and from the builtin that fits, so that ``except ValueError`` works.
+"""
+
+from __future__ import annotations
+
+
+class MSTError(Exception):
+    """Base class of all errors raised by mst_compile."""
+
+
+class ScheduleError(MSTError, ValueError):
+    """A schedule's parameters are out of range, contradict each other, or the object is not a schedule."""
+
+
+class BlockSizeError(MSTError, ValueError):
+    """The block size is no power of two, is not supported, or is larger than every eligible weight."""
+
+
+class SelectionError(MSTError, ValueError):
+    """``include``/``exclude`` patterns match nothing, or the model has no weight that can be sparsified."""
+
+
+class WeightError(MSTError, ValueError):
+    """A weight that was selected cannot be sparsified: on the meta device, of integer or quantised dtype, ..."""
+
+
+class AlreadySparseError(MSTError, RuntimeError):
+    """``sparsify`` was called on a model that is sparse already."""
+
+
+class NotSparseError(MSTError, RuntimeError):
+    """A function that needs a sparsified model got one that is not."""
+
+
+class TopologyChangedError(MSTError, RuntimeError):
+    """The topology changed between a forward pass and its backward pass."""
+
+
+class CheckpointError(MSTError, ValueError):
+    """A state dict does not fit the model that it is loaded into."""
+
+
+class BackendOptionError(MSTError, ValueError):
+    """``torch.compile(backend="mst", options=...)`` got an option that does not exist or has a bad value."""
+
+
+class MSTWarning(UserWarning):
+    """Category of every warning that mst_compile issues; each is issued once."""
