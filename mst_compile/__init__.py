@@ -1,0 +1,23 @@
+"""Dynamic sparse pretraining that saves time: masks that change during training, block-sparse kernels that skip them.
+
+    model = mst_compile.sparsify(model, mst_compile.MixedSparsity(total_steps=20_000, sparsity=0.9))
+    model = torch.compile(model, backend="mst")
+"""
+
+from .errors import MSTError, MSTWarning
+from .report import explain
+from .schedule import Constant, MixedSparsity
+from .sparsifier import Sparsifier, densify, sparsifier, sparsify
+
+__all__ = [
+    "Constant",
+    "MSTError",
+    "MSTWarning",
+    "MixedSparsity",
+    "Sparsifier",
+    "densify",
+    "explain",
+    "sparsifier",
+    "sparsify",
+]
+__version__ = "0.1.0"

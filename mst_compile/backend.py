@@ -1,0 +1,107 @@
+"""The Dynamo backend ``"mst"``: ``torch.compile(model, backend="mst", mode=..., options=...)``.
+
+Found through the entry point group ``torch_dynamo_backends``; nothing needs to be imported. On a model without sparse
+weights it is ``"inductor"``.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx
+
+from . import ops  # noqa: F401  (registers the operators)
+from .cachekey import SourceKey
+from .errors import BackendOptionError, MSTWarning
+from .kernels import cpu
+from .lowering import inductor  # noqa: F401  (registers the lowerings)
+from .variants import Variants, find_weights
+
+_INNER = ("inductor", "aot_eager", "eager")
+_DEFAULTS: dict[str, Any] = {"mst.dense_threshold": 0.8, "mst.inner": "inductor"}
+
+
+def mst(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph.
+
+    Args:
+        mode: as for ``torch.compile(backend="inductor")``.
+        options: Inductor's options, and our own: ``"mst.dense_threshold"`` (mean density from which the dense variant
+            runs, default 0.8) and ``"mst.inner"`` (``"inductor"``, or ``"aot_eager"``/``"eager"`` for debugging).
+
+    Raises:
+        BackendOptionError: an option does not exist or has a bad value.
+    """
+    own, patches = _split_options(mode, options)
+    compile_fn = _inner(own["mst.inner"], patches, example_inputs)
+    found = find_weights(graph_module, example_inputs)
+    if not found:
+        return compile_fn(graph_module, example_inputs)
+    return Variants(graph_module, example_inputs, found, compile_fn, own["mst.dense_threshold"])
+
+
+def _split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our own options, completed by defaults, and the patches of Inductor's configuration."""
+    own, patches = dict(_DEFAULTS), {}
+    if mode and mode != "default":
+        known = list_mode_options()
+        if mode not in known:
+            raise BackendOptionError(f"mode {mode!r} does not exist; choose one of {', '.join(map(repr, known))}")
+        patches.update(known[mode])
+    inductor_options = set(list_options())
+    for name, given in (options or {}).items():
+        if name.startswith("mst."):
+            if name not in own:
+                raise BackendOptionError(f"option {name!r} does not exist; ours are {', '.join(_DEFAULTS)}")
+            own[name] = given
+        elif name.replace("-", "_") in inductor_options:
+            patches[name.replace("-", "_")] = given
+        else:
+            raise BackendOptionError(f"option {name!r} is neither ours nor Inductor's (torch._inductor.list_options())")
+    threshold = own["mst.dense_threshold"]
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise BackendOptionError(f"mst.dense_threshold must lie in [0, 1], got {threshold!r}")
+    if own["mst.inner"] not in _INNER:
+        raise BackendOptionError(f"mst.inner must be one of {', '.join(map(repr, _INNER))}, got {own['mst.inner']!r}")
+    # Freezing would fold the weights of one step into the graph.
+    patches["freezing"] = False
+    patches["post_grad_custom_post_pass"] = SourceKey(inductor_config.post_grad_custom_post_pass)
+    return own, patches
+
+
+def _inner(name: str, patches: dict[str, Any], example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    if name == "inductor" and _on_cpu(example_inputs) and cpu.why_unavailable() is not None:
+        _warn_no_compiler(cpu.why_unavailable())
+        name = "eager"
+    if name == "eager":
+        return lambda graph_module, _: graph_module.forward
+    if name == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")
+    return functools.partial(compile_fx, config_patches=patches)
+
+
+def _on_cpu(example_inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in example_inputs)
+
+
+@functools.cache
+def _warn_no_compiler(reason: str | None) -> None:
+    warnings.warn(
+        f"no C++ compiler works here ({reason}); the model runs in eager mode with dense products: correct, and no time is "
+        "saved. Install g++ or point CXX to a compiler",
+        MSTWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,60 @@
+"""Bulk operations on the blocks of a dense tensor: own kernels where they run, plain PyTorch elsewhere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .blockindex import BlockGrid, read_mask
+from .kernels import cpu
+
+_ROWS_AT_ONCE = 4096  # bounds the temporary of the plain path
+
+
+def _native(tensor: Tensor, grid: BlockGrid) -> bool:
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.bfloat16)
+        and tensor.stride(-1) == 1
+        and cpu.supports(grid.block, tensor.dtype, tensor.dtype)
+    )
+
+
+@torch.no_grad()
+def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor | None) -> None:
+    """Set every element of ``tensor`` (``[rows, cols]``, any dtype) outside the active blocks to 0, in place.
+
+    Args:
+        mask: bool ``[R, C]``, the active blocks.
+        index: the packed index of the same blocks on the tensor's device, if there is one; it serves the kernels.
+    """
+    if index is not None and _native(tensor, grid):
+        cpu.zero_inactive_(tensor, index, grid.block)
+        return
+    mask = mask.to(tensor.device)
+    if grid.block == 1:
+        tensor.masked_fill_(~mask, 0)
+        return
+    step = max(1, _ROWS_AT_ONCE // grid.block)
+    for first in range(0, grid.block_rows, step):
+        part = tensor[first * grid.block : (first + step) * grid.block]
+        wide = mask[first : first + step].repeat_interleave(grid.block, 0)[: part.shape[0]]
+        part.masked_fill_(~wide.repeat_interleave(grid.block, 1)[:, : grid.cols], 0)
+
+
+@torch.no_grad()
+def block_mean_square(tensor: Tensor, grid: BlockGrid) -> Tensor:
+    """Mean square of each block of ``tensor`` (``[rows, cols]``): float32 ``[R, C]`` on the CPU."""
+    if grid.block == 1:
+        return tensor.detach().float().square().cpu()
+    if _native(tensor, grid):
+        return cpu.block_sumsq(tensor.detach(), grid.block) / grid.block_sizes()
+    pad = (0, grid.block_cols * grid.block - grid.cols, 0, grid.block_rows * grid.block - grid.rows)
+    square = torch.nn.functional.pad(tensor.detach().float(), pad).square_()
+    sums = square.view(grid.block_rows, grid.block, grid.block_cols, grid.block).sum((1, 3))
+    return (sums / grid.block_sizes(tensor.device)).cpu()
+
+
+def mask_like(index: Tensor, grid: BlockGrid) -> Tensor:
+    """Elementwise mask, bool ``[rows, cols]``, of a packed index."""
+    return grid.expand(read_mask(index, grid))

@@ -1,0 +1,395 @@
+"""The one stateful class: it owns a model's masks, counts optimizer steps and changes the topology between them.
+
+Within one training step::
+
+    forward, backward   gradients arrive; outside the active blocks they are set to 0 as soon as they have accumulated
+                        (kept dense on the step before a topology event, so that growth can read them)
+    optimizer.step()    before: growth scores are harvested and the inactive part of the gradient is zeroed
+                        after:  the step is counted and, on an event, the topology changes
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import topology, weights
+from .blockops import block_mean_square, zero_inactive_
+from .errors import AlreadySparseError, CheckpointError, MSTWarning, NotSparseError, SelectionError
+from .schedule import Schedule, check_schedule
+from .selection import Candidate, select
+from .steps import watch_steps
+from .weights import SparseWeight
+
+_ATTRIBUTE = "_mst_sparsifier"
+_STATE_VERSION = 1
+_PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
+
+
+class Sparsifier:
+    """The sparse state of one model; made by :func:`sparsify`, found by :func:`sparsifier`."""
+
+    def __init__(
+        self, schedule: Schedule, candidates: list[Candidate], seed: int, auto_step: bool, skipped: dict[str, str]
+    ) -> None:
+        self.schedule = schedule
+        self.seed = seed
+        self.auto_step = auto_step
+        self.skipped = skipped
+        self.step_count = 0
+        self._weights = {c.name: _new_weight(c) for c in candidates}
+        self._owners = {c.name: c.owners for c in candidates}
+        self._scores: dict[str, Tensor] = {}
+        self._bind()
+
+    # -- what users read -------------------------------------------------------------------------------------------
+
+    @property
+    def weights(self) -> dict[str, SparseWeight]:
+        """Parameter name -> :class:`~mst_compile.weights.SparseWeight`."""
+        return dict(self._weights)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name -> block mask, bool ``[ceil(rows / block), ceil(cols / block)]`` on the CPU (copies)."""
+        return {name: w.mask.clone() for name, w in self._weights.items()}
+
+    @property
+    def density(self) -> float:
+        """Share of the elements of all sparse weights that lie in active blocks."""
+        return sum(w.density * w.numel for w in self._weights.values()) / sum(w.numel for w in self._weights.values())
+
+    def parameters(self) -> Iterator[tuple[SparseWeight, nn.Parameter]]:
+        """Each sparse weight with the Parameter that its module holds now."""
+        for name, weight in self._weights.items():
+            module, attribute = self._owners[name][0]
+            parameter = module._parameters[attribute]
+            assert parameter is not None
+            yield weight, parameter
+
+    # -- stepping --------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Count one optimizer step and change the topology if the schedule says so.
+
+        Called by a hook after every step of the optimizer that owns the sparse weights; call it yourself, after
+        ``optimizer.step()`` and before the next forward pass, only with ``sparsify(..., auto_step=False)``.
+        """
+        self._rebind_moved()
+        self._harvest()
+        self.step_count += 1
+        if self.schedule.is_topology_event(self.step_count):
+            self._change_topology()
+        self._scores = {}
+        self._announce_event()
+
+    def _announce_event(self) -> None:
+        """If the next step ends in a topology event whose growth reads gradients, have them computed on all blocks."""
+        wanted = self._wants_gradient(self.step_count + 1)
+        for weight in self._weights.values():
+            weight.set_dense_grad(wanted and weight.density_target < 1)
+
+    def _wants_gradient(self, step: int) -> bool:
+        schedule = self.schedule
+        if schedule.growth not in ("mixed", "gradient") or not schedule.is_topology_event(step):
+            return False
+        return schedule.sparsity_at(step) > 0  # at sparsity 0 everything grows; there is nothing to choose
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Optimizer pre-hook: harvest growth scores, and let the optimizer see zeros outside the active blocks."""
+        if self._owns(optimizer):
+            self._optimizers.add(optimizer)
+            self._harvest()
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Optimizer post-hook: count the step if the optimizer owns sparse weights."""
+        if not self.auto_step:
+            return
+        if self._owns(optimizer):
+            if self._counting is None or self._counting() is None:
+                self._counting = weakref.ref(optimizer)
+            if self._counting() is optimizer:
+                self.step()
+        elif self.step_count == 0:
+            self._warn_if_never_stepped(optimizer)
+
+    def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        own = self._parameter_ids
+        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+
+    def _warn_if_never_stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._foreign_steps < 0 or not any(p.grad is not None for _, p in self.parameters()):
+            return
+        self._foreign_steps += 1
+        if self._foreign_steps >= _PATIENCE:
+            self._foreign_steps = -1
+            warnings.warn(
+                f"{type(optimizer).__name__} has stepped {_PATIENCE} times but owns none of the sparse weights, so the "
+                "sparsity schedule does not advance. Build the optimizer from model.parameters() of the sparsified "
+                "model, or pass auto_step=False to sparsify and call sparsifier(model).step() yourself",
+                MSTWarning,
+                stacklevel=4,
+            )
+
+    def _on_grad(self, weight: SparseWeight, parameter: Tensor) -> None:
+        """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
+        if parameter.grad is not None and not weight.is_dense and not weight.dense_grad:
+            zero_inactive_(parameter.grad, weight.grid, weight.mask, weight.index)
+
+    def _harvest(self) -> None:
+        for weight, parameter in self.parameters():
+            if weight.dense_grad:
+                weight.set_dense_grad(False)
+                if parameter.grad is not None:
+                    self._scores[weight.name] = block_mean_square(parameter.grad, weight.grid)
+                    zero_inactive_(parameter.grad, weight.grid, weight.mask, weight.index)
+
+    # -- topology --------------------------------------------------------------------------------------------------
+
+    def _change_topology(self) -> None:
+        sparsity = self.schedule.sparsity_at(self.step_count)
+        bad = [name for name, score in self._scores.items() if not bool(score.isfinite().all())]
+        if bad and sparsity > 0:
+            warnings.warn(
+                f"topology event at step {self.step_count} skipped: the gradient of {bad[0]} is not finite",
+                MSTWarning,
+                stacklevel=2,
+            )
+            return
+        names = list(self._weights)
+        densities = self._densities(sparsity)
+        for name, density, (weight, parameter) in zip(names, densities, self.parameters(), strict=True):
+            count = topology.active_count(density, weight.grid.blocks, int(weight.spine.sum()))
+            drop = self.schedule.drop_fraction_at(self.step_count) if density < 1 else 0.0
+            if drop == 0.0 and count == int(weight.mask.sum()):
+                continue
+            mask = topology.update_mask(
+                weight.mask,
+                weight.spine,
+                block_mean_square(parameter, weight.grid),
+                self._scores.get(name),
+                count,
+                drop,
+                1.0 if self.schedule.growth == "gradient" else self.schedule.gradient_share,
+                topology.generator(self.seed, self.step_count, name),
+            )
+            self._apply(weight, parameter, mask)
+
+    def _densities(self, sparsity: float) -> list[float]:
+        shapes = [(w.grid.rows, w.grid.cols) for w in self._weights.values()]
+        return topology.DISTRIBUTIONS[self.schedule.distribution](shapes, sparsity)
+
+    def _apply(self, weight: SparseWeight, parameter: nn.Parameter, mask: Tensor) -> None:
+        """Take over a mask: dropped weights, their gradient and all their optimizer state become exactly 0.
+
+        Grown blocks need no care: outside the active blocks weights and optimizer state are 0 already.
+        """
+        if bool((weight.mask == mask).all()):
+            return
+        shrinks = bool((weight.mask & ~mask).any())
+        weight.set_mask(mask)
+        if not shrinks:
+            return
+        tensors: list[Tensor] = [parameter]
+        if parameter.grad is not None:
+            tensors.append(parameter.grad)
+        for optimizer in self._optimizers:
+            state = optimizer.state.get(parameter, {})
+            tensors += [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
+        for tensor in tensors:
+            zero_inactive_(tensor, weight.grid, weight.mask, weight.index)
+
+    def _draw_first_masks(self) -> None:
+        sparsity = self.schedule.sparsity_at(0)
+        if sparsity > 0:
+            for density, (weight, parameter) in zip(self._densities(sparsity), self.parameters(), strict=True):
+                count = topology.active_count(density, weight.grid.blocks, int(weight.spine.sum()))
+                mask = topology.random_mask(weight.spine, count, topology.generator(self.seed, 0, weight.name))
+                self._apply(weight, parameter, mask)
+        self._announce_event()
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step count, seed and masks; loads with ``torch.load(weights_only=True)``."""
+        return {"version": _STATE_VERSION, "step": self.step_count, "seed": self.seed, "masks": self.masks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from :meth:`state_dict`. Load the model's own state dict as well.
+
+        Raises:
+            CheckpointError: the state is of another format, or its masks do not fit this model. Nothing has changed.
+        """
+        _check_state(state, self._weights)
+        self.step_count = state["step"]
+        self.seed = state["seed"]
+        self._scores = {}
+        for weight, parameter in self.parameters():
+            self._apply(weight, parameter, state["masks"][weight.name].clone())
+        self._announce_event()
+
+    # -- binding to Parameters ---------------------------------------------------------------------------------------
+
+    def _bind(self) -> None:
+        """Hang the state on the Parameters and register the gradient hooks."""
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._counting: weakref.ref[torch.optim.Optimizer] | None = None
+        self._foreign_steps = 0
+        self._handles: list[Any] = []
+        self._parameter_ids: set[int] = set()
+        for weight, parameter in self.parameters():
+            self._bind_one(weight, parameter)
+        watch_steps(self)
+
+    def _bind_one(self, weight: SparseWeight, parameter: nn.Parameter) -> None:
+        weights.attach(parameter, weight)
+        self._parameter_ids.add(id(parameter))
+        weight.to_device(parameter.device)
+        if parameter.requires_grad:
+            hook = torch._dynamo.disable(functools.partial(self._on_grad, weight))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
+
+    def _rebind_moved(self) -> None:
+        """Follow weights that moved to another device or whose Parameter object was replaced."""
+        for weight, parameter in self.parameters():
+            if weights.of(parameter) is not weight:
+                self._bind_one(weight, parameter)
+            weight.to_device(parameter.device)
+
+    def release(self) -> None:
+        """Detach from the Parameters; the model is an ordinary one again, its zeros stay zeros."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._parameter_ids = set()
+        self._foreign_steps = -1
+        for _, parameter in self.parameters():
+            weights.detach(parameter)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sparsifier:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("schedule", "seed", "auto_step", "skipped", "step_count", "_weights", "_owners", "_scores")
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._bind()
+
+
+def _new_weight(candidate: Candidate) -> SparseWeight:
+    assert candidate.grid is not None
+    return SparseWeight.create(
+        candidate.name,
+        candidate.grid,
+        candidate.density,
+        candidate.parameter.device,
+        tied=candidate.tied,
+        note=candidate.note,
+    )
+
+
+def _check_state(state: Any, own: dict[str, SparseWeight]) -> None:
+    if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
+        version = state.get("version") if isinstance(state, dict) else type(state).__name__
+        raise CheckpointError(f"not a sparsifier state of version {_STATE_VERSION}: got {version!r}")
+    masks = state["masks"]
+    if masks.keys() != own.keys():
+        raise CheckpointError(
+            f"the checkpoint's sparse weights do not fit the model: missing {sorted(own.keys() - masks.keys())}, unexpected "
+            f"{sorted(masks.keys() - own.keys())}; sparsify the model as it was when the checkpoint was written"
+        )
+    for name, weight in own.items():
+        if tuple(masks[name].shape) != weight.grid.shape or masks[name].dtype != torch.bool:
+            raise CheckpointError(
+                f"the checkpoint's mask of {name} has {tuple(masks[name].shape)} blocks of dtype {masks[name].dtype}, the "
+                f"model {weight.grid.shape} of torch.bool (block {weight.grid.block}); use the same block as then"
+            )
+
+
+def sparsify(
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    block: int | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    seed: int = 0,
+    auto_step: bool = True,
+) -> nn.Module:
+    """Make the linear weights of ``model`` sparse in place, and let ``schedule`` drive them during training.
+
+    Weights keep their Parameter, shape and storage; outside the active blocks they hold exactly 0. The model runs as
+    it is, in eager mode too; ``torch.compile(model, backend="mst")`` makes the zeros save time. Call it before or after
+    building the optimizer, and before or after moving the model.
+
+    Args:
+        model: any module. Weights of ``nn.Linear`` and Hugging Face ``Conv1D`` are eligible, a tied LM head included;
+            embeddings, norms and biases stay dense.
+        schedule: :class:`MixedSparsity`, :class:`Constant` or anything with their methods.
+        block: edge of the square blocks, a power of two; default 8 on a CPU, 32 elsewhere. It shrinks for a weight
+            whose backbone would take more than half of the target density (:func:`explain` says so). ``1`` gives
+            unstructured masks on dense matrix products.
+        include: shell-style patterns of parameter names; only these become sparse. Names of other 2-D parameters are
+            accepted too.
+        exclude: patterns of names that stay dense.
+        seed: masks are a function of (seed, step, parameter name).
+        auto_step: count steps by a hook on the optimizer; otherwise call ``sparsifier(model).step()``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ScheduleError, BlockSizeError, SelectionError, WeightError, AlreadySparseError: see the message; the model is
+            unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise SelectionError(f"sparsify takes an nn.Module, got {type(model).__name__}")
+    check_schedule(schedule)
+    if _ATTRIBUTE in model.__dict__ or any(weights.of(p) is not None for p in model.parameters()):
+        raise AlreadySparseError(
+            "the model (or a part of it) is sparse already; call densify(model) first to start again with another schedule"
+        )
+    selection = select(model, schedule, block, include, exclude)
+    new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped)
+    new._draw_first_masks()
+    model.__dict__[_ATTRIBUTE] = new
+    return model
+
+
+def sparsifier(model: nn.Module) -> Sparsifier:
+    """The :class:`Sparsifier` of a model that was sparsified, also through ``torch.compile``'s or DDP's wrapper.
+
+    Raises:
+        NotSparseError: the model is not sparse.
+    """
+    for module in model.modules():
+        found = module.__dict__.get(_ATTRIBUTE)
+        if found is not None:
+            return found
+    raise NotSparseError("the model is not sparse; call mst_compile.sparsify(model, schedule) first")
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """End sparse training early: from now on every weight may become non-zero, and nothing of us is left on the model.
+
+    Weights that are zero stay zero until the optimizer moves them.
+
+    Raises:
+        NotSparseError: the model is not sparse.
+    """
+    sparsifier(model).release()
+    for module in model.modules():
+        module.__dict__.pop(_ATTRIBUTE, None)
+    return model

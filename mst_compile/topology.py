@@ -1,0 +1,131 @@
+"""Which blocks are active: densities per layer, the backbone, drop and grow. Pure functions on tensors, all on the CPU.
+
+Block scores are ``float32 [R, C]``, block masks ``bool [R, C]``, both in the weight's stored orientation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, step: int, name: str) -> torch.Generator:
+    """A CPU generator that is a function of (seed, step, parameter name) alone.
+
+    Never of call order, rank or device: every rank of a run, resumed or not, draws the same numbers.
+    """
+    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
+    g = torch.Generator()
+    g.manual_seed(int.from_bytes(digest[:7], "little"))
+    return g
+
+
+def uniform(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
+    """The same density, ``1 - sparsity``, for each layer."""
+    return [1.0 - sparsity] * len(shapes)
+
+
+def erdos_renyi(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
+    """Density of each layer proportional to ``(rows + cols) / (rows * cols)``, ``1 - sparsity`` over all elements.
+
+    Layers whose density would exceed 1 are kept dense and the others are scaled again (SET, arXiv 1707.04780;
+    as in the reference implementation of Mixed Sparsity Training).
+    """
+    dense: set[int] = set()
+    total = sum(r * c for r, c in shapes)
+    while True:
+        budget = (1.0 - sparsity) * total - sum(shapes[i][0] * shapes[i][1] for i in dense)
+        rest = {i: (r + c) / (r * c) for i, (r, c) in enumerate(shapes) if i not in dense}
+        if not rest:
+            return [1.0] * len(shapes)
+        scale = budget / sum(shapes[i][0] + shapes[i][1] for i in rest)
+        if scale * max(rest.values()) <= 1.0:
+            return [1.0 if i in dense else scale * rest[i] for i in range(len(shapes))]
+        top = max(rest.values())
+        dense |= {i for i, raw in rest.items() if raw == top}
+
+
+DISTRIBUTIONS = {"erdos-renyi": erdos_renyi, "uniform": uniform}
+
+
+def backbone(shape: tuple[int, int]) -> Tensor:
+    """The wrapped block diagonal, bool ``[R, C]``: ``max(R, C)`` blocks that touch every block row and column.
+
+    Blocks of the backbone are never dropped. Without it magnitude pruning empties whole block rows and columns, and
+    where an up-projection's row and the matching column of the down-projection are both zero, both gradients are
+    exactly zero: the pair is dead for ever.
+    """
+    rows, cols = shape
+    mask = torch.zeros(shape, dtype=torch.bool)
+    i = torch.arange(max(rows, cols))
+    mask[i % rows, i % cols] = True
+    return mask
+
+
+def active_count(density: float, blocks: int, least: int) -> int:
+    """Number of active blocks for a target density; never fewer than ``least`` (the backbone)."""
+    return min(blocks, max(least, round(density * blocks)))
+
+
+def random_mask(spine: Tensor, count: int, gen: torch.Generator) -> Tensor:
+    """``count`` active blocks: the backbone ``spine`` and a uniform random choice of the others."""
+    if count >= spine.numel():
+        return torch.ones_like(spine)
+    score = torch.rand(spine.shape, generator=gen)
+    score[spine] = 2.0
+    return _top(score, count)
+
+
+def magnitude_mask(spine: Tensor, count: int, magnitude: Tensor) -> Tensor:
+    """``count`` active blocks: the backbone and the others of largest ``magnitude``."""
+    if count >= spine.numel():
+        return torch.ones_like(spine)
+    return _top(magnitude.masked_fill(spine, torch.inf), count)
+
+
+def update_mask(
+    mask: Tensor,
+    spine: Tensor,
+    magnitude: Tensor,
+    gradient: Tensor | None,
+    count: int,
+    drop_fraction: float,
+    gradient_share: float,
+    gen: torch.Generator,
+) -> Tensor:
+    """One topology event of one weight: drop by magnitude, then grow to ``count`` active blocks.
+
+    Dropped are the ``max(drop_fraction * active, active - count)`` active blocks of smallest ``magnitude``, the
+    backbone ``spine`` excepted. Grown are first the inactive blocks of largest ``gradient`` score (a ``gradient_share``
+    of the growth), then others at random. As in the published rule a block dropped now may be grown again at once.
+
+    Args:
+        mask: bool ``[R, C]``, the active blocks before the event.
+        magnitude, gradient: float ``[R, C]`` scores; without ``gradient`` all growth is random.
+        count: active blocks after the event, at least the size of the backbone.
+    """
+    if count >= mask.numel():
+        return torch.ones_like(mask)
+    active = int(mask.sum())
+    drop = min(max(round(drop_fraction * active), active - count), active - int((spine & mask).sum()))
+    score = magnitude.masked_fill(spine, torch.inf).masked_fill(~mask, -torch.inf)
+    kept = _top(score, active - drop) | spine
+    grow = count - int(kept.sum())
+    if grow <= 0:
+        return kept
+    by_gradient = 0 if gradient is None else round(grow * gradient_share)
+    if by_gradient and gradient is not None:
+        kept = kept | _top(gradient.masked_fill(kept, -torch.inf), by_gradient)
+    if grow > by_gradient:
+        kept = kept | _top(torch.rand(mask.shape, generator=gen).masked_fill(kept, -1.0), grow - by_gradient)
+    return kept
+
+
+def _top(score: Tensor, count: int) -> Tensor:
+    mask = torch.zeros(score.numel(), dtype=torch.bool)
+    if count > 0:
+        mask[score.flatten().topk(count, sorted=False).indices] = True
+    return mask.view(score.shape)

@@ -1,0 +1,121 @@
+"""The sparse state of one weight, and how to get from a Parameter to it.
+
+The state hangs on the Parameter object itself, because that is what a compiled graph receives at every call: one
+compiled graph then serves all layers that Dynamo shares it among.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import topology
+from .blockindex import DENSE_GRAD, BlockGrid, new_index, write_index
+
+_ATTRIBUTE = "_mst_weight"
+
+
+@dataclass
+class Coverage:
+    """What the graph pass saw of a weight, over all graphs compiled so far.
+
+    ``served`` says that a sparse graph, perhaps one compiled for another layer of the same form, has run with it.
+    """
+
+    matched: int = 0
+    served: bool = False
+    unmatched: list[str] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class SparseWeight:
+    """Block mask, packed index and bookkeeping of one weight.
+
+    Attributes:
+        name: the parameter's name in the model.
+        grid: the block grid over the weight as stored.
+        density_target: density that the layer distribution gives at the schedule's highest sparsity.
+        mask: bool ``[R, C]`` on the CPU, the active blocks.
+        spine: bool ``[R, C]``, the backbone: blocks that are never dropped.
+        index: the packed index on the weight's device; ``None`` for ``block == 1``.
+        note: why the block differs from the one asked for, or why the weight stays dense.
+        active: number of elements in active blocks.
+        changes: number of topology changes so far.
+    """
+
+    name: str
+    grid: BlockGrid
+    density_target: float
+    mask: Tensor
+    spine: Tensor
+    index: Tensor | None
+    tied: bool = False
+    note: str = ""
+    active: int = 0
+    changes: int = 0
+    dense_grad: bool = False
+    coverage: Coverage = field(default_factory=Coverage)
+
+    @classmethod
+    def create(
+        cls, name: str, grid: BlockGrid, density_target: float, device: torch.device, *, tied: bool, note: str
+    ) -> SparseWeight:
+        """A weight whose blocks are all active."""
+        mask = torch.ones(grid.shape, dtype=torch.bool)
+        index = None if grid.block == 1 else new_index(grid, device)
+        weight = cls(name, grid, density_target, mask, topology.backbone(grid.shape), index, tied, note)
+        weight.set_mask(mask)
+        return weight
+
+    def __post_init__(self) -> None:
+        # Plain attributes: the backend reads them at every call.
+        self.numel = self.grid.rows * self.grid.cols
+        self.signature = (self.grid.rows, self.grid.cols, self.grid.block)
+
+    @property
+    def density(self) -> float:
+        """Share of the elements that lie in active blocks."""
+        return self.active / self.numel
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether every block is active."""
+        return self.active == self.numel
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Take over ``mask`` and write the index in place."""
+        self.mask = mask
+        self.active = int((mask * self.grid.block_sizes()).sum())
+        self.changes += 1
+        if self.index is not None:
+            write_index(self.index, self.grid, mask.to(self.index.device), dense_grad=self.dense_grad)
+
+    def set_dense_grad(self, wanted: bool) -> None:
+        """Ask kernels for the gradient on all blocks (growth reads it), or on the active ones alone."""
+        if wanted != self.dense_grad:
+            self.dense_grad = wanted
+            if self.index is not None:
+                self.index[DENSE_GRAD] = int(wanted)
+
+    def to_device(self, device: torch.device) -> None:
+        """Follow a weight that was moved."""
+        if self.index is not None and self.index.device != device:
+            self.index = self.index.to(device)
+
+
+def attach(parameter: Tensor, weight: SparseWeight) -> None:
+    """Make ``weight`` the sparse state of ``parameter``."""
+    setattr(parameter, _ATTRIBUTE, weight)
+
+
+def detach(parameter: Tensor) -> None:
+    """Remove the sparse state of ``parameter``."""
+    if hasattr(parameter, _ATTRIBUTE):
+        delattr(parameter, _ATTRIBUTE)
+
+
+def of(parameter: object) -> SparseWeight | None:
+    """The sparse state of ``parameter``, or ``None``."""
+    return getattr(parameter, _ATTRIBUTE, None)
