@@ -1,0 +1,378 @@
+// Weight gradient on the active blocks: out[r, c] = sum over tokens of a[m, r] . b[m, c].
+//
+// Loop nest:
+//
+//     for each thread's part of W (rows x columns, equal active blocks; no barrier anywhere):
+//       for each piece of its block rows whose sums fit in `piece_bytes`:          bounds memory for huge layers
+//         for each panel of tokens:
+//           pack a (this piece's rows) to strips [rows / RT][tokens][RT]; add up its columns if asked (bias gradient)
+//           for each chunk of columns, which stays in L2:
+//             pack b to strips [columns / SW][tokens][SW], SW = min(block, L); likewise
+//             for each block row, each group of S * L / SW active strips of it, each row strip of the block:
+//               RT x S vector accumulators in registers over the panel's tokens:
+//                 S loads of b, RT broadcasts of a, RT * S multiply-adds
+//               add them to the sums, [strip][RT][SW] floats
+//         write the piece's rows of `out` once: converted sums on active blocks, zeros between them
+//
+// Strips of one block row are joined freely, so a vector holds 2 blocks of 8 or 4 of 4 and the tile stays full for any
+// block size. Intensity with AVX-512: 8 x 3 = 24 multiply-adds for 11 loads (4 x 3 for 16 with blocks of 4).
+#include <vector>
+
+#include "common.h"
+
+namespace mst {
+namespace {
+
+constexpr int64_t panel_units = 128;       // tokens (pairs of tokens in bf16) per panel
+constexpr int64_t chunk_bytes = 400 << 10; // of packed b, out of 1 MB of L2
+constexpr int64_t piece_bytes = 8 << 20;   // of sums
+constexpr int S = 3;                       // vectors per tile
+
+template <int B> struct Tiling {
+  static constexpr int SW = B < L ? B : L;                 // width of a strip of b
+  static constexpr int RT = (L == 16 && B >= 8) ? 8 : 4;   // rows of a tile
+  static constexpr int parts = L / SW;                     // strips per vector
+};
+
+struct Problem {
+  const int32_t* index;
+  int64_t m, rows, cols, R, C;
+  Lists lists;
+  int64_t lda, ldb, ldo;
+  float* colsum;
+  bool colsum_of_a;
+};
+
+// ---- packing -------------------------------------------------------------------------------------------------------
+
+// One unit of W columns: dst[c] = row0[c], or the pair (row0[c], row1[c]).
+template <class U, int W, class E> MST_INLINE void pack_unit(const E* row0, [[maybe_unused]] const E* row1, float* dst) {
+  if constexpr (U::per_unit == 1) {
+    for (int c = 0; c < W; c++) dst[c] = to_float(row0[c]);
+  } else {
+#if defined(MST_BF16_PAIRS)
+    if constexpr (W == 4) {
+      const __m128i lo = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row0));
+      const __m128i hi = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(row1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(dst), _mm_unpacklo_epi16(lo, hi));
+    } else if constexpr (W == 8) {
+      const __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row0)));
+      const __m256i hi = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row1)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(dst), _mm256_or_si256(lo, _mm256_slli_epi32(hi, 16)));
+    } else {
+      const __m512i lo = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row0)));
+      const __m512i hi = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row1)));
+      _mm512_storeu_si512(dst, _mm512_or_si512(lo, _mm512_slli_epi32(hi, 16)));
+    }
+#endif
+  }
+}
+
+template <int W, class E> MST_INLINE void add_row(const E* row, float (&sum)[W]) {
+  for (int c = 0; c < W; c++) sum[c] += to_float(row[c]);
+}
+
+// dst[strip][unit][W] from columns [col0, ...) of `tokens` rows of src, zero beyond `width` and the last token.
+// colsum, if not null, points at column col0.
+template <class U, int W, class E>
+void pack_strips(const E* src, int64_t ld, int64_t tokens, int64_t col0, int64_t width, int64_t strips, int64_t stride,
+                 float* dst, float* colsum) {
+  constexpr int P = U::per_unit, at_once = 8;  // units per visit of a strip: several cache lines, one page of writes
+  const int64_t units = ceil_div(tokens, P);
+  const E zeros[W] = {};
+  for (int64_t u0 = 0; u0 < units; u0 += at_once) {
+    const int64_t u1 = std::min(units, u0 + at_once);
+    for (int64_t s = 0; s < strips; s++) {
+      const int64_t c = col0 + s * W;
+      float* to = dst + s * stride;
+      float sum[W] = {};
+      if (c + W <= width) {
+        for (int64_t u = u0; u < u1; u++) {
+          const E* row = src + u * P * ld + c;
+          const E* second = (u + 1) * P <= tokens ? row + (P - 1) * ld : zeros;
+          pack_unit<U, W>(row, second, to + u * W);
+          if (colsum) {
+            add_row<W>(row, sum);
+            if (P == 2) add_row<W>(second, sum);
+          }
+        }
+      } else {
+        const int64_t n = std::max<int64_t>(0, width - c);
+        for (int64_t u = u0; u < u1; u++) {
+          E edge[2][W] = {};
+          for (int64_t i = 0; i < P && u * P + i < tokens; i++)
+            memcpy(static_cast<void*>(edge[i]), src + (u * P + i) * ld + c, n * sizeof(E));
+          pack_unit<U, W>(edge[0], edge[1], to + u * W);
+          add_row<W>(edge[0], sum);
+          add_row<W>(edge[1], sum);
+        }
+      }
+      if (colsum)
+        for (int64_t i = 0; i < W && c + i < width; i++) colsum[s * W + i] += sum[i];
+    }
+  }
+}
+
+// ---- the tile ------------------------------------------------------------------------------------------------------
+
+// Adds the vector v, made of `parts` strips' rows, to the sums of each strip.
+template <int parts> MST_INLINE void add_to(float* const* sums, int64_t at, vf v, bool first) {
+  constexpr int SW = L / parts;
+  if constexpr (parts == 1) {
+    store(sums[0] + at, first ? v : load(sums[0] + at) + v);
+  } else {
+    float lanes[L];
+    store(lanes, v);
+    for (int i = 0; i < parts; i++) {
+      float* to = sums[i] + at;
+      for (int c = 0; c < SW; c++) to[c] = first ? lanes[i * SW + c] : to[c] + lanes[i * SW + c];
+    }
+  }
+}
+
+// V vectors of joined strips against one row strip.
+template <class U, int RT, int V, int parts>
+MST_NOINLINE void tile(const float* a, const float* const* strips, int64_t units, float* const* sums, bool first) {
+  constexpr int SW = L / parts;
+  const float* from[V * parts];
+  MST_UNROLL for (int i = 0; i < V * parts; i++) from[i] = strips[i];
+  vf acc[RT][V];
+  MST_UNROLL for (int r = 0; r < RT; r++) MST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = vf{};
+  if (!first)
+    for (int i = 0; i < V * parts; i++)
+      for (int c = 0; c < RT * SW; c += 16) prefetch(sums[i] + c);
+#pragma GCC unroll 2
+  for (int64_t u = 0; u < units; u++) {
+    vf b[V];
+    MST_UNROLL for (int v = 0; v < V; v++) b[v] = join<parts>(from + v * parts, u * SW);
+    MST_UNROLL for (int r = 0; r < RT; r++) {
+      const vf x = broadcast(a[u * RT + r]);
+      MST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = U::multiply_add(x, b[v], acc[r][v]);
+    }
+  }
+  MST_UNROLL for (int r = 0; r < RT; r++)
+    MST_UNROLL for (int v = 0; v < V; v++) add_to<parts>(sums + v * parts, r * SW, acc[r][v], first);
+}
+
+template <class U, int RT, int parts>
+MST_INLINE void tile_of(int vectors, const float* a, const float* const* strips, int64_t units, float* const* sums, bool first) {
+  if (vectors == 3) return tile<U, RT, 3, parts>(a, strips, units, sums, first);
+  if (vectors == 2) return tile<U, RT, 2, parts>(a, strips, units, sums, first);
+  tile<U, RT, 1, parts>(a, strips, units, sums, first);
+}
+
+// ---- parts of W ----------------------------------------------------------------------------------------------------
+
+// Block rows [i0, i1) and block columns [j0, j1): what one thread owns.
+struct Part {
+  int64_t i0, i1, j0, j1;
+  // Exactly one part of each block column sums b's columns, one of each block row a's.
+  bool sums_b() const { return i0 == 0 && i1 > 0; }
+  bool sums_a() const { return j0 == 0 && j1 > 0; }
+};
+
+// Where the running count `at(i)` reaches `target`.
+template <class At> int64_t cut(int64_t n, int64_t target, At at) {
+  int64_t lo = 0, hi = n;
+  while (lo < hi) {
+    const int64_t mid = (lo + hi) / 2;
+    if (at(mid) < target) lo = mid + 1; else hi = mid;
+  }
+  return lo;
+}
+
+// Splits W into `team` parts of about equally many active blocks: first by rows, then each by columns. The factors
+// are those that pack the fewest columns of a and b per thread.
+Part part_of(const Problem& p, int team, int rank) {
+  int by_row = team;
+  for (int f = 1; f <= team; f++)
+    if (team % f == 0 && p.rows / f + p.cols * f / team < p.rows / by_row + p.cols * by_row / team) by_row = f;
+  const int by_col = team / by_row, tr = rank / by_col, tc = rank % by_col;
+  const int32_t* ptr = p.lists.ptr;
+  const auto row_cut = [&](int k) {
+    return k == by_row ? p.R : cut(p.R, static_cast<int64_t>(ptr[p.R]) * k / by_row, [&](int64_t i) { return ptr[i]; });
+  };
+  Part part{tr ? row_cut(tr) : 0, row_cut(tr + 1), 0, p.C};
+  if (by_col == 1) return part;
+  std::vector<int64_t> before(p.C + 1, 0);
+  for (int32_t q = ptr[part.i0]; q < ptr[part.i1]; q++) before[p.lists.idx[q] + 1]++;
+  for (int64_t j = 0; j < p.C; j++) before[j + 1] += before[j];
+  const auto col_cut = [&](int k) {
+    return k == by_col ? p.C : cut(p.C, before[p.C] * k / by_col, [&](int64_t j) { return before[j]; });
+  };
+  part.j0 = tc ? col_cut(tc) : 0;
+  part.j1 = col_cut(tc + 1);
+  return part;
+}
+
+// The active positions of block row i with block columns in [j0, j1).
+struct Range {
+  int64_t begin, end;
+};
+MST_INLINE Range active(const Problem& p, int64_t i, int64_t j0, int64_t j1) {
+  const int32_t *idx = p.lists.idx, *b = idx + p.lists.ptr[i], *e = idx + p.lists.ptr[i + 1];
+  if (j0 > 0) b = std::lower_bound(b, e, static_cast<int32_t>(j0));
+  if (j1 < p.C) e = std::lower_bound(b, e, static_cast<int32_t>(j1));
+  return {b - idx, e - idx};
+}
+
+// ---- the loops -----------------------------------------------------------------------------------------------------
+
+template <class U, int B, class E, class O> struct Worker {
+  static constexpr int RT = Tiling<B>::RT, SW = Tiling<B>::SW, parts = Tiling<B>::parts;
+  const Problem& p;
+  const E *a, *b;
+  O* out;
+  Part part;
+  std::vector<int64_t> slot;  // block row i of the piece keeps its sums from slot[i - begin] on, B * B floats a block
+  float *sums, *pa, *pb;
+  int64_t chunk, stride_a, stride_b;
+
+  // All active strips of block row i within block columns [j0, j1).
+  void block_row(int64_t i, int64_t at, int64_t j0, int64_t j1, const float* a_strips, int64_t units, bool first) {
+    constexpr int per_block = B / SW, group = S * parts;
+    float trash[RT * SW] = {};
+    const Range in_part = active(p, i, part.j0, part.j1), range = active(p, i, j0, j1);
+    const int64_t n = (range.end - range.begin) * per_block;
+    float* block_sums = sums + (at + range.begin - in_part.begin) * B * B;
+    for (int64_t s = 0; s < n; s += group) {
+      const int filled = static_cast<int>(std::min<int64_t>(group, n - s)), vectors = (filled + parts - 1) / parts;
+      const float* strips[group];
+      float* to[group];
+      for (int k = 0; k < group; k++) {
+        const int64_t q = s + std::min(k, filled - 1), block = q / per_block, strip = q % per_block;
+        strips[k] = pb + ((p.lists.idx[range.begin + block] - j0) * per_block + strip) * stride_b;
+        to[k] = block_sums + block * B * B + strip * B * SW;
+      }
+      for (int r = 0; r < B / RT; r++) {
+        float* sums_r[group];
+        for (int k = 0; k < group; k++) sums_r[k] = k < filled ? to[k] + r * RT * SW : trash;
+        tile_of<U, RT, parts>(vectors, a_strips + r * stride_a, strips, units, sums_r, first);
+      }
+    }
+  }
+
+  // Adds the products of all tokens to the sums of block rows [i0, i1).
+  void accumulate(int64_t i0, int64_t i1, bool sum_a, bool sum_b) {
+    constexpr int64_t panel = panel_units * U::per_unit;
+    for (int64_t m0 = 0; m0 < p.m; m0 += panel) {
+      const int64_t tokens = std::min(panel, p.m - m0), units = ceil_div(tokens, U::per_unit);
+      pack_strips<U, RT>(a + m0 * p.lda, p.lda, tokens, i0 * B, p.rows, (i1 - i0) * (B / RT), stride_a, pa,
+                         sum_a ? p.colsum + i0 * B : nullptr);
+      for (int64_t j0 = part.j0; j0 < part.j1; j0 += chunk) {
+        const int64_t j1 = std::min(part.j1, j0 + chunk);
+        pack_strips<U, SW>(b + m0 * p.ldb, p.ldb, tokens, j0 * B, p.cols, (j1 - j0) * (B / SW), stride_b, pb,
+                           sum_b ? p.colsum + j0 * B : nullptr);
+        for (int64_t i = i0; i < i1; i++)
+          block_row(i, slot[i - i0], j0, j1, pa + (i - i0) * (B / RT) * stride_a, units, m0 == 0);
+      }
+    }
+  }
+
+  // Writes block rows [i0, i1) of out, columns of the part.
+  void write(int64_t i0, int64_t i1) const {
+    const int64_t c_end = std::min(p.cols, part.j1 * B);
+    for (int64_t i = i0; i < i1; i++) {
+      const Range range = active(p, i, part.j0, part.j1);
+      for (int64_t r = 0; r < B && i * B + r < p.rows; r++) {
+        O* row = out + (i * B + r) * p.ldo;
+        const float* from = sums + slot[i - i0] * B * B + r * SW;  // [strip][row][SW]: row strips of RT follow on
+        int64_t done = part.j0 * B;
+        for (int64_t q = range.begin; q < range.end; q++, from += B * B) {
+          const int64_t c = static_cast<int64_t>(p.lists.idx[q]) * B;
+          if (c > done) memset(static_cast<void*>(row + done), 0, (c - done) * sizeof(O));
+          for (int s = 0; s < B / SW && c + s * SW < p.cols; s++) {
+            if (c + (s + 1) * SW <= p.cols)
+              convert(from + s * B * SW, row + c + s * SW, SW);
+            else
+              convert(from + s * B * SW, row + c + s * SW, static_cast<int>(p.cols - c - s * SW));
+          }
+          done = c + B;
+        }
+        if (c_end > done) memset(static_cast<void*>(row + done), 0, (c_end - done) * sizeof(O));
+      }
+    }
+  }
+
+  int run() {
+    static thread_local Scratch sum_memory, panel_memory;
+    constexpr int64_t unit_bytes = panel_units * B * 4;
+    // The paddings keep the strips of one row of a tile in different cache sets.
+    stride_a = panel_units * RT + 16;
+    stride_b = panel_units * SW + 16;
+    chunk = std::max<int64_t>(1, std::min(part.j1 - part.j0, chunk_bytes / unit_bytes));
+    chunk = ceil_div(part.j1 - part.j0, std::max<int64_t>(1, ceil_div(part.j1 - part.j0, chunk)));
+    if (part.j1 == part.j0) return MST_OK;
+    const bool sum_a = p.colsum && p.colsum_of_a && part.sums_a(), sum_b = p.colsum && !p.colsum_of_a && part.sums_b();
+    for (int64_t i0 = part.i0, i1; i0 < part.i1; i0 = i1) {
+      slot.clear();
+      int64_t blocks = 0;
+      for (i1 = i0; i1 < part.i1; i1++) {
+        const Range range = active(p, i1, part.j0, part.j1);
+        if (i1 > i0 && (blocks + range.end - range.begin) * B * B * 4 > piece_bytes) break;
+        slot.push_back(blocks);
+        blocks += range.end - range.begin;
+      }
+      const int64_t size_a = (i1 - i0) * (B / RT) * stride_a, size_b = chunk * (B / SW) * stride_b;
+      sums = sum_memory.floats(blocks * B * B + 64);
+      pa = panel_memory.floats(size_a + size_b);
+      if (!sums || !pa) return MST_NO_MEMORY;
+      pb = pa + size_a;
+      if (p.m == 0) memset(sums, 0, blocks * B * B * 4);
+      if (blocks || sum_a || sum_b) accumulate(i0, i1, sum_a, sum_b && i0 == part.i0);
+      write(i0, i1);
+    }
+    sum_memory.trim();
+    panel_memory.trim();
+    return MST_OK;
+  }
+};
+
+template <int B, class E, class O> int run_all(const Problem& p, const E* a, const E* b, O* out, int threads) {
+  using U = typename UnitOf<E>::type;
+  int status = MST_OK;
+  if (p.colsum) std::fill_n(p.colsum, p.colsum_of_a ? p.rows : p.cols, 0.0f);
+#pragma omp parallel num_threads(threads)
+  {
+    Worker<U, B, E, O> worker{p, a, b, out, part_of(p, team_size(), team_rank()), {}, nullptr, nullptr, nullptr, 0, 0, 0};
+    const int mine = worker.run();
+    if (mine != MST_OK) {
+#pragma omp atomic write
+      status = mine;
+    }
+  }
+  return status;
+}
+
+template <class E, class O>
+int by_block(int block, const Problem& p, const void* a, const void* b, void* out, int threads) {
+  const E *ea = static_cast<const E*>(a), *eb = static_cast<const E*>(b);
+  O* o = static_cast<O*>(out);
+  switch (block) {
+    case 4: return run_all<4, E, O>(p, ea, eb, o, threads);
+    case 8: return run_all<8, E, O>(p, ea, eb, o, threads);
+    case 16: return run_all<16, E, O>(p, ea, eb, o, threads);
+    case 32: return run_all<32, E, O>(p, ea, eb, o, threads);
+    case 64: return run_all<64, E, O>(p, ea, eb, o, threads);
+    default: return MST_BAD_BLOCK;
+  }
+}
+
+}  // namespace
+}  // namespace mst
+
+using namespace mst;
+
+MST_API int mst_grad_weight(int in_dtype, int out_dtype, int block, const void* a, int64_t lda, const void* b,
+                            int64_t ldb, int64_t m, int64_t rows, int64_t cols, const int32_t* index, void* out,
+                            int64_t ldo, float* colsum, int colsum_of_a, int threads) {
+  if (block < 1) return MST_BAD_BLOCK;
+  const int64_t R = ceil_div(rows, block), C = ceil_div(cols, block);
+  const Problem p{index, m, rows, cols, R, C, by_rows(index, R), lda, ldb, ldo, colsum, colsum_of_a != 0};
+  if (threads < 1) threads = 1;
+  if (in_dtype == MST_F32 && out_dtype == MST_F32) return by_block<float, float>(block, p, a, b, out, threads);
+  if (in_dtype == MST_F32 && out_dtype == MST_BF16) return by_block<float, bf16>(block, p, a, b, out, threads);
+  if (in_dtype == MST_BF16 && out_dtype == MST_F32) return by_block<bf16, float>(block, p, a, b, out, threads);
+  if (in_dtype == MST_BF16 && out_dtype == MST_BF16) return by_block<bf16, bf16>(block, p, a, b, out, threads);
+  return MST_BAD_DTYPE;
+}
