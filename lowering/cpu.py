@@ -88,9 +88,9 @@ def grad_weight(
     a, b = (x2, gy) if transposed else (gy, x2)
     if _wants_dense_grad(index):
         gw = (a.t() @ b).to(dtype)
-        return gw, gy.sum(0, dtype=dtype) if bias else gw.new_empty(0)
+        return gw, gy.sum(0, dtype=torch.float32) if bias else gw.new_empty(0, dtype=torch.float32)
     gw = torch.empty(a.shape[1], b.shape[1], dtype=dtype)
-    gb = torch.empty(gy.shape[1] if bias else 0, dtype=dtype)
+    gb = torch.empty(gy.shape[1] if bias else 0, dtype=torch.float32)
     kernels.grad_weight(a, b, index, block, gw, gb if bias else None, not transposed)
     return gw, gb
 

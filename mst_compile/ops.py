@@ -60,12 +60,13 @@ def grad_weight_reference(
     grad: Tensor, x: Tensor, index: Tensor, block: int, transposed: bool, dtype: torch.dtype, bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to ``weight`` (exact 0 outside the active blocks, unless the index asks for a dense one)
-    and ``bias`` (empty if ``bias`` is false), in ``dtype``."""
+    in ``dtype``, and ``bias`` in at least float32 (empty if ``bias`` is false)."""
     gy, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     gw = (x2.t() @ gy if transposed else gy.t() @ x2).to(dtype)
     if not int(index[DENSE_GRAD]):
         gw = masked(gw, index, block)
-    return gw, gy.sum(0, dtype=dtype) if bias else gw.new_empty(0)
+    wide = torch.promote_types(gy.dtype, torch.float32)
+    return gw, gy.sum(0, dtype=wide) if bias else gw.new_empty(0, dtype=wide)
 
 
 for _name, _reference, _cpu in (
@@ -92,7 +93,8 @@ def _(
     grad: Tensor, x: Tensor, index: Tensor, block: int, transposed: bool, dtype: torch.dtype, bias: bool
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[-1], grad.shape[-1]) if transposed else (grad.shape[-1], x.shape[-1])
-    return grad.new_empty(shape, dtype=dtype), grad.new_empty(grad.shape[-1] if bias else 0, dtype=dtype)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return grad.new_empty(shape, dtype=dtype), grad.new_empty(grad.shape[-1] if bias else 0, dtype=wide)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
