@@ -1,0 +1,38 @@
+"""Settings of the whole suite: deterministic, two threads, compile caches of its own."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from mst_compile.kernels.cpu import build
+
+# The C++ kernels are keyed by their sources and may be shared between runs; Inductor's caches must not be: a test that
+# is served code of an earlier run proves nothing.
+os.environ.setdefault("MST_COMPILE_CACHE_DIR", str(build.cache_dir()))
+_inductor_cache = tempfile.mkdtemp(prefix="mst-tests-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache
+atexit.register(shutil.rmtree, _inductor_cache, ignore_errors=True)
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+_common = {"deadline": None, "suppress_health_check": list(hypothesis.HealthCheck), "print_blob": True}
+hypothesis.settings.register_profile("ci", derandomize=True, database=None, max_examples=60, **_common)
+hypothesis.settings.register_profile("explore", max_examples=600, **_common)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,208 @@
+"""What several test files share: oracles that know nothing of the code under test, and small models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import mst_compile
+from mst_compile.blockindex import BlockGrid, new_index, write_index
+
+DEBUG = {"mst.inner": "aot_eager"}
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def expand(mask: Tensor, rows: int, cols: int, block: int) -> Tensor:
+    """Elementwise mask of a block mask, by numpy's Kronecker product."""
+    return torch.from_numpy(np.kron(mask.numpy(), np.ones((block, block), dtype=bool))[:rows, :cols].copy())
+
+
+def element_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Parameter name -> elementwise mask, of each sparse weight of a model."""
+    own = mst_compile.sparsifier(model)
+    return {n: expand(own.masks[n], w.grid.rows, w.grid.cols, w.grid.block) for n, w in own.weights.items()}
+
+
+@st.composite
+def block_masks(draw: st.DrawFn, block_rows: int, block_cols: int) -> Tensor:
+    """Empty, one block, full, random, and random with empty rows or columns."""
+    kind = draw(st.sampled_from(["empty", "one", "full", "random", "empty row", "empty column"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    mask = torch.rand(block_rows, block_cols, generator=generator) < draw(st.sampled_from([0.1, 0.3, 0.7]))
+    if kind in ("empty", "one"):
+        mask.zero_()
+    if kind == "one":
+        mask[draw(st.integers(0, block_rows - 1)), draw(st.integers(0, block_cols - 1))] = True
+    if kind == "full":
+        mask.fill_(True)
+    if kind == "empty row":
+        mask[draw(st.integers(0, block_rows - 1))] = False
+    if kind == "empty column":
+        mask[:, draw(st.integers(0, block_cols - 1))] = False
+    return mask
+
+
+def index_of(mask: Tensor, rows: int, cols: int, block: int, *, dense_grad: bool = False) -> Tensor:
+    grid = BlockGrid(rows, cols, block)
+    index = new_index(grid)
+    write_index(index, grid, mask, dense_grad=dense_grad)
+    return index
+
+
+# -- running models ----------------------------------------------------------------------------------------------------
+
+
+def compiled(model: Any, inner: str = "aot_eager", **kwargs: Any) -> Any:
+    return torch.compile(model, backend="mst", options={"mst.inner": inner}, **kwargs)
+
+
+def static(sparsity: float = 0.7) -> mst_compile.Constant:
+    return mst_compile.Constant(sparsity, growth="none")
+
+
+def scalar(out: Any) -> Tensor:
+    """A loss that weighs every output differently, in the output's own precision or better."""
+    if hasattr(out, "loss") and out.loss is not None:
+        return out.loss
+    out = out[0] if isinstance(out, tuple | list) else out
+    out = out.double() if out.dtype == torch.float64 else out.float()
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return (out * weight).sum() + out.square().mean()
+
+
+def loss_and_grads(
+    model: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> dict[str, Tensor]:
+    """The output of a model, its loss, and the gradients of its parameters and floating-point arguments."""
+    args = tuple(
+        a.detach().clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    )
+    model.zero_grad()
+    out = run(*args, **(kwargs or {}))
+    loss = scalar(out)
+    loss.backward()
+    found = {"loss": loss.detach()}
+    if isinstance(out, Tensor):
+        found["output"] = out.detach()
+    found |= {f"grad {n}": p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
+    found |= {
+        f"grad input {i}": a.grad for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()
+    }  # type: ignore[misc]
+    model.zero_grad()
+    return found
+
+
+def oracle(model: nn.Module, build: Callable[[], nn.Module], args: tuple[Any, ...], **kwargs: Any) -> dict[str, Tensor]:
+    """What the plain model computes in float64 from the same weights, gradients masked: the specification."""
+    plain = build().double()
+    plain.load_state_dict(model.state_dict())
+    plain.train(model.training)
+    wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    found = loss_and_grads(plain, plain, wide, kwargs)
+    for name, mask in element_masks(model).items():
+        found[f"grad {name}"] = found[f"grad {name}"] * mask
+    return found
+
+
+def assert_as_good_as(
+    actual: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """``actual`` is as near to the fp64 truth as eager mode is, up to a few roundings of ``dtype``.
+
+    Eager mode's own error, measured, says how the model's condition amplifies roundings; the factor of four is for sums
+    that run in another order. The floor is for results that eager mode happens to get exactly right.
+    """
+    assert actual.keys() == eager.keys() == truth.keys()
+    eps = torch.finfo(dtype).eps
+    for name, right in truth.items():
+        assert actual[name].dtype == eager[name].dtype
+        assert actual[name].shape == eager[name].shape
+        error = (actual[name].double() - right).abs().max().item() if right.numel() else 0.0
+        usual = (eager[name].double() - right).abs().max().item() if right.numel() else 0.0
+        allowed = 4 * usual + 8 * eps * right.abs().max().item() + torch.finfo(dtype).tiny
+        assert error <= allowed, f"{name}: error {error:.2e}, eager mode's {usual:.2e}, allowed {allowed:.2e}"
+
+
+def check_model(
+    build: Callable[[], nn.Module],
+    *args: Any,
+    inner: str = "aot_eager",
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    precision: torch.dtype = torch.float32,
+    call: Callable[[nn.Module], Callable[..., Any]] = lambda model: model,
+    sparsity: float = 0.7,
+    compile_options: dict[str, Any] | None = None,
+    forward_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Sparsify a model, and compare eager and compiled mode with the fp64 oracle: output and every gradient.
+
+    Args:
+        precision: dtype whose eps bounds the error (that of autocast, if there is one in ``context`` or the model).
+        call: what is run and compiled, given the model; the model itself if not said.
+    """
+    model = mst_compile.sparsify(build(), static(sparsity), **options)
+    kwargs = forward_options or {}
+    truth = oracle(model, build, args, **kwargs)
+    function = call(model)
+    fast = compiled(function, inner, **(compile_options or {}))
+    with context():
+        eager = loss_and_grads(model, function, args, kwargs)
+        actual = loss_and_grads(model, fast, args, kwargs)
+    assert_as_good_as(actual, eager, truth, precision)
+    for name, mask in element_masks(model).items():
+        for found in (eager, actual):
+            assert not found[f"grad {name}"][~mask].any(), name
+    return model
+
+
+def statuses(model: nn.Module) -> dict[str, str]:
+    return {row.name: row.status for row in mst_compile.explain(model)}
+
+
+# -- nothing changed ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unchanged(*modules: nn.Module) -> Iterator[None]:
+    """The block leaves weights, attributes, hooks and keys of the modules as they were."""
+
+    def picture(module: nn.Module) -> list[Any]:
+        return [
+            {n: (id(p), p._version, set(vars(p)), dict(p._post_accumulate_grad_hooks or {}))  # type: ignore[attr-defined]
+             for n, p in module.named_parameters(remove_duplicate=False)},
+            {n: set(vars(m)) for n, m in module.named_modules()},
+            list(module.state_dict()),
+        ]  # fmt: skip
+
+    before = [picture(m) for m in modules]
+    values = [{n: p.detach().clone() for n, p in m.named_parameters() if not p.is_meta} for m in modules]
+    yield
+    assert [picture(m) for m in modules] == before
+    for module, old in zip(modules, values, strict=True):
+        now = dict(module.named_parameters())
+        assert all(torch.equal(now[n], v) for n, v in old.items())
+
+
+class Blocks(nn.Module):
+    """A small residual network: two layers a block, of which the first widens."""
+
+    def __init__(self, width: int = 32, depth: int = 2, hidden: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+            for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
