@@ -72,45 +72,64 @@ template <int W, class E> MST_INLINE void add_row(const E* row, float (&sum)[W])
   for (int c = 0; c < W; c++) sum[c] += to_float(row[c]);
 }
 
+// `units` units of one strip from full rows; adds their columns to sum if SUM.
+template <class U, int W, bool SUM, class E>
+MST_INLINE void pack_visit(const E* row, int64_t ld, int units, bool fetch_ahead, int ahead, float* to, float (&sum)[W]) {
+  constexpr int P = U::per_unit;
+  for (int u = 0; u < units; u++, row += P * ld) {
+    const E* second = row + (P - 1) * ld;
+    if (fetch_ahead) {
+      prefetch(row + ahead * P * ld);
+      if (P == 2) prefetch(second + ahead * P * ld);
+    }
+    pack_unit<U, W>(row, second, to + u * W);
+    if (SUM) {
+      add_row<W>(row, sum);
+      if (P == 2) add_row<W>(second, sum);
+    }
+  }
+}
+
 // dst[strip][unit][W] from columns [col0, ...) of `tokens` rows of src, zero beyond `width` and the last token.
-// colsum, if not null, points at column col0.
-template <class U, int W, class E>
+// colsum, if SUM, points at column col0.
+template <class U, int W, bool SUM, class E>
 void pack_strips(const E* src, int64_t ld, int64_t tokens, int64_t col0, int64_t width, int64_t strips, int64_t stride,
                  float* dst, float* colsum) {
-  constexpr int P = U::per_unit, at_once = 8;  // units per visit of a strip: several cache lines, one page of writes
-  const int64_t units = ceil_div(tokens, P);
-  const E zeros[W] = {};
-  for (int64_t u0 = 0; u0 < units; u0 += at_once) {
-    const int64_t u1 = std::min(units, u0 + at_once);
+  constexpr int P = U::per_unit;
+  constexpr int at_once = 8;  // units per visit of a strip: a few streams to read, some cache lines to write
+  constexpr int strips_per_line = std::max<int>(1, 64 / (W * sizeof(E)));
+  for (int64_t u0 = 0; u0 * P < tokens; u0 += at_once) {
+    const bool whole_rows = (u0 + at_once) * P <= tokens;
     for (int64_t s = 0; s < strips; s++) {
       const int64_t c = col0 + s * W;
-      float* to = dst + s * stride;
+      const E* row = src + u0 * P * ld + c;
+      float* to = dst + s * stride + u0 * W;
       float sum[W] = {};
-      if (c + W <= width) {
-        for (int64_t u = u0; u < u1; u++) {
-          const E* row = src + u * P * ld + c;
-          const E* second = (u + 1) * P <= tokens ? row + (P - 1) * ld : zeros;
-          pack_unit<U, W>(row, second, to + u * W);
-          if (colsum) {
-            add_row<W>(row, sum);
-            if (P == 2) add_row<W>(second, sum);
-          }
-        }
+      if (whole_rows && c + W <= width) {
+        // Fetch the next visit's rows: the rows are too many, and too short, for the hardware to foresee them.
+        if (s % strips_per_line == 0)
+          pack_visit<U, W, SUM>(row, ld, at_once, true, at_once, to, sum);
+        else
+          pack_visit<U, W, SUM>(row, ld, at_once, false, at_once, to, sum);
       } else {
-        const int64_t n = std::max<int64_t>(0, width - c);
-        for (int64_t u = u0; u < u1; u++) {
-          E edge[2][W] = {};
-          for (int64_t i = 0; i < P && u * P + i < tokens; i++)
-            memcpy(static_cast<void*>(edge[i]), src + (u * P + i) * ld + c, n * sizeof(E));
-          pack_unit<U, W>(edge[0], edge[1], to + u * W);
-          add_row<W>(edge[0], sum);
-          add_row<W>(edge[1], sum);
-        }
+        const int64_t n = std::clamp<int64_t>(width - c, 0, W), left = std::min<int64_t>(tokens - u0 * P, at_once * P);
+        E edge[at_once * P * W] = {};
+        for (int64_t i = 0; i < left; i++) memcpy(static_cast<void*>(edge + i * W), row + i * ld, n * sizeof(E));
+        pack_visit<U, W, SUM>(edge, W, static_cast<int>(ceil_div(left, P)), false, 0, to, sum);
       }
-      if (colsum)
+      if (SUM)
         for (int64_t i = 0; i < W && c + i < width; i++) colsum[s * W + i] += sum[i];
     }
   }
+}
+
+template <class U, int W, class E>
+void pack(const E* src, int64_t ld, int64_t tokens, int64_t col0, int64_t width, int64_t strips, int64_t stride,
+          float* dst, float* colsum) {
+  if (colsum)
+    pack_strips<U, W, true>(src, ld, tokens, col0, width, strips, stride, dst, colsum);
+  else
+    pack_strips<U, W, false>(src, ld, tokens, col0, width, strips, stride, dst, nullptr);
 }
 
 // ---- the tile ------------------------------------------------------------------------------------------------------
@@ -257,11 +276,11 @@ template <class U, int B, class E, class O> struct Worker {
     constexpr int64_t panel = panel_units * U::per_unit;
     for (int64_t m0 = 0; m0 < p.m; m0 += panel) {
       const int64_t tokens = std::min(panel, p.m - m0), units = ceil_div(tokens, U::per_unit);
-      pack_strips<U, RT>(a + m0 * p.lda, p.lda, tokens, i0 * B, p.rows, (i1 - i0) * (B / RT), stride_a, pa,
+      pack<U, RT>(a + m0 * p.lda, p.lda, tokens, i0 * B, p.rows, (i1 - i0) * (B / RT), stride_a, pa,
                          sum_a ? p.colsum + i0 * B : nullptr);
       for (int64_t j0 = part.j0; j0 < part.j1; j0 += chunk) {
         const int64_t j1 = std::min(part.j1, j0 + chunk);
-        pack_strips<U, SW>(b + m0 * p.ldb, p.ldb, tokens, j0 * B, p.cols, (j1 - j0) * (B / SW), stride_b, pb,
+        pack<U, SW>(b + m0 * p.ldb, p.ldb, tokens, j0 * B, p.cols, (j1 - j0) * (B / SW), stride_b, pb,
                            sum_b ? p.colsum + j0 * B : nullptr);
         for (int64_t i = i0; i < i1; i++)
           block_row(i, slot[i - i0], j0, j1, pa + (i - i0) * (B / RT) * stride_a, units, m0 == 0);

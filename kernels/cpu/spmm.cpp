@@ -30,6 +30,7 @@ constexpr int wide_outputs = 4, wide_vectors = 3, narrow_vectors = 3;
 #endif
 constexpr int64_t panel_bytes = 480 << 10;  // of x^T, out of 1 MB of L2
 constexpr int64_t chunk_bytes = 640 << 10;  // one tile of x^T; a longer reduction is cut
+constexpr int line_outputs = 32;            // outputs written to a tile's tokens together, so that lines of y fill up
 constexpr int64_t piece_bytes = 8 << 20;    // of packed W, shared by the threads in L3
 
 struct Problem {
@@ -181,6 +182,9 @@ MST_NOINLINE void tile(const float* x, const float* w, const int32_t* idx, int64
   } else {
     MST_UNROLL for (int r = 0; r < NR; r++) MST_UNROLL for (int v = 0; v < MV; v++) acc[r][v] = broadcast(e.bias[r]);
   }
+  // The lines of y that the tile ends in arrive while it computes.
+  if (!e.partial_out)
+    for (int t = 0; t < e.tokens; t++) __builtin_prefetch(e.y + t * e.ldy, 1, 3);
   const int64_t stride = static_cast<int64_t>(units) * MV * L;
   for (int64_t q = 0; q < n; q++) {
     const float* xk = x + idx[q] * stride;
@@ -263,15 +267,17 @@ void run_panel(const Problem& p, const Piece& piece, const X* x, int64_t ldx, X*
       else
         pack_tile<U, 1>(x + t * MT * ldx, ldx, tokens, p.reduction, k0, n, to);
     }
-    for (int64_t i = o0; i < o1; i++)
+    const int64_t span = std::max(1, line_outputs / p.block);
+    for (int64_t i = o0; i < o1; i += span)
       for (int64_t t = t0; t < t1; t++) {
         const int tokens = static_cast<int>(std::min(MT, p.m - t * MT));
         float* sums = partial ? partial + (t - t0) * outs * MT : nullptr;
         const float* from = xt + (t - t0) * tile_size;
-        if (tokens > L)
-          run(i, from, c0, c1, sums, y + t * MT * ldy, ldy, tokens);
-        else
-          run_short(i, from, c0, c1, sums, y + t * MT * ldy, ldy, tokens);
+        for (int64_t j = i; j < std::min(o1, i + span); j++)
+          if (tokens > L)
+            run(j, from, c0, c1, sums, y + t * MT * ldy, ldy, tokens);
+          else
+            run_short(j, from, c0, c1, sums, y + t * MT * ldy, ldy, tokens);
       }
   }
 }

@@ -193,8 +193,44 @@ static MST_INLINE void transpose_units(const E* const* rows, float* dst, int64_t
 #endif
 }
 
+#if defined(MST_BF16_PAIRS)
+// As store_transposed below, rounding first: half the shuffles.
+template <int NR> static MST_INLINE void store_transposed_bf16(const vf (&acc)[NR], bf16* y, int64_t ldy) {
+  alignas(64) static constexpr uint16_t order[2][32] = {  // four outputs of tokens 0-7 and 8-15 out of two row pairs
+      {0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51, 4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55},
+      {8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63}};
+  __m512i four[NR / 4][2];  // [h][half]: outputs 4h..4h+3 of 8 tokens, 8 bytes each
+  MST_UNROLL for (int h = 0; h < NR / 4; h++) {
+    const __m512i ab = (__m512i)_mm512_cvtne2ps_pbh((__m512)acc[4 * h + 1], (__m512)acc[4 * h]);
+    const __m512i cd = (__m512i)_mm512_cvtne2ps_pbh((__m512)acc[4 * h + 3], (__m512)acc[4 * h + 2]);
+    MST_UNROLL for (int half = 0; half < 2; half++)
+      four[h][half] = _mm512_permutex2var_epi16(ab, _mm512_load_si512(order[half]), cd);
+  }
+  if constexpr (NR == 8) {
+    const __m512i lo = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), hi = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    MST_UNROLL for (int q = 0; q < 4; q++) {
+      const __m512i tokens = _mm512_permutex2var_epi64(four[0][q / 2], q % 2 ? hi : lo, four[1][q / 2]);
+      bf16* p = y + 4 * q * ldy;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(tokens));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + ldy), _mm512_extracti32x4_epi32(tokens, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 2 * ldy), _mm512_extracti32x4_epi32(tokens, 2));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 3 * ldy), _mm512_extracti32x4_epi32(tokens, 3));
+    }
+  } else {
+    MST_UNROLL for (int half = 0; half < 2; half++) {
+      alignas(64) int64_t eight[8];
+      _mm512_store_si512(eight, four[0][half]);
+      MST_UNROLL for (int t = 0; t < 8; t++) memcpy(static_cast<void*>(y + (8 * half + t) * ldy), eight + t, 8);
+    }
+  }
+}
+#endif
+
 // y[t * ldy + r] = acc[r][t] for NR outputs and L tokens: the transposing store at the end of a tile.
 template <int NR, class Y> static MST_INLINE void store_transposed(const vf (&acc)[NR], Y* y, int64_t ldy) {
+#if defined(MST_BF16_PAIRS)
+  if constexpr (sizeof(Y) == 2) return store_transposed_bf16<NR>(acc, y, ldy);
+#endif
 #if defined(MST_AVX512)
   __m512 q[NR];  // lane l of q[4 * (r / 4) + t]: outputs r..r+3 of token 4 * l + t
   MST_UNROLL for (int h = 0; h < NR; h += 4) {
