@@ -52,7 +52,8 @@ def specs(options: Options, vocabulary: int) -> list[Spec]:
         elif name == "small":
             small = matching_width(shape, tokens, steps, budget)
             planned = planned_flops(small, tokens, steps)
-            print(f"small: width {small.d_model}, {small.heads} heads: {planned / 1e12:.2f} TFLOP; mst {budget / 1e12:.2f}")
+            figures = f"{planned / 1e12:.2f} TFLOP planned, mst {budget / 1e12:.2f}"
+            print(f"small: width {small.d_model}, {small.heads} heads; {figures}")
             found.append(Spec(name, f"dense, width {small.d_model}", small, steps))
         elif name == "short":
             fewer = max(1, round(steps * budget / planned_flops(shape, tokens, steps)))

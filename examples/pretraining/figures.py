@@ -65,9 +65,9 @@ def loss_figure(runs: Sequence[Run]) -> Any:
         for run in runs:
             _loss_curve(axis, run, key, unit)
         axis.set_xlabel(label)
-        axis.set_xlim(left=0)
+        axis.set_xlim(0, 1.06 * max(run.rows[-1][key] / unit for run in runs))
     losses = [row["loss"] for run in runs for row in run.rows[len(run.rows) // 20 :]]
-    axes[0].set_ylim(min(losses) - 0.2, max(losses) + 0.1)
+    axes[0].set_ylim(min(losses) - 0.1, max(losses) + 0.1)
     axes[0].set_ylabel("loss (nats per token)")
     axes[1].legend(title="dots: validation, line: training (smoothed)", title_fontsize=9)
     return figure
@@ -79,9 +79,8 @@ def _loss_curve(axis: Axes, run: Run, key: str, unit: float) -> None:
     axis.plot(x, smooth([row["loss"] for row in rows], max(5, len(rows) // 40)), color=colour, alpha=0.55, lw=1.3)
     points = [(row[key] / unit, row["val_loss"]) for row in rows if row["val_loss"] is not None]
     if points:
-        label = f"{run.spec.label}: {points[-1][1]:.3f}"
-        axis.plot(*zip(*points, strict=True), "o", color=colour, ms=4, label=label)
-        axis.annotate(f"{points[-1][1]:.2f}", points[-1], (5, 3), textcoords="offset points", color=colour, fontsize=9)
+        axis.plot(*zip(*points, strict=True), "o", color=colour, ms=4, label=run.spec.label)
+        axis.annotate(f"{points[-1][1]:.2f}", points[-1], (5, 4), textcoords="offset points", color=colour, fontsize=9)
 
 
 def density_figure(runs: Sequence[Run]) -> Any:
@@ -90,12 +89,12 @@ def density_figure(runs: Sequence[Run]) -> Any:
     for run in runs:
         colour, steps = COLOURS[run.spec.name], [row["step"] for row in run.rows]
         top.step(steps, [100 * row["density"] for row in run.rows], where="mid", color=colour, label=run.spec.label)
-        if run.spec.schedule is not None:
+        if run.snapshots and run.spec.name == "mst":
             target = [100 * (1 - row["sparsity_target"]) for row in run.rows]
-            top.plot(steps, target, ":", color=colour, lw=1, label=f"{run.spec.name}: target")
+            top.plot(steps, target, ":", color=colour, lw=1, label="MST: target")
         bottom.plot(steps, [row["lr"] for row in run.rows], color=colour, lw=1.2)
     top.set(ylabel="active weights (%)", ylim=(0, 105))
-    top.legend()
+    top.legend(loc="center")
     bottom.set(ylabel="learning rate", xlabel="optimizer step", ylim=(0, None), xlim=(0, None))
     return figure
 
@@ -116,6 +115,7 @@ def mask_figure(run: Run) -> Any:
             axis.imshow(mask.numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
+            axis.spines[:].set_visible(False)
             axis.set_xlabel(f"{100 * mask.float().mean().item():.0f} % active", fontsize=9)
         shape = " x ".join(map(str, run.snapshots[moments[0]][name].shape))
         line[0].set_ylabel(f"{_short(name)}\n{shape} blocks", fontsize=9)

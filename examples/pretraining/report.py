@@ -31,7 +31,7 @@ def result(run: Run) -> dict[str, Any]:
         "steps": run.step,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "d_model": run.spec.shape.d_model,
-        "val_loss": run.val_loss,
+        "val_loss": run.final_val_loss,
         "training_flops": run.flops,
         "training_seconds": run.clock.seconds,
         "compile_seconds": run.clock.compile_seconds,

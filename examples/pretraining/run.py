@@ -115,6 +115,7 @@ class Run:
         self.clock = Clock()
         self.rows: list[dict[str, Any]] = []
         self.snapshots: dict[str, dict[str, Tensor]] = {}
+        self.final_val_loss: float | None = None
         self.sparsifier: Any = None
         self._written = 0
 
@@ -181,21 +182,25 @@ class Run:
         return row
 
     def evaluate(self, batches: list[Tensor]) -> float:
-        """Mean loss over ``batches``, by the plain model in eager mode; noted in the last row."""
+        """Mean loss over ``batches``, by the plain model in eager mode, masks or not.
+
+        The first ``--eval-batches`` of them go into the scalars, so that a curve is made of one set throughout.
+        """
         self.model.eval()
         with torch.no_grad(), self._autocast():
             on_device = (batch.to(self.device) for batch in batches)
             losses = [self.model(input_ids=batch, labels=batch).loss.item() for batch in on_device]
         self.model.train()
-        rows = [len(batch) for batch in batches]
-        mean = sum(loss * n for loss, n in zip(losses, rows, strict=True)) / sum(rows)
-        if self.rows:
-            self.rows[-1]["val_loss"] = mean
-        return mean
+        sizes = [len(batch) for batch in batches]
 
-    @property
-    def val_loss(self) -> float | None:
-        return next((row["val_loss"] for row in reversed(self.rows) if row["val_loss"] is not None), None)
+        def mean(count: int) -> float:
+            pairs = list(zip(losses, sizes, strict=True))[:count]
+            return sum(loss * size for loss, size in pairs) / sum(size for _, size in pairs)
+
+        self.rows[-1]["val_loss"] = mean(self.options.eval_batches)
+        if self.finished:
+            self.final_val_loss = mean(len(batches))
+        return mean(len(batches))
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.dtype == "float32":
@@ -240,6 +245,7 @@ class Run:
             "seconds": self.clock.seconds,
             "compile_seconds": self.clock.compile_seconds,
             "flops": self.flops,
+            "final_val_loss": self.final_val_loss,
             "rows": self.rows,
             "snapshots": self.snapshots,
         }
@@ -260,7 +266,7 @@ class Run:
         torch.set_rng_state(state["rng"].cpu())
         self.step, self.flops, self.rows = state["step"], state["flops"], state["rows"]
         self.clock.seconds, self.clock.compile_seconds = state["seconds"], state["compile_seconds"]
-        self.snapshots = state["snapshots"]
+        self.snapshots, self.final_val_loss = state["snapshots"], state["final_val_loss"]
         self._written = 0
         return True
 
