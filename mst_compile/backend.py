@@ -22,10 +22,12 @@ from .cachekey import SourceKey
 from .errors import BackendOptionError, MSTWarning
 from .kernels import cpu
 from .lowering import inductor  # noqa: F401  (registers the lowerings)
+from .memory import keep_freed_memory
+from .passes.attention import recover_causal
 from .variants import Variants, find_weights
 
 _INNER = ("inductor", "aot_eager", "eager")
-_DEFAULTS: dict[str, Any] = {"mst.dense_threshold": 0.8, "mst.inner": "inductor"}
+_DEFAULTS: dict[str, Any] = {"mst.dense_threshold": 0.8, "mst.inner": "inductor", "mst.keep_memory": True}
 
 
 def mst(
@@ -40,7 +42,8 @@ def mst(
     Args:
         mode: as for ``torch.compile(backend="inductor")``.
         options: Inductor's options, and our own: ``"mst.dense_threshold"`` (mean density from which the dense variant
-            runs, default 0.8) and ``"mst.inner"`` (``"inductor"``, or ``"aot_eager"``/``"eager"`` for debugging).
+            runs, default 0.8), ``"mst.keep_memory"`` (see :mod:`mst_compile.memory`; default true) and ``"mst.inner"``
+            (``"inductor"``, or ``"aot_eager"``/``"eager"`` for debugging).
 
     Raises:
         BackendOptionError: an option does not exist or has a bad value.
@@ -50,6 +53,9 @@ def mst(
     found = find_weights(graph_module, example_inputs)
     if not found:
         return compile_fn(graph_module, example_inputs)
+    if own["mst.keep_memory"] and _on_cpu(example_inputs):
+        keep_freed_memory()
+    recover_causal(graph_module)
     return Variants(graph_module, example_inputs, found, compile_fn, own["mst.dense_threshold"])
 
 
@@ -74,6 +80,8 @@ def _split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[di
     threshold = own["mst.dense_threshold"]
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise BackendOptionError(f"mst.dense_threshold must lie in [0, 1], got {threshold!r}")
+    if not isinstance(own["mst.keep_memory"], bool):
+        raise BackendOptionError(f"mst.keep_memory must be True or False, got {own['mst.keep_memory']!r}")
     if own["mst.inner"] not in _INNER:
         raise BackendOptionError(f"mst.inner must be one of {', '.join(map(repr, _INNER))}, got {own['mst.inner']!r}")
     # Freezing would fold the weights of one step into the graph.
