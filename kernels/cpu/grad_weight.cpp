@@ -47,8 +47,9 @@ struct Problem {
 
 // One unit of W columns: dst[c] = row0[c], or the pair (row0[c], row1[c]).
 template <class U, int W, class E> MST_INLINE void pack_unit(const E* row0, [[maybe_unused]] const E* row1, float* dst) {
+  [[maybe_unused]] constexpr int N = sizeof(E) == 4 ? W : 4;
   if constexpr (U::per_unit == 1) {
-    for (int c = 0; c < W; c++) dst[c] = to_float(row0[c]);
+    for (int c = 0; c < W; c += N) store_n<N>(dst + c, load_n<N>(row0 + c));
   } else {
 #if defined(MST_BF16_PAIRS)
     if constexpr (W == 4) {
@@ -69,7 +70,8 @@ template <class U, int W, class E> MST_INLINE void pack_unit(const E* row0, [[ma
 }
 
 template <int W, class E> MST_INLINE void add_row(const E* row, float (&sum)[W]) {
-  for (int c = 0; c < W; c++) sum[c] += to_float(row[c]);
+  constexpr int N = sizeof(E) == 4 ? W : 4;
+  for (int c = 0; c < W; c += N) store_n<N>(sum + c, load_n<N>(sum + c) + load_n<N>(row + c));
 }
 
 // `units` units of one strip from full rows; adds their columns to sum if SUM.

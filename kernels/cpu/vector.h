@@ -118,6 +118,18 @@ static MST_INLINE void transpose4(v4f& a, v4f& b, v4f& c, v4f& d) {
 
 static MST_INLINE v4f load4(const float* p) { return *reinterpret_cast<const v4f_mem*>(p); }
 static MST_INLINE void store4(float* p, v4f v) { *reinterpret_cast<v4f_mem*>(p) = v; }
+
+// N floats, for N a power of two up to L; bf16 is widened four at a time.
+template <int N> struct Floats {
+  typedef float type __attribute__((vector_size(4 * N)));
+  typedef float mem __attribute__((vector_size(4 * N), aligned(4), may_alias));
+};
+template <int N> static MST_INLINE typename Floats<N>::type load_n(const float* p) {
+  return *reinterpret_cast<const typename Floats<N>::mem*>(p);
+}
+template <int N> static MST_INLINE void store_n(float* p, typename Floats<N>::type v) {
+  *reinterpret_cast<typename Floats<N>::mem*>(p) = v;
+}
 static MST_INLINE v4f load4(const bf16* p) {
 #if defined(__SSE4_1__)
   const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -125,6 +137,10 @@ static MST_INLINE v4f load4(const bf16* p) {
 #else
   return v4f{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
 #endif
+}
+template <int N> static MST_INLINE v4f load_n(const bf16* p) {
+  static_assert(N == 4);
+  return load4(p);
 }
 static MST_INLINE void store4(bf16* p, v4f v) {
 #if defined(MST_BF16_PAIRS)
