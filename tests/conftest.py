@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-
 from mst_compile.kernels.cpu import build
 
 # The C++ kernels are keyed by their sources and may be shared between runs; Inductor's caches must not be: a test that

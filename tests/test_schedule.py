@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pickle
 from typing import Any
@@ -114,7 +115,7 @@ def test_staircases(s: MixedSparsity) -> None:
 def test_drop_fraction_is_annealed(s: MixedSparsity) -> None:
     drops = [s.drop_fraction_at(t) for t in range(s.total_steps + 1)]
     assert all(0 <= d <= s.drop_fraction for d in drops)
-    assert all(b <= a + TINY for a, b in zip(drops, drops[1:], strict=False))
+    assert all(b <= a + TINY for a, b in itertools.pairwise(drops))
     assert all(d == 0 for d in drops[max(1, s.restoration_start) :])
     if s.growth == "none":
         assert not any(drops)
