@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from mst_compile.kernels.cpu.library import Library
 from torch import Tensor
 
 from mst_compile.blockindex import BlockGrid, new_index, write_index
-from mst_compile.kernels.cpu.library import Library
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PASSES = ("forward", "grad-input", "grad-weight")
@@ -99,7 +99,9 @@ def main() -> None:
                     for density in args.densities:
                         *ratios, ms = measure(layer, lib, block, density, args.samples, threads)
                         cells = " | ".join(f"{r:.2f}x" for r in ratios)
-                        print(f"| {threads} | {dtype} | {shape} | {block} | {density} | {cells} | {ms:.1f} |", flush=True)
+                        print(
+                            f"| {threads} | {dtype} | {shape} | {block} | {density} | {cells} | {ms:.1f} |", flush=True
+                        )
 
 
 if __name__ == "__main__":

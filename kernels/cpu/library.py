@@ -39,7 +39,14 @@ class Library:
             setattr(self, name.removeprefix("mst_") + "_raw", function)
 
     def spmm(
-        self, x2d: Tensor, w: Tensor, bias: Tensor | None, index: Tensor, block: int, outputs_are_rows: bool, out: Tensor
+        self,
+        x2d: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        block: int,
+        outputs_are_rows: bool,
+        out: Tensor,
     ) -> None:
         rows, cols = w.shape
         m, ldx = x2d.shape[0], x2d.stride(0)
@@ -108,7 +115,14 @@ class Library:
         _check_index(index, rows, cols, block)
         _check(
             self.zero_inactive_raw(  # type: ignore[attr-defined]
-                w.element_size(), block, w.data_ptr(), w.stride(0), rows, cols, index.data_ptr(), torch.get_num_threads()
+                w.element_size(),
+                block,
+                w.data_ptr(),
+                w.stride(0),
+                rows,
+                cols,
+                index.data_ptr(),
+                torch.get_num_threads(),
             )
         )
 
@@ -197,9 +211,9 @@ def spmm(
 ) -> None:
     """Writes ``x2d @ w.T + bias`` (``outputs_are_rows``) or ``x2d @ w + bias`` to ``out``, over active blocks only.
 
-    ``x2d`` is ``[m, cols]`` or ``[m, rows]`` with unit stride along its rows, ``w`` contiguous ``[rows, cols]``, ``out``
-    of ``x2d``'s dtype. float32 or bfloat16; a float32 ``w`` under bfloat16 ``x2d`` is rounded as it is packed. Sums
-    are float32. Raises ValueError if a shape, stride or dtype does not fit.
+    ``x2d`` is ``[m, cols]`` or ``[m, rows]`` with unit stride along its rows, ``w`` contiguous ``[rows, cols]``,
+    ``out`` of ``x2d``'s dtype. float32 or bfloat16; a float32 ``w`` under bfloat16 ``x2d`` is rounded as it is packed.
+    Sums are float32. Raises ValueError if a shape, stride or dtype does not fit.
     """
     _library().spmm(x2d, w, bias, index, block, outputs_are_rows, out)
 

@@ -48,15 +48,22 @@ struct Problem {
 
 // ---- packing W -----------------------------------------------------------------------------------------------------
 
-// The block at (row0, col0) of the stored weight, converted to E, zero beyond the edges.
-template <class E, class W>
+// The block at (row0, col0) of the stored weight, converted to E, zero beyond the edges. ROUND: to bf16 precision even
+// if E is float, so that the result does not depend on the instruction set.
+template <class E, class W, bool ROUND>
 MST_INLINE void fetch_block(const Problem& p, int64_t row0, int64_t col0, int64_t rows, int64_t cols, E* out) {
   const int B = p.block;
   const int h = static_cast<int>(std::min<int64_t>(B, rows - row0)), n = static_cast<int>(std::min<int64_t>(B, cols - col0));
   if (h < B || n < B) memset(static_cast<void*>(out), 0, sizeof(E) * B * B);
   for (int r = 0; r < h; r++) {
     const W* src = static_cast<const W*>(p.w) + (row0 + r) * p.ldw + col0;
-    if constexpr (std::is_same_v<E, W>)
+    if constexpr (ROUND && std::is_same_v<E, float>)
+      for (int c = 0; c < n; c++) {
+        bf16 rounded;
+        from_float(src[c], &rounded);
+        out[r * B + c] = to_float(rounded);
+      }
+    else if constexpr (std::is_same_v<E, W>)
       memcpy(static_cast<void*>(out + r * B), src, sizeof(E) * n);
     else if constexpr (std::is_same_v<W, float>)
       convert(src, out + r * B, n);
@@ -98,16 +105,16 @@ MST_INLINE void pack_group(const E* from, int B, bool outputs_are_rows, int firs
 }
 
 // Packs the active blocks of output block `i` to dst[group][block][unit][NR].
-template <class U, int NR, class E, class W> void pack_output_block(const Problem& p, int64_t i, float* dst) {
+template <class U, int NR, class E, class W, bool ROUND> void pack_output_block(const Problem& p, int64_t i, float* dst) {
   const int B = p.block;
   const int64_t begin = p.lists.ptr[i], n = p.lists.ptr[i + 1] - begin, group = B / U::per_unit * NR;
   E from[64 * 64];
   for (int64_t q = 0; q < n; q++) {
     const int64_t other = static_cast<int64_t>(p.lists.idx[begin + q]) * B;
     if (p.outputs_are_rows)
-      fetch_block<E, W>(p, i * B, other, p.outputs, p.reduction, from);
+      fetch_block<E, W, ROUND>(p, i * B, other, p.outputs, p.reduction, from);
     else
-      fetch_block<E, W>(p, other, i * B, p.reduction, p.outputs, from);
+      fetch_block<E, W, ROUND>(p, other, i * B, p.reduction, p.outputs, from);
     for (int g = 0; g < B / NR; g++) pack_group<U, NR>(from, B, p.outputs_are_rows, g * NR, dst + (g * n + q) * group);
   }
 }
@@ -297,6 +304,7 @@ int run_all(const Problem& p, const X* x, int64_t ldx, X* y, int64_t ldy) {
   static thread_local Scratch packed_w, packed_x;
   constexpr int64_t MT = MV * L;
   using E = std::conditional_t<U::per_unit == 2, bf16, float>;
+  constexpr bool round = sizeof(X) < sizeof(W);
   const int64_t units = p.block / U::per_unit, block_floats = units * p.block;
   const std::vector<int64_t> cuts = cut_pieces(p, block_floats);
   int64_t most = 0;
@@ -320,7 +328,7 @@ int run_all(const Problem& p, const X* x, int64_t ldx, X* y, int64_t ldy) {
     Piece piece{cuts[s], cuts[s + 1], w, p.lists.ptr[cuts[s]], chunk};
 #pragma omp for schedule(dynamic, 4)
     for (int64_t i = piece.begin; i < piece.end; i++)
-      pack_output_block<U, NR, E, W>(p, i, w + (p.lists.ptr[i] - piece.w_base) * block_floats);
+      pack_output_block<U, NR, E, W, round>(p, i, w + (p.lists.ptr[i] - piece.w_base) * block_floats);
     const int64_t outs = (piece.end - piece.begin) * p.block, per_panel = ceil_div(tiles, panels);
     float* xt = packed_x.floats(per_panel * tile_size + (chunk < p.red_blocks ? per_panel * outs * MT : 0));
     float* partial = chunk < p.red_blocks ? xt + per_panel * tile_size : nullptr;
