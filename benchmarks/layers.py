@@ -1,6 +1,6 @@
 """One linear layer, forward and backward, ``backend="mst"`` against ``backend="inductor"``.
 
-    python -m benchmarks.layers --threads 2 --dtype float32 --blocks 8,32 --densities 1,.3,.1
+python -m benchmarks.layers --threads 2 --dtype float32 --blocks 8,32 --densities 1,.3,.1
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def _step(layer: nn.Linear, backend: str, x: torch.Tensor, grad: torch.Tensor) -
     return step
 
 
-def measure(shape: tuple[int, int], tokens: int, dtype: torch.dtype, blocks: list[int], densities: list[float], runs: int) -> list:
+def measure(
+    shape: tuple[int, int], tokens: int, dtype: torch.dtype, blocks: list[int], densities: list[float], runs: int
+) -> list:
     """Rows (shape, block, density, milliseconds dense, milliseconds sparse, ratio) of one layer shape."""
     inputs, outputs = shape
     torch.manual_seed(0)

@@ -21,7 +21,8 @@ import mst_compile
 
 LEDGER = Path(__file__).parent / "ledger.csv"
 FIELDS = (
-    "date", "commit", "benchmark", "case", "side", "median_s", "ratio", "runs", "threads", "dtype", "cpu", "torch", "mst_compile", "note",
+    "date", "commit", "benchmark", "case", "side", "median_s", "ratio", "runs", "threads", "dtype", "cpu", "torch",
+    "mst_compile", "note",
 )  # fmt: skip
 
 
@@ -38,7 +39,9 @@ def commit() -> str:
     """Short hash of the checked-out commit, with a plus if the tree differs from it."""
     folder = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        )
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "--", "../mst_compile", "../lowering", "../kernels"],
             cwd=folder, capture_output=True, text=True, check=True,
@@ -51,7 +54,7 @@ def commit() -> str:
 def record(
     benchmark: str, case: str, side: str, median_s: float, ratio: float, runs: int, dtype: str, note: str = ""
 ) -> None:
-    """Append one row. ``ratio`` is the baseline's median over this side's (above 1 is faster), or what ``note`` says."""
+    """Append one row. ``ratio`` is the baseline's median over this side's (above 1: faster), or what ``note`` says."""
     row = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),

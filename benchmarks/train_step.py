@@ -1,6 +1,6 @@
 """A whole training step of an unmodified Hugging Face GPT-2, cross-entropy and fused AdamW included.
 
-    python -m benchmarks.train_step --config small --context 512 --batch 4 --sparsity 0.9 --threads 2
+python -m benchmarks.train_step --config small --context 512 --batch 4 --sparsity 0.9 --threads 2
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ CONFIGS = {
 
 def build(name: str, context: int) -> nn.Module:
     torch.manual_seed(0)
-    config = GPT2Config(**CONFIGS[name], n_positions=context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False)
+    config = GPT2Config(
+        **CONFIGS[name], n_positions=context, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False
+    )
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # what transformers falls back to, with a warning that breaks Dynamo's graph in two
     return model

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from mst_compile.kernels import cpu as kernels
+from torch import Tensor
 
 # Layout of the packed index (mst_compile/blockindex.py): [0] active blocks, [1] gradient wanted on all blocks.
 _DENSE_GRAD_OFFSET = 4

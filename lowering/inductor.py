@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mst_compile.kernels import cpu as kernels
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
-
-from mst_compile.kernels import cpu as kernels
 
 from . import cpu
 

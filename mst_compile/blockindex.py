@@ -72,13 +72,28 @@ class BlockGrid:
         """Number of int32 elements in the packed index."""
         return self.row_idx + self.blocks
 
-    def block_sizes(self, device: torch.device | str = "cpu") -> Tensor:
-        """Elements of each block, int64 ``[R, C]``; smaller than ``block**2`` on the ragged edges."""
-        heights = torch.full((self.block_rows,), self.block, device=device)
-        widths = torch.full((self.block_cols,), self.block, device=device)
-        heights[-1] = self.rows - (self.block_rows - 1) * self.block
-        widths[-1] = self.cols - (self.block_cols - 1) * self.block
-        return heights[:, None] * widths[None, :]
+    @property
+    def edge(self) -> tuple[int, int]:
+        """Height of the last block row and width of the last block column; less than ``block`` where ragged."""
+        return self.rows - (self.block_rows - 1) * self.block, self.cols - (self.block_cols - 1) * self.block
+
+    def count_elements(self, mask: Tensor) -> int:
+        """Number of elements of the weight in the blocks of ``mask``, bool ``[R, C]``."""
+        block, (height, width) = self.block, self.edge
+        count = int(mask.sum()) * block * block
+        if height < block:
+            count -= int(mask[-1].sum()) * (block - height) * block
+        if width < block:
+            count -= int(mask[:, -1].sum()) * (block - width) * block
+        return count + int(mask[-1, -1]) * (block - height) * (block - width)
+
+    def mean_of_sums_(self, sums: Tensor) -> Tensor:
+        """Turn the sum over each block, ``[R, C]``, into the mean, in place."""
+        block, (height, width) = self.block, self.edge
+        sums /= block * block
+        sums[-1] *= block / height
+        sums[:, -1] *= block / width
+        return sums
 
     def expand(self, mask: Tensor) -> Tensor:
         """Elementwise mask, bool ``[rows, cols]``, of a block mask, bool ``[R, C]``."""

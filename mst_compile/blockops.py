@@ -48,11 +48,11 @@ def block_mean_square(tensor: Tensor, grid: BlockGrid) -> Tensor:
     if grid.block == 1:
         return tensor.detach().float().square().cpu()
     if _native(tensor, grid):
-        return cpu.block_sumsq(tensor.detach(), grid.block) / grid.block_sizes()
+        return grid.mean_of_sums_(cpu.block_sumsq(tensor.detach(), grid.block))
     pad = (0, grid.block_cols * grid.block - grid.cols, 0, grid.block_rows * grid.block - grid.rows)
     square = torch.nn.functional.pad(tensor.detach().float(), pad).square_()
     sums = square.view(grid.block_rows, grid.block, grid.block_cols, grid.block).sum((1, 3))
-    return (sums / grid.block_sizes(tensor.device)).cpu()
+    return grid.mean_of_sums_(sums).cpu()
 
 
 def mask_like(index: Tensor, grid: BlockGrid) -> Tensor:

@@ -56,9 +56,13 @@ class Explanation:
             for r in self.rows
         ]
         widths = [max(len(line[i]) for line in table) for i in range(len(head) - 1)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in table]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in table
+        ]
         total, dense = sum(r.flops for r in self.rows), sum(r.dense_flops for r in self.rows)
-        lines.append(f"linear layers: {total / 1e6:.3f} of {dense / 1e6:.3f} MFLOPs/token ({total / max(1, dense):.1%})")
+        lines.append(
+            f"linear layers: {total / 1e6:.3f} of {dense / 1e6:.3f} MFLOPs/token ({total / max(1, dense):.1%})"
+        )
         return "\n".join(lines)
 
     __repr__ = __str__

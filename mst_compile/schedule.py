@@ -96,7 +96,9 @@ class MixedSparsity:
         for name in ("warmup", "restoration", "settle"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise ScheduleError(f"{name} must be a share of total_steps (float) or a number of steps (int), got {value!r}")
+                raise ScheduleError(
+                    f"{name} must be a share of total_steps (float) or a number of steps (int), got {value!r}"
+                )
             if isinstance(value, float) and value > 1:
                 raise ScheduleError(f"{name}={value!r} is a share above 1; pass an int for a number of steps")
         for name in ("interval", "ramp_interval"):
@@ -236,7 +238,11 @@ class Constant:
         """Share of the active blocks to drop and regrow at an event after ``step`` steps."""
         if self.growth == "none":
             return 0.0
-        return self.drop_fraction if self.last_event is None else _cosine(self.drop_fraction, step, max(1, self.last_event))
+        return (
+            self.drop_fraction
+            if self.last_event is None
+            else _cosine(self.drop_fraction, step, max(1, self.last_event))
+        )
 
     def is_topology_event(self, step: int) -> bool:
         """Whether the topology changes after the ``step``-th optimizer step."""

@@ -47,6 +47,8 @@ class Sparsifier:
         self._weights = {c.name: _new_weight(c) for c in candidates}
         self._owners = {c.name: c.owners for c in candidates}
         self._scores: dict[str, Tensor] = {}
+        self._counting: weakref.ref[torch.optim.Optimizer] | None = None
+        self._foreign_steps = 0
         self._bind()
 
     # -- what users read -------------------------------------------------------------------------------------------
@@ -240,7 +242,7 @@ class Sparsifier:
     def _bind(self) -> None:
         """Hang the state on the Parameters and register the gradient hooks."""
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
-        self._counting: weakref.ref[torch.optim.Optimizer] | None = None
+        self._counting = None
         self._foreign_steps = 0
         self._handles: list[Any] = []
         self._parameter_ids: set[int] = set()
@@ -359,7 +361,8 @@ def sparsify(
     check_schedule(schedule)
     if _ATTRIBUTE in model.__dict__ or any(weights.of(p) is not None for p in model.parameters()):
         raise AlreadySparseError(
-            "the model (or a part of it) is sparse already; call densify(model) first to start again with another schedule"
+            "the model (or a part of it) is sparse already; call densify(model) first to start again with another "
+            "schedule"
         )
     selection = select(model, schedule, block, include, exclude)
     new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped)

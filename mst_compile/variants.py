@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import weights
 from .errors import TopologyChangedError
+from .passes.coverage import warn_unmatched
 from .passes.linear import LinearPass, fake_index, value
 from .weights import SparseWeight
 
@@ -59,7 +60,9 @@ class Variants:
         sources = {n: i for i, n in enumerate(n for n in sparse.graph.nodes if n.op == "placeholder") if i in found}
         # The mode of the graph's own fakes; detect_fake_mode() would return the tracing context's instead.
         mode = next((v.fake_mode for v in map(value, placeholders) if isinstance(v, FakeTensor)), None)
-        slots = LinearPass(found, mode).run(sparse, sources)
+        linear = LinearPass(found, mode)
+        slots = linear.run(sparse, sources)
+        warn_unmatched([found[key] for key in linear.reasons if key not in slots])
         self._slots = [(i, found[i].signature) for i in slots]
         self._managed = list(found)
         self._found = found
@@ -119,9 +122,9 @@ class Variants:
             if before != [w.changes for w in used]:
                 changed = next(w.name for w, b in zip(used, before, strict=True) if w.changes != b)
                 raise TopologyChangedError(
-                    f"the topology of {changed} changed between the forward pass and this backward pass, so the gradients "
-                    "would belong to another model. Call optimizer.step() or sparsifier(model).step() only after backward(), "
-                    "and run the forward pass again"
+                    f"the topology of {changed} changed between the forward pass and this backward pass, so the "
+                    "gradients would belong to another model. Call optimizer.step() or sparsifier(model).step() only "
+                    "after backward(), and run the forward pass again"
                 )
 
         node.register_prehook(check)

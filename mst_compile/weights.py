@@ -26,6 +26,7 @@ class Coverage:
 
     matched: int = 0
     served: bool = False
+    warned: bool = False
     unmatched: list[str] = field(default_factory=list)
 
 
@@ -87,7 +88,7 @@ class SparseWeight:
     def set_mask(self, mask: Tensor) -> None:
         """Take over ``mask`` and write the index in place."""
         self.mask = mask
-        self.active = int((mask * self.grid.block_sizes()).sum())
+        self.active = self.grid.count_elements(mask)
         self.changes += 1
         if self.index is not None:
             write_index(self.index, self.grid, mask.to(self.index.device), dense_grad=self.dense_grad)

@@ -1,8 +1,14 @@
-"""Say in words what a graph does with a sparse weight."""
+"""Say in words what a graph does with a sparse weight, and say it once where time is lost."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 from torch import fx
+
+from ..errors import MSTWarning
+from ..weights import SparseWeight
 
 
 def describe(node: fx.Node) -> str:
@@ -11,3 +17,20 @@ def describe(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     where = next(reversed(stack.values()))[0] if stack else ""
     return f"{target} in {where}" if where else str(target)
+
+
+def warn_unmatched(weights: Sequence[SparseWeight]) -> None:
+    """Warn of weights whose products in a graph all stay dense, once each; unstructured masks are meant to."""
+    lost = [w for w in weights if w.index is not None and not w.coverage.warned]
+    if not lost:
+        return
+    for weight in lost:
+        weight.coverage.warned = True
+    reasons = "; ".join(f"{w.name}: {', '.join(w.coverage.unmatched)}" for w in lost[:3])
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    warnings.warn(
+        f"{len(lost)} sparse weight{'s' * (len(lost) > 1)} of this graph stay in dense products, which is correct but saves "
+        f"no time ({reasons}{more}); mst_compile.explain(model) lists all",
+        MSTWarning,
+        stacklevel=2,
+    )

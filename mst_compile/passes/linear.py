@@ -152,7 +152,7 @@ class LinearPass:
         index_of: dict[int, fx.Node],
     ) -> None:
         """Activation checkpointing: rewrite the body and thread the indices through the higher-order operator."""
-        body = getattr(graph_module, node.args[0].target)  # type: ignore[union-attr]
+        body = getattr(graph_module, str(node.args[0].target))  # type: ignore[union-attr]
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         inner = {i: sources[o] for i, o in zip(inputs, node.args[1:], strict=False) if o in sources}  # type: ignore[index]
         keys = self.run(body, inner)
