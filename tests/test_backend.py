@@ -1,0 +1,321 @@
+"""The backend: every form of a linear layer is matched, near misses stay dense, and all equal the eager model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import check_model, compiled, static, statuses
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from mst_compile import densify, explain, sparsifier, sparsify
+
+BF16 = torch.bfloat16
+X = (2, 8, 32)
+
+
+class Free(nn.Module):
+    """A bare weight, used by ``form``; ``[out, in]`` or, for products, ``[in, out]``."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor, Tensor], Tensor], rows: int = 96, cols: int = 32) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(rows, cols) / 8)
+        self.b = nn.Parameter(torch.randn(max(rows, cols)))
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x, self.w, self.b)
+
+
+OUT_IN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "F.linear": lambda x, w, b: F.linear(x, w),
+    "F.linear bias": lambda x, w, b: F.linear(x, w, b),
+    "F.linear keywords": lambda x, w, b: F.linear(input=x, weight=w, bias=b),
+    "@ t()": lambda x, w, b: x @ w.t(),
+    "@ T": lambda x, w, b: x @ w.T,
+    "@ mT": lambda x, w, b: x @ w.mT,
+    "torch.t": lambda x, w, b: x @ torch.t(w),
+    "transpose": lambda x, w, b: torch.matmul(x, w.transpose(0, 1)),
+    "transpose negative": lambda x, w, b: x.matmul(w.transpose(-1, -2)),
+    "torch.transpose": lambda x, w, b: torch.matmul(x, torch.transpose(w, 1, 0)),
+    "permute": lambda x, w, b: torch.matmul(x, w.permute(1, 0)),
+    "permute tuple": lambda x, w, b: x @ torch.permute(w, (1, 0)),
+    "swapaxes": lambda x, w, b: x @ w.swapaxes(0, 1),
+    "twice transposed": lambda x, w, b: F.linear(x, w.t().t()),
+    "mm": lambda x, w, b: torch.mm(x.flatten(0, 1), w.t()),
+    "method mm": lambda x, w, b: x.flatten(0, 1).mm(w.t()),
+    "addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w.t()),
+    "addmm 2-D": lambda x, w, b: torch.addmm(b[None] * torch.ones(16, 1), x.flatten(0, 1), w.t()),
+    "einsum": lambda x, w, b: torch.einsum("btk,nk->btn", x, w),
+    "einsum dots": lambda x, w, b: torch.einsum("...k,nk->...n", x, w),
+    "cast": lambda x, w, b: F.linear(x.bfloat16(), w.to(BF16)).float(),
+}
+IN_OUT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "@": lambda x, w, b: x @ w,
+    "matmul": lambda x, w, b: torch.matmul(x, w),
+    "mm": lambda x, w, b: torch.mm(x.flatten(0, 1), w),
+    "addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w),
+    "F.linear t()": lambda x, w, b: F.linear(x, w.t(), b),
+    "einsum": lambda x, w, b: torch.einsum("btk,kn->btn", x, w),
+}
+
+
+@pytest.mark.parametrize("form", OUT_IN)
+def test_forms_out_in(form: str) -> None:
+    precision = BF16 if form == "cast" else torch.float32
+    model = check_model(lambda: Free(OUT_IN[form]), torch.randn(X), include="w", precision=precision)
+    assert statuses(model)["w"].startswith("matched (1 use)")
+    assert "dense" not in statuses(model)["w"]
+
+
+@pytest.mark.parametrize("form", IN_OUT)
+def test_forms_in_out(form: str) -> None:
+    model = check_model(lambda: Free(IN_OUT[form], 32, 96), torch.randn(X), include="w")
+    assert statuses(model)["w"].startswith("matched (1 use)")
+    assert "dense" not in statuses(model)["w"]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_all_forms_in_one_graph(inner: str) -> None:
+    together = [f for n, f in OUT_IN.items() if n not in ("cast", "addmm 2-D")]
+    model = check_model(
+        lambda: Free(lambda x, w, b: sum(f(x, w, b).view(-1, 96) * (i + 1) for i, f in enumerate(together))),  # type: ignore[arg-type,return-value]
+        torch.randn(X), include="w", inner=inner,
+    )  # fmt: skip
+    assert f"matched ({len(together)} uses)" in statuses(model)["w"]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("shape", [(32,), (1, 32), (5, 32), X, (2, 1, 3, 32)])
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(32, 67), lambda: Conv1D(67, 32), lambda: nn.Linear(32, 64, False)])
+def test_layers(layer: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    if len(shape) == 1 and isinstance(layer(), Conv1D):
+        pytest.skip("Conv1D takes no vectors")
+    model = check_model(layer, torch.randn(shape))
+    assert "matched" in statuses(model)["weight"]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.fc = nn.Embedding(50, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 50, bias=False)
+        self.head.weight = self.wte.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.wte(ids)
+        return self.head(self.fc(self.fc(x)))
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_tied_head_and_a_layer_used_twice(inner: str) -> None:
+    model = check_model(Tied, torch.randint(0, 50, (2, 7)), inner=inner)
+    assert "matched (1 use); dense: used by embedding" in statuses(model)["wte.weight"]
+    assert statuses(model)["fc.weight"].startswith("matched (2 uses)")
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_autocast_outside_and_inside(inner: str) -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 48), nn.Linear(48, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=BF16):
+                x = F.gelu(self.a(x))
+            return self.b(x.to(self.b.weight.dtype))
+
+    def autocast() -> Any:
+        return torch.autocast("cpu", dtype=BF16)
+
+    check_model(lambda: nn.Linear(32, 64), torch.randn(X), precision=BF16, context=autocast, inner=inner)
+    torch._dynamo.reset()
+    model = check_model(Inside, torch.randn(X), precision=BF16, inner=inner)
+    assert all("matched" in s for s in statuses(model).values())
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float64])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_models_of_other_dtypes(dtype: torch.dtype, inner: str) -> None:
+    model = check_model(
+        lambda: nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)).to(dtype),
+        torch.randn(X).to(dtype), precision=dtype, inner=inner,
+    )  # fmt: skip
+    expected = "matched" if dtype == BF16 else f"not matched: no CPU kernel for block 4, input {dtype}"
+    assert all(s.startswith(expected) for s in statuses(model).values())
+
+
+def test_functional_call() -> None:
+    def call(model: nn.Module) -> Callable[..., Any]:
+        parameters = dict(model.named_parameters())
+        return lambda x: functional_call(model, parameters, (x,))
+
+    model = check_model(lambda: nn.Linear(32, 64), torch.randn(X), call=call)
+    assert "matched" in statuses(model)["weight"]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_activation_checkpointing(inner: str) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(lambda y: self.b(F.gelu(self.a(y))), self.c(x), use_reentrant=False)  # type: ignore[assignment]
+            return self.c(x)
+
+    model = check_model(Checkpointed, torch.randn(X), inner=inner)
+    assert {n: s.split(")")[0] for n, s in statuses(model).items()} == {
+        "a.weight": "matched (1 use", "b.weight": "matched (1 use", "c.weight": "matched (2 uses",
+    }  # fmt: skip
+
+
+def test_graph_breaks() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            torch._dynamo.graph_break()
+            return self.b(x)
+
+    model = check_model(Broken, torch.randn(X))
+    assert counters["stats"]["unique_graphs"] == 2
+    assert all("matched" in s for s in statuses(model).values())
+
+
+def test_regional_compilation_shares_a_graph() -> None:
+    class Region(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + F.gelu(self.fc(x))
+
+    model = sparsify(nn.Sequential(*(Region() for _ in range(4))), static(), exclude="3.*")
+    x = torch.randn(X)
+    expected = model(x)
+    expected.sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}  # type: ignore[union-attr]
+    model.zero_grad()
+    for region in model:
+        region.compile(backend="mst", options={"mst.inner": "aot_eager"})
+    actual = model(x)
+    actual.sum().backward()
+    torch.testing.assert_close(actual, expected)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, grads[n])
+    assert counters["stats"]["unique_graphs"] <= 2
+    shown = statuses(model)
+    assert all("matched" in shown[f"{i}.fc.weight"] for i in range(3))
+    assert shown["3.fc.weight"].startswith("skipped")
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_dynamic_shapes(inner: str) -> None:
+    """The batch becomes symbolic; later the model becomes dense under the same graph."""
+    model = sparsify(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)), static())
+    fast = compiled(model, inner)
+    for i, size in enumerate([(2, 8), (3, 8), (4, 8), (4, 9), (5, 11), (7, 13), (1, 1)]):
+        x = torch.randn(*size, 32)
+        torch.testing.assert_close(fast(x), model(x))
+        fast(x).square().sum().backward()
+        actual = [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+        model.zero_grad()
+        model(x).square().sum().backward()
+        for g, p in zip(actual, model.parameters(), strict=True):
+            torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-4)
+        model.zero_grad()
+        if i == 4:
+            densify(model)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_inference(mode: Callable[[], contextlib.AbstractContextManager[None]], inner: str) -> None:
+    model = sparsify(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)), static()).eval()
+    fast = compiled(model, inner)
+    with mode():
+        x = torch.randn(X)
+        torch.testing.assert_close(fast(x), model(x))
+        assert not fast(x).requires_grad
+    torch.testing.assert_close(fast(torch.ones(X)), model(torch.ones(X)))
+
+
+def test_frozen_weights() -> None:
+    def build() -> nn.Module:
+        model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        model[0].weight.requires_grad_(False)
+        model[2].bias.requires_grad_(False)
+        return model
+
+    model = sparsify(build(), static())
+    x = torch.randn(X)
+    compiled(model)(x).sum().backward()
+    actual = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert set(actual) == {"0.bias", "2.weight"}
+    model.zero_grad()
+    model(x).sum().backward()
+    for name, grad in actual.items():
+        torch.testing.assert_close(grad, dict(model.named_parameters())[name].grad)
+
+
+# -- near misses -----------------------------------------------------------------------------------------------------
+
+NEAR_MISSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
+    "chunk": (lambda x, w, b: sum(F.linear(x, p) for p in w.chunk(3, 0)), "used by chunk"),  # type: ignore[arg-type,return-value]
+    "slice": (lambda x, w, b: F.linear(x, w[:64]), "used by getitem"),
+    "scaled": (lambda x, w, b: F.linear(x, w * 0.5), "used by mul"),
+    "left operand": (lambda x, w, b: (w @ x.transpose(1, 2)).transpose(1, 2), "used by matmul"),
+    "einsum over rows": (lambda x, w, b: torch.einsum("btk,nk->bn", x, w), "used by einsum"),
+    "einsum diagonal": (lambda x, w, b: torch.einsum("btk,nk->btnk", x, w), "used by einsum"),
+    "norm": (lambda x, w, b: x * w.square().mean(), "used by square"),
+    "tanh": (lambda x, w, b: F.linear(x, torch.tanh(w)), "used by tanh"),
+}
+
+
+@pytest.mark.parametrize("form", NEAR_MISSES)
+def test_near_misses_stay_dense_and_are_reported(form: str) -> None:
+    function, reason = NEAR_MISSES[form]
+    model = check_model(lambda: Free(function), torch.randn(X), include="w")
+    assert statuses(model)["w"].startswith("not matched: ")
+    assert reason in statuses(model)["w"]
+    assert next(iter(explain(model))).kernel == "dense"
+
+
+def test_multihead_attention_stays_dense() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.fc = nn.MultiheadAttention(32, 2, batch_first=True), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.attention(x, x, x, need_weights=False)[0])
+
+    model = check_model(Attention, torch.randn(X))
+    assert "not matched: used by multi_head_attention_forward" in statuses(model)["attention.out_proj.weight"]
+    assert "matched" in statuses(model)["fc.weight"]
+
+
+def test_unstructured_masks_run_dense() -> None:
+    model = check_model(lambda: nn.Linear(32, 64), torch.randn(X), block=1)
+    assert "block 1" in statuses(model)["weight"]
+
+
+def test_not_seen_yet() -> None:
+    model = sparsify(nn.Linear(32, 64), static())
+    assert "not seen" in statuses(model)["weight"]
+    assert sparsifier(model).density < 0.4
