@@ -108,8 +108,8 @@ def _on_cpu(example_inputs: Sequence[Any]) -> bool:
 @functools.cache
 def _warn_no_compiler(reason: str | None) -> None:
     warnings.warn(
-        f"no C++ compiler works here ({reason}); the model runs in eager mode with dense products: correct, and no time is "
-        "saved. Install g++ or point CXX to a compiler",
+        f"no C++ compiler works here ({reason}); the model runs in eager mode with dense products: correct, but no "
+        "time is saved. Install g++ or point CXX to a compiler",
         MSTWarning,
         stacklevel=2,
     )

@@ -113,7 +113,7 @@ def write_index(index: Tensor, grid: BlockGrid, mask: Tensor, *, dense_grad: boo
     One copy means one bump of autograd's version counter: a change between forward and backward is then an error.
     """
     rows, cols = mask.nonzero(as_tuple=True)
-    cols_t, rows_t = mask.t().nonzero(as_tuple=True)
+    rows_t = mask.t().nonzero(as_tuple=True)[1]
     n = rows.numel()
     new = torch.zeros(grid.index_length, dtype=torch.int32, device=mask.device)
     new[NNZ] = n

@@ -44,9 +44,9 @@ class Schedule(Protocol):
 class MixedSparsity:
     """Mixed Sparsity Training: warm-up, ultra-sparsification, restoration (arXiv 2408.11746, "Sparsity Variation").
 
-    Sparsity rises from ``initial_sparsity`` along the cubic ``s_f + (s_i - s_f)(1 - t/T)**3`` over the warm-up, stays at
-    ``sparsity``, and falls back to 0 along the mirrored cubic. The last topology event lands on sparsity 0 exactly;
-    for the ``settle`` steps after it the model is dense.
+    Sparsity rises from ``initial_sparsity`` along the cubic ``s_f + (s_i - s_f)(1 - t/T)**3`` over the warm-up, stays
+    at ``sparsity``, and falls back to 0 along the mirrored cubic. The last topology event lands on sparsity 0
+    exactly; for the ``settle`` steps after it the model is dense.
 
     Args:
         total_steps: optimizer steps of the whole run.

@@ -159,13 +159,13 @@ def _parametrized(model: nn.Module) -> dict[str, str]:
 def _check_weight(name: str, parameter: nn.Parameter) -> None:
     if parameter.is_meta:
         raise WeightError(
-            f"{name} is on the meta device: it has no values yet. Materialise the model first (model.to_empty(...), then "
-            "initialise it) or leave the weight out with exclude"
+            f"{name} is on the meta device: it has no values yet. Materialise the model first (model.to_empty(...), "
+            "then initialise it) or leave the weight out with exclude"
         )
     if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
         raise WeightError(
-            f"{name} has dtype {parameter.dtype}: only floating-point weights of 16 bits or more can be trained sparse; "
-            "sparsify before quantising, or leave the weight out with exclude"
+            f"{name} has dtype {parameter.dtype}: only floating-point weights of 16 bits or more can be trained "
+            "sparse; sparsify before quantising, or leave the weight out with exclude"
         )
 
 

@@ -309,14 +309,14 @@ def _check_state(state: Any, own: dict[str, SparseWeight]) -> None:
     masks = state["masks"]
     if masks.keys() != own.keys():
         raise CheckpointError(
-            f"the checkpoint's sparse weights do not fit the model: missing {sorted(own.keys() - masks.keys())}, unexpected "
-            f"{sorted(masks.keys() - own.keys())}; sparsify the model as it was when the checkpoint was written"
+            f"the checkpoint's masks do not fit the model: missing {sorted(own.keys() - masks.keys())}, "
+            f"unexpected {sorted(masks.keys() - own.keys())}; sparsify the model as it was when the checkpoint was written"
         )
     for name, weight in own.items():
         if tuple(masks[name].shape) != weight.grid.shape or masks[name].dtype != torch.bool:
             raise CheckpointError(
-                f"the checkpoint's mask of {name} has {tuple(masks[name].shape)} blocks of dtype {masks[name].dtype}, the "
-                f"model {weight.grid.shape} of torch.bool (block {weight.grid.block}); use the same block as then"
+                f"the checkpoint's mask of {name} has {tuple(masks[name].shape)} blocks of dtype {masks[name].dtype}, "
+                f"the model {weight.grid.shape} of torch.bool (block {weight.grid.block}); use the same block as then"
             )
 
 
