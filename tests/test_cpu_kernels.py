@@ -315,14 +315,24 @@ def test_failing_compiler_is_reported(tmp_path):
 
 
 def test_processes_share_one_build(tmp_path):
-    code = "from mst_compile.kernels import cpu; print(cpu.available())"
-    environment = os.environ | {"MST_COMPILE_CACHE_DIR": str(tmp_path), "MST_CPU_ISA": "portable"}
+    """Two processes that want the same library at once: one compiles, the other waits. The compiler is a stub."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && echo stub 1.0 && exit 0\n'
+        f"sleep 0.5; echo call >> {tmp_path}/calls\n"
+        'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo > "$2"; shift; done\n'
+    )
+    compiler.chmod(0o755)
+    code = "from mst_compile.kernels.cpu import build; print(build.build().stat().st_size)"
+    environment = os.environ | {"MST_COMPILE_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(compiler)}
     running = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
         for _ in range(2)
     ]
-    assert [process.communicate()[0].strip() for process in running] == ["True", "True"]
-    assert len(list(tmp_path.glob("*.so"))) == 1
+    assert [process.communicate()[0].strip() for process in running] == ["1", "1"]
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
+    assert (tmp_path / "calls").read_text().count("call") == len(build.UNITS) + 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")

@@ -4,7 +4,7 @@
 // Loop nest, SIMD over tokens:
 //
 //     for each piece of outputs whose active blocks fit in `piece_bytes`:      bounds memory for huge layers
-//       pack the active blocks of W to [output group][block][reduction][NR]     shared by the threads, then a barrier
+//       pack the active blocks of W to [output group][block][reduction][NR]     shared by the threads
 //       for each panel of token tiles (threads, dynamic):                       panel stays in L2
 //         for each chunk of the reduction:                                      one chunk unless the reduction is long
 //           transpose x to [tile][reduction][MV * L tokens]
@@ -16,6 +16,9 @@
 // Intensity: NR * MV multiply-adds for NR + MV loads, 24 for 11 with AVX-512 (32 registers: 8 x 3; 4 x 6 for blocks of
 // 4) and 12 for 7 with 16 registers. W comes from L1, where it is reused by each tile of a panel, x^T from L2, y goes
 // out once. Nothing depends on the block size but the length of the innermost loop, so fine blocks cost little.
+#include <atomic>
+#include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "common.h"
@@ -31,6 +34,7 @@ constexpr int wide_outputs = 4, wide_vectors = 3, narrow_vectors = 3;
 constexpr int64_t panel_bytes = 480 << 10;  // of x^T, out of 1 MB of L2
 constexpr int64_t chunk_bytes = 640 << 10;  // one tile of x^T; a longer reduction is cut
 constexpr int line_outputs = 32;            // outputs written to a tile's tokens together, so that lines of y fill up
+constexpr int64_t pack_rows = 4;            // output blocks packed at a time
 constexpr int64_t piece_bytes = 8 << 20;    // of packed W, shared by the threads in L3
 
 struct Problem {
@@ -299,6 +303,26 @@ std::vector<int64_t> cut_pieces(const Problem& p, int64_t block_floats) {
   return cuts;
 }
 
+// Hands out the steps of a call in order. A step waits until all steps before some ticket are done, not until all
+// threads have arrived: a thread that another process keeps from running then delays nobody but at the very end.
+class Tickets {
+ public:
+  int64_t next() { return taken_.fetch_add(1, std::memory_order_relaxed); }
+  // Finishes the step in hand and takes another.
+  int64_t take_next() {
+    done_.fetch_add(1, std::memory_order_release);
+    return next();
+  }
+  // Waits until `steps` steps are done. Only right where no step beyond them can be done yet.
+  void wait_for(int64_t steps) const {
+    for (int spins = 0; done_.load(std::memory_order_acquire) < steps; spins++)
+      if (spins > 1000) std::this_thread::yield();
+  }
+
+ private:
+  std::atomic<int64_t> taken_{0}, done_{0};
+};
+
 template <class U, int NR, int MV, class X, class W>
 int run_all(const Problem& p, const X* x, int64_t ldx, X* y, int64_t ldy) {
   static thread_local Scratch packed_w, packed_x;
@@ -321,25 +345,35 @@ int run_all(const Problem& p, const X* x, int64_t ldx, X* y, int64_t ldy) {
   int64_t panels = ceil_div(tiles, std::max<int64_t>(1, panel_bytes / 4 / tile_size));
   panels = std::min(tiles, ceil_div(panels, p.threads) * p.threads);
   const int64_t splits = tiles < p.threads ? ceil_div(p.threads, tiles) : 1;
-  bool failed = false;
+  const int64_t items = panels * splits;
+  Tickets tickets;
+  std::atomic<bool> failed{false};
 
 #pragma omp parallel num_threads(p.threads)
-  for (size_t s = 0; s + 1 < cuts.size(); s++) {
-    Piece piece{cuts[s], cuts[s + 1], w, p.lists.ptr[cuts[s]], chunk};
-#pragma omp for schedule(dynamic, 4)
-    for (int64_t i = piece.begin; i < piece.end; i++)
-      pack_output_block<U, NR, E, W, round>(p, i, w + (p.lists.ptr[i] - piece.w_base) * block_floats);
-    const int64_t outs = (piece.end - piece.begin) * p.block, per_panel = ceil_div(tiles, panels);
-    float* xt = packed_x.floats(per_panel * tile_size + (chunk < p.red_blocks ? per_panel * outs * MT : 0));
-    float* partial = chunk < p.red_blocks ? xt + per_panel * tile_size : nullptr;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < panels * splits; item++) {
-      const int64_t panel = item / splits, part = item % splits, n = piece.end - piece.begin;
-      if (!xt)
-        failed = true;
-      else
-        run_panel<U, NR, MV>(p, piece, x, ldx, y, ldy, panel * tiles / panels, (panel + 1) * tiles / panels,
-                             piece.begin + part * n / splits, piece.begin + (part + 1) * n / splits, xt, partial);
+  {
+    int64_t ticket = tickets.next(), first = 0;  // `first`: tickets of earlier pieces
+    for (size_t s = 0; s + 1 < cuts.size(); s++) {
+      const Piece piece{cuts[s], cuts[s + 1], w, p.lists.ptr[cuts[s]], chunk};
+      const int64_t n = piece.end - piece.begin, packs = ceil_div(n, pack_rows);
+      for (; ticket < first + packs; ticket = tickets.take_next()) {
+        tickets.wait_for(first);  // the packed memory is free
+        const int64_t i0 = piece.begin + (ticket - first) * pack_rows, i1 = std::min(piece.end, i0 + pack_rows);
+        for (int64_t i = i0; i < i1; i++)
+          pack_output_block<U, NR, E, W, round>(p, i, w + (p.lists.ptr[i] - piece.w_base) * block_floats);
+      }
+      const int64_t per_panel = ceil_div(tiles, panels), sums = chunk < p.red_blocks ? per_panel * n * p.block * MT : 0;
+      float* xt = ticket < first + packs + items ? packed_x.floats(per_panel * tile_size + sums) : nullptr;
+      for (; ticket < first + packs + items; ticket = tickets.take_next()) {
+        const int64_t item = ticket - first - packs, panel = item / splits, part = item % splits;
+        tickets.wait_for(first + packs);  // all of the piece is packed
+        if (xt)
+          run_panel<U, NR, MV>(p, piece, x, ldx, y, ldy, panel * tiles / panels, (panel + 1) * tiles / panels,
+                               piece.begin + part * n / splits, piece.begin + (part + 1) * n / splits, xt,
+                               sums ? xt + per_panel * tile_size : nullptr);
+        else
+          failed = true;
+      }
+      first += packs + items;
     }
     packed_x.trim();
   }
