@@ -31,7 +31,7 @@ constexpr int wide_outputs = 8, wide_vectors = 3, narrow_vectors = 6;
 #else
 constexpr int wide_outputs = 4, wide_vectors = 3, narrow_vectors = 3;
 #endif
-constexpr int64_t panel_bytes = 480 << 10;  // of x^T, out of 1 MB of L2
+constexpr int64_t panel_bytes = 200 << 10;  // of x^T, if that holds a tile: stays in L2 beside W and y
 constexpr int64_t chunk_bytes = 640 << 10;  // one tile of x^T; a longer reduction is cut
 constexpr int line_outputs = 32;            // outputs written to a tile's tokens together, so that lines of y fill up
 constexpr int64_t pack_rows = 4;            // output blocks packed at a time
@@ -199,20 +199,17 @@ MST_NOINLINE void tile(const float* x, const float* w, const int32_t* idx, int64
   const int64_t stride = static_cast<int64_t>(units) * MV * L;
   for (int64_t q = 0; q < n; q++) {
     const float* xk = x + idx[q] * stride;
-    const float* next = q + 1 < n ? x + idx[q + 1] * stride : xk;
 #pragma GCC unroll 1
     for (int k = 0; k < units; k += KU) {
       MST_UNROLL for (int u = 0; u < KU; u++) {
         vf b[MV];
         MST_UNROLL for (int v = 0; v < MV; v++) b[v] = load(xk + (u * MV + v) * L);
-        MST_UNROLL for (int v = 0; v < MV; v++) prefetch(next + (u * MV + v) * L);
         MST_UNROLL for (int r = 0; r < NR; r++) {
           const vf a = broadcast(w[u * NR + r]);
           MST_UNROLL for (int v = 0; v < MV; v++) acc[r][v] = U::multiply_add(a, b[v], acc[r][v]);
         }
       }
       xk += KU * MV * L;
-      next += KU * MV * L;
       w += KU * NR;
     }
   }
@@ -323,60 +320,81 @@ class Tickets {
   std::atomic<int64_t> taken_{0}, done_{0};
 };
 
+// How a call is cut into steps; see the loop nest on top.
+struct Plan {
+  std::vector<int64_t> cuts;  // pieces of outputs
+  int64_t chunk, tile_size;   // reduction blocks per chunk, floats of one tile of x^T
+  int64_t tiles, panels, splits;
+  int64_t most_blocks;  // in a piece
+};
+
+Plan make_plan(const Problem& p, int64_t units, int64_t MT) {
+  Plan plan;
+  plan.cuts = cut_pieces(p, units * p.block);
+  plan.most_blocks = 0;
+  for (size_t s = 0; s + 1 < plan.cuts.size(); s++)
+    plan.most_blocks = std::max<int64_t>(plan.most_blocks, p.lists.ptr[plan.cuts[s + 1]] - p.lists.ptr[plan.cuts[s]]);
+  const int64_t tile_row = MT * 4 * units;  // bytes of x^T per reduction block
+  plan.chunk = p.red_blocks;
+  if (plan.chunk * tile_row > chunk_bytes) plan.chunk = std::max<int64_t>(L, chunk_bytes / tile_row / L * L);
+  plan.tiles = ceil_div(p.m, MT);
+  plan.tile_size = (plan.chunk * units + L) * MT;
+  // Even panels, as many as a multiple of the threads; with fewer tiles than threads, the outputs are split as well.
+  const int64_t panels = ceil_div(plan.tiles, std::max<int64_t>(1, panel_bytes / 4 / plan.tile_size));
+  plan.panels = std::min(plan.tiles, ceil_div(panels, p.threads) * p.threads);
+  plan.splits = plan.tiles < p.threads ? ceil_div(p.threads, plan.tiles) : 1;
+  return plan;
+}
+
+// One thread's share of the steps. Returns false if it could not get memory.
+template <class U, int NR, int MV, class X, class W>
+bool work(const Problem& p, const Plan& plan, Tickets& tickets, float* w, const X* x, int64_t ldx, X* y, int64_t ldy) {
+  static thread_local Scratch packed_x;
+  constexpr int64_t MT = MV * L;
+  constexpr bool round = sizeof(X) < sizeof(W);
+  using E = std::conditional_t<U::per_unit == 2, bf16, float>;
+  const int64_t block_floats = p.block / U::per_unit * p.block, items = plan.panels * plan.splits;
+  const int64_t panel_floats = ceil_div(plan.tiles, plan.panels) * plan.tile_size;
+  bool ok = true;
+  int64_t ticket = tickets.next(), first = 0;  // `first`: tickets of earlier pieces
+  for (size_t s = 0; s + 1 < plan.cuts.size(); s++) {
+    const Piece piece{plan.cuts[s], plan.cuts[s + 1], w, p.lists.ptr[plan.cuts[s]], plan.chunk};
+    const int64_t n = piece.end - piece.begin, packs = ceil_div(n, pack_rows);
+    for (; ticket < first + packs; ticket = tickets.take_next()) {
+      tickets.wait_for(first);  // the packed memory is free
+      const int64_t i0 = piece.begin + (ticket - first) * pack_rows, i1 = std::min(piece.end, i0 + pack_rows);
+      for (int64_t i = i0; i < i1; i++)
+        pack_output_block<U, NR, E, W, round>(p, i, w + (p.lists.ptr[i] - piece.w_base) * block_floats);
+    }
+    const bool partial = plan.chunk < p.red_blocks, any = ticket < first + packs + items;
+    const int64_t sums = partial ? ceil_div(plan.tiles, plan.panels) * n * p.block * MT : 0;
+    float* xt = any ? packed_x.floats(panel_floats + sums) : nullptr;
+    for (; ticket < first + packs + items; ticket = tickets.take_next()) {
+      const int64_t item = ticket - first - packs, panel = item / plan.splits, part = item % plan.splits;
+      tickets.wait_for(first + packs);  // all of the piece is packed
+      ok = ok && xt;
+      if (!ok) continue;
+      run_panel<U, NR, MV>(p, piece, x, ldx, y, ldy, panel * plan.tiles / plan.panels,
+                           (panel + 1) * plan.tiles / plan.panels, piece.begin + part * n / plan.splits,
+                           piece.begin + (part + 1) * n / plan.splits, xt, partial ? xt + panel_floats : nullptr);
+    }
+    first += packs + items;
+  }
+  packed_x.trim();
+  return ok;
+}
+
 template <class U, int NR, int MV, class X, class W>
 int run_all(const Problem& p, const X* x, int64_t ldx, X* y, int64_t ldy) {
-  static thread_local Scratch packed_w, packed_x;
-  constexpr int64_t MT = MV * L;
-  using E = std::conditional_t<U::per_unit == 2, bf16, float>;
-  constexpr bool round = sizeof(X) < sizeof(W);
-  const int64_t units = p.block / U::per_unit, block_floats = units * p.block;
-  const std::vector<int64_t> cuts = cut_pieces(p, block_floats);
-  int64_t most = 0;
-  for (size_t s = 0; s + 1 < cuts.size(); s++)
-    most = std::max<int64_t>(most, p.lists.ptr[cuts[s + 1]] - p.lists.ptr[cuts[s]]);
-  float* w = packed_w.floats(most * block_floats + 64);
+  static thread_local Scratch packed_w;
+  const int64_t units = p.block / U::per_unit;
+  const Plan plan = make_plan(p, units, MV * L);
+  float* w = packed_w.floats(plan.most_blocks * units * p.block + 64);
   if (!w) return MST_NO_MEMORY;
-
-  const int64_t tile_row = MT * 4 * units;  // bytes of x^T per reduction block
-  int64_t chunk = p.red_blocks;
-  if (chunk * tile_row > chunk_bytes) chunk = std::max<int64_t>(L, chunk_bytes / tile_row / L * L);
-  const int64_t tiles = ceil_div(p.m, MT), tile_size = (chunk * units + L) * MT;
-  // Even panels, as many as a multiple of the threads; with fewer tiles than threads, the outputs are split as well.
-  int64_t panels = ceil_div(tiles, std::max<int64_t>(1, panel_bytes / 4 / tile_size));
-  panels = std::min(tiles, ceil_div(panels, p.threads) * p.threads);
-  const int64_t splits = tiles < p.threads ? ceil_div(p.threads, tiles) : 1;
-  const int64_t items = panels * splits;
   Tickets tickets;
   std::atomic<bool> failed{false};
-
 #pragma omp parallel num_threads(p.threads)
-  {
-    int64_t ticket = tickets.next(), first = 0;  // `first`: tickets of earlier pieces
-    for (size_t s = 0; s + 1 < cuts.size(); s++) {
-      const Piece piece{cuts[s], cuts[s + 1], w, p.lists.ptr[cuts[s]], chunk};
-      const int64_t n = piece.end - piece.begin, packs = ceil_div(n, pack_rows);
-      for (; ticket < first + packs; ticket = tickets.take_next()) {
-        tickets.wait_for(first);  // the packed memory is free
-        const int64_t i0 = piece.begin + (ticket - first) * pack_rows, i1 = std::min(piece.end, i0 + pack_rows);
-        for (int64_t i = i0; i < i1; i++)
-          pack_output_block<U, NR, E, W, round>(p, i, w + (p.lists.ptr[i] - piece.w_base) * block_floats);
-      }
-      const int64_t per_panel = ceil_div(tiles, panels), sums = chunk < p.red_blocks ? per_panel * n * p.block * MT : 0;
-      float* xt = ticket < first + packs + items ? packed_x.floats(per_panel * tile_size + sums) : nullptr;
-      for (; ticket < first + packs + items; ticket = tickets.take_next()) {
-        const int64_t item = ticket - first - packs, panel = item / splits, part = item % splits;
-        tickets.wait_for(first + packs);  // all of the piece is packed
-        if (xt)
-          run_panel<U, NR, MV>(p, piece, x, ldx, y, ldy, panel * tiles / panels, (panel + 1) * tiles / panels,
-                               piece.begin + part * n / splits, piece.begin + (part + 1) * n / splits, xt,
-                               sums ? xt + per_panel * tile_size : nullptr);
-        else
-          failed = true;
-      }
-      first += packs + items;
-    }
-    packed_x.trim();
-  }
+  if (!work<U, NR, MV, X, W>(p, plan, tickets, w, x, ldx, y, ldy)) failed = true;
   packed_w.trim();
   return failed ? MST_NO_MEMORY : MST_OK;
 }
