@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import check_model, compiled, static, statuses
+from helpers import DEBUG, check_model, compiled, loss_and_grads, static, statuses
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
@@ -196,32 +196,39 @@ def test_graph_breaks() -> None:
     assert all("matched" in s for s in statuses(model).values())
 
 
+class Region(nn.Module):
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.gelu(self.fc(x))
+
+
 def test_regional_compilation_shares_a_graph() -> None:
-    class Region(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(32, 32)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + F.gelu(self.fc(x))
-
     model = sparsify(nn.Sequential(*(Region() for _ in range(4))), static(), exclude="3.*")
     x = torch.randn(X)
-    expected = model(x)
-    expected.sum().backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters()}  # type: ignore[union-attr]
-    model.zero_grad()
+    expected = loss_and_grads(model, model, (x,))
     for region in model:
-        region.compile(backend="mst", options={"mst.inner": "aot_eager"})
-    actual = model(x)
-    actual.sum().backward()
-    torch.testing.assert_close(actual, expected)
-    for n, p in model.named_parameters():
-        torch.testing.assert_close(p.grad, grads[n])
+        region.compile(backend="mst", options=DEBUG)
+    torch.testing.assert_close(loss_and_grads(model, model, (x,)), expected)
     assert counters["stats"]["unique_graphs"] <= 2
     shown = statuses(model)
     assert all("matched" in shown[f"{i}.fc.weight"] for i in range(3))
     assert shown["3.fc.weight"].startswith("skipped")
+
+
+def test_layers_on_other_grids_may_share_a_graph() -> None:
+    """A graph compiled for one block size must not read the index of another."""
+    models = [sparsify(Region(64), static(0.5), block=block) for block in (4, 8, 16, 1, 4)]
+    x = torch.randn(2, 8, 64)
+    expected = [loss_and_grads(model, model, (x,)) for model in models]
+    for model in models:
+        model.compile(backend="mst", options=DEBUG)
+    for _ in range(2):
+        for model, right in zip(models, expected, strict=True):
+            torch.testing.assert_close(loss_and_grads(model, model, (x,)), right)
+    assert [sparsifier(m).weights["fc.weight"].grid.block for m in models] == [4, 8, 16, 1, 4]
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
