@@ -310,7 +310,7 @@ def _check_state(state: Any, own: dict[str, SparseWeight]) -> None:
     if masks.keys() != own.keys():
         raise CheckpointError(
             f"the checkpoint's masks do not fit the model: missing {sorted(own.keys() - masks.keys())}, "
-            f"unexpected {sorted(masks.keys() - own.keys())}; sparsify the model as it was when the checkpoint was written"
+            f"unexpected {sorted(masks.keys() - own.keys())}; sparsify the model as it was when it was saved"
         )
     for name, weight in own.items():
         if tuple(masks[name].shape) != weight.grid.shape or masks[name].dtype != torch.bool:

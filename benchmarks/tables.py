@@ -1,0 +1,127 @@
+"""Turn the ledger into the README's tables and plot, so that no figure there is typed by hand.
+
+    python -m benchmarks.tables            # print the tables
+    python -m benchmarks.tables --write    # put them between the README's markers and draw docs/speedup.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from pathlib import Path
+
+from .ledger import LEDGER
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PLOT = ROOT / "docs" / "speedup.png"
+_CASE = re.compile(r"(?P<layer>\d+->\d+) M=(?P<tokens>\d+) B=(?P<block>\d+) d=(?P<density>[\d.]+)")
+
+
+def read() -> list[dict[str, str]]:
+    """All rows; of equal measurements the newest counts."""
+    with LEDGER.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    newest = {(r["benchmark"], r["case"], r["side"], r["threads"], r["dtype"]): r for r in rows}
+    return list(newest.values())
+
+
+def layer_rows(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of the layer benchmark with the parts of their case."""
+    found = []
+    for row in rows:
+        case = _CASE.fullmatch(row["case"]) if row["benchmark"] == "layers" else None
+        if case:
+            found.append(row | case.groupdict())
+    return found
+
+
+def layers_table(rows: list[dict[str, str]]) -> str:
+    """Smallest and largest speed-up over the layer shapes, by dtype, threads, density and block."""
+    cells: dict[tuple[str, str, str], dict[int, list[float]]] = {}
+    for row in layer_rows(rows):
+        key = (row["dtype"], row["threads"], f"{round(float(row['density']), 1):.1f}")
+        cells.setdefault(key, {}).setdefault(int(row["block"]), []).append(float(row["ratio"]))
+    blocks = sorted({b for by_block in cells.values() for b in by_block})
+    lines = ["| dtype | threads | density | " + " | ".join(f"B = {b}" for b in blocks) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(blocks))
+    for (dtype, threads, density), by_block in sorted(cells.items(), key=lambda i: (i[0][0] != "float32", i[0][1], i[0][2])):
+        values = [f"{min(by_block[b]):.1f}–{max(by_block[b]):.1f}x" if b in by_block else "" for b in blocks]
+        lines.append(f"| {dtype} | {threads} | {density} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def model_table(rows: list[dict[str, str]]) -> str:
+    """Whole training steps, whole schedules, memory, overhead."""
+    lines = ["| what | dense (inductor) | mst | ratio |", "|---|---|---|---|"]
+    by_case: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if row["benchmark"] in ("train_step", "schedule", "memory"):
+            key = (row["benchmark"], row["case"], f"{row['dtype']}, {row['threads']} threads")
+            by_case.setdefault(key, {})[row["side"]] = row
+    units = {"train_step": ("training step", "s"), "schedule": ("whole schedule", "s"), "memory": ("peak memory", "MiB")}
+    for (benchmark, case, conditions), sides in by_case.items():
+        if not {"inductor", "mst"} <= sides.keys():
+            continue
+        what, unit = units[benchmark]
+        dense, sparse = (float(sides[s]["median_s"]) for s in ("inductor", "mst"))
+        digits = 0 if unit == "MiB" else 2
+        ratio = sparse / dense if benchmark == "memory" else dense / sparse
+        lines.append(
+            f"| {what}: {case}, {conditions} | {dense:.{digits}f} {unit} | {sparse:.{digits}f} {unit} | **{ratio:.2f}x** |"
+        )
+    return "\n".join(lines)
+
+
+def write(rows: list[dict[str, str]]) -> None:
+    """Replace what stands between ``<!-- ledger:NAME -->`` and ``<!-- end -->`` in the README."""
+    text = README.read_text()
+    for name, table in (("layers", layers_table(rows)), ("models", model_table(rows))):
+        text = re.sub(rf"(<!-- ledger:{name} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.S)
+    README.write_text(text)
+
+
+def plot(rows: list[dict[str, str]]) -> None:
+    """Speed-up of a layer over density, a line a block, against 1/density."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    dtypes = sorted({r["dtype"] for r in layer_rows(rows)}, reverse=True)
+    figure, axes = plt.subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 3.8), sharey=True, squeeze=False)
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        mine = [r for r in layer_rows(rows) if r["dtype"] == dtype and r["threads"] == "2" and r["layer"] == "768->3072"]
+        for block in sorted({int(r["block"]) for r in mine}):
+            points = sorted((float(r["density"]), float(r["ratio"])) for r in mine if int(r["block"]) == block)
+            axis.plot(*zip(*points, strict=True), marker="o", label=f"block {block}")
+        densities = sorted({float(r["density"]) for r in mine})
+        axis.plot(densities, [1 / d for d in densities], "k:", label="1 / density")
+        axis.set(xscale="log", yscale="log", xlabel="density", title=f"768 → 3072, forward + backward, {dtype}")
+        ticks = [1, 2, 3, 5, 7, 10]
+        axis.set_yticks(ticks, [f"{t}x" for t in ticks])
+        axis.set_xticks([0.1, 0.3, 1.0], ["0.1", "0.3", "1"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("speed-up over torch.compile(inductor)")
+    axes[0][-1].legend(frameon=False)
+    figure.tight_layout()
+    PLOT.parent.mkdir(exist_ok=True)
+    figure.savefig(PLOT, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="update README.md and docs/speedup.png")
+    args = parser.parse_args()
+    rows = read()
+    if args.write:
+        write(rows)
+        plot(rows)
+    else:
+        print(layers_table(rows), model_table(rows), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
