@@ -18,6 +18,8 @@ Runs (``--runs``), all on the same batches in the same order, starting from the 
     static   80 % sparse from the first step to the last, masks never change
     short    the dense model, stopped (with its learning-rate schedule) after mst's training FLOPs
 
+The LM head, which GPT-2 ties to its token embedding, stays dense in the sparse runs; ``--sparse-head`` changes that.
+
 Needs the extra "examples": ``pip install -e .[examples]``. Everything is written to ``--out``.
 """
 
@@ -43,7 +45,7 @@ def specs(options: Options, vocabulary: int) -> list[Spec]:
     """What each run trains; prints how ``small`` and ``short`` were matched to ``mst``."""
     shape = Shape(options.d_model, options.layers, options.heads, options.context, vocabulary)
     tokens, steps = options.tokens_per_step, options.steps
-    budget = planned_flops(shape, tokens, steps, options.mixed_sparsity())
+    budget = planned_flops(shape, tokens, steps, options.mixed_sparsity(), options.sparse_head)
     percent = f"{100 * options.sparsity:g} %"
     found = []
     for name in options.runs:

@@ -28,8 +28,12 @@ class Shape:
     vocabulary: int
 
     @property
+    def head_size(self) -> int:
+        return self.vocabulary * self.d_model
+
+    @property
     def linear_size(self) -> int:
-        return 12 * self.layers * self.d_model**2 + self.vocabulary * self.d_model
+        return 12 * self.layers * self.d_model**2 + self.head_size
 
     def step_flops(self, tokens: int, active: float, in_gradient: float) -> float:
         """FLOPs of one training step on ``tokens`` tokens, with so many weights active and in the weight gradient."""
@@ -59,15 +63,20 @@ def gradient_is_dense(schedule: Any, step: int) -> bool:
     return grows_by_gradient and schedule.is_topology_event(step + 1) and schedule.sparsity_at(step + 1) > 0
 
 
-def planned_flops(shape: Shape, tokens_per_step: int, steps: int, schedule: Any = None) -> float:
+def planned_flops(
+    shape: Shape, tokens_per_step: int, steps: int, schedule: Any = None, sparse_head: bool = False
+) -> float:
     """Training FLOPs of a whole run under ``schedule``, before running it; dense without one."""
+    dense_size = 0 if sparse_head else shape.head_size
+    sparse_size = shape.linear_size - dense_size
     total, density = 0.0, 1.0 if schedule is None else 1.0 - schedule.sparsity_at(0)
     for step in range(steps):
         if schedule is not None and schedule.is_topology_event(step):
             density = 1.0 - schedule.sparsity_at(step)
         dense = schedule is not None and gradient_is_dense(schedule, step)
         in_gradient = 1.0 if dense else density
-        total += shape.step_flops(tokens_per_step, density * shape.linear_size, in_gradient * shape.linear_size)
+        active, in_gradient = (dense_size + share * sparse_size for share in (density, in_gradient))
+        total += shape.step_flops(tokens_per_step, active, in_gradient)
     return total
 
 

@@ -33,6 +33,7 @@ class Options:
     restoration: float = 0.1
     settle: float = 0.15
     block: int | None = None
+    sparse_head: bool = False
     lr: float = 1e-3
     lr_schedule: str = "wsd"
     lr_warmup: float = 0.05
@@ -146,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--restoration", type=float, default=d.restoration, help="share in which sparsity falls to 0")
     g.add_argument("--settle", type=float, default=d.settle, help="dense share at the end, where wsd decays the rate")
     g.add_argument("--block", type=int, default=d.block, help="edge of a block; default: what suits the device")
+    g.add_argument("--sparse-head", action="store_true", help="the LM head too, and so the embedding it is tied to")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default=d.device, help="cpu, cuda, ...")
     g.add_argument("--dtype", choices=("float32", "bfloat16"), default=d.dtype, help="bfloat16: by autocast")

@@ -124,7 +124,9 @@ class Run:
         if spec.schedule is not None:
             import mst_compile
 
-            mst_compile.sparsify(self.model, spec.schedule, block=options.block, seed=options.seed)
+            # GPT-2's head is its token embedding too, and a sparse embedding costs a small model more than it saves.
+            exclude = None if options.sparse_head else "transformer.wte.weight"
+            mst_compile.sparsify(self.model, spec.schedule, block=options.block, exclude=exclude, seed=options.seed)
             self.sparsifier = mst_compile.sparsifier(self.model)
         backend = "inductor" if spec.schedule is None else "mst"
         # All batches have one shape; without dynamic=False the second width in a process would compile as dynamic.
