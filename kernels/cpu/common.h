@@ -20,7 +20,9 @@ struct Lists {
   const int32_t* idx;
 };
 
-static inline Lists by_rows(const int32_t* index, int64_t R) { return {index + MST_HEADER, index + MST_HEADER + R + 1}; }
+static inline Lists by_rows(const int32_t* index, int64_t R) {
+  return {index + MST_HEADER, index + MST_HEADER + R + 1};
+}
 static inline Lists by_cols(const int32_t* index, int64_t R, int64_t C) {
   const int32_t* col_ptr = index + MST_HEADER + R + 1 + R * C;
   return {col_ptr, col_ptr + C + 1};

@@ -46,7 +46,8 @@ struct Problem {
 // ---- packing -------------------------------------------------------------------------------------------------------
 
 // One unit of W columns: dst[c] = row0[c], or the pair (row0[c], row1[c]).
-template <class U, int W, class E> MST_INLINE void pack_unit(const E* row0, [[maybe_unused]] const E* row1, float* dst) {
+template <class U, int W, class E>
+MST_INLINE void pack_unit(const E* row0, [[maybe_unused]] const E* row1, float* dst) {
   [[maybe_unused]] constexpr int N = sizeof(E) == 4 ? W : 4;
   if constexpr (U::per_unit == 1) {
     for (int c = 0; c < W; c += N) store_n<N>(dst + c, load_n<N>(row0 + c));
@@ -76,7 +77,8 @@ template <int W, class E> MST_INLINE void add_row(const E* row, float (&sum)[W])
 
 // `units` units of one strip from full rows; adds their columns to sum if SUM.
 template <class U, int W, bool SUM, class E>
-MST_INLINE void pack_visit(const E* row, int64_t ld, int units, bool fetch_ahead, int ahead, float* to, float (&sum)[W]) {
+MST_INLINE void pack_visit(const E* row, int64_t ld, int units, bool fetch_ahead, int ahead, float* to,
+                           float (&sum)[W]) {
   constexpr int P = U::per_unit;
   for (int u = 0; u < units; u++, row += P * ld) {
     const E* second = row + (P - 1) * ld;
@@ -176,7 +178,8 @@ MST_NOINLINE void tile(const float* a, const float* const* strips, int64_t units
 }
 
 template <class U, int RT, int parts>
-MST_INLINE void tile_of(int vectors, const float* a, const float* const* strips, int64_t units, float* const* sums, bool first) {
+MST_INLINE void tile_of(int vectors, const float* a, const float* const* strips, int64_t units, float* const* sums,
+                        bool first) {
   if (vectors == 3) return tile<U, RT, 3, parts>(a, strips, units, sums, first);
   if (vectors == 2) return tile<U, RT, 2, parts>(a, strips, units, sums, first);
   tile<U, RT, 1, parts>(a, strips, units, sums, first);
@@ -355,7 +358,8 @@ template <int B, class E, class O> int run_all(const Problem& p, const E* a, con
   if (p.colsum) std::fill_n(p.colsum, p.colsum_of_a ? p.rows : p.cols, 0.0f);
 #pragma omp parallel num_threads(threads)
   {
-    Worker<U, B, E, O> worker{p, a, b, out, part_of(p, team_size(), team_rank()), {}, nullptr, nullptr, nullptr, 0, 0, 0};
+    const Part part = part_of(p, team_size(), team_rank());
+    Worker<U, B, E, O> worker{p, a, b, out, part, {}, nullptr, nullptr, nullptr, 0, 0, 0};
     const int mine = worker.run();
     if (mine != MST_OK) {
 #pragma omp atomic write

@@ -57,7 +57,8 @@ struct Problem {
 template <class E, class W, bool ROUND>
 MST_INLINE void fetch_block(const Problem& p, int64_t row0, int64_t col0, int64_t rows, int64_t cols, E* out) {
   const int B = p.block;
-  const int h = static_cast<int>(std::min<int64_t>(B, rows - row0)), n = static_cast<int>(std::min<int64_t>(B, cols - col0));
+  const int h = static_cast<int>(std::min<int64_t>(B, rows - row0));
+  const int n = static_cast<int>(std::min<int64_t>(B, cols - col0));
   if (h < B || n < B) memset(static_cast<void*>(out), 0, sizeof(E) * B * B);
   for (int r = 0; r < h; r++) {
     const W* src = static_cast<const W*>(p.w) + (row0 + r) * p.ldw + col0;
@@ -109,7 +110,8 @@ MST_INLINE void pack_group(const E* from, int B, bool outputs_are_rows, int firs
 }
 
 // Packs the active blocks of output block `i` to dst[group][block][unit][NR].
-template <class U, int NR, class E, class W, bool ROUND> void pack_output_block(const Problem& p, int64_t i, float* dst) {
+template <class U, int NR, class E, class W, bool ROUND>
+void pack_output_block(const Problem& p, int64_t i, float* dst) {
   const int B = p.block;
   const int64_t begin = p.lists.ptr[i], n = p.lists.ptr[i + 1] - begin, group = B / U::per_unit * NR;
   E from[64 * 64];
@@ -232,7 +234,8 @@ template <class U, int NR, int MV, class Y> struct TileRun {
   const Piece& piece;
   int units;
 
-  void operator()(int64_t i, const float* xt, int64_t c0, int64_t c1, float* partial, Y* y, int64_t ldy, int tokens) const {
+  void operator()(int64_t i, const float* xt, int64_t c0, int64_t c1, float* partial, Y* y, int64_t ldy,
+                  int tokens) const {
     const int B = p.block;
     const int32_t* idx = p.lists.idx;
     const int64_t first = p.lists.ptr[i], last = p.lists.ptr[i + 1];
@@ -431,8 +434,10 @@ MST_API int mst_spmm(int x_dtype, int w_dtype, int block, const void* x, int64_t
   p.m = m;
   p.threads = threads < 1 ? 1 : threads;
   std::vector<float> padded(p.out_blocks * block, 0.0f);
+  const auto* wide = static_cast<const float*>(bias);
+  const auto* narrow = static_cast<const bf16*>(bias);
   for (int64_t o = 0; bias && o < p.outputs; o++)
-    padded[o] = bias_dtype == MST_F32 ? static_cast<const float*>(bias)[o] : to_float(static_cast<const bf16*>(bias)[o]);
+    padded[o] = bias_dtype == MST_F32 ? wide[o] : to_float(narrow[o]);
   p.bias = padded.data();
   if (x_dtype == MST_F32 && w_dtype == MST_F32) return dispatch<float, float>(p, x, ldx, y, ldy);
   if (x_dtype == MST_BF16 && w_dtype == MST_BF16) return dispatch<bf16, bf16>(p, x, ldx, y, ldy);

@@ -213,8 +213,10 @@ static MST_INLINE void transpose_units(const E* const* rows, float* dst, int64_t
 // As store_transposed below, rounding first: half the shuffles.
 template <int NR> static MST_INLINE void store_transposed_bf16(const vf (&acc)[NR], bf16* y, int64_t ldy) {
   alignas(64) static constexpr uint16_t order[2][32] = {  // four outputs of tokens 0-7 and 8-15 out of two row pairs
-      {0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51, 4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55},
-      {8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63}};
+      {0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51,
+       4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55},
+      {8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59,
+       12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63}};
   __m512i four[NR / 4][2];  // [h][half]: outputs 4h..4h+3 of 8 tokens, 8 bytes each
   MST_UNROLL for (int h = 0; h < NR / 4; h++) {
     const __m512i ab = (__m512i)_mm512_cvtne2ps_pbh((__m512)acc[4 * h + 1], (__m512)acc[4 * h]);
@@ -251,15 +253,18 @@ template <int NR, class Y> static MST_INLINE void store_transposed(const vf (&ac
   __m512 q[NR];  // lane l of q[4 * (r / 4) + t]: outputs r..r+3 of token 4 * l + t
   MST_UNROLL for (int h = 0; h < NR; h += 4) {
     const __m512 a = (__m512)acc[h], b = (__m512)acc[h + 1], c = (__m512)acc[h + 2], d = (__m512)acc[h + 3];
-    const __m512d ab_lo = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), cd_lo = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
-    const __m512d ab_hi = _mm512_castps_pd(_mm512_unpackhi_ps(a, b)), cd_hi = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+    const __m512d ab_lo = _mm512_castps_pd(_mm512_unpacklo_ps(a, b));
+    const __m512d cd_lo = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
+    const __m512d ab_hi = _mm512_castps_pd(_mm512_unpackhi_ps(a, b));
+    const __m512d cd_hi = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
     q[h] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_lo, cd_lo));
     q[h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_lo, cd_lo));
     q[h + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab_hi, cd_hi));
     q[h + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab_hi, cd_hi));
   }
   if constexpr (NR == 8) {
-    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), odd = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512i even = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i odd = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     MST_UNROLL for (int t = 0; t < 4; t++) MST_UNROLL for (int h = 0; h < 2; h++) {
       const __m512d two = _mm512_permutex2var_pd(_mm512_castps_pd(q[t]), h ? odd : even, _mm512_castps_pd(q[t + 4]));
       Y* p = y + (8 * h + t) * ldy;  // tokens 8h + t and 8h + t + 4
@@ -305,7 +310,8 @@ template <int PARTS> static MST_INLINE vf join(const float* const* from, int64_t
   if constexpr (PARTS == 1) return load(from[0] + at);
 #if defined(MST_AVX512)
   if constexpr (PARTS == 2)
-    return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(from[0] + at)), _mm256_loadu_ps(from[1] + at), 1);
+    return (vf)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(from[0] + at)),
+                                  _mm256_loadu_ps(from[1] + at), 1);
   if constexpr (PARTS == 4) {
     __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(from[0] + at));
     v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(from[1] + at));
