@@ -28,6 +28,11 @@ hypothesis.settings.register_profile("explore", max_examples=600, **_common)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Many models here hold near misses on purpose; that the warning comes has a test of its own.
+    config.addinivalue_line("filterwarnings", "ignore:.*in dense products, which is correct:mst_compile.MSTWarning")
+
+
 @pytest.fixture(autouse=True)
 def _clean_slate() -> Iterator[None]:
     torch.manual_seed(0)

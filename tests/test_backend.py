@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from mst_compile import densify, explain, sparsifier, sparsify
+from mst_compile import MSTWarning, densify, explain, sparsifier, sparsify
 
 BF16 = torch.bfloat16
 X = (2, 8, 32)
@@ -97,8 +98,6 @@ def test_all_forms_in_one_graph(inner: str) -> None:
 @pytest.mark.parametrize("shape", [(32,), (1, 32), (5, 32), X, (2, 1, 3, 32)])
 @pytest.mark.parametrize("layer", [lambda: nn.Linear(32, 67), lambda: Conv1D(67, 32), lambda: nn.Linear(32, 64, False)])
 def test_layers(layer: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
-    if len(shape) == 1 and isinstance(layer(), Conv1D):
-        pytest.skip("Conv1D takes no vectors")
     model = check_model(layer, torch.randn(shape))
     assert "matched" in statuses(model)["weight"]
 
@@ -301,6 +300,17 @@ def test_near_misses_stay_dense_and_are_reported(form: str) -> None:
     assert statuses(model)["w"].startswith("not matched: ")
     assert reason in statuses(model)["w"]
     assert next(iter(explain(model))).kernel == "dense"
+
+
+def test_near_misses_warn_once() -> None:
+    model = sparsify(Free(NEAR_MISSES["chunk"][0]), static(), include="w")
+    fast = compiled(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for batch in (2, 3, 4):  # compiled twice: the batch becomes dynamic
+            fast(torch.randn(batch, 8, 32))
+    (message,) = [str(w.message) for w in caught if w.category is MSTWarning]
+    assert "w: used by chunk" in message
 
 
 def test_multihead_attention_stays_dense() -> None:
