@@ -93,9 +93,7 @@ def loss_and_grads(
     if isinstance(out, Tensor):
         found["output"] = out.detach()
     found |= {f"grad {n}": p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None}
-    found |= {
-        f"grad input {i}": a.grad for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()
-    }  # type: ignore[misc]
+    found |= {f"grad input {i}": a.grad for i, a in enumerate(args) if isinstance(a, Tensor) and a.grad is not None}
     model.zero_grad()
     return found
 

@@ -30,6 +30,12 @@ from mst_compile.errors import (
 SPARSE = static(0.7)
 
 
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of other tests that still live would warn too."""
+    monkeypatch.setattr(steps, "_watchers", weakref.WeakSet())
+
+
 def refuses(error: type[MSTError], model: nn.Module, *words: str, schedule: Any = SPARSE, **options: Any) -> None:
     with unchanged(model), pytest.raises(error) as caught:
         sparsify(model, schedule, **options)
@@ -178,8 +184,7 @@ def test_checkpoints_that_do_not_fit(which: str) -> None:
 # -- warnings ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_optimizer_that_never_steps_a_sparse_weight_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "_watchers", weakref.WeakSet())  # models that still live would warn as well
+def test_an_optimizer_that_never_steps_a_sparse_weight_warns_once() -> None:
     model = sparsify(Blocks(), SPARSE)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.dim() == 1], 0.1)
     with warnings.catch_warnings(record=True) as caught:
