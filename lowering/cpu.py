@@ -35,7 +35,8 @@ def why_unsupported(device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype
 
 
 def _supported(x: Tensor, weight_dtype: torch.dtype, index: Tensor, block: int) -> bool:
-    return x.device.type == index.device.type == "cpu" and kernels.supports(block, x.dtype, weight_dtype)
+    on_cpu = x.device.type == index.device.type == "cpu"
+    return on_cpu and kernels.supports(block, x.dtype, weight_dtype) and kernels.available()
 
 
 def with_fallback(own: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -52,7 +52,8 @@ def _extern(x: Any, weight: Any, index: Any, bias: Any, block: int, transposed: 
 
 
 def _has_kernel(x: Any, weight: Any, block: int) -> bool:
-    return x.get_device().type == "cpu" and kernels.supports(block, x.get_dtype(), weight.get_dtype())
+    on_cpu = x.get_device().type == "cpu"
+    return on_cpu and kernels.supports(block, x.get_dtype(), weight.get_dtype()) and kernels.available()
 
 
 @register_lowering(torch.ops.mst.linear.default, type_promotion_kind=None)

@@ -17,6 +17,7 @@ def _native(tensor: Tensor, grid: BlockGrid) -> bool:
         and tensor.dtype in (torch.float32, torch.bfloat16)
         and tensor.stride(-1) == 1
         and cpu.supports(grid.block, tensor.dtype, tensor.dtype)
+        and cpu.available()
     )
 
 

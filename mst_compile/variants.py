@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import weights
 from .errors import TopologyChangedError
+from .kernels import cpu
 from .passes.coverage import warn_unmatched
 from .passes.linear import LinearPass, fake_index, value
 from .weights import SparseWeight
@@ -62,7 +63,8 @@ class Variants:
         mode = next((v.fake_mode for v in map(value, placeholders) if isinstance(v, FakeTensor)), None)
         linear = LinearPass(found, mode)
         slots = linear.run(sparse, sources)
-        warn_unmatched([found[key] for key in linear.reasons if key not in slots])
+        if cpu.available():  # else one warning has told already
+            warn_unmatched([found[key] for key in linear.reasons if key not in slots])
         self._slots = [(i, found[i].signature) for i in slots]
         self._managed = list(found)
         self._found = found
