@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import mst_compile
+from mst_compile import topology
 
 from .ledger import interleave, medians, print_table, record
 
@@ -29,6 +30,19 @@ def _step(layer: nn.Linear, backend: str, x: torch.Tensor, grad: torch.Tensor) -
     return step
 
 
+def _sparse_layer(
+    shape: tuple[int, int], dtype: torch.dtype, block: int, density: float
+) -> tuple[nn.Linear, mst_compile.SparseWeight]:
+    """A layer with random active blocks of just this size: sparsify alone would shrink a block that is too coarse."""
+    layer = nn.Linear(*shape, dtype=dtype)
+    mst_compile.sparsify(layer, mst_compile.Constant(0.5, growth="none"), block=block)
+    sparsifier = mst_compile.sparsifier(layer)
+    weight = sparsifier.weights["weight"]
+    count = topology.active_count(density, weight.grid.blocks, int(weight.spine.sum()))
+    sparsifier.apply_mask("weight", topology.random_mask(weight.spine, count, topology.generator(0, 0, "weight")))
+    return layer, weight
+
+
 def measure(
     shape: tuple[int, int], tokens: int, dtype: torch.dtype, blocks: list[int], densities: list[float], runs: int
 ) -> list:
@@ -41,9 +55,7 @@ def measure(
     for block, density in itertools.product(blocks, densities):
         torch._dynamo.reset()
         dense = nn.Linear(inputs, outputs, dtype=dtype)
-        sparse = nn.Linear(inputs, outputs, dtype=dtype)
-        mst_compile.sparsify(sparse, mst_compile.Constant(1 - density, growth="none"), block=block)
-        real = mst_compile.sparsifier(sparse).weights["weight"]
+        sparse, real = _sparse_layer(shape, dtype, block, density)
         sides = {"inductor": _step(dense, "inductor", x, grad), "mst": _step(sparse, "mst", x, grad)}
         median = medians(interleave(sides, runs))
         ratio = median["inductor"] / median["mst"]

@@ -1,7 +1,7 @@
 """Turn the ledger into the README's tables and plot, so that no figure there is typed by hand.
 
-    python -m benchmarks.tables            # print the tables
-    python -m benchmarks.tables --write    # put them between the README's markers and draw docs/speedup.png
+python -m benchmarks.tables            # print the tables
+python -m benchmarks.tables --write    # put them between the README's markers and draw docs/speedup.png
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def layers_table(rows: list[dict[str, str]]) -> str:
     blocks = sorted({b for by_block in cells.values() for b in by_block})
     lines = ["| dtype | threads | density | " + " | ".join(f"B = {b}" for b in blocks) + " |"]
     lines.append("|---|---|---|" + "---|" * len(blocks))
-    for (dtype, threads, density), by_block in sorted(cells.items(), key=lambda i: (i[0][0] != "float32", i[0][1], i[0][2])):
-        values = [f"{min(by_block[b]):.1f}–{max(by_block[b]):.1f}x" if b in by_block else "" for b in blocks]
+    for dtype, threads, density in sorted(cells, key=lambda key: (key[0] != "float32", *key)):
+        by_block = cells[dtype, threads, density]
+        values = [f"{min(by_block[b]):.1f} to {max(by_block[b]):.1f}x" if b in by_block else "" for b in blocks]
         lines.append(f"| {dtype} | {threads} | {density} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 
@@ -60,7 +61,11 @@ def model_table(rows: list[dict[str, str]]) -> str:
         if row["benchmark"] in ("train_step", "schedule", "memory"):
             key = (row["benchmark"], row["case"], f"{row['dtype']}, {row['threads']} threads")
             by_case.setdefault(key, {})[row["side"]] = row
-    units = {"train_step": ("training step", "s"), "schedule": ("whole schedule", "s"), "memory": ("peak memory", "MiB")}
+    units = {
+        "train_step": ("training step", "s"),
+        "schedule": ("whole schedule", "s"),
+        "memory": ("peak memory", "MiB"),
+    }
     for (benchmark, case, conditions), sides in by_case.items():
         if not {"inductor", "mst"} <= sides.keys():
             continue
@@ -68,9 +73,8 @@ def model_table(rows: list[dict[str, str]]) -> str:
         dense, sparse = (float(sides[s]["median_s"]) for s in ("inductor", "mst"))
         digits = 0 if unit == "MiB" else 2
         ratio = sparse / dense if benchmark == "memory" else dense / sparse
-        lines.append(
-            f"| {what}: {case}, {conditions} | {dense:.{digits}f} {unit} | {sparse:.{digits}f} {unit} | **{ratio:.2f}x** |"
-        )
+        left, right = (f"{value:.{digits}f} {unit}" for value in (dense, sparse))
+        lines.append(f"| {what}: {case}, {conditions} | {left} | {right} | **{ratio:.2f}x** |")
     return "\n".join(lines)
 
 
@@ -92,7 +96,7 @@ def plot(rows: list[dict[str, str]]) -> None:
     dtypes = sorted({r["dtype"] for r in layer_rows(rows)}, reverse=True)
     figure, axes = plt.subplots(1, len(dtypes), figsize=(5.2 * len(dtypes), 3.8), sharey=True, squeeze=False)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
-        mine = [r for r in layer_rows(rows) if r["dtype"] == dtype and r["threads"] == "2" and r["layer"] == "768->3072"]
+        mine = [r for r in layer_rows(rows) if (r["dtype"], r["threads"], r["layer"]) == (dtype, "2", "768->3072")]
         for block in sorted({int(r["block"]) for r in mine}):
             points = sorted((float(r["density"]), float(r["ratio"])) for r in mine if int(r["block"]) == block)
             axis.plot(*zip(*points, strict=True), marker="o", label=f"block {block}")

@@ -8,12 +8,14 @@ from .errors import MSTError, MSTWarning
 from .report import explain
 from .schedule import Constant, MixedSparsity
 from .sparsifier import Sparsifier, densify, sparsifier, sparsify
+from .weights import SparseWeight
 
 __all__ = [
     "Constant",
     "MSTError",
     "MSTWarning",
     "MixedSparsity",
+    "SparseWeight",
     "Sparsifier",
     "densify",
     "explain",

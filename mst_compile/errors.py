@@ -43,6 +43,10 @@ class CheckpointError(MSTError, ValueError):
     """A state dict does not fit the model that it is loaded into."""
 
 
+class MaskError(CheckpointError):
+    """A mask does not fit the weight that it is meant for."""
+
+
 class BackendOptionError(MSTError, ValueError):
     """``torch.compile(backend="mst", options=...)`` got an option that does not exist or has a bad value."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import topology, weights
 from .blockops import block_mean_square, zero_inactive_
-from .errors import AlreadySparseError, CheckpointError, MSTWarning, NotSparseError, SelectionError
+from .errors import AlreadySparseError, CheckpointError, MaskError, MSTWarning, NotSparseError, SelectionError
 from .schedule import Schedule, check_schedule
 from .selection import Candidate, select
 from .steps import watch_steps
@@ -217,6 +217,26 @@ class Sparsifier:
                 self._apply(weight, parameter, mask)
         self._announce_event()
 
+    def apply_mask(self, name: str, mask: Tensor) -> None:
+        """Give one weight other active blocks, outside of the schedule; call it between a step and the next forward.
+
+        Dropped weights, their gradient and their optimizer state become exactly 0, grown ones start at 0. The next
+        topology event goes on from this mask.
+
+        Args:
+            name: a key of :attr:`masks`.
+            mask: bool ``[ceil(rows / block), ceil(cols / block)]``.
+
+        Raises:
+            SelectionError: no sparse weight has this name.
+            MaskError: the mask has another shape or dtype. Nothing has changed.
+        """
+        if name not in self._weights:
+            raise SelectionError(f"no sparse weight is called {name!r}; there are {', '.join(self._weights)}")
+        _check_mask(name, mask, self._weights[name])
+        parameter = next(p for w, p in self.parameters() if w.name == name)
+        self._apply(self._weights[name], parameter, mask.detach().cpu().clone())
+
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -313,11 +333,16 @@ def _check_state(state: Any, own: dict[str, SparseWeight]) -> None:
             f"unexpected {sorted(masks.keys() - own.keys())}; sparsify the model as it was when it was saved"
         )
     for name, weight in own.items():
-        if tuple(masks[name].shape) != weight.grid.shape or masks[name].dtype != torch.bool:
-            raise CheckpointError(
-                f"the checkpoint's mask of {name} has {tuple(masks[name].shape)} blocks of dtype {masks[name].dtype}, "
-                f"the model {weight.grid.shape} of torch.bool (block {weight.grid.block}); use the same block as then"
-            )
+        _check_mask(name, masks[name], weight)
+
+
+def _check_mask(name: str, mask: Any, weight: SparseWeight) -> None:
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != weight.grid.shape or mask.dtype != torch.bool:
+        got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise MaskError(
+            f"the mask of {name} must have {weight.grid.shape} blocks of torch.bool (block {weight.grid.block}), got "
+            f"{got}; a checkpoint needs the block that it was written with"
+        )
 
 
 def sparsify(
