@@ -1,4 +1,4 @@
-"""Options, the entry point, and compile caches."""
+"""Options, the entry point, compile caches, and machines without a compiler."""
 
 from __future__ import annotations
 
@@ -189,3 +189,39 @@ def test_caches_serve_the_next_process_unless_the_sources_changed(tmp_path: Path
     assert [int(v) for v in second[:3]] == [1, 0, 0]
     assert [int(v) for v in third[:3]] == [0, 1, 0]
     assert first[3:] == second[3:] == third[3:]
+
+
+# -- no compiler -------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_one_warning_and_correct_results(tmp_path: Path) -> None:
+    found = python(
+        """
+        import warnings, torch, mst_compile
+        torch.manual_seed(0)
+        def run(model):
+            losses, optimizer = [], torch.optim.SGD(model.parameters(), 0.1)
+            for _ in range(6):
+                loss = model(torch.ones(4, 64)).square().mean()
+                loss.backward(); optimizer.step(); optimizer.zero_grad()
+                losses.append(loss.item())
+            return losses
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            results = []
+            for fast in (False, True, True):
+                torch.manual_seed(0)
+                model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+                mst_compile.sparsify(model, mst_compile.Constant(0.8, interval=2))
+                results.append(run(torch.compile(model, backend="mst") if fast else model))
+        assert results[0] == results[1] == results[2], results
+        own = [w for w in caught if issubclass(w.category, mst_compile.MSTWarning)]
+        print(len(own)); print(own[0].message); print(mst_compile.explain(model))
+        """,
+        CXX="/nonexistent/compiler", MST_COMPILE_CACHE_DIR=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "i"),
+    )  # fmt: skip
+    count, message, *table = found.splitlines()
+    assert count == "1"
+    assert "/nonexistent/compiler" in message
+    assert "Install" in message
+    assert sum("dense" in line and "no kernels" in line for line in table) == 2
