@@ -126,7 +126,7 @@ def between(run: Run, options: Options, val: list[Tensor], progress: Progress) -
     """What happens after a step outside the training time: validation and checkpoints."""
     every = options.eval_every or max(1, run.spec.steps // 10)
     if run.finished or run.step % every == 0:
-        progress.validated(run, run.evaluate(val if run.finished else val[: options.eval_batches]))
+        progress.validated(run, run.evaluate(val))
     if options.checkpoint_every and run.step % options.checkpoint_every == 0:
         run.save()
 
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     prepare_folder(options)
     started = time.perf_counter()
     corpus = load_corpus(options.data, options.tokenizer, options.vocabulary, options.seed, options.out)
-    val = validation_batches(corpus.val, options.batch, options.context, 1_000_000)
+    val = validation_batches(corpus.val, options.batch, options.context, options.eval_batches)
     print(
         f"text: {len(corpus.train) / 1e6:.2f} M training and {len(corpus.val) / 1e3:.1f} k validation tokens, "
         f"vocabulary {corpus.vocabulary}, {corpus.characters_per_token:.2f} characters per token"

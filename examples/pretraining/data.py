@@ -113,9 +113,11 @@ def training_batch(tokens: Tensor, batch: int, context: int, seed: int, step: in
 
 
 def validation_batches(tokens: Tensor, batch: int, context: int, count: int) -> list[Tensor]:
-    """The first ``count`` batches of adjacent windows (fewer if the text is short), int64 ``[<= batch, context]``."""
+    """``count`` batches of windows spread evenly over the text, int64 ``[batch, context]``; fewer if it is short."""
     windows = len(tokens) // context
     if windows == 0:
         raise SystemExit(f"{len(tokens)} tokens of validation text are fewer than --context {context}: give more text.")
     rows = tokens[: windows * context].view(windows, context).long()
-    return list(rows.split(batch)[:count])
+    wanted = min(windows, batch * count)
+    chosen = rows[torch.arange(wanted) * windows // wanted]
+    return [part for part in chosen.split(batch) if len(part) == batch] or [chosen]

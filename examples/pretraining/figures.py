@@ -93,7 +93,7 @@ def density_figure(runs: Sequence[Run]) -> Any:
             target = [100 * (1 - row["sparsity_target"]) for row in run.rows]
             top.plot(steps, target, ":", color=colour, lw=1, label="MST: target")
         bottom.plot(steps, [row["lr"] for row in run.rows], color=colour, lw=1.2)
-    top.set(ylabel="active weights (%)", ylim=(0, 105))
+    top.set(ylabel="active share of sparse layers (%)", ylim=(0, 105))
     top.legend(loc="center")
     bottom.set(ylabel="learning rate", xlabel="optimizer step", ylim=(0, None), xlim=(0, None))
     return figure

@@ -22,12 +22,12 @@ class Options:
     tokenizer: str = "bpe"
     vocabulary: int = 2048
     runs: tuple[str, ...] = ("dense", "mst", "small")
-    steps: int = 240
+    steps: int = 360
     d_model: int = 384
     layers: int = 4
     heads: int = 6
     context: int = 256
-    batch: int = 8
+    batch: int = 4
     sparsity: float = 0.9
     warmup: float = 0.1
     restoration: float = 0.1
@@ -43,7 +43,7 @@ class Options:
     threads: int = 0
     chunk: int = 20
     eval_every: int = 0
-    eval_batches: int = 4
+    eval_batches: int = 10
     checkpoint_every: int = 0
     stop_at: int = 0
     compile: bool = True
@@ -82,6 +82,10 @@ class Options:
             warmup=self.warmup,
             restoration=self.restoration,
             settle=self.settle,
+            # So few steps leave little time between events, and each costs about half a dense step: its growth reads
+            # a dense gradient.
+            interval=max(1, self.steps // 8),
+            ramp_interval=max(1, self.steps // 60),
         )
 
     def static_sparsity(self) -> Any:
@@ -123,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--checkpoint-every", type=int, default=d.checkpoint_every, help="steps; 0: only at the end")
     g.add_argument("--stop-at", type=int, default=d.stop_at, help="pause at this step (then --resume); 0: never")
     g.add_argument("--eval-every", type=int, default=d.eval_every, help="steps between validations; 0: ten in all")
-    g.add_argument("--eval-batches", type=int, default=d.eval_batches, help="validation batches; the last time all")
+    g.add_argument("--eval-batches", type=int, default=d.eval_batches, help="batches of a validation")
     g.add_argument("--chunk", type=int, default=d.chunk, help="steps that a run takes before it is the next one's turn")
     g = p.add_argument_group("text")
     g.add_argument("--data", type=Path, nargs="+", default=(), help="text files; default: the World English Bible")

@@ -18,7 +18,8 @@ from .run import Run
 NOTE = (
     "Training time is the sum of a run's own training steps (forward, backward, clipping, optimizer, topology events); "
     "compilation, validation, checkpoints and batch loading are not in it. The runs take turns, {chunk} steps each, in "
-    "one process, so that other load on the machine hits all alike. FLOPs are those of the matrix products."
+    "one process, so that other load on the machine hits all alike; equal shapes share compiled code. "
+    "FLOPs are those of the matrix products."
 )
 
 
@@ -31,7 +32,7 @@ def result(run: Run) -> dict[str, Any]:
         "steps": run.step,
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "d_model": run.spec.shape.d_model,
-        "val_loss": run.final_val_loss,
+        "val_loss": run.rows[-1]["val_loss"],
         "training_flops": run.flops,
         "training_seconds": run.clock.seconds,
         "compile_seconds": run.clock.compile_seconds,

@@ -115,7 +115,6 @@ class Run:
         self.clock = Clock()
         self.rows: list[dict[str, Any]] = []
         self.snapshots: dict[str, dict[str, Tensor]] = {}
-        self.final_val_loss: float | None = None
         self.sparsifier: Any = None
         self._written = 0
 
@@ -125,7 +124,7 @@ class Run:
             import mst_compile
 
             # GPT-2's head is its token embedding too, and a sparse embedding costs a small model more than it saves.
-            exclude = None if options.sparse_head else "transformer.wte.weight"
+            exclude = None if options.sparse_head else "lm_head.weight"
             mst_compile.sparsify(self.model, spec.schedule, block=options.block, exclude=exclude, seed=options.seed)
             self.sparsifier = mst_compile.sparsifier(self.model)
         backend = "inductor" if spec.schedule is None else "mst"
@@ -184,25 +183,14 @@ class Run:
         return row
 
     def evaluate(self, batches: list[Tensor]) -> float:
-        """Mean loss over ``batches``, by the plain model in eager mode, masks or not.
-
-        The first ``--eval-batches`` of them go into the scalars, so that a curve is made of one set throughout.
-        """
+        """Mean loss over ``batches``, by the plain model in eager mode, masks or not; noted in the last row."""
         self.model.eval()
         with torch.no_grad(), self._autocast():
             on_device = (batch.to(self.device) for batch in batches)
             losses = [self.model(input_ids=batch, labels=batch).loss.item() for batch in on_device]
         self.model.train()
-        sizes = [len(batch) for batch in batches]
-
-        def mean(count: int) -> float:
-            pairs = list(zip(losses, sizes, strict=True))[:count]
-            return sum(loss * size for loss, size in pairs) / sum(size for _, size in pairs)
-
-        self.rows[-1]["val_loss"] = mean(self.options.eval_batches)
-        if self.finished:
-            self.final_val_loss = mean(len(batches))
-        return mean(len(batches))
+        self.rows[-1]["val_loss"] = sum(losses) / len(losses)
+        return self.rows[-1]["val_loss"]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.dtype == "float32":
@@ -247,7 +235,6 @@ class Run:
             "seconds": self.clock.seconds,
             "compile_seconds": self.clock.compile_seconds,
             "flops": self.flops,
-            "final_val_loss": self.final_val_loss,
             "rows": self.rows,
             "snapshots": self.snapshots,
         }
@@ -268,7 +255,7 @@ class Run:
         torch.set_rng_state(state["rng"].cpu())
         self.step, self.flops, self.rows = state["step"], state["flops"], state["rows"]
         self.clock.seconds, self.clock.compile_seconds = state["seconds"], state["compile_seconds"]
-        self.snapshots, self.final_val_loss = state["snapshots"], state["final_val_loss"]
+        self.snapshots = state["snapshots"]
         self._written = 0
         return True
 
