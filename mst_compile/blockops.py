@@ -31,6 +31,8 @@ def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor 
     """
     if index is not None and _native(tensor, grid):
         cpu.zero_inactive_(tensor, index, grid.block)
+        # Autograd cannot see what a kernel writes: a change between forward and backward must not pass unnoticed.
+        torch.autograd.graph.increment_version(tensor)
         return
     mask = mask.to(tensor.device)
     if grid.block == 1:

@@ -95,7 +95,7 @@ class MixedSparsity:
             )
         for name in ("warmup", "restoration", "settle"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
                 raise ScheduleError(
                     f"{name} must be a share of total_steps (float) or a number of steps (int), got {value!r}"
                 )

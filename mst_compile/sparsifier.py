@@ -11,7 +11,6 @@ Within one training step::
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import topology, weights
-from .blockops import block_mean_square, zero_inactive_
+from .blockops import block_mean_square
 from .errors import AlreadySparseError, CheckpointError, MaskError, MSTWarning, NotSparseError, SelectionError
 from .schedule import Schedule, check_schedule
 from .selection import Candidate, select
@@ -29,6 +28,7 @@ from .steps import watch_steps
 from .weights import SparseWeight
 
 _ATTRIBUTE = "_mst_sparsifier"
+_OWNED = "_mst_owned_weights"
 _STATE_VERSION = 1
 _PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
 
@@ -49,7 +49,10 @@ class Sparsifier:
         self._scores: dict[str, Tensor] = {}
         self._counting: weakref.ref[torch.optim.Optimizer] | None = None
         self._foreign_steps = 0
-        self._bind()
+        for name, owners in self._owners.items():
+            for module, attribute in owners:
+                _remember_owner(module, attribute, self._weights[name])
+        self._bind({c.name: c.parameter for c in candidates})
 
     # -- what users read -------------------------------------------------------------------------------------------
 
@@ -84,9 +87,11 @@ class Sparsifier:
         Called by a hook after every step of the optimizer that owns the sparse weights; call it yourself, after
         ``optimizer.step()`` and before the next forward pass, only with ``sparsify(..., auto_step=False)``.
         """
-        self._rebind_moved()
+        self._rebind()
         self._harvest()
         self.step_count += 1
+        for weight in self._weights.values():
+            weight.loaded = None
         if self.schedule.is_topology_event(self.step_count):
             self._change_topology()
         self._scores = {}
@@ -108,11 +113,12 @@ class Sparsifier:
         """Optimizer pre-hook: harvest growth scores, and let the optimizer see zeros outside the active blocks."""
         if self._owns(optimizer):
             self._optimizers.add(optimizer)
+            self._rebind()
             self._harvest()
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Optimizer post-hook: count the step if the optimizer owns sparse weights."""
-        if not self.auto_step:
+        if not self.auto_step or _skipped_by_scaler(optimizer):
             return
         if self._owns(optimizer):
             if self._counting is None or self._counting() is None:
@@ -123,7 +129,7 @@ class Sparsifier:
             self._warn_if_never_stepped(optimizer)
 
     def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
-        own = self._parameter_ids
+        own = {id(p) for _, p in self.parameters()} if self._active else set()
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
     def _warn_if_never_stepped(self, optimizer: torch.optim.Optimizer) -> None:
@@ -140,18 +146,13 @@ class Sparsifier:
                 stacklevel=4,
             )
 
-    def _on_grad(self, weight: SparseWeight, parameter: Tensor) -> None:
-        """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
-        if parameter.grad is not None and not weight.is_dense and not weight.dense_grad:
-            zero_inactive_(parameter.grad, weight.grid, weight.mask, weight.index)
-
     def _harvest(self) -> None:
         for weight, parameter in self.parameters():
             if weight.dense_grad:
                 weight.set_dense_grad(False)
                 if parameter.grad is not None:
                     self._scores[weight.name] = block_mean_square(parameter.grad, weight.grid)
-                    zero_inactive_(parameter.grad, weight.grid, weight.mask, weight.index)
+                    weight.zero_inactive_(parameter.grad)
 
     # -- topology --------------------------------------------------------------------------------------------------
 
@@ -206,7 +207,7 @@ class Sparsifier:
             state = optimizer.state.get(parameter, {})
             tensors += [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
         for tensor in tensors:
-            zero_inactive_(tensor, weight.grid, weight.mask, weight.index)
+            weight.zero_inactive_(tensor)
 
     def _draw_first_masks(self) -> None:
         sparsity = self.schedule.sparsity_at(0)
@@ -244,7 +245,7 @@ class Sparsifier:
         return {"version": _STATE_VERSION, "step": self.step_count, "seed": self.seed, "masks": self.masks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`. Load the model's own state dict as well.
+        """Continue from :meth:`state_dict`. Load the model's own state dict as well, before or after.
 
         Raises:
             CheckpointError: the state is of another format, or its masks do not fit this model. Nothing has changed.
@@ -254,46 +255,42 @@ class Sparsifier:
         self.seed = state["seed"]
         self._scores = {}
         for weight, parameter in self.parameters():
+            if weight.loaded is not None:
+                parameter.data.copy_(weight.loaded)
+                weight.loaded = None
             self._apply(weight, parameter, state["masks"][weight.name].clone())
+            weight.zero_inactive_(parameter)
         self._announce_event()
 
     # -- binding to Parameters ---------------------------------------------------------------------------------------
 
-    def _bind(self) -> None:
-        """Hang the state on the Parameters and register the gradient hooks."""
+    def _bind(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Hang the state on the Parameters, and start to watch optimizers."""
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._counting = None
         self._foreign_steps = 0
-        self._handles: list[Any] = []
-        self._parameter_ids: set[int] = set()
-        for weight, parameter in self.parameters():
-            self._bind_one(weight, parameter)
+        self._active = True
+        for name, parameter in parameters.items():
+            weights.bind(parameter, self._weights[name])
         watch_steps(self)
 
-    def _bind_one(self, weight: SparseWeight, parameter: nn.Parameter) -> None:
-        weights.attach(parameter, weight)
-        self._parameter_ids.add(id(parameter))
-        weight.to_device(parameter.device)
-        if parameter.requires_grad:
-            hook = torch._dynamo.disable(functools.partial(self._on_grad, weight))
-            self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
-
-    def _rebind_moved(self) -> None:
-        """Follow weights that moved to another device or whose Parameter object was replaced."""
+    def _rebind(self) -> None:
+        """Follow weights that moved to another device, were unfrozen, or whose Parameter object was replaced."""
         for weight, parameter in self.parameters():
-            if weights.of(parameter) is not weight:
-                self._bind_one(weight, parameter)
-            weight.to_device(parameter.device)
+            if weights.bind(parameter, weight):
+                weight.zero_inactive_(parameter)
+                if parameter.grad is not None and not weight.dense_grad:
+                    weight.zero_inactive_(parameter.grad)
 
     def release(self) -> None:
-        """Detach from the Parameters; the model is an ordinary one again, its zeros stay zeros."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._parameter_ids = set()
-        self._foreign_steps = -1
+        """Detach from the model: it is an ordinary one again. Zeros stay zeros until an optimizer moves them."""
         for _, parameter in self.parameters():
-            weights.detach(parameter)
+            weights.unbind(parameter)
+        for owners in self._owners.values():
+            for module, _ in owners:
+                _forget_owner(module)
+        self._active = False
+        self._foreign_steps = -1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sparsifier:
         new = object.__new__(type(self))
@@ -303,11 +300,47 @@ class Sparsifier:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ("schedule", "seed", "auto_step", "skipped", "step_count", "_weights", "_owners", "_scores")
-        return {name: getattr(self, name) for name in kept}
+        state = {name: getattr(self, name) for name in kept}
+        # The Parameters themselves too: while a copy is being made its modules do not have them yet.
+        return state | {"parameters": {weight.name: parameter for weight, parameter in self.parameters()}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        parameters = state.pop("parameters")
         self.__dict__.update(state)
-        self._bind()
+        self._bind(parameters)
+
+
+def _remember_owner(module: nn.Module, attribute: str, weight: SparseWeight) -> None:
+    """Let a module know its sparse weights, so that a checkpoint loaded into it cannot fill their zeros."""
+    if _OWNED not in module.__dict__:
+        module.__dict__[_OWNED] = {}
+        module.register_load_state_dict_post_hook(_after_load)
+    module.__dict__[_OWNED][attribute] = weight
+
+
+def _forget_owner(module: nn.Module) -> None:
+    if module.__dict__.pop(_OWNED, None) is not None:
+        hooks = module._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _after_load]:
+            del hooks[key]
+
+
+def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    """``load_state_dict`` may bring other Parameter objects (``assign=True``) and values outside the active blocks."""
+    for attribute, weight in module.__dict__.get(_OWNED, {}).items():
+        parameter = module._parameters[attribute]
+        if parameter is not None:
+            weights.bind(parameter, weight)
+            whole = parameter.detach().clone()
+            weight.zero_inactive_(parameter)
+            if not torch.equal(whole, parameter):
+                weight.loaded = whole  # its masks may follow: Sparsifier.load_state_dict
+
+
+def _skipped_by_scaler(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether ``GradScaler`` had a fused optimizer find infinite gradients: ``step`` was called but did nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found)
 
 
 def _new_weight(candidate: Candidate) -> SparseWeight:
@@ -326,6 +359,11 @@ def _check_state(state: Any, own: dict[str, SparseWeight]) -> None:
     if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
         version = state.get("version") if isinstance(state, dict) else type(state).__name__
         raise CheckpointError(f"not a sparsifier state of version {_STATE_VERSION}: got {version!r}")
+    for key, kind in (("step", int), ("seed", int), ("masks", dict)):
+        if not isinstance(state.get(key), kind):
+            raise CheckpointError(
+                f"the sparsifier state has no {key!r} of type {kind.__name__}: got {state.get(key)!r}"
+            )
     masks = state["masks"]
     if masks.keys() != own.keys():
         raise CheckpointError(

@@ -6,15 +6,19 @@ compiled graph then serves all layers that Dynamo shares it among.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import topology
 from .blockindex import DENSE_GRAD, BlockGrid, new_index, write_index
+from .blockops import zero_inactive_
 
 _ATTRIBUTE = "_mst_weight"
+_hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> handle of its gradient hook
 
 
 @dataclass
@@ -44,6 +48,7 @@ class SparseWeight:
         note: why the block differs from the one asked for, or why the weight stays dense.
         active: number of elements in active blocks.
         changes: number of topology changes so far.
+        loaded: values of a checkpoint that the present masks cut, until masks are loaded or a step is taken.
     """
 
     name: str
@@ -57,6 +62,7 @@ class SparseWeight:
     active: int = 0
     changes: int = 0
     dense_grad: bool = False
+    loaded: Tensor | None = None
     coverage: Coverage = field(default_factory=Coverage)
 
     @classmethod
@@ -100,21 +106,54 @@ class SparseWeight:
             if self.index is not None:
                 self.index[DENSE_GRAD] = int(wanted)
 
+    def zero_inactive_(self, tensor: Tensor) -> None:
+        """Set a tensor of the weight's shape to 0 outside the active blocks, in place."""
+        if not self.is_dense:
+            zero_inactive_(tensor, self.grid, self.mask, self.index)
+
     def to_device(self, device: torch.device) -> None:
         """Follow a weight that was moved."""
         if self.index is not None and self.index.device != device:
             self.index = self.index.to(device)
 
 
-def attach(parameter: Tensor, weight: SparseWeight) -> None:
-    """Make ``weight`` the sparse state of ``parameter``."""
-    setattr(parameter, _ATTRIBUTE, weight)
+def bind(parameter: Tensor, weight: SparseWeight) -> bool:
+    """Make ``weight`` the sparse state of ``parameter`` and have its gradients masked; returns whether that is new.
+
+    Safe to call again, and on frozen parameters.
+    """
+    changed = of(parameter) is not weight
+    if changed:
+        _remove_hook(parameter)
+        setattr(parameter, _ATTRIBUTE, weight)
+    weight.to_device(parameter.device)
+    if parameter not in _hooks:
+        # The hook holds no more than the weight's state: one that led back to the parameter would never be freed.
+        hook = torch._dynamo.disable(functools.partial(_mask_gradient, weight))
+        frozen = not parameter.requires_grad  # it may be unfrozen later, and a hook is only taken by one that is not
+        _hooks[parameter] = parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
+        parameter.requires_grad_(not frozen)
+        changed = True
+    return changed
 
 
-def detach(parameter: Tensor) -> None:
-    """Remove the sparse state of ``parameter``."""
+def unbind(parameter: Tensor) -> None:
+    """Remove the sparse state of ``parameter`` and its hook."""
+    _remove_hook(parameter)
     if hasattr(parameter, _ATTRIBUTE):
         delattr(parameter, _ATTRIBUTE)
+
+
+def _remove_hook(parameter: Tensor) -> None:
+    handle = _hooks.pop(parameter, None)
+    if handle is not None:
+        handle.remove()
+
+
+def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
+    """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
+    if parameter.grad is not None and not weight.is_dense and not weight.dense_grad:
+        weight.zero_inactive_(parameter.grad)
 
 
 def of(parameter: object) -> SparseWeight | None:

@@ -29,7 +29,7 @@ def warn_unmatched(weights: Sequence[SparseWeight]) -> None:
     reasons = "; ".join(f"{w.name}: {', '.join(w.coverage.unmatched)}" for w in lost[:3])
     more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
     warnings.warn(
-        f"{len(lost)} sparse weight{'s' * (len(lost) > 1)} of this graph stay in dense products, which is correct but "
+        f"sparse weights of this graph ({len(lost)}) stay in dense products, which is correct but "
         f"saves no time ({reasons}{more}); mst_compile.explain(model) lists all",
         MSTWarning,
         stacklevel=2,
