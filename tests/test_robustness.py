@@ -1,4 +1,4 @@
-"""Tests that fail today, each for a bug in mst_compile; move them into tests/ as the bugs are fixed."""
+"""What training loops do to a model: replace, freeze, copy, reload and skip, each with a test that it survives."""
 
 from __future__ import annotations
 
