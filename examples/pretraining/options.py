@@ -21,7 +21,7 @@ class Options:
     data: tuple[Path, ...] = ()
     tokenizer: str = "bpe"
     vocabulary: int = 2048
-    runs: tuple[str, ...] = ("dense", "mst", "small")
+    runs: tuple[str, ...] = ("dense", "mst", "small", "static")
     steps: int = 360
     d_model: int = 384
     layers: int = 4
