@@ -46,6 +46,17 @@ def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor 
 
 
 @torch.no_grad()
+def zero_blocks_(tensor: Tensor, grid: BlockGrid, blocks: Tensor) -> None:
+    """Set the given ``blocks`` (bool ``[R, C]``) of ``tensor`` to 0, in place; cheap where they are few."""
+    rows, cols = (i.to(tensor.device) for i in blocks.nonzero(as_tuple=True))
+    within = torch.arange(grid.block, device=tensor.device)
+    # Positions past a ragged edge are clamped: they write the edge's own elements, which belong to the same block.
+    r = (rows[:, None] * grid.block + within).clamp_(max=grid.rows - 1)
+    c = (cols[:, None] * grid.block + within).clamp_(max=grid.cols - 1)
+    tensor[r[:, :, None], c[:, None, :]] = 0
+
+
+@torch.no_grad()
 def block_mean_square(tensor: Tensor, grid: BlockGrid) -> Tensor:
     """Mean square of each block of ``tensor`` (``[rows, cols]``): float32 ``[R, C]`` on the CPU."""
     if grid.block == 1:

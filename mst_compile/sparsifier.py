@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import topology, weights
-from .blockops import block_mean_square
+from .blockops import block_mean_square, zero_blocks_
 from .errors import AlreadySparseError, CheckpointError, MaskError, MSTWarning, NotSparseError, SelectionError
 from .schedule import Schedule, check_schedule
 from .selection import Candidate, select
@@ -30,6 +30,7 @@ from .weights import SparseWeight
 _ATTRIBUTE = "_mst_sparsifier"
 _OWNED = "_mst_owned_weights"
 _STATE_VERSION = 1
+_FEW = 0.05  # share of dropped blocks up to which visiting them alone beats a pass over the weight
 _PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
 
 
@@ -171,12 +172,14 @@ class Sparsifier:
         for name, density, (weight, parameter) in zip(names, densities, self.parameters(), strict=True):
             count = topology.active_count(density, weight.grid.blocks, int(weight.spine.sum()))
             drop = self.schedule.drop_fraction_at(self.step_count) if density < 1 else 0.0
-            if drop == 0.0 and count == int(weight.mask.sum()):
+            active = int(weight.mask.sum())
+            if drop == 0.0 and count == active:
                 continue
+            only_grows = drop == 0.0 and count > active
             mask = topology.update_mask(
                 weight.mask,
                 weight.spine,
-                block_mean_square(parameter, weight.grid),
+                weight.mask.float() if only_grows else block_mean_square(parameter, weight.grid),
                 self._scores.get(name),
                 count,
                 drop,
@@ -194,11 +197,12 @@ class Sparsifier:
 
         Grown blocks need no care: outside the active blocks weights and optimizer state are 0 already.
         """
-        if bool((weight.mask == mask).all()):
+        if torch.equal(weight.mask, mask):
             return
-        shrinks = bool((weight.mask & ~mask).any())
+        dropped = weight.mask & ~mask
         weight.set_mask(mask)
-        if not shrinks:
+        count = int(dropped.sum())
+        if count == 0:
             return
         tensors: list[Tensor] = [parameter]
         if parameter.grad is not None:
@@ -206,8 +210,12 @@ class Sparsifier:
         for optimizer in self._optimizers:
             state = optimizer.state.get(parameter, {})
             tensors += [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
+        few = count < _FEW * dropped.numel()
         for tensor in tensors:
-            weight.zero_inactive_(tensor)
+            if few:
+                zero_blocks_(tensor, weight.grid, dropped)
+            else:
+                weight.zero_inactive_(tensor)
 
     def _draw_first_masks(self) -> None:
         sparsity = self.schedule.sparsity_at(0)
