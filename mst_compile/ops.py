@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blockindex import DENSE_GRAD, BlockGrid, read_mask
+from .blockindex import DENSE_GRAD, BlockGrid
+from .blockops import mask_like
 from .lowering import cpu as cpu_lowering
 
 _LINEAR = "mst::linear"
@@ -39,7 +40,7 @@ _library.define(
 def masked(weight: Tensor, index: Tensor, block: int) -> Tensor:
     """``weight`` with everything outside the active blocks set to 0."""
     grid = BlockGrid(weight.shape[0], weight.shape[1], block)
-    return weight.masked_fill(~grid.expand(read_mask(index, grid)), 0)
+    return weight.masked_fill(~mask_like(index, grid), 0)
 
 
 def linear_reference(

@@ -7,13 +7,11 @@ import gc
 import io
 import math
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import Blocks, element_masks, static
-from test_backend_options import python
 from torch import nn
 
 from mst_compile import Constant, MixedSparsity, sparsifier, sparsify

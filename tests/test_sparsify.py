@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mst_compile
 from mst_compile import Constant, MixedSparsity, Sparsifier, densify, explain, sparsifier, sparsify, topology
-from mst_compile.errors import NotSparseError
+from mst_compile.errors import MaskError, NotSparseError, SelectionError
 from mst_compile.selection import DEFAULT_BLOCK
 
 SPARSE = static(0.7)
@@ -277,3 +277,26 @@ def test_explain_counts_flops() -> None:
 
 def test_public_names() -> None:
     assert set(mst_compile.__all__) <= set(dir(mst_compile))
+
+
+def test_a_mask_can_be_set_by_hand() -> None:
+    model = sparsify(Blocks(), SPARSE)
+    own = sparsifier(model)
+    name, mask = next(iter(own.masks.items()))
+    mask[:] = False
+    mask[0, 1] = mask[1, 0] = True
+    own.apply_mask(name, mask)
+    assert torch.equal(own.masks[name], mask)
+    zeros_follow_masks(model, grown=True)
+
+
+def test_a_mask_that_does_not_fit_changes_nothing() -> None:
+    model = sparsify(Blocks(), SPARSE)
+    own = sparsifier(model)
+    name, mask = next(iter(own.masks.items()))
+    for wrong in (mask[1:], mask.float(), [[True]]):
+        with pytest.raises(MaskError, match="must have"):
+            own.apply_mask(name, wrong)  # type: ignore[arg-type]
+    with pytest.raises(SelectionError, match="nowhere"):
+        own.apply_mask("nowhere", mask)
+    assert torch.equal(own.masks[name], mask)

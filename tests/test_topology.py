@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mst_compile import topology
 from mst_compile.blockindex import CHANGES, DENSE_GRAD, HEADER, NNZ, BlockGrid, new_index, read_mask, write_index
-from mst_compile.blockops import block_mean_square, mask_like, zero_inactive_
+from mst_compile.blockops import block_mean_square, mask_like, zero_blocks_, zero_inactive_
 
 Block = tuple[int, int]
 
@@ -253,3 +253,13 @@ def test_large_weights_are_zeroed_in_parts() -> None:
     tensor = torch.ones(9001, 5, dtype=torch.float64)
     zero_inactive_(tensor, grid, mask, None)
     assert torch.equal(tensor.bool(), expand(mask, 9001, 5, 4))
+
+
+@given(rows=st.integers(1, 40), cols=st.integers(1, 40), block=st.sampled_from((1, 4, 8)), seed=st.integers(0, 99))
+def test_zero_blocks_touches_the_given_blocks_alone(rows: int, cols: int, block: int, seed: int) -> None:
+    grid = BlockGrid(rows, cols, block)
+    blocks = torch.rand(grid.shape, generator=torch.Generator().manual_seed(seed)) < 0.3
+    tensor = torch.randn(rows, cols)
+    want = tensor.masked_fill(grid.expand(blocks), 0)
+    zero_blocks_(tensor, grid, blocks)
+    assert torch.equal(tensor, want)
