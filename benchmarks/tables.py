@@ -78,10 +78,21 @@ def model_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def pretrain_table(rows: list[dict[str, str]]) -> str:
+    """The runs of the example: loss, FLOPs and time, whatever they show."""
+    lines = ["| run | validation loss, training FLOPs | training time | against dense |", "|---|---|---|---|"]
+    for row in rows:
+        if row["benchmark"] == "pretrain":
+            label, _, result = row["note"].partition(": ")
+            lines.append(f"| {label} | {result} | {float(row['median_s']):.0f} s | {float(row['ratio']):.2f}x |")
+    return "\n".join(lines)
+
+
 def write(rows: list[dict[str, str]]) -> None:
     """Replace what stands between ``<!-- ledger:NAME -->`` and ``<!-- end -->`` in the README."""
     text = README.read_text()
-    for name, table in (("layers", layers_table(rows)), ("models", model_table(rows))):
+    tables = {"layers": layers_table(rows), "models": model_table(rows), "pretrain": pretrain_table(rows)}
+    for name, table in tables.items():
         text = re.sub(rf"(<!-- ledger:{name} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.S)
     README.write_text(text)
 
@@ -124,7 +135,7 @@ def main() -> None:
         write(rows)
         plot(rows)
     else:
-        print(layers_table(rows), model_table(rows), sep="\n\n")
+        print(layers_table(rows), model_table(rows), pretrain_table(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
