@@ -49,6 +49,9 @@ def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor 
 def zero_blocks_(tensor: Tensor, grid: BlockGrid, blocks: Tensor) -> None:
     """Set the given ``blocks`` (bool ``[R, C]``) of ``tensor`` to 0, in place; cheap where they are few."""
     rows, cols = (i.to(tensor.device) for i in blocks.nonzero(as_tuple=True))
+    if grid.edge == (grid.block, grid.block) and tensor.is_contiguous():
+        tensor.view(grid.block_rows, grid.block, grid.block_cols, grid.block)[rows, :, cols] = 0
+        return
     within = torch.arange(grid.block, device=tensor.device)
     # Positions past a ragged edge are clamped: they write the edge's own elements, which belong to the same block.
     r = (rows[:, None] * grid.block + within).clamp_(max=grid.rows - 1)

@@ -55,7 +55,7 @@ class MixedSparsity:
             ``total_steps`` if a float, a number of steps if an int. Let ``settle`` cover the decay of the learning
             rate: weights that come back under a decayed learning rate have no time to become useful.
         interval: steps between topology events on the plateau; default ``total_steps / 25``, within 1 to 100.
-        ramp_interval: the same while sparsity changes; default ``interval / 4``, at least 1.
+        ramp_interval: the same while sparsity changes; default ``interval / 2``, at least 1.
         drop_fraction: share of the active blocks dropped and regrown at an event, annealed to 0 by a cosine over
             warm-up and plateau.
         growth: ``"mixed"`` (``gradient_share`` by gradient magnitude, the rest at random; the paper's rule),
@@ -146,7 +146,7 @@ class MixedSparsity:
 
     @property
     def ramp_interval_steps(self) -> int:
-        return self.ramp_interval or max(1, self.plateau_interval // 4)
+        return self.ramp_interval or max(1, self.plateau_interval // 2)
 
     @property
     def max_sparsity(self) -> float:

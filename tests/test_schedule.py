@@ -129,7 +129,7 @@ def test_drop_fraction_is_annealed(s: MixedSparsity) -> None:
 def test_default_intervals(total: int) -> None:
     s = MixedSparsity(total, settle=0.0)
     assert s.plateau_interval == min(100, max(1, total // 25))
-    assert s.ramp_interval_steps == max(1, s.plateau_interval // 4)
+    assert s.ramp_interval_steps == max(1, s.plateau_interval // 2)
 
 
 def test_lengths_are_shares_or_steps() -> None:
