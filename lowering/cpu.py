@@ -22,10 +22,8 @@ def _wants_dense_grad(index: Tensor) -> bool:
     return ctypes.c_int32.from_address(index.data_ptr() + _DENSE_GRAD_OFFSET).value != 0
 
 
-def why_unsupported(device: str, x_dtype: torch.dtype, weight_dtype: torch.dtype, block: int) -> str | None:
-    """Why there is no own kernel for these operands, or None if there is one."""
-    if device != "cpu":
-        return f"no kernel for device {device}"
+def why_unsupported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: int) -> str | None:
+    """Why there is no CPU kernel for these operands, or None if there is one."""
     reason = kernels.why_unavailable()
     if reason is not None:
         return f"no kernels: {reason}"

@@ -1,7 +1,9 @@
 """Inductor lowerings of the ``mst::`` operators. Importing this module registers them.
 
 On the CPU forward and grad-input become calls of an extern kernel with an ``out`` argument: Inductor allocates and
-reuses their results like those of a matrix product. grad-weight has two results and stays a call of the operator.
+reuses their results like those of a matrix product. grad-weight has two results and stays a call of the operator. On a
+GPU all three become generated Triton kernels, see :mod:`mst_compile.lowering.gpu`. Where there is no kernel the
+operator's reference is called.
 """
 
 from __future__ import annotations
@@ -9,13 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from mst_compile.kernels import cpu as kernels
 from torch._inductor import ir
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering, to_dtype
 from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
 
-from . import cpu
+from . import cpu, gpu, support
 
 _KERNEL = "mst_linear_out"
 
@@ -51,22 +52,42 @@ def _extern(x: Any, weight: Any, index: Any, bias: Any, block: int, transposed: 
     return out if len(lead) == 1 else view(out, [*lead, out_features])
 
 
-def _has_kernel(x: Any, weight: Any, block: int) -> bool:
-    on_cpu = x.get_device().type == "cpu"
-    return on_cpu and kernels.supports(block, x.get_dtype(), weight.get_dtype()) and kernels.available()
+def _supported(x: Any, weight_dtype: torch.dtype, block: int) -> str | None:
+    """Type of the device whose kernels take these operands, None if the reference must do."""
+    device = x.get_device().type
+    return device if support.why_unsupported(device, x.get_dtype(), weight_dtype, block) is None else None
+
+
+def _with_bias(out: Any, bias: Any) -> Any:
+    """``out + bias``, which Inductor fuses into the store of the kernel, with whatever pointwise follows."""
+    return out if bias is None else lowerings[torch.ops.aten.add.Tensor](out, to_dtype(bias, out.get_dtype()))
 
 
 @register_lowering(torch.ops.mst.linear.default, type_promotion_kind=None)
 def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool) -> Any:
-    if not _has_kernel(x, weight, block):
-        op = torch.ops.mst.linear.default
-        return fallback_handler(op, add_to_fallback_set=False)(x, weight, bias, index, block, transposed)
-    return _extern(x, weight, index, bias, block, transposed)
+    device = _supported(x, weight.get_dtype(), block)
+    if device == "cuda":
+        return _with_bias(gpu.linear(x, weight, index, block, not transposed), bias)
+    if device == "cpu":
+        return _extern(x, weight, index, bias, block, transposed)
+    op = torch.ops.mst.linear.default
+    return fallback_handler(op, add_to_fallback_set=False)(x, weight, bias, index, block, transposed)
 
 
 @register_lowering(torch.ops.mst.linear_grad_input.default, type_promotion_kind=None)
 def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool) -> Any:
-    if not _has_kernel(grad, weight, block):
-        op = torch.ops.mst.linear_grad_input.default
-        return fallback_handler(op, add_to_fallback_set=False)(grad, weight, index, block, transposed)
-    return _extern(grad, weight, index, None, block, not transposed)
+    device = _supported(grad, weight.get_dtype(), block)
+    if device == "cuda":
+        return gpu.linear(grad, weight, index, block, transposed)
+    if device == "cpu":
+        return _extern(grad, weight, index, None, block, not transposed)
+    op = torch.ops.mst.linear_grad_input.default
+    return fallback_handler(op, add_to_fallback_set=False)(grad, weight, index, block, transposed)
+
+
+@register_lowering(torch.ops.mst.linear_grad_weight.default, type_promotion_kind=None)
+def _grad_weight(grad: Any, x: Any, index: Any, block: int, transposed: bool, dtype: torch.dtype, bias: bool) -> Any:
+    if _supported(grad, dtype, block) == "cuda" and x.get_dtype() == grad.get_dtype():
+        return gpu.grad_weight(grad, x, index, block, transposed, dtype, bias)
+    op = torch.ops.mst.linear_grad_weight.default
+    return fallback_handler(op, add_to_fallback_set=False)(grad, x, index, block, transposed, dtype, bias)

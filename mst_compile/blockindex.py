@@ -25,6 +25,20 @@ from torch import Tensor
 
 HEADER = 8
 NNZ, DENSE_GRAD, CHANGES = 0, 1, 2
+TILE_BLOCK = 32  # the finest block with a part for the GPU
+UNION_WIDTH = 128  # elements that a union of neighbouring block rows or columns covers
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Where an index keeps the active blocks of ``count`` lines (block rows, block columns, or unions of them) that
+    cross ``length`` blocks each: offsets of the three parts, ``order`` -1 where the index has none."""
+
+    count: int
+    length: int
+    ptr: int
+    idx: int
+    order: int
 
 
 @dataclass(frozen=True)
@@ -68,9 +82,40 @@ class BlockGrid:
         return self.col_ptr + self.block_cols + 1
 
     @property
+    def tiled(self) -> bool:
+        """Whether the index has the GPU's part."""
+        return self.block >= TILE_BLOCK
+
+    @property
+    def union(self) -> int:
+        """Number of neighbouring block rows or columns in a union, 1 where there are none."""
+        return max(1, UNION_WIDTH // self.block) if self.tiled else 1
+
+    @property
+    def active(self) -> int:
+        return self.row_idx + self.blocks
+
+    def lines(self, by_rows: bool, *, union: bool = False) -> Lines:
+        """Block rows (``by_rows``) or block columns, or the unions of them."""
+        count, length = self.shape if by_rows else self.shape[::-1]
+        orders = self.active + self.blocks
+        if not union:
+            ptr, idx = (self.row_ptr, self.col_idx) if by_rows else (self.col_ptr, self.row_idx)
+            order = -1 if not self.tiled else orders if by_rows else orders + self.block_rows
+            return Lines(count, length, ptr, idx, order)
+        start = orders + self.block_rows + self.block_cols
+        if not by_rows:
+            start += _length(self.lines(True, union=True))
+        count = -(-count // self.union)
+        return Lines(count, length, start, start + count + 1, start + count + 1 + count * length)
+
+    @property
     def index_length(self) -> int:
         """Number of int32 elements in the packed index."""
-        return self.row_idx + self.blocks
+        if not self.tiled:
+            return self.active
+        last = self.lines(False, union=self.union > 1)
+        return last.order + last.count
 
     @property
     def edge(self) -> tuple[int, int]:
@@ -108,26 +153,49 @@ def new_index(grid: BlockGrid, device: torch.device | str = "cpu") -> Tensor:
 
 @torch.no_grad()
 def write_index(index: Tensor, grid: BlockGrid, mask: Tensor, *, dense_grad: bool = False) -> None:
-    """Pack ``mask`` (bool ``[R, C]``, any device) into ``index`` in place, in one copy.
+    """Pack ``mask`` (bool ``[R, C]``; on the CPU is cheapest) into ``index`` (any device) in place, in one copy.
 
     One copy means one bump of autograd's version counter: a change between forward and backward is then an error.
     """
-    rows, cols = mask.nonzero(as_tuple=True)
-    rows_t = mask.t().nonzero(as_tuple=True)[1]
-    n = rows.numel()
     new = torch.zeros(grid.index_length, dtype=torch.int32, device=mask.device)
-    new[NNZ] = n
+    new[NNZ] = mask.sum()
     new[DENSE_GRAD] = int(dense_grad)
     new[CHANGES] = int(index[CHANGES]) + 1
-    new[grid.row_ptr + 1 : grid.row_ptr + 1 + grid.block_rows] = mask.sum(1).cumsum(0)
-    new[grid.col_idx : grid.col_idx + n] = cols
-    new[grid.col_ptr + 1 : grid.col_ptr + 1 + grid.block_cols] = mask.sum(0).cumsum(0)
-    new[grid.row_idx : grid.row_idx + n] = rows_t
+    _write_lines(new, grid.lines(True), mask)
+    _write_lines(new, grid.lines(False), mask.t())
+    if grid.tiled:
+        new[grid.active : grid.active + grid.blocks] = mask.flatten()
+    if grid.union > 1:
+        _write_lines(new, grid.lines(True, union=True), _united(mask, grid.union))
+        _write_lines(new, grid.lines(False, union=True), _united(mask.t(), grid.union))
     index.copy_(new)
+
+
+def _write_lines(index: Tensor, lines: Lines, mask: Tensor) -> None:
+    """Write one set of lines; ``mask`` is bool ``[lines.count, lines.length]``."""
+    crossed = mask.nonzero(as_tuple=True)[1]
+    lengths = mask.sum(1)
+    index[lines.ptr + 1 : lines.ptr + 1 + lines.count] = lengths.cumsum(0)
+    index[lines.idx : lines.idx + crossed.numel()] = crossed
+    if lines.order >= 0:
+        order = torch.argsort(lengths, descending=True, stable=True)
+        index[lines.order : lines.order + lines.count] = order
+
+
+def _united(mask: Tensor, union: int) -> Tensor:
+    """Rows of ``mask`` joined by or, ``union`` neighbours at a time."""
+    padded = torch.nn.functional.pad(mask, (0, 0, 0, -mask.shape[0] % union))
+    return padded.view(-1, union, mask.shape[1]).any(1)
+
+
+def _length(lines: Lines) -> int:
+    return lines.count + 1 + lines.count * lines.length + lines.count
 
 
 def read_mask(index: Tensor, grid: BlockGrid) -> Tensor:
     """Block mask, bool ``[R, C]``, of a packed index (inverse of :func:`write_index`)."""
+    if grid.tiled:
+        return index[grid.active : grid.active + grid.blocks].view(grid.shape).bool()
     n = int(index[NNZ])
     ptr = index[grid.row_ptr : grid.row_ptr + grid.block_rows + 1].long()
     rows = torch.repeat_interleave(torch.arange(grid.block_rows, device=index.device), ptr.diff(), output_size=n)

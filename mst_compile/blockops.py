@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from .blockindex import BlockGrid, read_mask
 from .kernels import cpu
-
-_ROWS_AT_ONCE = 4096  # bounds the temporary of the plain path
 
 
 def _native(tensor: Tensor, grid: BlockGrid) -> bool:
@@ -34,15 +34,22 @@ def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor 
         # Autograd cannot see what a kernel writes: a change between forward and backward must not pass unnoticed.
         torch.autograd.graph.increment_version(tensor)
         return
-    mask = mask.to(tensor.device)
-    if grid.block == 1:
-        tensor.masked_fill_(~mask, 0)
-        return
-    step = max(1, _ROWS_AT_ONCE // grid.block)
-    for first in range(0, grid.block_rows, step):
-        part = tensor[first * grid.block : (first + step) * grid.block]
-        wide = mask[first : first + step].repeat_interleave(grid.block, 0)[: part.shape[0]]
-        part.masked_fill_(~wide.repeat_interleave(grid.block, 1)[:, : grid.cols], 0)
+    # On a GPU the index already holds the mask: copying the host's would wait for the device.
+    here = index is not None and grid.tiled and index.device == tensor.device
+    inactive = ~(read_mask(index, grid) if here else mask.to(tensor.device))  # type: ignore[arg-type]
+    for rows, block_rows, height in _whole_and_edge(grid.rows, grid.block):
+        for cols, block_cols, width in _whole_and_edge(grid.cols, grid.block):
+            blocks = tensor[rows, cols].unflatten(1, (-1, width)).unflatten(0, (-1, height))
+            blocks.masked_fill_(inactive[block_rows, block_cols][:, None, :, None], 0)
+
+
+def _whole_and_edge(size: int, block: int) -> Iterator[tuple[slice, slice, int]]:
+    """Elements, blocks and edge of the whole blocks along a dimension, and of the partial one at its end."""
+    whole = size // block
+    if whole:
+        yield slice(0, whole * block), slice(0, whole), block
+    if size % block:
+        yield slice(whole * block, size), slice(whole, whole + 1), size % block
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .flops import linear_training
-from .lowering.cpu import why_unsupported
+from .lowering.support import why_unsupported
 from .sparsifier import sparsifier
 from .weights import SparseWeight
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import weights
 from .errors import TopologyChangedError
 from .kernels import cpu
+from .lowering import crossover, tuning
 from .passes.coverage import warn_unmatched
 from .passes.linear import LinearPass, fake_index, value
 from .weights import SparseWeight
@@ -43,7 +44,8 @@ class Variants:
     """The callable that Dynamo runs in place of a graph that holds sparse parameters.
 
     Args:
-        dense_threshold: the dense variant runs when the parameters' mean density is at least this.
+        dense_threshold: the dense variant runs when the parameters' mean density is at least this; None: at the density
+            where dense products become faster, see :mod:`mst_compile.lowering.crossover`.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class Variants:
         example_inputs: Sequence[Any],
         found: dict[int, SparseWeight],
         compile_fn: CompileFn,
-        dense_threshold: float,
+        dense_threshold: float | None,
     ) -> None:
         self._compile_fn = compile_fn
-        self._threshold = dense_threshold
+        self._given_threshold = dense_threshold
+        self._device = example_inputs[next(iter(found))].device.type
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         sparse = clone(graph_module)
         sources = {n: i for i, n in enumerate(n for n in sparse.graph.nodes if n.op == "placeholder") if i in found}
@@ -63,11 +66,14 @@ class Variants:
         mode = next((v.fake_mode for v in map(value, placeholders) if isinstance(v, FakeTensor)), None)
         linear = LinearPass(found, mode)
         slots = linear.run(sparse, sources)
-        if cpu.available():  # else one warning has told already
+        if self._device != "cpu" or cpu.available():  # else one warning has told already
             warn_unmatched([found[key] for key in linear.reasons if key not in slots])
         self._slots = [(i, found[i].signature) for i in slots]
+        for weight in found.values():
+            tuning.expect(weight.grid, weight.density_target)
         self._managed = list(found)
         self._found = found
+        self._set_threshold()
         self._graphs = {False: graph_module, True: sparse}
         self._compiled: dict[bool, Callable[..., Any]] = {}
         self._context = torch._guards.TracingContext.try_get()
@@ -131,6 +137,12 @@ class Variants:
 
         node.register_prehook(check)
 
+    def _set_threshold(self) -> None:
+        """Look the crossover up: before compiling an estimate, after it what tuning measured."""
+        grids = [self._found[i].grid for i, _ in self._slots]
+        given = self._given_threshold
+        self._threshold = crossover.of_weights(grids, self._device) if given is None else given
+
     def _compile(self, sparse: bool) -> Callable[..., Any]:
         graph_module = self._graphs.pop(sparse)
         examples = self._examples
@@ -143,6 +155,7 @@ class Variants:
                 stack.enter_context(torch._guards.compile_context(self._compile_context))  # type: ignore[arg-type]
                 stack.enter_context(torch._guards.tracing(context))
             self._compiled[sparse] = self._compile_fn(graph_module, examples)
+        self._set_threshold()
         if not self._graphs or not self._slots:
             self._graphs, self._examples, self._context, self._compile_context = {}, [], None, None
         return self._compiled[sparse]

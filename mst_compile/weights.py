@@ -97,7 +97,7 @@ class SparseWeight:
         self.active = self.grid.count_elements(mask)
         self.changes += 1
         if self.index is not None:
-            write_index(self.index, self.grid, mask.to(self.index.device), dense_grad=self.dense_grad)
+            write_index(self.index, self.grid, mask, dense_grad=self.dense_grad)
 
     def set_dense_grad(self, wanted: bool) -> None:
         """Ask kernels for the gradient on all blocks (growth reads it), or on the active ones alone."""

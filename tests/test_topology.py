@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -180,7 +181,6 @@ def test_index_round_trip_and_layout(rows: int, cols: int, block: int, data: st.
     grid = BlockGrid(rows, cols, block)
     R, C = math.ceil(rows / block), math.ceil(cols / block)
     assert grid.shape == (R, C)
-    assert grid.index_length == HEADER + (R + 1) + R * C + (C + 1) + R * C
     assert grid.edge == (rows - block * (R - 1), cols - block * (C - 1))
 
     mask = data.draw(block_masks(R, C))
@@ -206,7 +206,40 @@ def test_index_round_trip_and_layout(rows: int, cols: int, block: int, data: st.
         at += length + 1
         assert words[at : at + R * C] == [b[1 - major] for b in ordered] + [0] * (R * C - n)
         at += R * C
-    assert at == len(words)
+    assert (at == len(words)) == (block < 32), "coarse blocks have a part for the GPU behind"
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([32, 64, 128]), st.data())
+def test_index_part_for_the_gpu(rows: int, cols: int, block: int, data: st.DataObject) -> None:
+    grid = BlockGrid(rows, cols, block)
+    R, C = grid.shape
+    mask = data.draw(block_masks(R, C))
+    words = index_of(mask, rows, cols, block).tolist()
+    end = HEADER + (R + 1) + R * C + (C + 1) + R * C
+    assert words[end : end + R * C] == mask.int().flatten().tolist()
+    end += R * C
+    whole, taken = {"lines": 1}, [(True, False), (False, False)]
+    if block < 128:
+        whole["union"] = 128 // block
+        taken += [(True, True), (False, True)]
+    for by_rows, union in taken:
+        lines = grid.lines(by_rows, union=union)
+        oriented = mask if by_rows else mask.t()
+        step = whole["union" if union else "lines"]
+        groups = [oriented[i : i + step].any(0) for i in range(0, len(oriented), step)]
+        sets = [g.nonzero()[:, 0].tolist() for g in groups]
+        assert (lines.count, lines.length) == (len(sets), oriented.shape[1])
+        pointers = words[lines.ptr : lines.ptr + lines.count + 1]
+        assert [words[lines.idx + a : lines.idx + b] for a, b in itertools.pairwise(pointers)] == sets
+        order = words[lines.order : lines.order + lines.count]
+        assert sorted(order) == list(range(len(sets)))
+        lengths = [len(sets[i]) for i in order]
+        assert lengths == sorted(lengths, reverse=True)
+    parts = [grid.lines(*t[:1], union=t[1]) for t in taken]
+    used = [span for p in parts for span in ((p.ptr, p.count + 1), (p.idx, p.count * p.length), (p.order, p.count))]
+    used = sorted([(first, first + size) for first, size in [*used, (grid.active, grid.blocks)]])
+    assert used[-1][1] == len(words)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(used)), "no part lies on another"
 
 
 # -- bulk operations on blocks -----------------------------------------------------------------------------------------

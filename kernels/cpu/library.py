@@ -13,6 +13,8 @@ import threading
 import torch
 from torch import Tensor
 
+from mst_compile.blockindex import BlockGrid
+
 from . import build
 
 BLOCKS = (4, 8, 16, 32, 64)
@@ -152,8 +154,8 @@ def _check(status: int) -> None:
 
 
 def _check_index(index: Tensor, rows: int, cols: int, block: int) -> None:
-    R, C = -(-rows // block), -(-cols // block)
-    if index.dtype != torch.int32 or index.numel() != 10 + R + C + 2 * R * C or not index.is_contiguous():
+    length = BlockGrid(rows, cols, block).index_length
+    if index.dtype != torch.int32 or index.numel() != length or not index.is_contiguous():
         raise ValueError(f"the index does not belong to a {rows} x {cols} weight with blocks of {block}")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..lowering.cpu import why_unsupported
+from ..lowering.support import why_unsupported
 from ..weights import SparseWeight
 from .coverage import describe
 

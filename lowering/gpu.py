@@ -1,0 +1,267 @@
+"""``mst::linear`` and its gradients on NVIDIA GPUs: Inductor lowerings to Triton templates.
+
+Each product is autotuned, when Inductor compiles it, over the tiles of :mod:`mst_compile.kernels.triton.tiles` and the
+dense product of cuBLAS, on index tensors of the density that training will mostly run at. Weights hold exact zeros
+outside their active blocks, so the dense product and unions of block rows compute the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from mst_compile.kernels.triton import gather_gemm, tiles
+from mst_compile.kernels.triton import grad_weight as grad_weight_kernel
+from torch import Tensor
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided, lowerings, to_dtype
+from torch._inductor.select_algorithm import ExternKernelChoice
+from torch._inductor.virtualized import V, ops
+from torch.utils._sympy.functions import FloorDiv
+
+from mst_compile.blockindex import DENSE_GRAD, BlockGrid, Lines
+
+from . import compat, crossover, tuning
+
+_GROUP_M = 8
+compat.on_tuned(crossover.from_tuning)
+# Grad-weight splits the tokens until there are this many programs, a few for each of the largest GPUs' multiprocessors,
+# but not below this many tokens a program, and not beyond this many bytes of float32 partials.
+_PROGRAMS = 512
+_MIN_TOKENS = 512
+_MAX_PARTIALS = 256 << 20
+
+
+# -- operands ----------------------------------------------------------------------------------------------------------
+
+
+def _static(size: Any) -> int:
+    """A size as a constant. Features and strides must be: symbolic ones would cost the asynchronous copies."""
+    return int(V.graph.sizevars.guard_int(size))
+
+
+def _rows(x: Any) -> tuple[Any, list[Any]]:
+    """``x`` as a realized ``[M, features]``, features contiguous, row stride constant; and its leading sizes."""
+    *lead, features = x.get_size()
+    if len(lead) != 1:
+        x = lowerings[torch.ops.aten.view.default](x, [-1, features])
+    x = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(x))
+    row, last = x.get_stride()
+    known = V.graph.sizevars.statically_known_equals
+    constant = not getattr(row, "free_symbols", None) and known(last, 1)
+    return x if constant else ir.ExternKernel.require_contiguous(ir.ExternKernel.copy_input(x)), lead
+
+
+def _unflatten(out: Any, lead: list[Any]) -> Any:
+    return out if len(lead) == 1 else lowerings[torch.ops.aten.view.default](out, [*lead, out.get_size()[-1]])
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if compat.tf32_allowed() else "ieee"
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "'tf32'" if _kind(dtype) != "ieee" else "'ieee'"
+
+
+def _index_generator(grid: BlockGrid) -> Any:
+    return lambda index: tuning.realistic_index(grid, index.get_device())
+
+
+def _mark(choices: list[Any], grid: BlockGrid, product: str, x: Any) -> None:
+    """Let :func:`crossover.from_tuning` know our own choices again, and what they compute."""
+    name = f"{product} {x.get_dtype()} {compat.hint(x.get_size()[0])}"
+    for choice in choices:
+        choice.mst_product = grid, name, tuning.expected_density(grid)
+
+
+# -- forward and grad-input --------------------------------------------------------------------------------------------
+
+
+def _dense_linear(a: Tensor, weight: Tensor, index: Tensor, *, transpose: bool, out: Tensor) -> Tensor:
+    return torch.mm(a, weight.t() if transpose else weight, out=out)
+
+
+# Made on import: generated code that comes out of Inductor's cache calls it by its name.
+_DENSE_LINEAR = ExternKernelChoice(_dense_linear, name="mst_dense_linear", has_out_variant=True)
+
+
+def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool) -> Any:
+    """``a W^T`` if the output features are ``weight``'s rows (``by_rows``), else ``a W``."""
+    weight = ir.ExternKernel.require_contiguous(to_dtype(weight, a.get_dtype()))
+    a, lead = _rows(a)
+    index = ir.ExternKernel.realize_input(index)
+    rows, cols = map(_static, weight.get_size())
+    grid = BlockGrid(rows, cols, block)
+    out_features, reduced = (rows, cols) if by_rows else (cols, rows)
+    m = a.get_size()[0]
+    layout = ir.FixedLayout(a.get_device(), a.get_dtype(), [m, out_features])
+    inputs = [a, weight, index]
+    choices: list[Any] = []
+    for tile in tiles.GEMM[block, _kind(a.get_dtype())]:
+        lines = grid.lines(by_rows, union=tile.union)
+        error = gather_gemm.template.maybe_append_choice(
+            choices,
+            input_nodes=tuple(inputs),
+            layout=layout,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            BLOCK_M=tile.rows,
+            BLOCK_K=tile.depth,
+            WIDTH=block * (grid.union if tile.union else 1),
+            BLOCK=block,
+            OUT=out_features,
+            REDUCE=reduced,
+            **_line_constants(lines),
+            A_STRIDE=_static(a.get_stride()[0]),
+            W_STRIDE=cols,
+            REDUCE_LAST=by_rows,
+            EVEN_M=bool(V.graph.sizevars.statically_known_multiple_of(m, tile.rows)),
+            GROUP_M=_GROUP_M,
+            PRECISION=_precision(a.get_dtype()),
+        )
+        if error is not None:
+            raise error
+    _mark(choices, grid, "forward" if by_rows else "transposed", a)
+    choices.append(_DENSE_LINEAR.bind(inputs, layout, transpose=by_rows))
+    out = compat.select("mst_linear", choices, inputs, layout, input_gen_fns={2: _index_generator(grid)})
+    return _unflatten(out, lead)
+
+
+def _line_constants(lines: Lines) -> dict[str, int]:
+    return {"LINES": lines.count, "PTR": lines.ptr, "IDX": lines.idx, "ORDER": lines.order}
+
+
+# -- grad-weight -------------------------------------------------------------------------------------------------------
+
+
+def _dense_grad_weight(x: Tensor, dy: Tensor, index: Tensor, *rest: Tensor, out_first: bool, out: Tensor) -> Tensor:
+    """The dense product as the first of the partials. The caller adds up the bias gradient itself."""
+    a, b = (dy, x) if out_first else (x, dy)
+    rows = a.shape[1]
+    if a.dtype != out.dtype and a.is_cuda:
+        torch.mm(a.t(), b, out_dtype=out.dtype, out=out[:rows])
+    else:  # other devices have no product of half precision into single
+        torch.mm(a.t().to(out.dtype), b.to(out.dtype), out=out[:rows])
+    out[rows:].zero_()
+    return out
+
+
+_DENSE_GRAD_WEIGHT = ExternKernelChoice(_dense_grad_weight, name="mst_dense_grad_weight", has_out_variant=True)
+
+
+def _split(tokens: int, grid: BlockGrid, gather: int) -> int:
+    """Parts of the tokens, a power of two: enough programs to fill a GPU."""
+    programs = max(1.0, grid.blocks * tuning.expected_density(grid) / gather)
+    split = 1
+    while (
+        programs * split < _PROGRAMS
+        and tokens // (2 * split) >= _MIN_TOKENS
+        and 8 * split * grid.rows * grid.cols <= _MAX_PARTIALS
+    ):
+        split *= 2
+    return split
+
+
+def grad_weight(grad: Any, x: Any, index: Any, block: int, transposed: bool, dtype: torch.dtype, bias: bool) -> Any:
+    """Gradients of the stored weight in ``dtype`` and of the bias in float32 (empty if ``bias`` is false)."""
+    grad, _ = _rows(grad)
+    x, _ = _rows(x)
+    index = ir.ExternKernel.realize_input(index)
+    out_features, in_features = _static(grad.get_size()[1]), _static(x.get_size()[1])
+    grid = BlockGrid(*((in_features, out_features) if transposed else (out_features, in_features)), block)
+    partials, sums, split = _partials(grad, x, index, grid, not transposed, bias)
+    gw = _finish(partials, index, grid, split, dtype)
+    if not bias:
+        return gw, empty_strided([0], None, dtype=torch.float32, device=x.get_device())
+    if sums is None:  # the dense product won
+        return gw, lowerings[torch.ops.aten.sum.dim_IntList](grad, [0], False, dtype=torch.float32)
+    loader = sums.make_loader()
+    total = ir.Pointwise.create(
+        device=x.get_device(),
+        dtype=torch.float32,
+        inner_fn=lambda i: functools.reduce(ops.add, [loader([i[0] + s * out_features]) for s in range(split)]),
+        ranges=[out_features],
+    )
+    return gw, total
+
+
+def _partials(grad: Any, x: Any, index: Any, grid: BlockGrid, out_first: bool, bias: bool) -> tuple[Any, Any, int]:
+    """Float32 partials ``[split * rows, cols]``, column sums ``[split * out]`` or None, and ``split``."""
+    lines = grid.lines(out_first)
+    candidates = tiles.GRAD_WEIGHT[grid.block, _kind(x.get_dtype())]
+    m = x.get_size()[0]
+    split = _split(compat.hint(m), grid, candidates[0].gather)
+    out_features, in_features = _static(grad.get_size()[1]), _static(x.get_size()[1])
+    device = x.get_device()
+    layout = ir.FixedLayout(device, torch.float32, [split * grid.rows, grid.cols])
+    inputs = [x, grad, index]
+    sums = None
+    if bias:
+        sums = empty_strided([split * out_features], None, dtype=torch.float32, device=device)
+        sums.realize()
+        inputs.append(sums)
+    choices: list[Any] = []
+    for tile in candidates:
+        error = grad_weight_kernel.template.maybe_append_choice(
+            choices,
+            input_nodes=tuple(inputs),
+            layout=layout,
+            mutated_inputs=[sums] if bias else None,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            GATHER=tile.gather,
+            GROUPS=-(-lines.length // tile.gather),
+            BLOCK_M=tile.tokens,
+            BLOCK=grid.block,
+            LENGTH=lines.length,
+            **_line_constants(lines),
+            DENSE_GRAD=DENSE_GRAD,
+            OUT=out_features,
+            IN=in_features,
+            ROWS=grid.rows,
+            OUT_FIRST=out_first,
+            X_STRIDE=_static(x.get_stride()[0]),
+            DY_STRIDE=_static(grad.get_stride()[0]),
+            SPLIT=split,
+            BIAS=bias,
+            PRECISION=_precision(x.get_dtype()),
+        )
+        if error is not None:
+            raise error
+    _mark(choices, grid, "grad-weight", x)
+    choices.append(_DENSE_GRAD_WEIGHT.bind(inputs, layout, out_first=out_first))
+    # The caller must know which kind won: only the template fills the column sums.
+    out = compat.select(
+        "mst_grad_weight",
+        choices,
+        inputs,
+        layout,
+        input_gen_fns={2: _index_generator(grid)},
+        return_multi_template=False,
+    )
+    # Nor may what follows be fused into the template, which stores nothing where no gradient is wanted.
+    V.graph.no_fuse_buffer_names.add(out.get_name())
+    dense = isinstance(out.data.data, ir.ExternKernel)
+    return out, None if dense else sums, split
+
+
+def _finish(partials: Any, index: Any, grid: BlockGrid, split: int, dtype: torch.dtype) -> Any:
+    """The sum of the parts where a gradient is wanted, exact zeros elsewhere; fuses with what follows."""
+    parts, words = partials.make_loader(), index.make_loader()
+
+    def inner(position: Any) -> Any:
+        row, col = position
+        block = FloorDiv(row, grid.block) * grid.block_cols + FloorDiv(col, grid.block)
+        wanted = ops.or_(words([grid.active + block]), words([DENSE_GRAD]))
+
+        def total() -> Any:
+            return functools.reduce(ops.add, [parts([row + s * grid.rows, col]) for s in range(split)])
+
+        value = ops.masked(ops.ne(wanted, ops.constant(0, torch.int32)), total, 0.0)
+        return ops.to_dtype(value, dtype)
+
+    return ir.Pointwise.create(device=partials.get_device(), dtype=dtype, inner_fn=inner, ranges=[grid.rows, grid.cols])
