@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +37,32 @@ def cpu_name() -> str:
     return f"{name or platform.processor() or platform.machine()} ({' '.join(has)})"
 
 
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """What a row names as its processor: the GPU, with driver, CUDA version and what bounds its clocks, or the CPU."""
+    if device.type != "cuda":
+        return cpu_name()
+    properties = torch.cuda.get_device_properties(device)
+    facts = [f"cc {properties.major}.{properties.minor}", f"{properties.multi_processor_count} SMs"]
+    facts += [f"{properties.total_memory / 2**30:.0f} GiB", f"CUDA {torch.version.cuda}", *_smi(properties)]
+    return f"{properties.name} ({' '.join(facts)})"
+
+
+def _smi(properties: Any) -> list[str]:
+    """Driver version and limits of clock and power as the driver's own tool tells them; nothing without it."""
+    fields = {"driver_version": "driver", "clocks.max.sm": "SM at most", "power.limit": "power limit"}
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    if hasattr(properties, "uuid"):  # torch may number the GPUs otherwise than the driver does
+        command += ["-i", f"GPU-{properties.uuid}"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    values = out.strip().splitlines()[0].split(", ") if out.strip() else []
+    return [f"{label} {value}" for label, value in zip(fields.values(), values, strict=False)]
+
+
+@functools.cache
 def commit() -> str:
     """Short hash of the checked-out commit, with a plus if the tree differs from it."""
     folder = Path(__file__).parent
@@ -52,27 +80,43 @@ def commit() -> str:
 
 
 def record(
-    benchmark: str, case: str, side: str, median_s: float, ratio: float, runs: int, dtype: str, note: str = ""
+    benchmark: str,
+    case: str,
+    side: str,
+    median_s: float,
+    ratio: float,
+    runs: int,
+    dtype: str,
+    note: str = "",
+    *,
+    device: torch.device | None = None,
+    path: Path | None = None,
 ) -> None:
-    """Append one row. ``ratio`` is the baseline's median over this side's (above 1: faster), or what ``note`` says."""
+    """Append one row. ``ratio`` is the baseline's median over this side's (above 1: faster), or what ``note`` says.
+
+    Args:
+        device: what it ran on, a CPU if not given; its name stands in the column ``cpu``.
+        path: another file than ``LEDGER``.
+    """
+    path = path or LEDGER
     row = {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "benchmark": benchmark,
         "case": case,
         "side": side,
-        "median_s": f"{median_s:.6f}",
+        "median_s": f"{median_s:.{6 if median_s >= 0.01 else 9}f}",  # a product takes microseconds on a GPU
         "ratio": f"{ratio:.3f}",
         "runs": runs,
         "threads": torch.get_num_threads(),
         "dtype": dtype,
-        "cpu": cpu_name(),
+        "cpu": cpu_name() if device is None else device_name(device),
         "torch": torch.__version__,
         "mst_compile": mst_compile.__version__,
         "note": note,
     }
-    new = not LEDGER.exists()
-    with LEDGER.open("a", newline="") as file:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             writer.writeheader()

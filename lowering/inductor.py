@@ -52,10 +52,14 @@ def _extern(x: Any, weight: Any, index: Any, bias: Any, block: int, transposed: 
     return out if len(lead) == 1 else view(out, [*lead, out_features])
 
 
-def _supported(x: Any, weight_dtype: torch.dtype, block: int) -> str | None:
+def _device_of_kernels(x: Any, weight_dtype: torch.dtype, block: int, out_features: Any) -> str | None:
     """Type of the device whose kernels take these operands, None if the reference must do."""
     device = x.get_device().type
-    return device if support.why_unsupported(device, x.get_dtype(), weight_dtype, block) is None else None
+    if support.why_unsupported(device, x.get_dtype(), weight_dtype, block) is not None:
+        return None
+    # Inductor drops the mask of a template's store where the result has a single element.
+    scalar = all(V.graph.sizevars.statically_known_equals(s, 1) for s in (*x.get_size()[:-1], out_features))
+    return None if device == "cuda" and scalar else device
 
 
 def _with_bias(out: Any, bias: Any) -> Any:
@@ -65,7 +69,7 @@ def _with_bias(out: Any, bias: Any) -> Any:
 
 @register_lowering(torch.ops.mst.linear.default, type_promotion_kind=None)
 def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool) -> Any:
-    device = _supported(x, weight.get_dtype(), block)
+    device = _device_of_kernels(x, weight.get_dtype(), block, weight.get_size()[1 if transposed else 0])
     if device == "cuda":
         return _with_bias(gpu.linear(x, weight, index, block, not transposed), bias)
     if device == "cpu":
@@ -76,7 +80,7 @@ def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: 
 
 @register_lowering(torch.ops.mst.linear_grad_input.default, type_promotion_kind=None)
 def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool) -> Any:
-    device = _supported(grad, weight.get_dtype(), block)
+    device = _device_of_kernels(grad, weight.get_dtype(), block, weight.get_size()[0 if transposed else 1])
     if device == "cuda":
         return gpu.linear(grad, weight, index, block, transposed)
     if device == "cpu":
@@ -87,7 +91,9 @@ def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool
 
 @register_lowering(torch.ops.mst.linear_grad_weight.default, type_promotion_kind=None)
 def _grad_weight(grad: Any, x: Any, index: Any, block: int, transposed: bool, dtype: torch.dtype, bias: bool) -> Any:
-    if _supported(grad, dtype, block) == "cuda" and x.get_dtype() == grad.get_dtype():
+    features = x.get_size()[-1] * grad.get_size()[-1]
+    device = _device_of_kernels(grad, dtype, block, features)
+    if device == "cuda" and x.get_dtype() == grad.get_dtype() and features != 1:
         return gpu.grad_weight(grad, x, index, block, transposed, dtype, bias)
     op = torch.ops.mst.linear_grad_weight.default
     return fallback_handler(op, add_to_fallback_set=False)(grad, x, index, block, transposed, dtype, bias)

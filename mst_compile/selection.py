@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from . import topology
-from .blockindex import BlockGrid
+from .blockindex import TILE_BLOCK, BlockGrid
 from .errors import BlockSizeError, SelectionError, WeightError
 from .schedule import Schedule
 
@@ -174,8 +174,10 @@ def _grid(device: torch.device, shape: tuple[int, int], density: float, block: i
     wanted = block or DEFAULT_BLOCK.get(device.type, DEFAULT_BLOCK_ACCELERATOR)
     if wanted < MIN_BLOCK:
         return BlockGrid(*shape, wanted), ""
+    # A GPU has no kernels for finer blocks: there a coarse grid costs density, a fine one all that could be saved.
+    finest = min(wanted, TILE_BLOCK) if device.type == "cuda" else MIN_BLOCK
     size = wanted
-    while size > MIN_BLOCK and (size > min(shape) or _backbone_share(BlockGrid(*shape, size)) > density / 2):
+    while size > finest and (size > min(shape) or _backbone_share(BlockGrid(*shape, size)) > density / 2):
         size //= 2
     grid = BlockGrid(*shape, size)
     note = ""

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 import mst_compile
-from mst_compile import Constant, MixedSparsity, Sparsifier, densify, explain, sparsifier, sparsify, topology
+from mst_compile import Constant, MixedSparsity, Sparsifier, densify, explain, selection, sparsifier, sparsify, topology
 from mst_compile.errors import MaskError, NotSparseError, SelectionError
 from mst_compile.selection import DEFAULT_BLOCK
 
@@ -123,6 +123,23 @@ def test_density_is_the_schedules(distribution: Any, block: int | None) -> None:
     # Rounding to blocks, and ragged edges whose blocks hold fewer elements.
     assert own.density == pytest.approx(0.4, abs=0.01)
     zeros_follow_masks(model)
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "asked", "got"),
+    [
+        ("cpu", (512, 512), 64, 16),
+        ("cuda", (512, 512), 64, 32),
+        ("cuda", (4096, 4096), 64, 64),
+        ("cuda", (20, 20), None, 32),
+        ("cuda", (512, 512), 8, 8),
+    ],
+)
+def test_blocks_stay_coarse_enough_for_a_gpu(device: str, shape: tuple[int, int], asked: int | None, got: int) -> None:
+    grid, note = selection._grid(torch.device(device), shape, 0.1, asked)
+    assert grid.block == got
+    assert (f"block {asked} -> {got}" in note) == (asked is not None and asked != got)
+    assert ("density cannot fall below" in note) == (1 / min(grid.shape) > 0.1)
 
 
 def test_blocks_shrink_where_the_grid_is_too_coarse() -> None:

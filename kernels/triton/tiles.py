@@ -19,6 +19,10 @@ class GemmTile:
     stages: int
     union: bool = False
 
+    def wide(self, block: int) -> bool:
+        """Whether accumulators fill half the register file, so that only light epilogues can be fused."""
+        return self.rows * (128 if self.union else block) > 128 * 128
+
 
 @dataclass(frozen=True)
 class GradWeightTile:
@@ -33,7 +37,7 @@ class GradWeightTile:
 # Keys are (block, kind); kind "half" is bfloat16 and float16, "tf32" and "ieee" are float32 by torch's setting.
 # IEEE float32 has no tensor cores: operands live in registers, so its tiles are small.
 GEMM = {
-    (128, "half"): [GemmTile(128, 64, 8, 4), GemmTile(256, 64, 16, 4), GemmTile(128, 64, 4, 4), GemmTile(64, 64, 4, 4)],
+    (128, "half"): [GemmTile(128, 64, 8, 4), GemmTile(256, 64, 16, 4), GemmTile(64, 64, 4, 4)],
     (64, "half"): [GemmTile(256, 64, 8, 4), GemmTile(128, 64, 4, 4), GemmTile(128, 64, 8, 4, union=True)],
     (32, "half"): [
         GemmTile(256, 64, 8, 4), GemmTile(256, 32, 8, 5), GemmTile(128, 64, 4, 4), GemmTile(128, 64, 8, 4, union=True),
