@@ -15,7 +15,7 @@ def hint(size: Any) -> int:
     sizes = V.graph.sizevars
     if hasattr(sizes, "optimization_hint"):
         return int(sizes.optimization_hint(size))
-    return int(sizes.size_hint(size))  # 2.11; gone from 2.13
+    return int(sizes.size_hint(size))  # type: ignore[attr-defined]  # 2.11; gone from 2.13
 
 
 def select(name: str, choices: list[Any], inputs: list[Any], layout: Any, **kwargs: Any) -> Any:

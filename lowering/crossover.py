@@ -71,7 +71,8 @@ def from_tuning(timings: dict[Any, float], *_: Any) -> None:
     own = [t for c, t in timings.items() if hasattr(c, "mst_product")]
     dense = [t for c, t in timings.items() if not hasattr(c, "mst_product")]
     if own and dense:
-        record(*marked, dense=min(dense), sparse=min(own))
+        grid, product, density = marked
+        record(grid, product, density, min(dense), min(own))
 
 
 def _key(grid: BlockGrid) -> str:

@@ -67,7 +67,7 @@ def _cpu_features() -> set[str]:
 
     names = {"avx512_f": "avx512f", "avx512_bw": "avx512bw", "avx512_vl": "avx512vl", "avx512_dq": "avx512dq"}
     names |= {"fma3": "fma", "avx512_cd": "avx512cd"}
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return {names.get(name, name) for name, value in capabilities.items() if value is True}
 
 
