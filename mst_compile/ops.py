@@ -2,7 +2,7 @@
 
 ``transposed`` says how the weight is stored: ``False`` for ``[out, in]`` (``nn.Linear``), ``True`` for ``[in, out]``
 (Hugging Face ``Conv1D``). ``index`` is the packed index of :mod:`mst_compile.blockindex`, ``block`` its block edge.
-A weight is exactly 0 outside its active blocks, as the sparsifier keeps it: a kernel may skip those zeros or multiply them.
+A weight is exactly 0 outside its active blocks, as the sparsifier keeps it: a kernel may skip those zeros or not.
 
 The reference below is plain PyTorch on the masked dense weight. It is the oracle of all kernels, and what runs on a
 device, dtype or block that has none.
