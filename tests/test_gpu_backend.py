@@ -80,11 +80,11 @@ def through_backend(model: nn.Module, *args: Any) -> Generated:
 def test_a_model_through_the_backend() -> None:
     model = mst_compile.sparsify(Mlp(), static(0.7), block=32, include=["*up*", "*down*", "*embed*"])
     made = through_backend(model, torch.randint(500, (3, 41)))
-    forward = [k.name for k in kernels_of(made.forward.source) if k.kind == "template"]
-    backward = [k.name for k in kernels_of(made.backward.source) if k.kind == "template"]
+    forward = [k for k in kernels_of(made.forward.source) if k.kind == "template"]
+    backward = [k for k in kernels_of(made.backward.source) if k.kind == "template"]
     assert len(forward) == 3
     assert len(backward) == 6
-    assert any("gelu" in name for name in forward), "the activation is in the kernel's store"
+    assert any("erf(" in kernel.source for kernel in forward), "the activation is in the kernel's store"
     code = [line for graph in made.graphs.values() for line in graph.source.splitlines() if not line.startswith("#")]
     assert not [line for line in code if "extern_kernels." in line or "ops.mst" in line]
     with Interpreter(preload=("mst_compile.lowering.inductor",)) as interpreter:

@@ -34,7 +34,7 @@ def mixed(draw: st.DrawFn) -> MixedSparsity:
         settle=settle,
         interval=draw(st.none() | st.integers(1, 50)),
         ramp_interval=draw(st.none() | st.integers(1, 20)),
-        drop_fraction=draw(st.floats(0, 1)),
+        drop_fraction=draw(st.floats(0, 1, allow_subnormal=False)),
         growth=draw(st.sampled_from(GROWTHS)),
         initial_sparsity=draw(st.just(0.0) | st.floats(0, sparsity)),
         restoration_ramp=draw(st.sampled_from(RAMPS)),
