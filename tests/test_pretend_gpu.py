@@ -629,3 +629,16 @@ def test_memory_that_was_never_written_is_seen(interpreter: Interpreter) -> None
     unwritten = "\n".join(x for x in made.forward.source.splitlines() if store not in x)
     (y,) = interpreter.run_on(unwritten, made.forward.inputs).outputs
     assert y.isnan().all()
+
+
+def test_scattered_rows_of_one_program_each(interpreter: Interpreter) -> None:
+    """Atomic additions of a whole row under a mask of one element."""
+    table, tokens = torch.randn(500, 256, requires_grad=True), torch.randint(500, (3, 41))
+
+    def normalised(table: Tensor, tokens: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(torch.nn.functional.embedding(tokens, table), (256,))
+
+    made = generate(normalised, [table, tokens])
+    assert "tl.atomic_add" in made.backward.source
+    gradient = next(t for t in interpreter.run(made.backward) if t is not None)
+    torch.testing.assert_close(gradient, table.grad, rtol=1e-5, atol=1e-5)

@@ -121,7 +121,8 @@ def _repair_elementwise() -> None:
 
 
 def _repair_masks() -> None:
-    """`block_mask & scalar_bool` gives a mask of a type that the memory operations refuse (triton 3.9)."""
+    """`block_mask & scalar_bool` gives a mask of a type that the memory operations refuse (triton 3.9), and atomics get
+    masks of one column for pointers of many, of which they then serve the first (triton 3.8)."""
     for name, position in (("create_masked_load", 1), ("create_masked_store", 2), ("create_atomic_rmw", 3)):
         setattr(Builder, name, _with_bool_mask(getattr(Builder, name), position))
 
@@ -129,8 +130,10 @@ def _repair_masks() -> None:
 def _with_bool_mask(original: Callable[..., Any], position: int) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         mask = args[position] if len(args) > position else None
-        if isinstance(mask, TensorHandle) and mask.data.dtype != np.bool_:
-            mask = TensorHandle(mask.data.astype(bool), tl.int1)
+        if isinstance(mask, TensorHandle):
+            pointers = next(a for a in args if isinstance(a, TensorHandle))
+            whole = np.broadcast_to(mask.data.astype(bool), pointers.data.shape)
+            mask = TensorHandle(np.ascontiguousarray(whole), tl.int1)
             args = (*args[:position], mask, *args[position + 1 :])
         return original(self, *args, **kwargs)
 
