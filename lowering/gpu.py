@@ -36,7 +36,7 @@ _MAX_PARTIALS = 256 << 20
 # -- operands ----------------------------------------------------------------------------------------------------------
 
 
-def _static(size: Any) -> int:
+def static(size: Any) -> int:
     """A size as a constant. Features and strides must be: symbolic ones would cost the asynchronous copies."""
     return int(V.graph.sizevars.guard_int(size))
 
@@ -57,14 +57,14 @@ def _unflatten(out: Any, lead: list[Any]) -> Any:
     return out if len(lead) == 1 else lowerings[torch.ops.aten.view.default](out, [*lead, out.get_size()[-1]])
 
 
-def _kind(dtype: torch.dtype) -> str:
+def kind(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "half"
     return "tf32" if compat.tf32_allowed() else "ieee"
 
 
-def _precision(dtype: torch.dtype) -> str:
-    return "'tf32'" if _kind(dtype) != "ieee" else "'ieee'"
+def precision(dtype: torch.dtype) -> str:
+    return "'tf32'" if kind(dtype) != "ieee" else "'ieee'"
 
 
 def _index_generator(grid: BlockGrid) -> Any:
@@ -94,14 +94,14 @@ def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool) -> Any:
     weight = ir.ExternKernel.require_contiguous(to_dtype(weight, a.get_dtype()))
     a, lead = _rows(a)
     index = ir.ExternKernel.realize_input(index)
-    rows, cols = map(_static, weight.get_size())
+    rows, cols = map(static, weight.get_size())
     grid = BlockGrid(rows, cols, block)
     out_features, reduced = (rows, cols) if by_rows else (cols, rows)
     m = a.get_size()[0]
     layout = ir.FixedLayout(a.get_device(), a.get_dtype(), [m, out_features])
     inputs = [a, weight, index]
     choices: list[Any] = []
-    for tile in tiles.GEMM[block, _kind(a.get_dtype())]:
+    for tile in tiles.GEMM[block, kind(a.get_dtype())]:
         lines = grid.lines(by_rows, union=tile.union)
         error = gather_gemm.template.maybe_append_choice(
             choices,
@@ -116,12 +116,12 @@ def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool) -> Any:
             OUT=out_features,
             REDUCE=reduced,
             **_line_constants(lines),
-            A_STRIDE=_static(a.get_stride()[0]),
+            A_STRIDE=static(a.get_stride()[0]),
             W_STRIDE=cols,
             REDUCE_LAST=by_rows,
             EVEN_M=bool(V.graph.sizevars.statically_known_multiple_of(m, tile.rows)),
             GROUP_M=_GROUP_M,
-            PRECISION=_precision(a.get_dtype()),
+            PRECISION=precision(a.get_dtype()),
         )
         if error is not None:
             raise error
@@ -171,7 +171,7 @@ def grad_weight(grad: Any, x: Any, index: Any, block: int, transposed: bool, dty
     grad, _ = _rows(grad)
     x, _ = _rows(x)
     index = ir.ExternKernel.realize_input(index)
-    out_features, in_features = _static(grad.get_size()[1]), _static(x.get_size()[1])
+    out_features, in_features = static(grad.get_size()[1]), static(x.get_size()[1])
     grid = BlockGrid(*((in_features, out_features) if transposed else (out_features, in_features)), block)
     partials, sums, split = _partials(grad, x, index, grid, not transposed, bias)
     gw = _finish(partials, index, grid, split, dtype)
@@ -192,10 +192,10 @@ def grad_weight(grad: Any, x: Any, index: Any, block: int, transposed: bool, dty
 def _partials(grad: Any, x: Any, index: Any, grid: BlockGrid, out_first: bool, bias: bool) -> tuple[Any, Any, int]:
     """Float32 partials ``[split * rows, cols]``, column sums ``[split * out]`` or None, and ``split``."""
     lines = grid.lines(out_first)
-    candidates = tiles.GRAD_WEIGHT[grid.block, _kind(x.get_dtype())]
+    candidates = tiles.GRAD_WEIGHT[grid.block, kind(x.get_dtype())]
     m = x.get_size()[0]
     split = _split(compat.hint(m), grid, candidates[0].gather)
-    out_features, in_features = _static(grad.get_size()[1]), _static(x.get_size()[1])
+    out_features, in_features = static(grad.get_size()[1]), static(x.get_size()[1])
     device = x.get_device()
     layout = ir.FixedLayout(device, torch.float32, [split * grid.rows, grid.cols])
     inputs = [x, grad, index]
@@ -224,11 +224,11 @@ def _partials(grad: Any, x: Any, index: Any, grid: BlockGrid, out_first: bool, b
             IN=in_features,
             ROWS=grid.rows,
             OUT_FIRST=out_first,
-            X_STRIDE=_static(x.get_stride()[0]),
-            DY_STRIDE=_static(grad.get_stride()[0]),
+            X_STRIDE=static(x.get_stride()[0]),
+            DY_STRIDE=static(grad.get_stride()[0]),
             SPLIT=split,
             BIAS=bias,
-            PRECISION=_precision(x.get_dtype()),
+            PRECISION=precision(x.get_dtype()),
         )
         if error is not None:
             raise error

@@ -16,7 +16,9 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
 
-from . import cpu, gpu, support
+from mst_compile.blockindex import TILE_BLOCK
+
+from . import cpu, gpu, gpu_attention, support
 
 _KERNEL = "mst_linear_out"
 
@@ -97,3 +99,25 @@ def _grad_weight(grad: Any, x: Any, index: Any, block: int, transposed: bool, dt
         return gpu.grad_weight(grad, x, index, block, transposed, dtype, bias)
     op = torch.ops.mst.linear_grad_weight.default
     return fallback_handler(op, add_to_fallback_set=False)(grad, x, index, block, transposed, dtype, bias)
+
+
+@register_lowering(torch.ops.mst.attention.default, type_promotion_kind=None)
+def _attention(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    if _has_attention_kernel(q, k, v):
+        return gpu_attention.attention(q, k, v, *rest)
+    return fallback_handler(torch.ops.mst.attention.default, add_to_fallback_set=False)(q, k, v, *rest)
+
+
+@register_lowering(torch.ops.mst.attention_backward.default, type_promotion_kind=None)
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    if _has_attention_kernel(q, k, v):
+        return gpu_attention.attention_backward(grad, q, k, v, *rest)
+    return fallback_handler(torch.ops.mst.attention_backward.default, add_to_fallback_set=False)(grad, q, k, v, *rest)
+
+
+def _has_attention_kernel(q: Any, k: Any, v: Any) -> bool:
+    device, dtype = q.get_device().type, q.get_dtype()
+    if device != "cuda" or {k.get_dtype(), v.get_dtype()} != {dtype}:
+        return False
+    kernels = support.why_unsupported(device, dtype, dtype, TILE_BLOCK) is None
+    return kernels and gpu_attention.why_unsupported(q) is None

@@ -4,7 +4,7 @@ model = mst_compile.sparsify(model, mst_compile.MixedSparsity(total_steps=20_000
 model = torch.compile(model, backend="mst")
 """
 
-from . import ops  # noqa: F401  (registers torch.ops.mst)
+from . import attention_op, ops  # noqa: F401  (registers torch.ops.mst)
 from .errors import MSTError, MSTWarning
 from .report import explain
 from .schedule import Constant, MixedSparsity

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .lowering import cpu_attention
+from .lowering.cpu import with_fallback
 from .patterns import allowed
 
 _library = torch.library.Library("mst", "FRAGMENT")
@@ -136,3 +138,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("mst::attention", _backward, setup_context=_save)
+_library.impl("attention", with_fallback(cpu_attention.attention, attention_reference), "CPU")
+_library.impl(
+    "attention_backward", with_fallback(cpu_attention.attention_backward, attention_backward_reference), "CPU"
+)

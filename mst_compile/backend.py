@@ -24,6 +24,7 @@ from .kernels import cpu
 from .lowering import inductor  # noqa: F401  (registers the lowerings)
 from .memory import keep_freed_memory
 from .passes.attention import recover_causal
+from .passes.multihead import expand_multihead
 from .variants import Variants, find_weights
 
 _INNER = ("inductor", "aot_eager", "eager")
@@ -56,6 +57,7 @@ def mst(
         return compile_fn(graph_module, example_inputs)
     if own["mst.keep_memory"] and _on_cpu(example_inputs):
         keep_freed_memory()
+    expand_multihead(graph_module)
     recover_causal(graph_module)
     return Variants(graph_module, example_inputs, found, compile_fn, own["mst.dense_threshold"])
 

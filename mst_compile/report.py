@@ -29,10 +29,11 @@ class Row:
 
 
 class Explanation:
-    """Rows of :func:`explain`; prints as a table."""
+    """Rows of :func:`explain`, and what became of each attention that a schedule wants sparse; prints as a table."""
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: list[Row], attention: dict[str, str] | None = None) -> None:
         self.rows = rows
+        self.attention = attention or {}
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -63,6 +64,7 @@ class Explanation:
         lines.append(
             f"linear layers: {total / 1e6:.3f} of {dense / 1e6:.3f} MFLOPs/token ({total / max(1, dense):.1%})"
         )
+        lines += [f"attention in {where or 'the model'}: {what}" for where, what in self.attention.items()]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -84,7 +86,7 @@ def explain(model: nn.Module) -> Explanation:
         shape = tuple(parameter.shape) if parameter is not None and parameter.dim() == 2 else (0, 0)
         flops = 6 * shape[0] * shape[1]
         rows.append(Row(name, shape, None, 1.0, 1.0, "dense", f"skipped: {reason}", flops, flops))  # type: ignore[arg-type]
-    return Explanation(rows)
+    return Explanation(rows, own.attention.reasons)
 
 
 def _row(weight: SparseWeight, parameter: nn.Parameter) -> Row:

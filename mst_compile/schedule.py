@@ -15,10 +15,12 @@ from .errors import ScheduleError
 Growth = Literal["mixed", "gradient", "random", "none"]
 Distribution = Literal["erdos-renyi", "uniform"]
 Ramp = Literal["mirrored", "early"]
+Attention = Literal["full", "local", "strided", "sparse", "fixed"]
 
 GROWTHS = ("mixed", "gradient", "random", "none")
 DISTRIBUTIONS = ("erdos-renyi", "uniform")
 RAMPS = ("mirrored", "early")
+ATTENTIONS = ("full", "local", "strided", "sparse", "fixed")
 
 
 @runtime_checkable
@@ -66,6 +68,12 @@ class MixedSparsity:
         initial_sparsity: sparsity at step 0.
         restoration_ramp: ``"mirrored"`` (the paper's: most weights return late) or ``"early"`` (most return early;
             costs more FLOPs, lets them train longer).
+        attention: pattern of causal self-attention inside ``attention_window``; outside it attention is full ("Hybrid
+            Sparse Attention"). One of those in :mod:`mst_compile.patterns`. Takes effect under ``backend="mst"``.
+        attention_window: first step with the sparse pattern and first step without it again, each a share of
+            ``total_steps`` if a float, a number of steps if an int; default the plateau.
+        stride: of the patterns, in positions.
+        span: number of last keys that ``"local"`` and ``"sparse"`` attend to; default ``stride``.
 
     Raises:
         ScheduleError: a value is out of range, or the phases do not fit into ``total_steps``.
@@ -84,6 +92,10 @@ class MixedSparsity:
     distribution: Distribution = "erdos-renyi"
     initial_sparsity: float = 0.0
     restoration_ramp: Ramp = "mirrored"
+    attention: Attention = "full"
+    attention_window: tuple[float | int, float | int] | None = None
+    stride: int = 128
+    span: int | None = None
 
     def __post_init__(self) -> None:
         _check_steps("total_steps", self.total_steps)
@@ -112,6 +124,7 @@ class MixedSparsity:
                 f"the phases are longer than total_steps={self.total_steps}: warmup {self.warmup_steps} + restoration "
                 f"{self.restoration_steps} + settle {self.settle_steps} = {used} steps; shorten one of them"
             )
+        _check_attention(self.attention, self.attention_window, self.stride, self.span)
         if self.restoration_end < 1:
             raise ScheduleError(f"total_steps={self.total_steps} leaves no step for the sparse phases; shorten settle")
 
@@ -139,6 +152,11 @@ class MixedSparsity:
     def restoration_end(self) -> int:
         """Step of the last topology event, which lands on sparsity 0."""
         return self.total_steps - self.settle_steps
+
+    def attention_at(self, step: int) -> Attention:
+        """Attention pattern of the forward pass after ``step`` optimizer steps."""
+        start, end = self.attention_window or (self.warmup_steps, self.restoration_start)
+        return self.attention if self._steps(start) <= step < self._steps(end) else "full"
 
     @property
     def plateau_interval(self) -> int:
@@ -198,6 +216,8 @@ class Constant:
         interval: steps between topology events.
         total_steps: if given, the drop fraction is annealed to 0 by a cosine over three quarters of it and the
             topology rests after that (RigL's choice).
+        attention, stride, span: as in :class:`MixedSparsity`.
+        attention_window: first step with the sparse pattern and first step without it again; default every step.
 
     Raises:
         ScheduleError: a value is out of range.
@@ -210,6 +230,10 @@ class Constant:
     gradient_share: float = 0.75
     distribution: Distribution = "erdos-renyi"
     total_steps: int | None = None
+    attention: Attention = "full"
+    attention_window: tuple[int, int] | None = None
+    stride: int = 128
+    span: int | None = None
 
     def __post_init__(self) -> None:
         _check_sparsity("sparsity", self.sparsity)
@@ -217,6 +241,16 @@ class Constant:
         if self.total_steps is not None:
             _check_steps("total_steps", self.total_steps)
         _check_common(self.drop_fraction, self.growth, self.gradient_share, self.distribution)
+        _check_attention(self.attention, self.attention_window, self.stride, self.span)
+        if any(isinstance(edge, float) for edge in self.attention_window or ()):
+            raise ScheduleError(f"attention_window must be two numbers of steps, got {self.attention_window!r}")
+
+    def attention_at(self, step: int) -> Attention:
+        """Attention pattern of the forward pass after ``step`` optimizer steps."""
+        if self.attention_window is None:
+            return self.attention
+        start, end = self.attention_window
+        return self.attention if start <= step < end else "full"
 
     @property
     def max_sparsity(self) -> float:
@@ -286,6 +320,29 @@ def _check_common(drop_fraction: float, growth: str, gradient_share: float, dist
             raise ScheduleError(f"{name} must lie in [0, 1], got {value!r}")
     _check_choice("growth", growth, GROWTHS)
     _check_choice("distribution", distribution, DISTRIBUTIONS)
+
+
+def _check_attention(attention: str, window: object, stride: object, span: object) -> None:
+    _check_choice("attention", attention, ATTENTIONS)
+    for name, value in (("stride", stride), ("span", 1 if span is None else span)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ScheduleError(f"{name} must be a whole number of positions, at least 1, got {value!r}")
+    if window is None:
+        return
+    edges = list(window) if isinstance(window, tuple | list) else []
+    if len(edges) != 2 or not all(_is_moment(edge) for edge in edges):
+        raise ScheduleError(
+            "attention_window must be the first sparse step and the first full step after it, shares of the run as "
+            f"floats in [0, 1] or numbers of steps, got {window!r}"
+        )
+    if type(edges[0]) is type(edges[1]) and edges[0] >= edges[1]:
+        raise ScheduleError(f"attention_window {window!r} is empty: the first step must lie before the second")
+
+
+def _is_moment(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value <= (1 if isinstance(value, float) else math.inf)
 
 
 def _cosine(peak: float, step: int, end: int) -> float:

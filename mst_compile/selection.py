@@ -47,6 +47,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
 
 
+def _is_projection(module: nn.Module, attribute: str) -> bool:
+    """Whether a parameter projects the inputs of multi-head attention, packed or one by one."""
+    return isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight")
+
+
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:
     if patterns is None:
         return None
@@ -105,7 +110,7 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, attribute))
-                if attribute == "weight" and _is_linear(module):
+                if (attribute == "weight" and _is_linear(module)) or _is_projection(module, attribute):
                     linear.add(id(parameter))
     selection = Selection([], _parametrized(model))
     names: dict[int, list[str]] = {}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import topology, weights
 from .blockops import block_mean_square, zero_blocks_
 from .errors import AlreadySparseError, CheckpointError, MaskError, MSTWarning, NotSparseError, SelectionError
+from .hybrid import AttentionState
 from .schedule import Schedule, check_schedule
 from .selection import Candidate, select
 from .steps import watch_steps
@@ -46,6 +47,9 @@ class Sparsifier:
         self.skipped = skipped
         self.step_count = 0
         self._weights = {c.name: _new_weight(c) for c in candidates}
+        self.attention = _new_attention(schedule)
+        for weight in self._weights.values():
+            weight.attention = self.attention
         self._owners = {c.name: c.owners for c in candidates}
         self._scores: dict[str, Tensor] = {}
         self._counting: weakref.ref[torch.optim.Optimizer] | None = None
@@ -96,10 +100,12 @@ class Sparsifier:
         if self.schedule.is_topology_event(self.step_count):
             self._change_topology()
         self._scores = {}
-        self._announce_event()
+        self._prepare_next_step()
 
-    def _announce_event(self) -> None:
-        """If the next step ends in a topology event whose growth reads gradients, have them computed on all blocks."""
+    def _prepare_next_step(self) -> None:
+        """Choose the attention pattern of the next forward pass; and if the next step ends in a topology event whose
+        growth reads gradients, have them computed on all blocks."""
+        self.attention.pattern = _attention_at(self.schedule, self.step_count)
         wanted = self._wants_gradient(self.step_count + 1)
         for weight in self._weights.values():
             weight.set_dense_grad(wanted and weight.density_target < 1)
@@ -224,7 +230,7 @@ class Sparsifier:
                 count = topology.active_count(density, weight.grid.blocks, int(weight.spine.sum()))
                 mask = topology.random_mask(weight.spine, count, topology.generator(self.seed, 0, weight.name))
                 self._apply(weight, parameter, mask)
-        self._announce_event()
+        self._prepare_next_step()
 
     def apply_mask(self, name: str, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule; call it between a step and the next forward.
@@ -268,7 +274,7 @@ class Sparsifier:
                 weight.loaded = None
             self._apply(weight, parameter, state["masks"][weight.name].clone())
             weight.zero_inactive_(parameter)
-        self._announce_event()
+        self._prepare_next_step()
 
     # -- binding to Parameters ---------------------------------------------------------------------------------------
 
@@ -307,7 +313,7 @@ class Sparsifier:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("schedule", "seed", "auto_step", "skipped", "step_count", "_weights", "_owners", "_scores")
+        kept = ("schedule", "seed", "auto_step", "skipped", "step_count", "_weights", "_owners", "_scores", "attention")
         state = {name: getattr(self, name) for name in kept}
         # The Parameters themselves too: while a copy is being made its modules do not have them yet.
         return state | {"parameters": {weight.name: parameter for weight, parameter in self.parameters()}}
@@ -349,6 +355,17 @@ def _skipped_by_scaler(optimizer: torch.optim.Optimizer) -> bool:
     """Whether ``GradScaler`` had a fused optimizer find infinite gradients: ``step`` was called but did nothing."""
     found = getattr(optimizer, "found_inf", None)
     return isinstance(found, Tensor) and bool(found)
+
+
+def _attention_at(schedule: Schedule, step: int) -> str:
+    """A schedule written before attention patterns existed has full attention."""
+    return schedule.attention_at(step) if hasattr(schedule, "attention_at") else "full"
+
+
+def _new_attention(schedule: Schedule) -> AttentionState:
+    stride = getattr(schedule, "stride", 128)
+    window = getattr(schedule, "span", None) or stride
+    return AttentionState(_attention_at(schedule, 0), getattr(schedule, "attention", "full"), window, stride)
 
 
 def _new_weight(candidate: Candidate) -> SparseWeight:

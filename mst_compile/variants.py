@@ -1,7 +1,8 @@
-"""One Dynamo graph, two compiled variants: the graph as it was, and the graph with sparse operators.
+"""One Dynamo graph, a few compiled variants: with dense or sparse products, with full or sparse attention.
 
-Which one runs is decided at every call from the densities of the parameters that come in; a variant is compiled when
-it is first needed. Nothing recompiles when the topology or the sparsity changes.
+Which one runs is decided at every call, from the densities of the parameters that come in and from the attention
+pattern of the moment; a variant is compiled when it is first needed. Nothing recompiles when topology, sparsity or
+attention change.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from . import weights
 from .errors import TopologyChangedError
 from .kernels import cpu
 from .lowering import crossover, tuning
-from .passes.coverage import warn_unmatched
+from .passes.attention import AttentionPass
+from .passes.coverage import note_attention, warn_unmatched
+from .passes.evaluate import Constant
 from .passes.linear import LinearPass, fake_index, value
 from .weights import SparseWeight
 
+Kind = tuple[bool, str]  # whether products are sparse, and the attention pattern
 CompileFn = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
@@ -74,21 +78,31 @@ class Variants:
         self._managed = list(found)
         self._found = found
         self._set_threshold()
+        self._attention = found[next(iter(found))].attention
+        self._mode = mode
+        # Attention is rewritten when a variant with it is compiled: both graphs may be needed with either pattern.
         self._graphs = {False: graph_module, True: sparse}
-        self._compiled: dict[bool, Callable[..., Any]] = {}
+        self._compiled: dict[Kind, Callable[..., Any]] = {}
         self._context = torch._guards.TracingContext.try_get()
         self._compile_context = torch._guards.CompileContext.try_get()
-        first = self._indices(example_inputs) is not None
+        # Masks in buffers that variants with sparse attention rely on, by their kind.
+        self._constants: dict[Kind, list[Constant]] = {}
+        indices = self._indices(example_inputs)
+        first = indices is not None, self._attention.pattern
         late = self._fakes(example_inputs)
         self._examples = list(example_inputs)
-        self._compile(first)  # with Dynamo's own example inputs
+        self._compile(first, [*example_inputs, *(indices or [])])  # with Dynamo's own example inputs
         self._examples = late
 
     def __call__(self, *args: Any) -> Any:
         indices = self._indices(args)
-        sparse = indices is not None
-        run = self._compiled.get(sparse) or self._compile(sparse)
-        out = run(*args, *indices) if indices is not None else run(*args)
+        kind = indices is not None, self._attention.pattern
+        inputs = args if indices is None else (*args, *indices)
+        run = self._compiled.get(kind) or self._compile(kind, inputs)
+        if not all(constant.holds(args[constant.position]) for constant in self._constants.get(kind, ())):
+            kind = kind[0], "full"  # another mask than the one that was found causal
+            run = self._compiled.get(kind) or self._compile(kind, inputs)
+        out = run(*inputs)
         if torch.is_grad_enabled():
             self._guard_backward(args, out)
         return out
@@ -143,8 +157,15 @@ class Variants:
         given = self._given_threshold
         self._threshold = crossover.of_weights(grids, self._device) if given is None else given
 
-    def _compile(self, sparse: bool) -> Callable[..., Any]:
-        graph_module = self._graphs.pop(sparse)
+    def _compile(self, kind: Kind, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile a variant; ``inputs`` are those of the call that needs it."""
+        sparse, pattern = kind
+        graph_module = clone(self._graphs[sparse])
+        if not self._rewrite_attention(graph_module, kind, inputs):
+            pattern = "full"
+            if (sparse, pattern) in self._compiled:  # no attention here that could be sparse
+                self._compiled[kind] = self._compiled[sparse, pattern]
+                return self._compiled[kind]
         examples = self._examples
         context = self._context
         if sparse:
@@ -154,11 +175,27 @@ class Variants:
             if context is not None and torch._guards.TracingContext.try_get() is None:
                 stack.enter_context(torch._guards.compile_context(self._compile_context))  # type: ignore[arg-type]
                 stack.enter_context(torch._guards.tracing(context))
-            self._compiled[sparse] = self._compile_fn(graph_module, examples)
+            self._compiled[sparse, pattern] = self._compiled[kind] = self._compile_fn(graph_module, examples)
         self._set_threshold()
-        if not self._graphs or not self._slots:
+        self._forget_what_no_variant_needs()
+        return self._compiled[kind]
+
+    def _rewrite_attention(self, graph_module: fx.GraphModule, kind: Kind, inputs: Sequence[Any]) -> bool:
+        """Give every attention that the pass understands its pattern; returns whether any changed."""
+        state, pattern = self._attention, kind[1]
+        if pattern == "full":
+            return False
+        attention = AttentionPass(pattern, state.window, state.stride, self._mode)
+        sites = attention.run(graph_module, inputs)
+        self._constants[kind] = attention.constants
+        note_attention(state, sites)
+        return any(site.replaced for site in sites)
+
+    def _forget_what_no_variant_needs(self) -> None:
+        patterns = {"full", self._attention.sparse}
+        kinds = {(sparse, pattern) for sparse in ((False, True) if self._slots else (False,)) for pattern in patterns}
+        if kinds <= self._compiled.keys():
             self._graphs, self._examples, self._context, self._compile_context = {}, [], None, None
-        return self._compiled[sparse]
 
     def _fakes(self, example_inputs: Sequence[Any]) -> list[Any]:
         """Fake example inputs for a variant that is compiled later.

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import topology
 from .blockindex import DENSE_GRAD, BlockGrid, new_index, write_index
 from .blockops import zero_inactive_
+from .hybrid import AttentionState
 
 _ATTRIBUTE = "_mst_weight"
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> handle of its gradient hook
@@ -63,6 +64,7 @@ class SparseWeight:
     changes: int = 0
     dense_grad: bool = False
     loaded: Tensor | None = None
+    attention: AttentionState = field(default_factory=AttentionState)
     coverage: Coverage = field(default_factory=Coverage)
 
     @classmethod

@@ -40,3 +40,12 @@ def _clean_slate() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether float32 products on a GPU may run in TF32; parametrised indirectly."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = request.param
+    yield request.param
+    torch.backends.cuda.matmul.allow_tf32 = before

@@ -27,14 +27,6 @@ def interpreter() -> Iterator[Interpreter]:
         yield running
 
 
-@pytest.fixture
-def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = request.param
-    yield request.param
-    torch.backends.cuda.matmul.allow_tf32 = before
-
-
 def take(choice: int, asked: dict[str, int]) -> Any:
     """A policy that takes the given choice, the last own one where there are fewer, and notes how many there are."""
 

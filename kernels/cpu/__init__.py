@@ -1,5 +1,6 @@
-"""CPU kernels: block-sparse products in C++, compiled at first use and called through ctypes."""
+"""CPU kernels: block-sparse products and sparse attention in C++, compiled at first use and called through ctypes."""
 
+from .attention import LSE_DTYPE, PATTERNS, attention, attention_backward, supports_attention
 from .library import (
     available,
     block_sumsq,
@@ -12,12 +13,17 @@ from .library import (
 )
 
 __all__ = [
+    "LSE_DTYPE",
+    "PATTERNS",
+    "attention",
+    "attention_backward",
     "available",
     "block_sumsq",
     "grad_weight",
     "source_hash",
     "spmm",
     "supports",
+    "supports_attention",
     "why_unavailable",
     "zero_inactive_",
 ]

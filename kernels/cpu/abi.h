@@ -18,7 +18,7 @@
 
 enum { MST_HEADER = 8 };
 enum MstDtype { MST_F32 = 0, MST_BF16 = 1 };
-enum MstError { MST_OK = 0, MST_BAD_BLOCK = -1, MST_BAD_DTYPE = -2, MST_NO_MEMORY = -3 };
+enum MstError { MST_OK = 0, MST_BAD_BLOCK = -1, MST_BAD_DTYPE = -2, MST_NO_MEMORY = -3, MST_BAD_SHAPE = -4 };
 
 // outputs_are_rows = 1: y[m, rows] = x[m, cols] . W^T + bias; 0: y[m, cols] = x[m, rows] . W + bias.
 // y has x's dtype. (x, w) may be (f32, f32), (bf16, bf16) or (bf16, f32): then active blocks of W are rounded to bf16.
@@ -41,3 +41,33 @@ MST_API int mst_zero_inactive(int element_size, int block, void* w, int64_t ldw,
 // out[R, C] = sum of squares of each block of w.
 MST_API int mst_block_sumsq(int dtype, int block, const void* w, int64_t ldw, int64_t rows, int64_t cols, float* out,
                             int threads);
+
+// ---- attention -----------------------------------------------------------------------------------------------------
+
+enum MstPattern { MST_FULL = 0, MST_LOCAL, MST_STRIDED, MST_SPARSE, MST_FIXED, MST_BLOCKS };
+
+// A tensor [batch, heads, length, size]: unit stride along `size`, the others are given in elements.
+struct MstHeads {
+  void* data;
+  int64_t batch, head, token;
+};
+
+// One attention. Query head h reads key head h / (heads / key_heads); heads must be a multiple of key_heads.
+struct MstAttention {
+  int64_t batch, heads, key_heads, length;
+  int64_t size;                // of a head: a multiple of 8 in [8, 256]
+  int64_t window, stride;      // positive
+  int32_t dtype, pattern, threads;
+  float scale;
+  const uint8_t* key_mask;     // [batch, length], 0 for keys that no query sees; or null
+  const uint8_t* blocks;       // [chunks, chunks] of MST_BLOCKS, chunks of `stride` positions; else null
+  float* lse;                  // [batch, heads, length]
+  MstHeads q, k, v, out;
+  MstHeads grad, dq, dk, dv;   // of the backward pass
+};
+
+// out = softmax(scale q k^T, cut to the pattern) v; lse = log of each softmax's denominator, -inf where there is no key.
+MST_API int mst_attention(const MstAttention* problem);
+
+// dq, dk, dv out of grad, q, k, v, out and lse.
+MST_API int mst_attention_backward(const MstAttention* problem);

@@ -27,8 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-UNITS = ("grad_weight.cpp", "spmm.cpp", "blocks.cpp")  # slowest to compile first
-HEADERS = ("abi.h", "common.h", "vector.h")
+UNITS = ("grad_weight.cpp", "spmm.cpp", "attention_backward.cpp", "attention.cpp", "blocks.cpp")  # slowest first
+HEADERS = ("abi.h", "attention_head.h", "attention_steps.h", "attention_tile.h", "common.h", "vector.h")
 
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wno-psabi "

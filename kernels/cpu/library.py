@@ -19,7 +19,7 @@ from . import build
 
 BLOCKS = (4, 8, 16, 32, 64)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_ERRORS = {-1: "unsupported block size", -2: "unsupported dtypes", -3: "out of memory"}
+_ERRORS = {-1: "unsupported block size", -2: "unsupported dtypes", -3: "out of memory", -4: "unsupported shape"}
 
 _I, _L, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 _SIGNATURES = {
@@ -27,6 +27,8 @@ _SIGNATURES = {
     "mst_grad_weight": (_I, _I, _I, _P, _L, _P, _L, _L, _L, _L, _P, _P, _L, _P, _I, _I),
     "mst_zero_inactive": (_I, _I, _P, _L, _L, _L, _P, _I),
     "mst_block_sumsq": (_I, _I, _P, _L, _L, _L, _P, _I),
+    "mst_attention": (_P,),
+    "mst_attention_backward": (_P,),
 }
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
 from ..errors import MSTWarning
+from ..hybrid import AttentionState
 from ..weights import SparseWeight
 
 
@@ -17,6 +19,21 @@ def describe(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     where = next(reversed(stack.values()))[0] if stack else ""
     return f"{target} in {where}" if where else str(target)
+
+
+def note_attention(state: AttentionState, sites: Sequence[Any]) -> None:
+    """Keep what became of each attention for ``explain``, and warn once if none could be made sparse."""
+    for site in sites:
+        state.reasons[site.where] = f"{state.sparse} ({site.form})" if site.replaced else f"full: {site.reason}"
+    if state.warned or any(not reason.startswith("full") for reason in state.reasons.values()):
+        return
+    state.warned = True
+    why = "; ".join(f"{where}: {reason}" for where, reason in list(state.reasons.items())[:3]) or "none was found"
+    warnings.warn(
+        f"the schedule asks for {state.sparse} attention, but attention in this graph stays full ({why})",
+        MSTWarning,
+        stacklevel=2,
+    )
 
 
 def warn_unmatched(weights: Sequence[SparseWeight]) -> None:

@@ -1,0 +1,198 @@
+// Attention over a causal pattern, backward: dq, dk, dv out of grad, q, k, v, out and lse.
+//
+// Loop nest:
+//
+//     for each batch, key head and share of its tiles of QT queries (threads, dynamic):
+//       for each query head of the group, each tile of queries:
+//         delta = sum of grad * out, by query
+//         for each step of up to step_keys keys (attention_steps.h):
+//           p = exp(scores - lse), masked                           as the forward pass made them
+//           ds = p * (grad . v^T - delta)
+//           dv += p^T . grad,   dk += ds^T . q,   dq += ds . k      SIMD over the head size
+//         write dq
+//       scatter the summaries' dk and dv, write dk and dv
+//     add up the shares' dk and dv, if a head has several
+//
+// dk and dv belong to one thread at a time, so nothing is atomic. How many shares a head has depends on the shapes
+// alone, and so do the results, bit by bit. Five products, each from registers at 16 multiply-adds for 10 loads with
+// AVX-512; a tile of 32 queries does 27 multiply-adds per float moved, of k, v (both ways) and dk, dv (in and out).
+#include <memory>
+
+#include "attention_head.h"
+
+namespace mst {
+namespace {
+
+template <class E> struct Backward {
+  const MstAttention& p;
+  Head<E> head;
+  std::vector<Step> steps;
+  alignas(64) float probabilities[QT * step_keys], slopes[QT * step_keys];  // p and ds
+  alignas(64) float query[QT * 256], grad[QT * 256], dq[QT * 256];
+  alignas(64) float lse[QT], delta[QT];
+
+  explicit Backward(const MstAttention& problem) : p(problem), head(problem, true) {}
+
+  // p from scores, and ds in place of the products of grad and v.
+  void differentiate(const Step& step) {
+    for (int r = 0; r < QT; r++) {
+      float *s = probabilities + r * step_keys, *d = slopes + r * step_keys;
+      for (int j = 0; j < step.width; j += L) {
+        const vf e = exponential(load(s + j) - lse[r]);
+        store(s + j, e);
+        store(d + j, e * (load(d + j) - delta[r]));
+      }
+    }
+  }
+
+  void accumulate(const Step& step, int64_t i0, int64_t tile) {
+    const int64_t width = head.width, vectors = width / L;
+    KeySet& set = head.of(step.kind);
+    if (step.kind != ROWWISE) {
+      head.stretches(step, [&](int j, int count) {
+        const int64_t at = head.layout.at(step.first + j);
+        product<true>(count, vectors, QT, probabilities + j, step_keys, grad, width, set.dv + at, width, true);
+        product<true>(count, vectors, QT, slopes + j, step_keys, query, width, set.dk + at, width, true);
+        product<false>(QT, vectors, count, slopes + j, step_keys, set.k + at, width, dq, width, true);
+      });
+      return;
+    }
+    for (int64_t r = 0; r < tile; r++) {
+      const int64_t count = head.rowwise_count(step, i0 + r), key = head.rowwise_at(step, i0 + r);
+      const float *prob = probabilities + r * step_keys, *slope = slopes + r * step_keys;
+      row_updates(prob, grad + r * width, set.dv + key, -head.row_step(), count, width);
+      row_updates(slope, query + r * width, set.dk + key, -head.row_step(), count, width);
+      row_sums(slope, set.k + key, -head.row_step(), count, width, dq + r * width);
+    }
+  }
+
+  void load_tile(int64_t b, int64_t h, int64_t i0, int64_t real) {
+    const int64_t width = head.width;
+    for (float* rows : {query, grad, dq}) std::fill_n(rows, QT * width, 0.0f);
+    std::fill_n(lse, QT, 0.0f);
+    std::fill_n(delta, QT, 0.0f);
+    for (int64_t r = 0; r < real; r++) {
+      read_row(row_of<const E>(p.q, b, h, i0 + r), p.size, width, p.scale, query + r * width);
+      read_row(row_of<const E>(p.grad, b, h, i0 + r), p.size, width, 1.0f, grad + r * width);
+      read_row(row_of<const E>(p.out, b, h, i0 + r), p.size, width, 1.0f, dq + r * width);  // for delta
+      vf sum{};
+      for (int64_t d = r * width; d < (r + 1) * width; d += L) {
+        sum = load(grad + d) * load(dq + d) + sum;
+        store(dq + d, vf{});
+      }
+      delta[r] = lanes_sum(sum);
+      const float log_sum = p.lse[(b * p.heads + h) * p.length + i0 + r];
+      lse[r] = log_sum == -infinity ? 0 : log_sum;  // no key: all scores are -inf
+    }
+  }
+
+  void tile(int64_t b, int64_t h, int64_t i0) {
+    const int64_t real = std::min<int64_t>(QT, p.length - i0), width = head.width;
+    load_tile(b, h, i0, real);
+    head.geometry.steps(i0, i0 + real, steps);
+    for (const Step& step : steps) {
+      head.need(step, i0, i0 + real);
+      head.products(step, query, i0, real, false, probabilities);
+      head.mask(step, i0, real, probabilities);
+      head.products(step, grad, i0, real, true, slopes);
+      differentiate(step);
+      accumulate(step, i0, real);
+    }
+    for (int64_t r = 0; r < real; r++) {
+      float* row = dq + r * width;
+      for (int64_t d = 0; d < width; d += L) store(row + d, load(row + d) * p.scale);
+      convert(row, row_of<E>(p.dq, b, h, i0 + r), static_cast<int>(p.size));
+    }
+  }
+
+  // dk and dv of one share of one key head, left in head.keys.
+  void share(int64_t b, int64_t key_head, int64_t split, int64_t splits) {
+    head.bind(b, key_head);
+    head.need({RUN, 0, static_cast<int>(head.keys.padded), false}, 0, 0);
+    const int64_t group = p.heads / p.key_heads, width = head.width;
+    const std::vector<int64_t> tiles = tiles_of(head.geometry, split, splits);
+    for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
+      for (const int64_t i0 : tiles) tile(b, h, i0);
+    for (int64_t m = 0; m < head.geometry.summaries(); m++) {
+      const int64_t to = head.layout.at((m + 1) * p.stride - 1), from = head.layout.at(m);
+      for (int64_t d = 0; d < width; d++) {
+        head.keys.dk[to + d] += head.summaries.dk[from + d];
+        head.keys.dv[to + d] += head.summaries.dv[from + d];
+      }
+    }
+    head.release();
+  }
+
+  // Rows [begin, end) of dk and dv, the sum of `splits` shares that lie `apart` floats from each other.
+  void write(int64_t b, int64_t key_head, int64_t begin, int64_t end, const float* dk, const float* dv, int64_t splits,
+             int64_t apart) {
+    float row[256 + L];
+    const auto one = [&](const MstHeads& to, const float* from, int64_t j) {
+      for (int64_t d = 0; d < head.width; d += L) {
+        vf sum = load(from + head.layout.at(j) + d);
+        for (int64_t s = 1; s < splits; s++) sum = sum + load(from + s * apart + head.layout.at(j) + d);
+        store(row + d, sum);
+      }
+      convert(row, row_of<E>(to, b, key_head, j), static_cast<int>(p.size));
+    };
+    for (int64_t j = begin; j < end; j++) {
+      one(p.dk, dk, j);
+      one(p.dv, dv, j);
+    }
+  }
+};
+
+template <class E> int backward(const MstAttention& p, int threads) {
+  constexpr int64_t enough = 8;  // items that keep threads busy, where the queries suffice
+  const int64_t heads = p.batch * p.key_heads;
+  const int64_t splits = heads >= enough ? 1 : std::min(ceil_div(enough, heads), ceil_div(p.length, 4 * QT));
+  const int64_t part = Layout(p).at(ceil_div(p.length, KT) * KT);  // floats of dk, or dv, of one share
+  std::unique_ptr<float, void (*)(void*)> shares(nullptr, free);
+  if (splits > 1) {
+    shares.reset(static_cast<float*>(aligned_alloc(64, heads * splits * 2 * part * sizeof(float))));
+    if (!shares) return MST_NO_MEMORY;
+  }
+  int status = MST_OK;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Scratch memory;
+    const auto worker = std::make_unique<Backward<E>>(p);
+    Head<E>& head = worker->head;
+    const bool ready = head.allocate(memory);
+    if (!ready) {
+#pragma omp atomic write
+      status = MST_NO_MEMORY;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t item = 0; item < heads * splits; item++) {
+      if (!ready) continue;
+      const int64_t b = item / splits / p.key_heads, key_head = item / splits % p.key_heads;
+      if (splits > 1) head.keys.dk = shares.get() + item * 2 * part, head.keys.dv = head.keys.dk + part;
+      worker->share(b, key_head, item % splits, splits);
+      if (splits == 1) worker->write(b, key_head, 0, p.length, head.keys.dk, head.keys.dv, 1, 0);
+    }
+    if (splits > 1) {
+#pragma omp for schedule(static)
+      for (int64_t item = 0; item < heads * splits; item++) {
+        if (!ready) continue;
+        const int64_t of = item / splits, s = item % splits;
+        const float* dk = shares.get() + of * splits * 2 * part;
+        worker->write(of / p.key_heads, of % p.key_heads, p.length * s / splits, p.length * (s + 1) / splits, dk,
+                      dk + part, splits, 2 * part);
+      }
+    }
+    memory.trim();
+  }
+  return status;
+}
+
+}  // namespace
+}  // namespace mst
+
+using namespace mst;
+
+MST_API int mst_attention_backward(const MstAttention* problem) {
+  const int status = check(*problem), threads = std::max(1, problem->threads);
+  if (status != MST_OK) return status;
+  return problem->dtype == MST_F32 ? backward<float>(*problem, threads) : backward<bf16>(*problem, threads);
+}

@@ -1,0 +1,223 @@
+// The keys and values of one head, packed, and the scores of a tile of queries against a step of them.
+#pragma once
+#include "attention_steps.h"
+#include "attention_tile.h"
+
+namespace mst {
+namespace {
+
+template <class E> MST_INLINE E* row_of(const MstHeads& t, int64_t batch, int64_t head, int64_t token) {
+  return static_cast<E*>(t.data) + batch * t.batch + head * t.head + token * t.token;
+}
+
+// How packed rows lie in memory: `width` floats each, in tiles of KT rows that stand `tile` floats apart. Queries that
+// meet keys a multiple of the stride away would meet them all in the same few cache sets if the stride is a power of
+// two; gaps between the tiles shift each such key by about a row.
+struct Layout {
+  int64_t width, tile;
+
+  explicit Layout(const MstAttention& p) : width(ceil_div(p.size, L) * L), tile(KT * width) {
+    const bool rowwise = p.pattern == MST_STRIDED || p.pattern == MST_SPARSE;
+    if (rowwise && p.stride % KT == 0) tile += ceil_div(width * KT / p.stride, L) * L;
+  }
+  bool gaps() const { return tile != KT * width; }
+  int64_t at(int64_t row) const { return row / KT * tile + row % KT * width; }
+  // The distance of rows whose numbers differ by the stride: there are gaps only where it is a multiple of KT.
+  int64_t apart(int64_t stride) const { return gaps() ? stride / KT * tile : stride * width; }
+};
+
+// Keys that steps count through: all of a head's, or its summaries. Rows are padded with zeros, and so is their number
+// to a multiple of KT. The transposed copies let scores run SIMD over keys: [tile of KT keys][size][KT].
+struct KeySet {
+  int64_t padded = 0;
+  float *k = nullptr, *v = nullptr, *kt = nullptr, *vt = nullptr;
+  float *dk = nullptr, *dv = nullptr;
+  float* bias = nullptr;  // 0, or -inf for a key that is masked out; null without a mask
+
+  static size_t floats(int64_t padded, const Layout& layout, bool backward, bool mask) {
+    return layout.at(padded) * (backward ? 4 : 2) + padded * layout.width * (backward ? 2 : 1) + (mask ? padded : 0);
+  }
+  void place(float*& at, int64_t count, const Layout& layout, bool backward, bool mask) {
+    padded = count;
+    const auto take = [&](int64_t n) { return (at += n) - n; };
+    const int64_t rows = layout.at(padded), columns = padded * layout.width;
+    k = take(rows), v = take(rows), kt = take(columns);
+    if (backward) vt = take(columns), dk = take(rows), dv = take(rows);
+    bias = mask ? take(padded) : nullptr;
+  }
+};
+
+// to[d][j] = row j's number d, for KT rows of `width` numbers.
+inline void transpose_tile(const float* from, int64_t width, float* to) {
+  for (int j = 0; j < KT; j += L)
+    for (int64_t d = 0; d < width; d += L) {
+      const float* rows[L];
+      for (int i = 0; i < L; i++) rows[i] = from + (j + i) * width + d;
+      transpose_units<F32>(rows, to + d * KT + j, KT);
+    }
+}
+
+template <class E> class Head {
+ public:
+  const MstAttention& p;
+  const Geometry geometry;
+  const Layout layout;
+  const int64_t width;  // of a packed row
+  const bool backward;
+  KeySet keys, summaries;
+
+  Head(const MstAttention& problem, bool is_backward)
+      : p(problem), geometry(problem), layout(problem), width(layout.width), backward(is_backward) {}
+
+  // Places the key sets in memory; false if there is none.
+  bool allocate(Scratch& memory) {
+    const int64_t count = ceil_div(p.length, KT) * KT, few = ceil_div(geometry.summaries(), KT) * KT;
+    const bool mask = p.key_mask != nullptr;
+    float* at = memory.floats(KeySet::floats(count, layout, backward, mask) +
+                              KeySet::floats(few, layout, backward, mask) + 64);
+    if (!at) return false;
+    keys.place(at, count, layout, backward, mask);
+    summaries.place(at, few, layout, backward, mask);
+    return true;
+  }
+
+  // Makes this the given head; packs the summaries, and each tile of keys when it is first needed.
+  void bind(int64_t batch, int64_t key_head) {
+    if (batch == batch_ && key_head == key_head_) return;
+    batch_ = batch, key_head_ = key_head;
+    packed_.assign(keys.padded / KT, 0);
+    for (int64_t t = 0; t < summaries.padded / KT; t++)
+      pack(summaries, t, geometry.summaries(), geometry.stride, geometry.stride - 1);
+  }
+
+  // Forgets the head, so that binding it again starts its gradients from zero.
+  void release() { batch_ = -1; }
+
+  KeySet& of(Kind kind) { return kind == SUMMARY ? summaries : keys; }
+
+  // Packs what a step of queries [i0, i1) reads.
+  void need(const Step& step, int64_t i0, int64_t i1) {
+    if (step.kind == RUN) need_keys(step.first, step.first + step.width);
+    if (step.kind == ROWWISE)
+      for (int64_t n = step.first; n < step.first + step.width && i1 - 1 >= n * geometry.stride; n++)
+        need_keys(std::max<int64_t>(0, i0 - n * geometry.stride), i1 - n * geometry.stride);
+  }
+
+  // The n of a rowwise step that query i sees, counted from the step's first: [0, count).
+  int64_t rowwise_count(const Step& step, int64_t i) const {
+    return std::clamp<int64_t>(geometry.seen(ROWWISE, i).end - step.first, 0, step.width);
+  }
+  // Where query i's keys of a rowwise step begin in packed rows; they lie -row_step() apart.
+  int64_t rowwise_at(const Step& step, int64_t i) const {
+    return layout.at(i - step.first * geometry.stride);
+  }
+  int64_t row_step() const { return layout.apart(geometry.stride); }
+
+  // Calls body(first row, rows) for the stretches of a step's rows that lie without a gap.
+  template <class Body> void stretches(const Step& step, Body body) const {
+    const int most = layout.gaps() ? KT : step.width;
+    for (int j = 0; j < step.width; j += most) body(j, most);
+  }
+
+  // s[QT][step_keys] = the products of the tile's rows x with a step's keys (or values). `tile` rows are real.
+  void products(const Step& step, const float* x, int64_t i0, int64_t tile, bool with_values, float* s) {
+    if (step.kind == ROWWISE) {
+      const float* rows = with_values ? keys.v : keys.k;
+      for (int64_t r = 0; r < tile; r++)
+        if (const int64_t count = rowwise_count(step, i0 + r))
+          row_dots(x + r * width, rows + rowwise_at(step, i0 + r), -row_step(), count, width, s + r * step_keys);
+      return;
+    }
+    const KeySet& set = of(step.kind);
+    const float* from = (with_values ? set.vt : set.kt) + step.first * width;
+    for (int t = 0; t < step.width; t += KT)
+      product<false>(QT, KT / L, p.size, x, width, from + t * width, KT, s + t, step_keys, false);
+  }
+
+  // Cuts the scores to what each query may see.
+  void mask(const Step& step, int64_t i0, int64_t tile, float* s) {
+    const bool blocks = geometry.pattern == MST_BLOCKS && step.masked;
+    if (!step.masked && !p.key_mask && tile == QT) return;
+    for (int64_t r = 0; r < QT; r++) {
+      const int64_t i = i0 + r;
+      const Interval seen = r < tile ? geometry.seen(step.kind, i) : Interval{0, 0};
+      const float* bias = r < tile ? bias_of(step, i, blocks && (r == 0 || i % geometry.stride == 0)) : nullptr;
+      mask_row(s + r * step_keys, step.width, seen.begin - step.first, seen.end - step.first, bias);
+    }
+  }
+
+ private:
+  int64_t batch_ = -1, key_head_ = -1;
+  std::vector<uint8_t> packed_;
+  float bias_row_[step_keys];
+
+  void need_keys(int64_t begin, int64_t end) {
+    for (int64_t t = begin / KT; t < ceil_div(end, KT); t++)
+      if (!packed_[t]) {
+        pack(keys, t, p.length, 1, 0);
+        packed_[t] = 1;
+      }
+  }
+
+  // Packs tile t of a set whose row j stands at position j * stride + offset, j < count.
+  void pack(KeySet& set, int64_t t, int64_t count, int64_t stride, int64_t offset) {
+    const int64_t at = layout.at(t * KT), columns = t * KT * width;
+    for (int64_t j = 0; j < KT; j++) {
+      const int64_t row = t * KT + j, token = row * stride + offset;
+      if (row < count) {
+        read_row(row_of<const E>(p.k, batch_, key_head_, token), p.size, width, 1.0f, set.k + at + j * width);
+        read_row(row_of<const E>(p.v, batch_, key_head_, token), p.size, width, 1.0f, set.v + at + j * width);
+      } else {
+        std::fill_n(set.k + at + j * width, width, 0.0f);
+        std::fill_n(set.v + at + j * width, width, 0.0f);
+      }
+      if (set.bias) set.bias[row] = row < count && p.key_mask[batch_ * p.length + token] ? 0.0f : -infinity;
+    }
+    transpose_tile(set.k + at, width, set.kt + columns);
+    if (!backward) return;
+    transpose_tile(set.v + at, width, set.vt + columns);
+    std::fill_n(set.dk + at, KT * width, 0.0f);
+    std::fill_n(set.dv + at, KT * width, 0.0f);
+  }
+
+  // What is added to query i's scores, null for nothing. `rebuild`: the query's row of blocks is a new one.
+  const float* bias_of(const Step& step, int64_t i, bool rebuild) {
+    const float* base = keys.bias ? of(step.kind).bias + step.first : nullptr;
+    if (geometry.pattern == MST_BLOCKS && step.masked) {
+      const uint8_t* row = geometry.blocks + i / geometry.stride * geometry.chunks;
+      for (int64_t j = 0; rebuild && j < step.width; j++) {
+        const int64_t key = step.first + j;
+        const bool yes = key < geometry.length && row[key / geometry.stride];
+        bias_row_[j] = !yes ? -infinity : base ? base[j] : 0.0f;
+      }
+      return bias_row_;
+    }
+    if (!base || step.kind != ROWWISE) return base;
+    const int64_t count = rowwise_count(step, i);
+    for (int64_t n = 0; n < step.width; n++)
+      bias_row_[n] = n < count ? keys.bias[i - (step.first + n) * geometry.stride] : 0.0f;
+    return bias_row_;
+  }
+};
+
+// The tiles of a split: every `splits`-th one. Queries a multiple of the stride apart share their strided keys, so
+// these follow each other.
+inline std::vector<int64_t> tiles_of(const Geometry& g, int64_t split, int64_t splits) {
+  std::vector<int64_t> tiles;
+  for (int64_t t = split; t * QT < g.length; t += splits) tiles.push_back(t * QT);
+  if (g.rowwise() && g.stride % QT == 0)
+    std::stable_sort(tiles.begin(), tiles.end(), [&](int64_t a, int64_t b) { return a % g.stride < b % g.stride; });
+  return tiles;
+}
+
+// An argument that no kernel takes.
+inline int check(const MstAttention& p) {
+  if (p.dtype != MST_F32 && p.dtype != MST_BF16) return MST_BAD_DTYPE;
+  const bool heads = p.heads > 0 && p.key_heads > 0 && p.heads % p.key_heads == 0;
+  if (!heads || p.batch < 1 || p.length < 1 || p.size < 8 || p.size > 256 || p.size % 8) return MST_BAD_SHAPE;
+  if (p.window < 1 || p.stride < 1 || p.pattern < MST_FULL || p.pattern > MST_BLOCKS) return MST_BAD_SHAPE;
+  return (p.pattern == MST_BLOCKS) == (p.blocks != nullptr) ? MST_OK : MST_BAD_SHAPE;
+}
+
+}  // namespace
+}  // namespace mst

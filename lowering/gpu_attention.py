@@ -1,0 +1,186 @@
+"""``mst::attention`` and its gradient on NVIDIA GPUs: lowerings to the templates of kernels/triton/attention.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mst_compile.kernels.triton import attention as kernels
+from torch._inductor import ir
+from torch._inductor.lowering import empty_strided, lowerings, to_dtype
+from torch._inductor.virtualized import V, ops
+from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+from . import compat, gpu
+
+_aten = torch.ops.aten
+_MAX_SIZE = 256
+_MAX_SIZE_FLOAT32 = 128  # accumulators of larger heads do not fit the registers
+_MIN_SIZE = 16
+
+
+def why_unsupported(q: Any) -> str | None:
+    """Why there is no GPU kernel for attention of these queries, or None if there is one."""
+    size, dtype = gpu.static(q.get_size()[-1]), q.get_dtype()
+    largest = _MAX_SIZE_FLOAT32 if dtype == torch.float32 else _MAX_SIZE
+    if not _MIN_SIZE <= size <= largest:
+        return f"no GPU kernel for head size {size} in {dtype}: it must lie in {_MIN_SIZE} to {largest}"
+    return None
+
+
+def _operand(x: Any) -> Any:
+    """``[batch, heads, length, size]`` realized, with contiguous heads' features and a constant stride of positions."""
+    x = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(x))
+    *_, position, last = x.get_stride()
+    constant = not getattr(position, "free_symbols", None) and V.graph.sizevars.statically_known_equals(last, 1)
+    return x if constant else ir.ExternKernel.require_contiguous(ir.ExternKernel.copy_input(x))
+
+
+def _bytes(mask: Any) -> Any:
+    """A bool tensor as contiguous bytes: Triton loads them, and Inductor may fuse what made it."""
+    mask = to_dtype(mask, torch.int8)
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(mask))
+
+
+class _Call:
+    """Operands and constants that the three kernels of one attention share."""
+
+    def __init__(
+        self, q: Any, k: Any, v: Any, key_mask: Any, blocks: Any, pattern: str, window: int, stride: int, scale: float
+    ) -> None:
+        self.q, self.k, self.v = _operand(q), _operand(k), _operand(v)
+        self.names, self.inputs = ["Q", "K", "V"], [self.q, self.k, self.v]
+        for name, mask in (("VISIBLE", key_mask), ("ALLOWED", blocks)):
+            if mask is not None:
+                self.names.append(name)
+                self.inputs.append(_bytes(mask))
+        heads, size = gpu.static(self.q.get_size()[1]), gpu.static(self.q.get_size()[3])
+        self.pattern, self.stride = pattern, stride
+        self.kind, self.size = gpu.kind(self.q.get_dtype()), size
+        self.constants = {
+            "PATTERN": repr(pattern),
+            "WINDOW": window,
+            "STRIDE": stride,
+            "SCALE": scale,
+            "HEADS": heads,
+            "GROUP": heads // gpu.static(self.k.get_size()[1]),
+            "SIZE": size,
+            "BLOCK_D": max(16, 1 << (size - 1).bit_length()),
+            "CHUNKS": gpu.static(blocks.get_size()[1]) if blocks is not None else 1,
+            "KEY_MASK": key_mask is not None,
+            "SUMMARY": False,
+            "FROM": -(-window // stride) * stride if pattern == "sparse" else 0,
+            "PRECISION": gpu.precision(self.q.get_dtype()),
+        }
+
+    def run(self, which: str, size: Sequence[Any], more: dict[str, Any], mutated: str | None, **constants: Any) -> Any:
+        """One kernel, tuned; its result has ``size`` and positions side by side in memory. ``mutated`` of ``more`` is
+        written too. ``constants`` replace those of the call."""
+        _, heads, length, features = size
+        layout = ir.FixedLayout(
+            self.q.get_device(),
+            self.q.get_dtype(),
+            list(size),
+            [length * heads * features, features, heads * features, 1],
+        )
+        names, inputs = [*self.names, *more], [*self.inputs, *more.values()]
+        strides = {
+            f"{n}_STRIDE": gpu.static(x.get_stride()[2])
+            for n, x in zip(names, inputs, strict=True)
+            if n in ("Q", "K", "V", "DO")
+        }
+        constants = self.constants | strides | constants
+        rows_alone = which != "forward" and constants["PATTERN"] == "'strided'"
+        template = getattr(kernels, which)
+        choices: list[Any] = []
+        for tile in kernels.tiles(self.size, self.kind, "rows" if rows_alone else which):
+            error = template.maybe_append_choice(
+                choices,
+                input_nodes=tuple(inputs),
+                layout=layout,
+                mutated_inputs=[more[mutated]] if mutated else None,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                BLOCK_M=tile.queries,
+                BLOCK_N=tile.keys,
+                NAMES=repr(",".join(names)),
+                **constants,
+            )
+            if error is not None:
+                raise error
+        # Random values serve as operands, but masks must not be empty.
+        masks = {i: _all_seen for i, n in enumerate(names) if n in ("VISIBLE", "ALLOWED")}
+        return compat.select(template.name, choices, inputs, layout, input_gen_fns=masks, return_multi_template=False)
+
+
+def _all_seen(mask: Any) -> torch.Tensor:
+    return torch.ones([compat.hint(s) for s in mask.get_size()], dtype=torch.int8, device=mask.get_device())
+
+
+def _new(size: Sequence[Any], dtype: torch.dtype, device: Any) -> Any:
+    buffer = empty_strided(list(size), None, dtype=dtype, device=device)
+    buffer.realize()
+    return buffer
+
+
+def attention(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
+    """Lowering of ``mst::attention``: the result and the log-denominators."""
+    call = _Call(q, k, v, *rest)
+    lse = _new(call.q.get_size()[:3], torch.float32, call.q.get_device())
+    out = call.run("forward", call.q.get_size(), {"LSE": lse}, "LSE")
+    return out, lse
+
+
+def attention_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *rest: Any) -> tuple[Any, Any, Any]:
+    """Lowering of ``mst::attention_backward``: gradients of queries, keys and values."""
+    call = _Call(q, k, v, *rest)
+    grad = _operand(to_dtype(grad, call.q.get_dtype()))
+    product = lowerings[_aten.mul.Tensor](to_dtype(grad, torch.float32), to_dtype(out, torch.float32))
+    delta = _contiguous(lowerings[_aten.sum.dim_IntList](product, [-1]))
+    saved = {"DO": grad, "LSE": _contiguous(lse), "DELTA": delta}
+    # Row-wise dots want other tiles than products: "sparse" takes a launch for each part.
+    parts = ["local", "strided"] if call.pattern == "sparse" else [call.pattern]
+    dq = dk = dv = None
+    for part in parts:
+        dq = _sum(dq, call.run("grad_query", call.q.get_size(), saved, None, PATTERN=repr(part)))
+        dk_part, dv_part = _key_value(call, saved, call.k.get_size()[2], PATTERN=repr(part))
+        dk, dv = _sum(dk, dk_part), _sum(dv, dv_part)
+    chunks = FloorDiv(call.k.get_size()[2], call.stride)
+    if call.pattern == "fixed" and not V.graph.sizevars.statically_known_equals(chunks, 0):
+        dk_part, dv_part = _key_value(call, saved, chunks, SUMMARY=True)
+        dk, dv = (_add_summary(*pair, call.stride, chunks) for pair in ((dk, dk_part), (dv, dv_part)))
+    return dq, dk, dv
+
+
+def _contiguous(x: Any) -> Any:
+    return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
+
+
+def _sum(a: Any, b: Any) -> Any:
+    return b if a is None else lowerings[_aten.add.Tensor](a, b)
+
+
+def _key_value(call: _Call, saved: dict[str, Any], length: Any, **constants: Any) -> tuple[Any, Any]:
+    batch, kv_heads, _, size = call.k.get_size()
+    by_position = _new([batch, length, kv_heads, size], call.q.get_dtype(), call.q.get_device())
+    dk = call.run("grad_key_value", [batch, kv_heads, length, size], saved | {"DV": by_position}, "DV", **constants)
+    return dk, lowerings[_aten.permute.default](by_position, [0, 2, 1, 3])
+
+
+def _add_summary(whole: Any, summary: Any, stride: int, chunks: Any) -> Any:
+    """Add what later chunks owe to the last position of each chunk."""
+    ours, theirs = whole.make_loader(), summary.make_loader()
+
+    def inner(position: Any) -> Any:
+        batch, head, t, d = position
+        chunk = FloorDiv(t, stride)
+        where = ops.index_expr(ModularIndexing(t, 1, stride), torch.int32)
+        last = ops.eq(where, ops.constant(stride - 1, torch.int32))
+        inside = ops.lt(ops.index_expr(chunk, torch.int32), ops.index_expr(chunks, torch.int32))
+        seen = ops.logical_and(last, inside)
+        share = ops.masked(seen, lambda: theirs([batch, head, chunk, d]), 0.0)
+        return ops.add(ours(position), share)
+
+    dtype = whole.get_dtype()
+    return ir.Pointwise.create(device=whole.get_device(), dtype=dtype, inner_fn=inner, ranges=list(whole.get_size()))

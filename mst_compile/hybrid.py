@@ -1,0 +1,24 @@
+"""Hybrid sparse attention over time: which pattern attention runs with now (arXiv 2408.11746, section 3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class AttentionState:
+    """What the backend needs to know at every call; the sparsifier moves ``pattern`` as the schedule says.
+
+    Attributes:
+        pattern: the pattern of now, ``"full"`` or the schedule's sparse one.
+        sparse: the sparse pattern that will come, was there, or never comes (``"full"``).
+        window, stride: positions, see :mod:`mst_compile.patterns`.
+        reasons: for attentions that the graph pass saw, what became of them; where -> what.
+    """
+
+    pattern: str = "full"
+    sparse: str = "full"
+    window: int = 128
+    stride: int = 128
+    reasons: dict[str, str] = field(default_factory=dict)
+    warned: bool = False
