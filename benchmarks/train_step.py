@@ -59,17 +59,21 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=None)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--attention", choices=("full", "local", "strided", "sparse", "fixed"), default="full")
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dense, sparse = build(args.config, args.context), build(args.config, args.context)
-    mst_compile.sparsify(sparse, mst_compile.Constant(args.sparsity, growth="none"), block=args.block)
+    schedule = mst_compile.Constant(args.sparsity, growth="none", attention=args.attention)
+    mst_compile.sparsify(sparse, schedule, block=args.block)
     ids = torch.randint(0, dense.config.vocab_size, (args.batch, args.context))
     sides = {"inductor": stepper(dense, "inductor", ids, args.dtype), "mst": stepper(sparse, "mst", ids, args.dtype)}
     median = medians(interleave(sides, args.runs))
     ratio = median["inductor"] / median["mst"]
     density = mst_compile.sparsifier(sparse).density
     case = f"gpt2-{args.config} T={args.context} batch={args.batch} block={args.block or 'default'} d={density:.3f}"
+    if args.attention != "full":
+        case += f" attention={args.attention}"
     for side in sides:
         record("train_step", case, side, median[side], median["inductor"] / median[side], args.runs, args.dtype)
     print_table(("side", "seconds a step"), [(k, f"{v:.3f}") for k, v in median.items()])
