@@ -18,6 +18,8 @@ README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "speedup.png"
 _CASE = re.compile(r"(?P<layer>\d+->\d+) M=(?P<tokens>\d+) B=(?P<block>\d+) d=(?P<density>[\d.]+)")
 
+_ATTENTION = re.compile(r"T=(?P<length>\d+) heads=\S+ (?P<pattern>\w+)")
+
 
 def read() -> list[dict[str, str]]:
     """All rows; of equal measurements the newest counts."""
@@ -78,6 +80,20 @@ def model_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def attention_table(rows: list[dict[str, str]]) -> str:
+    """Speed-up of attention over causal SDPA, by length and pattern."""
+    cells: dict[str, dict[int, str]] = {}
+    for row in rows:
+        case = _ATTENTION.match(row["case"]) if row["benchmark"] == "attention" else None
+        if case and row["dtype"] == "float32":
+            cells.setdefault(case["pattern"], {})[int(case["length"])] = f"{float(row['ratio']):.1f}x"
+    lengths = sorted({length for by_length in cells.values() for length in by_length})
+    lines = ["| pattern | " + " | ".join(f"T = {length}" for length in lengths) + " |", "|---|" + "---|" * len(lengths)]
+    for pattern in ("full", "local", "strided", "sparse", "fixed"):
+        lines.append(f"| {pattern} | " + " | ".join(cells.get(pattern, {}).get(n, "") for n in lengths) + " |")
+    return "\n".join(lines)
+
+
 def pretrain_table(rows: list[dict[str, str]]) -> str:
     """The runs of the example: loss, FLOPs and time, whatever they show."""
     lines = ["| run | validation loss, training FLOPs | training time | against dense |", "|---|---|---|---|"]
@@ -92,6 +108,7 @@ def write(rows: list[dict[str, str]]) -> None:
     """Replace what stands between ``<!-- ledger:NAME -->`` and ``<!-- end -->`` in the README."""
     text = README.read_text()
     tables = {"layers": layers_table(rows), "models": model_table(rows), "pretrain": pretrain_table(rows)}
+    tables["attention"] = attention_table(rows)
     for name, table in tables.items():
         text = re.sub(rf"(<!-- ledger:{name} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.S)
     README.write_text(text)
@@ -135,7 +152,7 @@ def main() -> None:
         write(rows)
         plot(rows)
     else:
-        print(layers_table(rows), model_table(rows), pretrain_table(rows), sep="\n\n")
+        print(layers_table(rows), model_table(rows), attention_table(rows), pretrain_table(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -15,18 +15,6 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 from . import compat, gpu
 
 _aten = torch.ops.aten
-_MAX_SIZE = 256
-_MAX_SIZE_FLOAT32 = 128  # accumulators of larger heads do not fit the registers
-_MIN_SIZE = 16
-
-
-def why_unsupported(q: Any) -> str | None:
-    """Why there is no GPU kernel for attention of these queries, or None if there is one."""
-    size, dtype = gpu.static(q.get_size()[-1]), q.get_dtype()
-    largest = _MAX_SIZE_FLOAT32 if dtype == torch.float32 else _MAX_SIZE
-    if not _MIN_SIZE <= size <= largest:
-        return f"no GPU kernel for head size {size} in {dtype}: it must lie in {_MIN_SIZE} to {largest}"
-    return None
 
 
 def _operand(x: Any) -> Any:

@@ -16,8 +16,6 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
 
-from mst_compile.blockindex import TILE_BLOCK
-
 from . import cpu, gpu, gpu_attention, support
 
 _KERNEL = "mst_linear_out"
@@ -119,5 +117,4 @@ def _has_attention_kernel(q: Any, k: Any, v: Any) -> bool:
     device, dtype = q.get_device().type, q.get_dtype()
     if device != "cuda" or {k.get_dtype(), v.get_dtype()} != {dtype}:
         return False
-    kernels = support.why_unsupported(device, dtype, dtype, TILE_BLOCK) is None
-    return kernels and gpu_attention.why_unsupported(q) is None
+    return support.why_no_attention(device, dtype, gpu.static(q.get_size()[-1])) is None

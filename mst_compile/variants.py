@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import weights
 from .errors import TopologyChangedError
 from .kernels import cpu
-from .lowering import crossover, tuning
+from .lowering import crossover, support, tuning
 from .passes.attention import AttentionPass
 from .passes.coverage import note_attention, warn_unmatched
 from .passes.evaluate import Constant
@@ -185,7 +185,9 @@ class Variants:
         state, pattern = self._attention, kind[1]
         if pattern == "full":
             return False
-        attention = AttentionPass(pattern, state.window, state.stride, self._mode)
+        attention = AttentionPass(
+            pattern, state.window, state.stride, self._mode, why_unsupported=support.why_no_attention
+        )
         sites = attention.run(graph_module, inputs)
         self._constants[kind] = attention.constants
         note_attention(state, sites)

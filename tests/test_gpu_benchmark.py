@@ -47,7 +47,7 @@ def _cells(*arguments: str) -> list[plan.Cell]:
     return options.cells_of(options.parser().parse_args(arguments))
 
 
-def test_smoke_records_both_parts(rows, capsys) -> None:
+def test_smoke_records_every_part(rows, capsys) -> None:
     assert cli.run(SMOKE) == 0
     found = rows()
     for row in found:
@@ -62,6 +62,8 @@ def test_smoke_records_both_parts(rows, capsys) -> None:
     steps = {r["side"]: r for r in found if r["benchmark"] == "gpu_train_step"}
     assert steps.keys() == {"inductor", "mst"}
     assert all("tokens/s" in r["note"] for r in steps.values())
+    attention = {(r["side"], "backward" in r["case"]) for r in found if r["benchmark"] == "gpu_attention"}
+    assert attention == {(side, backward) for side in ("sdpa", "mst") for backward in (False, True)}
     assert "without bsr: needs a GPU" in capsys.readouterr().out
 
 

@@ -23,12 +23,12 @@ class Block(nn.Module):
 
     def __init__(self, masked: str = "is_causal") -> None:
         super().__init__()
-        self.qkv, self.out, self.masked = nn.Linear(32, 96), nn.Linear(32, 32), masked
+        self.qkv, self.out, self.masked = nn.Linear(64, 192), nn.Linear(64, 64), masked
         self.override: Tensor | None = None  # a dense mask, for the model that serves as the reference
         self.register_buffer("tril", torch.ones(T, T).tril().bool())
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        q, k, v = (t.unflatten(-1, (2, 32)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         mask = self.tril if self.masked == "buffer" else None
         if self.override is not None:
             y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.override)
@@ -112,7 +112,7 @@ def test_the_pattern_of_the_moment_runs(pattern: Any, masked: str, inner: str) -
     model = mst_compile.sparsify(Block(masked), schedule, block=8)
     reference = Block(masked)
     reference.load_state_dict(model.state_dict())
-    fast, own, x = compiled(model, inner), mst_compile.sparsifier(model), torch.randn(2, T, 32)
+    fast, own, x = compiled(model, inner), mst_compile.sparsifier(model), torch.randn(2, T, 64)
     masks = {"full": None, pattern: allowed(pattern, T, 5, 8)}
     zero = {n: p != 0 for n, p in model.named_parameters() if n in own.masks}
     seen = []
@@ -136,7 +136,7 @@ def test_the_pattern_of_the_moment_runs(pattern: Any, masked: str, inner: str) -
 def test_another_mask_in_the_buffer_is_not_taken_for_causal() -> None:
     schedule = Constant(0.5, growth="none", attention="sparse", stride=8)
     model = mst_compile.sparsify(Block("buffer"), schedule, block=8)
-    fast, x = compiled(model), torch.randn(2, T, 32)
+    fast, x = compiled(model), torch.randn(2, T, 64)
     sparse = fast(x)
     assert not torch.allclose(sparse, model(x), atol=1e-3), "eager mode knows no patterns"
     model.tril.fill_(True)
@@ -148,11 +148,11 @@ def test_another_mask_in_the_buffer_is_not_taken_for_causal() -> None:
 def test_attention_that_cannot_be_sparse_is_said_once() -> None:
     class Bidirectional(Block):
         def forward(self, x: Tensor) -> Tensor:
-            q, k, v = (t.unflatten(-1, (2, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            q, k, v = (t.unflatten(-1, (2, 32)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
             return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     model = mst_compile.sparsify(Bidirectional(), Constant(0.5, attention="sparse"), block=8)
-    fast, x = compiled(model), torch.randn(2, T, 32)
+    fast, x = compiled(model), torch.randn(2, T, 64)
     with pytest.warns(mst_compile.MSTWarning, match="asks for sparse attention.*not causal"):
         out = fast(x)
     torch.testing.assert_close(out, model(x))
@@ -161,20 +161,34 @@ def test_attention_that_cannot_be_sparse_is_said_once() -> None:
 
 def test_explain_tells_what_attention_became() -> None:
     model = mst_compile.sparsify(Block(), Constant(0.5, attention="fixed", stride=8), block=8)
-    compiled(model)(torch.randn(2, T, 32))
+    compiled(model)(torch.randn(2, T, 64))
     assert "fixed (sdpa)" in str(mst_compile.explain(model))
 
 
 def test_projections_of_multihead_attention_become_sparse() -> None:
-    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    layer = nn.TransformerEncoderLayer(64, 2, 128, dropout=0.0, batch_first=True)
     model = mst_compile.sparsify(layer, Constant(0.5, growth="none", attention="local", stride=8), block=8)
     assert {"self_attn.in_proj_weight", "self_attn.out_proj.weight"} <= mst_compile.sparsifier(model).masks.keys()
     mask = nn.Transformer.generate_square_subsequent_mask(T)
     fast = torch.compile(model, backend="mst", options=DEBUG)
-    reference = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    reference = nn.TransformerEncoderLayer(64, 2, 128, dropout=0.0, batch_first=True)
     reference.load_state_dict(model.state_dict())
     x = torch.randn(2, T, 64)
     got = fast(x, mask, is_causal=True)
     local = torch.zeros(T, T).masked_fill(~allowed("local", T, 8, 8), -torch.inf)
     torch.testing.assert_close(got, reference(x, local), rtol=1e-4, atol=1e-5)
     assert {r.name: r.kernel for r in mst_compile.explain(model)}["self_attn.in_proj_weight"] == "block-sparse"
+
+
+def test_heads_without_a_kernel_keep_the_models_own_attention() -> None:
+    class Narrow(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.out(y.transpose(1, 2).flatten(2))
+
+    model = mst_compile.sparsify(Narrow(), Constant(0.5, attention="sparse", stride=8), block=8)
+    fast, x = compiled(model), torch.randn(2, T, 64)
+    with pytest.warns(mst_compile.MSTWarning, match="no CPU attention kernel for heads of 16"):
+        out = fast(x)
+    torch.testing.assert_close(out, model(x))

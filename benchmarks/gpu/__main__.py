@@ -1,4 +1,4 @@
-"""Ours against cuBLAS, torch's BSR and STK on one NVIDIA GPU: single products, then training steps of whole models.
+"""Ours against cuBLAS, torch's BSR and STK on one NVIDIA GPU: products, training steps and attention.
 
     python -m benchmarks.gpu                               # all, most important first, ends within 10 minutes
     python -m benchmarks.gpu --part layers --blocks 128,64 --densities .3,.1 --ledger /tmp/gpu.csv

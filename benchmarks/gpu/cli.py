@@ -14,14 +14,14 @@ from torch._inductor import config as inductor_config
 from torch._inductor import utils as inductor_utils
 
 from ..ledger import device_name
-from . import layers, models, rivals
+from . import attention, layers, models, rivals
 from .options import cells_of, parser
-from .plan import Budget, Cell, LayerCell
+from .plan import AttentionCell, Budget, Cell, LayerCell
 from .report import Run
 from .supervisor import BROKEN
 
 # Seconds that a cell may take before one has been seen; a fresh process compiles for a good part of a minute.
-_GUESSES = {"layer": 25.0, "model": 75.0}
+_GUESSES = {"layer": 25.0, "model": 75.0, "attention": 30.0}
 
 
 def _why_not(args: argparse.Namespace) -> str | None:
@@ -51,11 +51,15 @@ def _run_cell(cell: Cell, run: Run, args: argparse.Namespace) -> None:
     with _cell_cache(run.device), inductor_config.patch(tables):
         if isinstance(cell, LayerCell):
             layers.measure(cell, run)
+        elif isinstance(cell, AttentionCell):
+            attention.measure(cell, run)
         else:
             models.measure(cell, run, args.model_block)
 
 
 def _benchmark(cell: Cell) -> str:
+    if isinstance(cell, AttentionCell):
+        return attention.BENCHMARK
     return layers.BENCHMARK if isinstance(cell, LayerCell) else models.BENCHMARK
 
 

@@ -9,6 +9,7 @@ from . import plan
 from .plan import Cell, ModelCell
 
 _SMOKE_TOKENS, _SMOKE_SHAPES, _SMOKE_BLOCKS, _SMOKE_DENSITIES = (64,), ((128, 96),), (32,), (0.3, 1.0)
+_SMOKE_ATTENTIONS = (plan.AttentionCell("sparse", 70, 2, 32, 2, 16, 16),)
 _SMOKE_MODELS = (ModelCell("tiny", 64, 1, 2, 128, 2, 32),)
 
 
@@ -26,7 +27,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
         prog="python -m benchmarks.gpu", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--minutes", type=float, default=9.0, help="no cell is begun that would not end within these")
-    p.add_argument("--part", choices=("layers", "models"), help="one part alone")
+    p.add_argument("--part", choices=("layers", "models", "attention"), help="one part alone")
     p.add_argument("--blocks", type=_numbers(int), help="block edges, 128,64,32")  # type: ignore[arg-type]
     p.add_argument("--densities", type=_numbers(float), help="1,.5,.3,.2,.1,.05")  # type: ignore[arg-type]
     p.add_argument("--tokens", type=_numbers(int), help="M of the layers")  # type: ignore[arg-type]
@@ -38,7 +39,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("--ledger", type=Path, help="another file than benchmarks/ledger.csv")
     p.add_argument("--device", default="cuda", help="cuda, cuda:1, ..., or with --smoke cpu")
     p.add_argument("--smoke", action="store_true", help="tiny sizes: tests the program, measures nothing of use")
-    p.add_argument("--without", action="append", default=[], choices=plan.RIVALS, help="leave a rival out")
+    p.add_argument("--without", action="append", default=[], choices=(*plan.RIVALS, "flex"), help="leave a rival out")
     for hidden in ("--from", "--died", "--progress"):  # between the supervisor and its worker
         p.add_argument(hidden, dest=hidden.strip("-") + "_", help=argparse.SUPPRESS)
     return p
@@ -55,4 +56,9 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
         args.tune_each,
     )
     some_models = _SMOKE_MODELS if smoke else plan.MODELS
-    return plan.order(some_layers if args.part != "models" else (), some_models if args.part != "layers" else ())
+    attentions = _SMOKE_ATTENTIONS if smoke else plan.ATTENTIONS
+    return plan.order(
+        some_layers if args.part in (None, "layers") else (),
+        some_models if args.part in (None, "models") else (),
+        attentions if args.part in (None, "attention") else (),
+    )

@@ -63,13 +63,37 @@ class ModelCell:
         return f"gpt-{self.name} d={self.width} L={self.layers} V={self.vocab} T={self.context} batch={self.batch}"
 
 
-Cell = LayerCell | ModelCell
+@dataclass(frozen=True)
+class AttentionCell:
+    """One attention, ``heads`` of ``size``, with a pattern of mst_compile.patterns."""
+
+    pattern: str
+    length: int
+    heads: int = 12
+    size: int = 64
+    batch: int = 8
+    window: int = 128
+    stride: int = 128
+    kind: str = "attention"
+
+    @property
+    def case(self) -> str:
+        return f"{self.pattern} T={self.length} heads={self.heads}x{self.size} batch={self.batch}"
+
+
+Cell = LayerCell | ModelCell | AttentionCell
 
 MODELS = (
     ModelCell("small", 768, 12, 12, 50304, 16, 1024),
     ModelCell("xl-width", 1600, 6, 25, 50304, 8, 1024),
     ModelCell("medium", 1024, 24, 16, 50304, 8, 1024),
 )
+
+
+ATTENTIONS = tuple(
+    AttentionCell(pattern, length, batch=max(1, 16384 // length))
+    for length in (4096, 1024, 16384) for pattern in ("sparse", "fixed", "full")
+)  # fmt: skip
 
 
 def by_importance(given: Sequence[float]) -> tuple[float, ...]:
@@ -96,10 +120,12 @@ def layer_cells(
     return sorted(cells, key=lambda cell: (cell.m, cell.n, cell.k) != GOAL)
 
 
-def order(layers: Sequence[LayerCell], models: Sequence[ModelCell]) -> list[Cell]:
-    """Goal cells, then whole models, then the other layers."""
+def order(
+    layers: Sequence[LayerCell], models: Sequence[ModelCell], attentions: Sequence[AttentionCell] = ()
+) -> list[Cell]:
+    """Goal cells, then whole models, attention, and the other layers."""
     goals = [cell for cell in layers if (cell.m, cell.n, cell.k) == GOAL]
-    return [*goals, *models, *(cell for cell in layers if cell not in goals)]
+    return [*goals, *models, *attentions, *(cell for cell in layers if cell not in goals)]
 
 
 class Budget:

@@ -1,6 +1,6 @@
 """CPU kernels: block-sparse products and sparse attention in C++, compiled at first use and called through ctypes."""
 
-from .attention import LSE_DTYPE, PATTERNS, attention, attention_backward, supports_attention
+from .attention import LSE_DTYPE, PATTERNS, attention, attention_backward, supports_attention, supports_head
 from .library import (
     available,
     block_sumsq,
@@ -24,6 +24,7 @@ __all__ = [
     "spmm",
     "supports",
     "supports_attention",
+    "supports_head",
     "why_unavailable",
     "zero_inactive_",
 ]

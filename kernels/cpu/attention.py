@@ -32,11 +32,15 @@ class _Attention(ctypes.Structure):
     )
 
 
+def supports_head(dtype: torch.dtype, size: int) -> bool:
+    """Whether the kernels take heads of this size and dtype."""
+    return dtype in _DTYPES and size % 8 == 0 and 32 <= size <= 256
+
+
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the kernels take operands of these dtypes and shapes."""
-    size = q.shape[-1]
-    same = q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES
-    return same and size % 8 == 0 and 32 <= size <= 256 and q.numel() > 0 and k.numel() > 0
+    same = q.dtype == k.dtype == v.dtype and supports_head(q.dtype, q.shape[-1])
+    return same and q.numel() > 0 and k.numel() > 0
 
 
 def _heads(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> _Heads:

@@ -10,7 +10,7 @@ pattern. Names play no part; what is not understood stays as it was, and a :clas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,13 +107,24 @@ class AttentionPass:
     Args:
         pattern, window, stride: see :mod:`mst_compile.patterns`; with ``"full"`` the model's own kernels stay.
         force: use the operator with ``"full"`` too.
+        why_unsupported: given device type, dtype and head size, why there is no kernel, or None: what would run on the
+            operator's reference stays with the model's own kernels.
 
     After :meth:`run`, ``constants`` holds the buffers that the rewritten graph relies on.
     """
 
-    def __init__(self, pattern: str, window: int, stride: int, fake_mode: Any, force: bool = False) -> None:
+    def __init__(
+        self,
+        pattern: str,
+        window: int,
+        stride: int,
+        fake_mode: Any,
+        force: bool = False,
+        why_unsupported: Callable[[str, torch.dtype, int], str | None] | None = None,
+    ) -> None:
         self.settings = pattern, window, stride
         self.fake_mode = fake_mode
+        self.why_unsupported = why_unsupported
         self.rewrites = force or pattern != "full"
         self.sites: list[Site] = []
         self.constants: list[Constant] = []
@@ -165,12 +176,19 @@ class AttentionPass:
         where = next(reversed(stack.values()))[0] if stack else ""
         self.sites.append(Site(where, form, causal, replaced, reason or ""))
 
+    def _why_not(self, found: Attention) -> str | None:
+        reason = why_not(found)
+        if reason is None and self.why_unsupported is not None:
+            out = value(found.out)
+            reason = self.why_unsupported(out.device.type, out.dtype, value(found.q).shape[-1])
+        return reason
+
     def _sdpa(self, node: fx.Node, evaluator: Evaluator) -> None:
         given = _arguments(node)
         mask = given.get("attn_mask")
         q, k, v = given["query"], given["key"], given["value"]
         found = Attention("sdpa", node, q, k, v, given.get("scale"), grouped=bool(given.get("enable_gqa")))
-        reason = _dropout_reason([given.get("dropout_p", 0.0)]) or why_not(found)
+        reason = _dropout_reason([given.get("dropout_p", 0.0)]) or self._why_not(found)
         if reason is None and mask is not None:
             finding = self._finding((mask, evaluator.version([mask], node)), evaluator, mask, node)
             reason, found.padding, found.hides = finding.reason, finding.padding, finding.hides
@@ -181,7 +199,7 @@ class AttentionPass:
     def _chain(self, chain: Chain, evaluator: Evaluator) -> None:
         k, flipped = _straight(chain.k_transposed)
         found = Attention("manual", chain.out, chain.q, k, chain.v, flipped=flipped, inner=chain.inner)
-        reason = chain.reason or _dropout_reason(chain.dropout) or why_not(found)
+        reason = chain.reason or _dropout_reason(chain.dropout) or self._why_not(found)
         if reason is None:
             outside = {i: None for n in chain.inner[1:] for i in n.all_input_nodes if i not in chain.inner}
             key = (chain.signature(), evaluator.version(outside, chain.softmax))
@@ -196,7 +214,7 @@ class AttentionPass:
         return self._known[key]
 
     def _finish(self, found: Attention, reason: str | None, evaluator: Evaluator) -> None:
-        reason = reason or why_not(found)
+        reason = reason or self._why_not(found)
         if reason is None and found.padding is not None and found.padding.graph is not found.out.graph:
             call, _ = self._bodies[found.out.graph]
             reason = None if found.padding.graph is call.graph else "its padding comes from outside of two checkpoints"

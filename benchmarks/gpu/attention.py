@@ -1,0 +1,126 @@
+"""Attention with a pattern, forward and forward with backward: ours against causal SDPA and FlexAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mst_compile.lowering import inductor  # noqa: F401  (registers the lowerings)
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from mst_compile.patterns import allowed
+
+from .plan import AttentionCell
+from .report import Run
+from .timing import Call, error, median_times
+
+BENCHMARK = "gpu_attention"
+# In units of eps: probabilities and the result are rounded to the operands' dtype, sums are in float32.
+_ALLOWED = {torch.float32: 400.0, torch.bfloat16: 8.0, torch.float16: 8.0}
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _ours(cell: AttentionCell) -> Attend:
+    settings = cell.pattern, cell.window, cell.stride, cell.size**-0.5
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.mst.attention(q, k, v, None, None, *settings)[0]
+
+    return torch.compile(attend, fullgraph=True, backend="inductor", dynamic=False)
+
+
+def _flex(cell: AttentionCell, device: torch.device) -> Attend:
+    """The same mask as a ``mask_mod``; FlexAttention skips blocks of 128 x 128 that it empties."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    window, stride, pattern = cell.window, cell.stride, cell.pattern
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        distance = query - key
+        causal = distance >= 0
+        if pattern == "full":
+            return causal
+        if pattern == "fixed":
+            return causal & ((query // stride == key // stride) | (key % stride == stride - 1))
+        return causal & ((distance < window) | (distance % stride == 0))
+
+    blocks = create_block_mask(mask, None, None, cell.length, cell.length, device=device)
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=blocks)
+
+
+def _sides(cell: AttentionCell, run: Run) -> dict[str, Attend]:
+    sides: dict[str, Attend] = {
+        "sdpa": lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True),
+        "mst": _ours(cell),
+    }
+    if run.device.type == "cuda" and "flex" not in run.without:
+        try:
+            sides["flex"] = _flex(cell, run.device)
+        except Exception as failure:
+            run.failed(BENCHMARK, cell.case, "flex", f"{type(failure).__name__}: {failure}")
+    return sides
+
+
+def _complaint(cell: AttentionCell, attend: Attend, operands: tuple[Tensor, ...], grad: Tensor) -> str | None:
+    """What is wrong with the result or a gradient for one head in float32, or None."""
+    few = [t[:1, :1].detach().requires_grad_() for t in operands]
+    wide = [t.detach().float().requires_grad_() for t in few]
+    mask = allowed(cell.pattern, cell.length, cell.window, cell.stride, device=grad.device)
+    exact = scaled_dot_product_attention(*wide, attn_mask=mask)
+    exact.backward(grad[:1, :1].float())
+    gradients = [t.grad for t in wide]
+    leaves = [t.detach().requires_grad_() for t in operands]
+    out = attend(*leaves)
+    out.backward(grad)
+    results = {"out": (out, exact)} | {n: (t.grad, g) for n, t, g in zip("qkv", leaves, gradients, strict=True)}
+    for name, (result, reference) in results.items():
+        assert result is not None
+        assert reference is not None
+        worst = error(result.detach()[:1, :1], reference.detach())
+        if not worst <= _ALLOWED[result.dtype]:
+            return f"wrong {name}, {worst:.3g} eps off"
+    return None
+
+
+def measure(cell: AttentionCell, run: Run) -> None:
+    """Check ours, then time all sides in turn."""
+    generator = torch.Generator(run.device).manual_seed(0)
+    shape = cell.batch, cell.heads, cell.length, cell.size
+    q, k, v, grad = (torch.randn(*shape, generator=generator, device=run.device, dtype=run.dtype) for _ in range(4))
+    sides = _sides(cell, run)
+    complaint = _complaint(cell, sides["mst"], (q, k, v), grad)
+    if complaint is not None:
+        run.failed(BENCHMARK, cell.case, "mst", complaint)
+        return
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+
+    def both(attend: Attend) -> Call:
+        def call() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            attend(*leaves).backward(grad)
+
+        return call
+
+    for operation in ("forward", "forward and backward"):
+        backward = operation != "forward"
+        calls: dict[str, Call] = {
+            name: both(attend) if backward else _forward(attend, leaves) for name, attend in sides.items()
+        }
+        median = median_times(calls, run.device, run.runs)
+        for name, seconds in median.items():
+            ratio = median["sdpa"] / seconds
+            run.record(BENCHMARK, f"{cell.case} {operation}", name, seconds, ratio, "ratio against causal SDPA")
+            figures = f"{median['sdpa'] * 1e3:.3f}", f"{seconds * 1e3:.3f}", f"{ratio:.2f}x"
+            run.rows.append((cell.case, "", operation, name, *figures, ""))
+
+
+def _forward(attend: Attend, leaves: list[Tensor]) -> Call:
+    def call() -> None:
+        with torch.no_grad():
+            attend(*leaves)
+
+    return call
