@@ -313,7 +313,7 @@ def test_near_misses_warn_once() -> None:
     assert "w: used by chunk" in message
 
 
-def test_multihead_attention_stays_dense() -> None:
+def test_multihead_attention_is_written_out() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -323,8 +323,23 @@ def test_multihead_attention_stays_dense() -> None:
             return self.fc(self.attention(x, x, x, need_weights=False)[0])
 
     model = check_model(Attention, torch.randn(X))
+    for name in ("attention.in_proj_weight", "attention.out_proj.weight", "fc.weight"):
+        assert statuses(model)[name].startswith("matched (1 use)")
+
+
+def test_multihead_attention_that_returns_its_weights_stays_dense() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.attention(x, x, x)
+
+    model = sparsify(Attention(), static(), block=8)
+    with pytest.warns(MSTWarning, match="multi_head_attention_forward"):
+        compiled(model)(torch.randn(X))
     assert "not matched: used by multi_head_attention_forward" in statuses(model)["attention.out_proj.weight"]
-    assert "matched" in statuses(model)["fc.weight"]
 
 
 def test_unstructured_masks_run_dense() -> None:
