@@ -22,3 +22,8 @@ class AttentionState:
     stride: int = 128
     reasons: dict[str, str] = field(default_factory=dict)
     warned: bool = False
+
+    @property
+    def settings(self) -> tuple[str, int, int]:
+        """What a compiled variant with the sparse pattern was compiled for."""
+        return self.sparse, self.window, self.stride

@@ -88,7 +88,7 @@ class Variants:
         # Masks in buffers that variants with sparse attention rely on, by their kind.
         self._constants: dict[Kind, list[Constant]] = {}
         indices = self._indices(example_inputs)
-        first = indices is not None, self._attention.pattern
+        first = indices is not None, self._pattern(example_inputs)
         late = self._fakes(example_inputs)
         self._examples = list(example_inputs)
         self._compile(first, [*example_inputs, *(indices or [])])  # with Dynamo's own example inputs
@@ -96,7 +96,7 @@ class Variants:
 
     def __call__(self, *args: Any) -> Any:
         indices = self._indices(args)
-        kind = indices is not None, self._attention.pattern
+        kind = indices is not None, self._pattern(args)
         inputs = args if indices is None else (*args, *indices)
         run = self._compiled.get(kind) or self._compile(kind, inputs)
         if not all(constant.holds(args[constant.position]) for constant in self._constants.get(kind, ())):
@@ -130,6 +130,16 @@ class Variants:
             active += weight.active
             total += weight.numel
         return indices if active < self._threshold * total else None
+
+    def _pattern(self, args: Sequence[Any]) -> str:
+        """The attention pattern of the model that is running: another may share this graph."""
+        parameter = args[self._managed[0]]
+        weight = getattr(parameter, "_mst_weight", None)
+        if isinstance(parameter, FakeTensor):
+            return self._attention.pattern  # DDP's first call
+        if weight is None or weight.attention.settings != self._attention.settings:
+            return "full"
+        return weight.attention.pattern
 
     def _guard_backward(self, args: Sequence[Any], out: Any) -> None:
         """Turn a topology change between this forward pass and its backward pass into a clear error."""

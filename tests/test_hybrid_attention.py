@@ -192,3 +192,27 @@ def test_heads_without_a_kernel_keep_the_models_own_attention() -> None:
     with pytest.warns(mst_compile.MSTWarning, match="no CPU attention kernel for heads of 16"):
         out = fast(x)
     torch.testing.assert_close(out, model(x))
+
+
+def test_models_that_share_a_graph_keep_their_own_attention() -> None:
+    def build(**attention: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return mst_compile.sparsify(Block(), Constant(0.5, growth="none", **attention), block=8)
+
+    models = [build(attention="local", stride=8), build(), build(attention="local", stride=8), build(attention="local")]
+    models.append(Block())
+    x = torch.randn(2, T, 64)
+    full = models[1](x)
+    for model in models:
+        model.compile(backend="mst", options=DEBUG)
+    mst_compile.sparsifier(models[2]).attention.pattern = "full"  # as outside its window
+    outs = [model(x) for model in models]
+    local = outs[0]
+    assert not torch.allclose(local, full, atol=1e-3)
+    for out in outs[1:3]:
+        torch.testing.assert_close(out, full)
+    with_stride = mst_compile.sparsifier(models[3]).attention
+    assert (with_stride.pattern, with_stride.stride) == ("local", 128)
+    torch.testing.assert_close(outs[3], full)  # a span of 128 holds all of it
+    mst_compile.sparsifier(models[2]).attention.pattern = "local"
+    torch.testing.assert_close(models[2](x), local)
