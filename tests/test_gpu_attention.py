@@ -210,17 +210,9 @@ def test_queries_that_see_no_key_give_zero(interpreter: Interpreter) -> None:
 
 @pytest.mark.parametrize(("size", "dtype"), [(8, F32), (160, F32), (32, torch.float64), (512, BF16)])
 def test_what_has_no_kernel_runs_the_reference(size: int, dtype: torch.dtype) -> None:
-    made, _ = _without_questions(case("local", size=size, dtype=dtype, length=20))
+    made, _ = case("local", size=size, dtype=dtype, length=20).generate()
     assert "torch.ops.mst.attention.default(" in made.forward.source
     assert not [k for k in kernels_of(made.forward.source) if k.kind == "template"]
-
-
-def _without_questions(given_case: Case) -> tuple[Generated, int]:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.ops.mst.attention(q, k, v, None, None, *given_case.settings)[0]
-
-    leaves = [t.detach().requires_grad_() for t in (given_case.q, given_case.k, given_case.v)]
-    return generate(attend, leaves), 0
 
 
 def test_one_code_serves_any_length(interpreter: Interpreter) -> None:

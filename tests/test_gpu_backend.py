@@ -12,7 +12,7 @@ import pytest
 import torch
 from gpu_cases import product
 from helpers import compiled, static
-from mst_compile.lowering import compat, crossover, support, tuning
+from mst_compile.lowering import crossover, support, tuning
 from pretend_gpu import Generated, Interpreter, generate, kernels_of, pretend_h100
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
@@ -207,7 +207,6 @@ def test_a_broken_record_is_no_error(fresh: Path) -> None:
 
 def test_inductor_tells_us_what_it_has_tuned() -> None:
     assert crossover.from_tuning in get_algorithm_selector_cache().feedback_saver_fns
-    assert callable(compat.on_tuned)
 
 
 @pytest.mark.parametrize(("threshold", "sparse"), [(0.45, False), (0.55, True)])

@@ -1,7 +1,7 @@
 """Ours against cuBLAS, torch's BSR and STK on one NVIDIA GPU: products, training steps and attention.
 
     python -m benchmarks.gpu                               # all, most important first, ends within 10 minutes
-    python -m benchmarks.gpu --part layers --blocks 128,64 --densities .3,.1 --ledger /tmp/gpu.csv
+    python -m benchmarks.gpu --part layers --blocks 128,64 --densities .3,.1 --ledger gpu.csv
     python -m benchmarks.gpu --device cpu --smoke          # the same program on tiny sizes, without a GPU
 
 Needs torch 2.11 to 2.14 with triton and a C compiler (triton's launcher is built by it), nothing else: run it at the

@@ -176,6 +176,15 @@ _MASKED = r"""
 {% endmacro %}
 """
 
+_STORE_ROWS = r"""
+    idx_b = batch
+    idx_h = head
+    idx_t = rows[:, None]
+    idx_d = d[None, :]
+    mask = row_inside[:, None] & (idx_d < SIZE)
+    {{store_output(("idx_b", "idx_h", "idx_t", "idx_d"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_D"))}}
+"""
+
 FORWARD = (
     _COMMON
     + _OVER_KEYS
@@ -215,13 +224,8 @@ FORWARD = (
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = tl.where(total == 0.0, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
     tl.store(LSE + tl.program_id(1) * LENGTH + rows, lse, mask=row_inside)
-    idx_b = batch
-    idx_h = head
-    idx_t = rows[:, None]
-    idx_d = d[None, :]
-    mask = row_inside[:, None] & (idx_d < SIZE)
-    {{store_output(("idx_b", "idx_h", "idx_t", "idx_d"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_D"))}}
 """
+    + _STORE_ROWS
 )
 
 GRAD_QUERY = (
@@ -257,13 +261,8 @@ GRAD_QUERY = (
 {% endmacro %}
 {{over_keys(tile, row)}}
     acc = acc * SCALE
-    idx_b = batch
-    idx_h = head
-    idx_t = rows[:, None]
-    idx_d = d[None, :]
-    mask = row_inside[:, None] & (idx_d < SIZE)
-    {{store_output(("idx_b", "idx_h", "idx_t", "idx_d"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_D"))}}
 """
+    + _STORE_ROWS
 )
 
 GRAD_KEY_VALUE = (
