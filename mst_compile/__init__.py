@@ -5,10 +5,12 @@ model = torch.compile(model, backend="mst")
 """
 
 from . import attention_op, ops  # noqa: F401  (registers torch.ops.mst)
+from .api import densify, sparsifier, sparsify
 from .errors import MSTError, MSTWarning
 from .report import explain
 from .schedule import Constant, MixedSparsity
-from .sparsifier import Sparsifier, densify, sparsifier, sparsify
+from .selection import Override
+from .sparsifier import Sparsifier  # after ``api``: the function of this name is what users import
 from .weights import SparseWeight
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "MSTError",
     "MSTWarning",
     "MixedSparsity",
+    "Override",
     "SparseWeight",
     "Sparsifier",
     "densify",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .api import sparsifier
 from .flops import linear_training
 from .lowering.support import why_unsupported
-from .sparsifier import sparsifier
 from .weights import SparseWeight
 
 

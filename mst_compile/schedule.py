@@ -64,6 +64,8 @@ class MixedSparsity:
             ``"gradient"`` (RigL), ``"random"`` (SET) or ``"none"`` (no drop-and-grow: blocks change only as the
             sparsity does).
         gradient_share: share of the growth that goes by gradient under ``"mixed"``; 3 of 4 in the paper.
+        gradient_steps: steps before an event whose gradient scores are added up for growth; each of them computes
+            dense gradients.
         distribution: ``"erdos-renyi"`` or ``"uniform"`` densities over the layers.
         initial_sparsity: sparsity at step 0.
         restoration_ramp: ``"mirrored"`` (the paper's: most weights return late) or ``"early"`` (most return early;
@@ -89,6 +91,7 @@ class MixedSparsity:
     drop_fraction: float = 0.3
     growth: Growth = "mixed"
     gradient_share: float = 0.75
+    gradient_steps: int = 1
     distribution: Distribution = "erdos-renyi"
     initial_sparsity: float = 0.0
     restoration_ramp: Ramp = "mirrored"
@@ -99,8 +102,8 @@ class MixedSparsity:
 
     def __post_init__(self) -> None:
         _check_steps("total_steps", self.total_steps)
-        _check_sparsity("sparsity", self.sparsity)
-        _check_sparsity("initial_sparsity", self.initial_sparsity)
+        check_sparsity("sparsity", self.sparsity)
+        check_sparsity("initial_sparsity", self.initial_sparsity)
         if self.initial_sparsity > self.sparsity:
             raise ScheduleError(
                 f"initial_sparsity {self.initial_sparsity} is above sparsity {self.sparsity}: the warm-up rises to it"
@@ -117,6 +120,7 @@ class MixedSparsity:
             if getattr(self, name) is not None:
                 _check_steps(name, getattr(self, name))
         _check_common(self.drop_fraction, self.growth, self.gradient_share, self.distribution)
+        _check_gradient_steps(self.gradient_steps, self.plateau_interval)
         _check_choice("restoration_ramp", self.restoration_ramp, RAMPS)
         used = self.warmup_steps + self.restoration_steps + self.settle_steps
         if used > self.total_steps:
@@ -212,7 +216,7 @@ class Constant:
 
     Args:
         sparsity: share of zeros, in [0, 1).
-        growth, gradient_share, distribution, drop_fraction: as in :class:`MixedSparsity`.
+        growth, gradient_share, gradient_steps, distribution, drop_fraction: as in :class:`MixedSparsity`.
         interval: steps between topology events.
         total_steps: if given, the drop fraction is annealed to 0 by a cosine over three quarters of it and the
             topology rests after that (RigL's choice).
@@ -228,6 +232,7 @@ class Constant:
     interval: int = 100
     drop_fraction: float = 0.3
     gradient_share: float = 0.75
+    gradient_steps: int = 1
     distribution: Distribution = "erdos-renyi"
     total_steps: int | None = None
     attention: Attention = "full"
@@ -236,11 +241,12 @@ class Constant:
     span: int | None = None
 
     def __post_init__(self) -> None:
-        _check_sparsity("sparsity", self.sparsity)
+        check_sparsity("sparsity", self.sparsity)
         _check_steps("interval", self.interval)
         if self.total_steps is not None:
             _check_steps("total_steps", self.total_steps)
         _check_common(self.drop_fraction, self.growth, self.gradient_share, self.distribution)
+        _check_gradient_steps(self.gradient_steps, self.interval)
         _check_attention(self.attention, self.attention_window, self.stride, self.span)
         if any(isinstance(edge, float) for edge in self.attention_window or ()):
             raise ScheduleError(f"attention_window must be two numbers of steps, got {self.attention_window!r}")
@@ -299,7 +305,8 @@ def check_schedule(schedule: object) -> Schedule:
     return schedule
 
 
-def _check_sparsity(name: str, value: object) -> None:
+def check_sparsity(name: str, value: object) -> None:
+    """Raise :class:`ScheduleError` unless ``value`` is a share of zeros."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value < 1.0:
         raise ScheduleError(f"{name} must lie in [0, 1), got {value!r}: it is the share of zeros, 0.9 keeps one in ten")
 
@@ -320,6 +327,12 @@ def _check_common(drop_fraction: float, growth: str, gradient_share: float, dist
             raise ScheduleError(f"{name} must lie in [0, 1], got {value!r}")
     _check_choice("growth", growth, GROWTHS)
     _check_choice("distribution", distribution, DISTRIBUTIONS)
+
+
+def _check_gradient_steps(steps: object, interval: int) -> None:
+    _check_steps("gradient_steps", steps)
+    if steps > interval:  # type: ignore[operator]
+        raise ScheduleError(f"gradient_steps={steps} is more than the {interval} steps between topology events")
 
 
 def _check_attention(attention: str, window: object, stride: object, span: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -12,12 +12,34 @@ from torch import nn
 from . import topology
 from .blockindex import TILE_BLOCK, BlockGrid
 from .errors import BlockSizeError, SelectionError, WeightError
-from .schedule import Schedule
+from .schedule import Schedule, check_sparsity
 
 MAX_BLOCK = 128
 MIN_BLOCK = 4  # the finest block that kernels exist for; block 1 means unstructured masks on dense products
 DEFAULT_BLOCK = {"cpu": 8}
 DEFAULT_BLOCK_ACCELERATOR = 32
+
+
+@dataclass(frozen=True)
+class Override:
+    """What is special about some weights: ``sparsify(..., overrides={"*.attn.*": Override(sparsity=0.5, block=4)})``.
+
+    Args:
+        sparsity: share of zeros when the schedule is at its highest sparsity, in [0, 1); it rises and falls in
+            proportion to the schedule's. 0 keeps the weights dense. Default: the layer distribution decides.
+        block: edge of their blocks, a power of two. Default: that of ``sparsify``.
+
+    Raises:
+        ScheduleError, BlockSizeError: a value is out of range.
+    """
+
+    sparsity: float | None = None
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+        if self.sparsity is not None:
+            check_sparsity("sparsity of an override", self.sparsity)
 
 
 @dataclass
@@ -31,6 +53,7 @@ class Candidate:
     density: float = 1.0
     grid: BlockGrid | None = None
     note: str = ""
+    override: Override = field(default_factory=Override)
 
 
 @dataclass
@@ -72,23 +95,44 @@ def select(
     block: int | None,
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
+    overrides: Mapping[str, Override] | None = None,
+    backbone: bool = True,
 ) -> Selection:
     """Find the weights to make sparse and lay block grids over them. Changes nothing."""
     check_block(block)
     selection = _find(model, _patterns("include", include), _patterns("exclude", exclude))
     candidates = selection.candidates
     shapes = [(c.parameter.shape[0], c.parameter.shape[1]) for c in candidates]
-    densities = topology.DISTRIBUTIONS[schedule.distribution](shapes, schedule.max_sparsity)
+    _take_overrides(candidates, overrides)
+    highest = schedule.max_sparsity
+    special = [c.override.sparsity for c in candidates]
+    densities = topology.layer_densities(shapes, highest, schedule.distribution, special, highest)
     too_small = []
     for candidate, shape, density in zip(candidates, shapes, densities, strict=True):
         candidate.density = density
-        candidate.grid, candidate.note = _grid(candidate.parameter.device, shape, density, block)
-        if block is not None and block > min(shape):
+        wanted = candidate.override.block or block
+        candidate.grid, candidate.note = _grid(candidate.parameter.device, shape, density, wanted, backbone)
+        if wanted is not None and wanted > min(shape):
             too_small.append(candidate.name)
     if block is not None and len(too_small) == len(candidates):
         sizes = ", ".join(f"{r}x{c}" for r, c in sorted(set(shapes)))
         raise BlockSizeError(f"block={block} is larger than every eligible weight ({sizes}); pass a smaller block")
     return selection
+
+
+def _take_overrides(candidates: list[Candidate], overrides: Mapping[str, Override] | None) -> None:
+    """Give each candidate the override of the first pattern that its name matches."""
+    if overrides is None:
+        return
+    for pattern, override in overrides.items():
+        if not isinstance(pattern, str) or not isinstance(override, Override):
+            raise SelectionError(f"overrides maps patterns to Override(...), got {pattern!r}: {override!r}")
+        if not any(_matches(c.name, [pattern]) for c in candidates):
+            names = ", ".join(repr(c.name) for c in candidates)[:200]
+            raise SelectionError(f"override {pattern!r} matches no sparse weight; their names look like {names}")
+    for candidate in candidates:
+        found = (override for pattern, override in overrides.items() if _matches(candidate.name, [pattern]))
+        candidate.override = next(found, candidate.override)
 
 
 def check_block(block: object) -> None:
@@ -174,7 +218,9 @@ def _check_weight(name: str, parameter: nn.Parameter) -> None:
         )
 
 
-def _grid(device: torch.device, shape: tuple[int, int], density: float, block: int | None) -> tuple[BlockGrid, str]:
+def _grid(
+    device: torch.device, shape: tuple[int, int], density: float, block: int | None, backbone: bool = True
+) -> tuple[BlockGrid, str]:
     """The block grid of a weight; shrunk where the weight or the backbone is too coarse for the asked block."""
     wanted = block or DEFAULT_BLOCK.get(device.type, DEFAULT_BLOCK_ACCELERATOR)
     if wanted < MIN_BLOCK:
@@ -182,17 +228,21 @@ def _grid(device: torch.device, shape: tuple[int, int], density: float, block: i
     # A GPU has no kernels for finer blocks: there a coarse grid costs density, a fine one all that could be saved.
     finest = min(wanted, TILE_BLOCK) if device.type == "cuda" else MIN_BLOCK
     size = wanted
-    while size > finest and (size > min(shape) or _backbone_share(BlockGrid(*shape, size)) > density / 2):
+    while size > finest and (
+        size > min(shape) or (backbone and _backbone_share(BlockGrid(*shape, size)) > density / 2)
+    ):
         size //= 2
     grid = BlockGrid(*shape, size)
     note = ""
-    if size != wanted:
+    if size != wanted and not backbone:
+        note = f"block {wanted} -> {size}: the weight has only {min(shape)} rows or columns"
+    elif size != wanted:
         share = _backbone_share(BlockGrid(*shape, wanted))
         note = (
             f"block {wanted} -> {size}: at {wanted} the backbone alone would take {share:.0%} of the weight, "
             f"target density {density:.0%}"
         )
-    if density < 1 and _backbone_share(grid) > density:
+    if backbone and density < 1 and _backbone_share(grid) > density:
         note += f"{'; ' * bool(note)}density cannot fall below the backbone's {_backbone_share(grid):.0%}"
     return grid, note
 

@@ -3,7 +3,7 @@
 Within one training step::
 
     forward, backward   gradients arrive; outside the active blocks they are set to 0 as soon as they have accumulated
-                        (kept dense on the step before a topology event, so that growth can read them)
+                        (kept dense on the steps before a topology event, so that growth can read them)
     optimizer.step()    before: growth scores are harvested and the inactive part of the gradient is zeroed
                         after:  the step is counted and, on an event, the topology changes
 """
@@ -13,24 +13,23 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from . import topology, weights
+from . import checkpoint, optimizers, topology, weights
 from .blockops import block_mean_square, zero_blocks_
-from .errors import AlreadySparseError, CheckpointError, MaskError, MSTWarning, NotSparseError, SelectionError
+from .errors import MSTWarning, SelectionError
 from .hybrid import AttentionState
-from .schedule import Schedule, check_schedule
-from .selection import Candidate, select
+from .ownership import forget_owner, remember_owner
+from .schedule import Schedule
+from .selection import Candidate
 from .steps import watch_steps
 from .weights import SparseWeight
 
-_ATTRIBUTE = "_mst_sparsifier"
-_OWNED = "_mst_owned_weights"
-_STATE_VERSION = 1
 _FEW = 0.05  # share of dropped blocks up to which visiting them alone beats a pass over the weight
 _PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
 
@@ -38,25 +37,41 @@ _PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights befor
 class Sparsifier:
     """The sparse state of one model; made by :func:`sparsify`, found by :func:`sparsifier`."""
 
+    _optimizers: weakref.WeakSet[Optimizer]  # that have stepped or loaded: their state of dropped blocks is zeroed
+    _warned: weakref.WeakSet[Optimizer]
+    _counting: weakref.ref[Optimizer] | None  # the optimizer whose steps are counted
+    _stepped: set[str]  # weights whose optimizer has stepped since the last counted step
+    _late: set[str]  # weights whose optimizer has not, though the step was counted
+    _deferred: bool  # a step within the backward pass waits for its end
+    _not_a_step: bool  # the optimizer that steps now only makes its state
+    _foreign_steps: int  # of optimizers without sparse weights; -1: warned
+    _foreign_checkpoint: bool  # warned of one without topology
+
     def __init__(
-        self, schedule: Schedule, candidates: list[Candidate], seed: int, auto_step: bool, skipped: dict[str, str]
+        self,
+        schedule: Schedule,
+        candidates: list[Candidate],
+        seed: int,
+        auto_step: bool,
+        skipped: dict[str, str],
+        backbone: bool = True,
     ) -> None:
         self.schedule = schedule
         self.seed = seed
         self.auto_step = auto_step
         self.skipped = skipped
         self.step_count = 0
-        self._weights = {c.name: _new_weight(c) for c in candidates}
+        self._weights = {c.name: _new_weight(c, backbone) for c in candidates}
+        self._overrides = [c.override.sparsity for c in candidates]
         self.attention = _new_attention(schedule)
         for weight in self._weights.values():
             weight.attention = self.attention
         self._owners = {c.name: c.owners for c in candidates}
-        self._scores: dict[str, Tensor] = {}
-        self._counting: weakref.ref[torch.optim.Optimizer] | None = None
-        self._foreign_steps = 0
+        self._scores: dict[str, Tensor] = {}  # growth scores since the last event
+        self._grown: dict[str, Tensor] = {}  # blocks that grew at the last event and have not been stepped yet
         for name, owners in self._owners.items():
             for module, attribute in owners:
-                _remember_owner(module, attribute, self._weights[name])
+                remember_owner(module, attribute, self._weights[name])
         self._bind({c.name: c.parameter for c in candidates})
 
     # -- what users read -------------------------------------------------------------------------------------------
@@ -93,53 +108,118 @@ class Sparsifier:
         ``optimizer.step()`` and before the next forward pass, only with ``sparsify(..., auto_step=False)``.
         """
         self._rebind()
-        self._harvest()
+        for weight, parameter in self.parameters():
+            if weight.name not in self._stepped and parameter.grad is not None:
+                self._late.add(weight.name)  # another optimizer's, whose turn is still to come
+                self._harvest(weight, parameter, 1.0)
+        self._stepped = set()
         self.step_count += 1
         for weight in self._weights.values():
             weight.loaded = None
         if self.schedule.is_topology_event(self.step_count):
             self._change_topology()
-        self._scores = {}
+            self._scores = {}
         self._prepare_next_step()
 
     def _prepare_next_step(self) -> None:
-        """Choose the attention pattern of the next forward pass; and if the next step ends in a topology event whose
-        growth reads gradients, have them computed on all blocks."""
+        """Choose the attention pattern of the next forward pass; and if the next step belongs to a topology event
+        whose growth reads gradients, have them computed on all blocks."""
         self.attention.pattern = _attention_at(self.schedule, self.step_count)
-        wanted = self._wants_gradient(self.step_count + 1)
+        wanted = any(self._wants_gradient(self.step_count + 1 + i) for i in range(_gradient_steps(self.schedule)))
         for weight in self._weights.values():
             weight.set_dense_grad(wanted and weight.density_target < 1)
 
     def _wants_gradient(self, step: int) -> bool:
+        """Whether a topology event after ``step`` reads gradients."""
         schedule = self.schedule
         if schedule.growth not in ("mixed", "gradient") or not schedule.is_topology_event(step):
             return False
         return schedule.sparsity_at(step) > 0  # at sparsity 0 everything grows; there is nothing to choose
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer) -> None:
         """Optimizer pre-hook: harvest growth scores, and let the optimizer see zeros outside the active blocks."""
-        if self._owns(optimizer):
-            self._optimizers.add(optimizer)
-            self._rebind()
-            self._harvest()
-
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Optimizer post-hook: count the step if the optimizer owns sparse weights."""
-        if not self.auto_step or _skipped_by_scaler(optimizer):
+        own = self._own(optimizer)
+        if not own or optimizers.skipped_by_scaler(optimizer):
             return
-        if self._owns(optimizer):
+        if not optimizer.state and optimizers.only_makes_state(optimizer):
+            self._not_a_step = True
+            return
+        self._optimizers.add(optimizer)
+        self._rebind()
+        scale = optimizers.gradient_scale(optimizer)
+        in_backward = _in_backward()
+        for weight, parameter in self._own(optimizer):
+            self._stepped.add(weight.name)
+            if weight.name in self._late:
+                self._late.discard(weight.name)
+                if parameter.grad is not None:
+                    weight.zero_inactive_(parameter.grad)
+            else:
+                self._harvest(weight, parameter, scale)
+            if in_backward and parameter.grad is not None:
+                weight.zero_inactive_(parameter.grad)  # the hook that does so may come after the one that steps
+            if weight.name in self._grown and parameter.grad is not None:
+                optimizers.start_second_moment(optimizer, parameter, weight.grid, self._grown.pop(weight.name))
+
+    def after_step(self, optimizer: Optimizer, *, nested: bool) -> None:
+        """Optimizer post-hook: count the step if the optimizer owns sparse weights.
+
+        Args:
+            nested: the step was taken within another optimizer's step, which will be counted.
+        """
+        if self._not_a_step:
+            self._not_a_step = nested
+            return
+        if optimizers.skipped_by_scaler(optimizer):
+            return
+        own = self._own(optimizer)
+        if own and not optimizers.keeps_zeros(optimizer):
+            self._mask_after(optimizer, own)
+        if nested or not self.auto_step:
+            return
+        if own:
             if self._counting is None or self._counting() is None:
                 self._counting = weakref.ref(optimizer)
-            if self._counting() is optimizer:
+            if _in_backward():
+                self._step_after_backward()
+            elif self._counting() is optimizer:
                 self.step()
         elif self.step_count == 0:
             self._warn_if_never_stepped(optimizer)
 
-    def _owns(self, optimizer: torch.optim.Optimizer) -> bool:
-        own = {id(p) for _, p in self.parameters()} if self._active else set()
-        return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
+    def _step_after_backward(self) -> None:
+        """Optimizers that step within the backward pass, one a parameter: count once, when all gradients are there."""
+        if not self._deferred:
+            self._deferred = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)  # type: ignore[attr-defined]
 
-    def _warn_if_never_stepped(self, optimizer: torch.optim.Optimizer) -> None:
+    def _finish_backward(self) -> None:
+        self._deferred = False
+        self.step()
+
+    def _own(self, optimizer: Optimizer) -> list[tuple[SparseWeight, nn.Parameter]]:
+        """The sparse weights that ``optimizer`` trains."""
+        if not self._active:
+            return []
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [(weight, parameter) for weight, parameter in self.parameters() if id(parameter) in known]
+
+    def _mask_after(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Zero what an optimizer of unknown arithmetic made non-zero, and warn once if it keeps foreign state."""
+        for weight, parameter in own:
+            weight.zero_inactive_(parameter)
+            found = optimizers.foreign_state(optimizer, parameter)
+            if found and optimizer not in self._warned:
+                self._warned.add(optimizer)
+                warnings.warn(
+                    f"{type(optimizer).__name__} keeps state of {weight.name} that does not belong to single elements "
+                    f"({', '.join(found)}): what it remembers of dropped blocks cannot be removed. Weights and "
+                    "gradients are masked all the same",
+                    MSTWarning,
+                    stacklevel=5,
+                )
+
+    def _warn_if_never_stepped(self, optimizer: Optimizer) -> None:
         if self._foreign_steps < 0 or not any(p.grad is not None for _, p in self.parameters()):
             return
         self._foreign_steps += 1
@@ -153,59 +233,74 @@ class Sparsifier:
                 stacklevel=4,
             )
 
-    def _harvest(self) -> None:
-        for weight, parameter in self.parameters():
-            if weight.dense_grad:
-                weight.set_dense_grad(False)
-                if parameter.grad is not None:
-                    self._scores[weight.name] = block_mean_square(parameter.grad, weight.grid)
-                    weight.zero_inactive_(parameter.grad)
+    def _harvest(self, weight: SparseWeight, parameter: nn.Parameter, scale: float) -> None:
+        """Add a dense gradient (times ``scale``) to the growth scores, and zero its inactive part."""
+        if not weight.dense_grad or parameter.grad is None:
+            return
+        weight.set_dense_grad(False)
+        score = block_mean_square(parameter.grad, weight.grid) / (scale * scale)
+        before = self._scores.get(weight.name)
+        self._scores[weight.name] = score if before is None else before + score
+        weight.zero_inactive_(parameter.grad)
 
     # -- topology --------------------------------------------------------------------------------------------------
 
     def _change_topology(self) -> None:
         sparsity = self.schedule.sparsity_at(self.step_count)
-        bad = [name for name, score in self._scores.items() if not bool(score.isfinite().all())]
-        if bad and sparsity > 0:
-            warnings.warn(
-                f"topology event at step {self.step_count} skipped: the gradient of {bad[0]} is not finite",
-                MSTWarning,
-                stacklevel=2,
-            )
-            return
-        names = list(self._weights)
-        densities = self._densities(sparsity)
-        for name, density, (weight, parameter) in zip(names, densities, self.parameters(), strict=True):
-            count = topology.active_count(density, weight.grid.blocks, int(weight.spine.sum()))
+        changes, densities = {}, self._densities(sparsity)
+        for density, (weight, parameter) in zip(densities, self.parameters(), strict=True):
+            count, score = self._count(weight, density), self._scores.get(weight.name)
             drop = self.schedule.drop_fraction_at(self.step_count) if density < 1 else 0.0
             active = int(weight.mask.sum())
             if drop == 0.0 and count == active:
                 continue
             only_grows = drop == 0.0 and count > active
-            mask = topology.update_mask(
+            magnitude = weight.mask.float() if only_grows else block_mean_square(parameter, weight.grid)
+            for what, values in (("gradient", score), ("weight", magnitude)):
+                if density < 1 and values is not None and not bool(values.isfinite().all()):
+                    self._say_skipped(f"the {what} of {weight.name} is not finite")
+                    return
+            changes[weight.name] = topology.update_mask(
                 weight.mask,
                 weight.spine,
-                weight.mask.float() if only_grows else block_mean_square(parameter, weight.grid),
-                self._scores.get(name),
+                magnitude,
+                score,
                 count,
                 drop,
                 1.0 if self.schedule.growth == "gradient" else self.schedule.gradient_share,
-                topology.generator(self.seed, self.step_count, name),
+                topology.generator(self.seed, self.step_count, weight.name),
             )
-            self._apply(weight, parameter, mask)
+        for weight, parameter in self.parameters():
+            if weight.name in changes:
+                self._apply(weight, parameter, changes[weight.name])
+
+    def _say_skipped(self, reason: str) -> None:
+        warnings.warn(
+            f"topology event at step {self.step_count} skipped: {reason}. Masks stay until the next one",
+            MSTWarning,
+            stacklevel=3,
+        )
 
     def _densities(self, sparsity: float) -> list[float]:
         shapes = [(w.grid.rows, w.grid.cols) for w in self._weights.values()]
-        return topology.DISTRIBUTIONS[self.schedule.distribution](shapes, sparsity)
+        schedule = self.schedule
+        return topology.layer_densities(shapes, sparsity, schedule.distribution, self._overrides, schedule.max_sparsity)
+
+    def _count(self, weight: SparseWeight, density: float) -> int:
+        return topology.active_count(density, weight.grid.blocks, max(1, int(weight.spine.sum())))
 
     def _apply(self, weight: SparseWeight, parameter: nn.Parameter, mask: Tensor) -> None:
         """Take over a mask: dropped weights, their gradient and all their optimizer state become exactly 0.
 
-        Grown blocks need no care: outside the active blocks weights and optimizer state are 0 already.
+        Outside the active blocks weights and optimizer state are 0 already, so grown blocks start at 0.
         """
         if torch.equal(weight.mask, mask):
             return
-        dropped = weight.mask & ~mask
+        dropped, grown = weight.mask & ~mask, mask & ~weight.mask
+        if weight.name in self._grown:
+            grown |= self._grown[weight.name] & mask
+        if bool(grown.any()):
+            self._grown[weight.name] = grown
         weight.set_mask(mask)
         count = int(dropped.sum())
         if count == 0:
@@ -214,8 +309,7 @@ class Sparsifier:
         if parameter.grad is not None:
             tensors.append(parameter.grad)
         for optimizer in self._optimizers:
-            state = optimizer.state.get(parameter, {})
-            tensors += [v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape]
+            tensors += optimizers.state_like(optimizer, parameter)
         few = count < _FEW * dropped.numel()
         for tensor in tensors:
             if few:
@@ -223,11 +317,12 @@ class Sparsifier:
             else:
                 weight.zero_inactive_(tensor)
 
-    def _draw_first_masks(self) -> None:
+    def draw_first_masks(self) -> None:
+        """The masks of step 0, at random."""
         sparsity = self.schedule.sparsity_at(0)
         if sparsity > 0:
             for density, (weight, parameter) in zip(self._densities(sparsity), self.parameters(), strict=True):
-                count = topology.active_count(density, weight.grid.blocks, int(weight.spine.sum()))
+                count = self._count(weight, density)
                 mask = topology.random_mask(weight.spine, count, topology.generator(self.seed, 0, weight.name))
                 self._apply(weight, parameter, mask)
         self._prepare_next_step()
@@ -248,15 +343,23 @@ class Sparsifier:
         """
         if name not in self._weights:
             raise SelectionError(f"no sparse weight is called {name!r}; there are {', '.join(self._weights)}")
-        _check_mask(name, mask, self._weights[name])
+        checkpoint.check_mask(name, mask, self._weights[name])
         parameter = next(p for w, p in self.parameters() if w.name == name)
         self._apply(self._weights[name], parameter, mask.detach().cpu().clone())
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Step count, seed and masks; loads with ``torch.load(weights_only=True)``."""
-        return {"version": _STATE_VERSION, "step": self.step_count, "seed": self.seed, "masks": self.masks}
+        """Step count, seed, masks and what else the next step depends on; loads with ``torch.load(weights_only=True)``
+        and through ``torch.distributed.checkpoint`` (this object is Stateful in its sense)."""
+        return {
+            "version": checkpoint.STATE_VERSION,
+            "step": self.step_count,
+            "seed": self.seed,
+            "masks": self.masks,
+            "grown": {name: self._grown.get(name, torch.zeros_like(w.mask)) for name, w in self._weights.items()},
+            "scores": {name: self._score_or_zeros(w) for name, w in self._weights.items() if self._keeps_scores},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Load the model's own state dict as well, before or after.
@@ -264,24 +367,86 @@ class Sparsifier:
         Raises:
             CheckpointError: the state is of another format, or its masks do not fit this model. Nothing has changed.
         """
-        _check_state(state, self._weights)
-        self.step_count = state["step"]
-        self.seed = state["seed"]
-        self._scores = {}
+        checkpoint.check_state(state, self._weights)
+        self.step_count, self.seed = state["step"], state["seed"]
         for weight, parameter in self.parameters():
-            if weight.loaded is not None:
-                parameter.data.copy_(weight.loaded)
-                weight.loaded = None
-            self._apply(weight, parameter, state["masks"][weight.name].clone())
-            weight.zero_inactive_(parameter)
+            scores = state["scores"].get(weight.name)
+            self._restore(weight, parameter, state["masks"][weight.name], state["grown"].get(weight.name), scores)
         self._prepare_next_step()
+
+    @property
+    def _keeps_scores(self) -> bool:
+        """Whether scores may be waiting when a checkpoint is written."""
+        return _gradient_steps(self.schedule) > 1 or bool(self._scores)
+
+    def _score_or_zeros(self, weight: SparseWeight) -> Tensor:
+        found = self._scores.get(weight.name)
+        return torch.zeros(weight.grid.shape) if found is None else found
+
+    def _restore(
+        self, weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, grown: Tensor | None, scores: Tensor | None
+    ) -> None:
+        if weight.loaded is not None:
+            with torch.no_grad():
+                parameter.copy_(weight.loaded)
+            weight.loaded = None
+        self._apply(weight, parameter, mask.detach().cpu().clone())
+        weight.zero_inactive_(parameter)
+        for kept, value in ((self._grown, grown), (self._scores, scores)):
+            kept.pop(weight.name, None)
+            if value is not None and bool(value.any()):
+                kept[weight.name] = value.detach().cpu().clone()
+
+    def save_into(self, optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None:
+        """Add the topology of the optimizer's sparse weights to what its state dict will hold of them."""
+        for weight, parameter in self._own(optimizer):
+            entry = {
+                checkpoint.TOPOLOGY: checkpoint.pack_topology(weight.mask, self._grown.get(weight.name)),
+                checkpoint.PROGRESS: checkpoint.pack_progress(self.step_count, self.seed),
+            }
+            if self._keeps_scores:
+                entry[checkpoint.SCORES] = checkpoint.pack_scores(self._score_or_zeros(weight))
+            entries[id(parameter)] = {key: value.to(parameter.device) for key, value in entry.items()}
+
+    def check_loaded(self, optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None:
+        """Raise :class:`CheckpointError` if the topology in an optimizer's state dict does not fit."""
+        for weight, parameter in self._own(optimizer):
+            if id(parameter) in entries:
+                checkpoint.check_entry(weight.name, weight, entries[id(parameter)])
+
+    def after_load(self, optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None:
+        """Continue from the topology that came with an optimizer's state dict."""
+        own = self._own(optimizer)
+        if own:
+            self._optimizers.add(optimizer)
+        for weight, parameter in own:
+            entry = entries.get(id(parameter))
+            if entry is not None and checkpoint.TOPOLOGY in entry and checkpoint.PROGRESS in entry:
+                self.step_count, self.seed = checkpoint.unpack_progress(entry[checkpoint.PROGRESS])
+                mask, grown = checkpoint.unpack_topology(entry[checkpoint.TOPOLOGY])
+                scores = entry.get(checkpoint.SCORES)
+                scores = None if scores is None else checkpoint.unpack_scores(scores)
+                self._restore(weight, parameter, mask, grown, scores)
+            elif optimizer.state.get(parameter) and not self._foreign_checkpoint:
+                self._foreign_checkpoint = True
+                warnings.warn(
+                    f"the optimizer state that was loaded has no topology of {weight.name}: the masks and the step "
+                    "count are not those of the run that wrote it. Load sparsifier(model).state_dict() of that run as "
+                    "well",
+                    MSTWarning,
+                    stacklevel=4,
+                )
+        if own:
+            self._prepare_next_step()
 
     # -- binding to Parameters ---------------------------------------------------------------------------------------
 
     def _bind(self, parameters: dict[str, nn.Parameter]) -> None:
         """Hang the state on the Parameters, and start to watch optimizers."""
-        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._optimizers, self._warned = weakref.WeakSet(), weakref.WeakSet()
         self._counting = None
+        self._stepped, self._late = set(), set()
+        self._deferred = self._not_a_step = self._foreign_checkpoint = False
         self._foreign_steps = 0
         self._active = True
         for name, parameter in parameters.items():
@@ -302,7 +467,7 @@ class Sparsifier:
             weights.unbind(parameter)
         for owners in self._owners.values():
             for module, _ in owners:
-                _forget_owner(module)
+                forget_owner(module)
         self._active = False
         self._foreign_steps = -1
 
@@ -313,8 +478,9 @@ class Sparsifier:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("schedule", "seed", "auto_step", "skipped", "step_count", "_weights", "_owners", "_scores", "attention")
-        state = {name: getattr(self, name) for name in kept}
+        public = ("schedule", "seed", "auto_step", "skipped", "step_count", "attention")
+        private = ("_weights", "_overrides", "_owners", "_scores", "_grown")
+        state = {name: getattr(self, name) for name in (*public, *private)}
         # The Parameters themselves too: while a copy is being made its modules do not have them yet.
         return state | {"parameters": {weight.name: parameter for weight, parameter in self.parameters()}}
 
@@ -324,37 +490,13 @@ class Sparsifier:
         self._bind(parameters)
 
 
-def _remember_owner(module: nn.Module, attribute: str, weight: SparseWeight) -> None:
-    """Let a module know its sparse weights, so that a checkpoint loaded into it cannot fill their zeros."""
-    if _OWNED not in module.__dict__:
-        module.__dict__[_OWNED] = {}
-        module.register_load_state_dict_post_hook(_after_load)
-    module.__dict__[_OWNED][attribute] = weight
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
-def _forget_owner(module: nn.Module) -> None:
-    if module.__dict__.pop(_OWNED, None) is not None:
-        hooks = module._load_state_dict_post_hooks
-        for key in [key for key, hook in hooks.items() if hook is _after_load]:
-            del hooks[key]
-
-
-def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    """``load_state_dict`` may bring other Parameter objects (``assign=True``) and values outside the active blocks."""
-    for attribute, weight in module.__dict__.get(_OWNED, {}).items():
-        parameter = module._parameters[attribute]
-        if parameter is not None:
-            weights.bind(parameter, weight)
-            whole = parameter.detach().clone()
-            weight.zero_inactive_(parameter)
-            if not torch.equal(whole, parameter):
-                weight.loaded = whole  # its masks may follow: Sparsifier.load_state_dict
-
-
-def _skipped_by_scaler(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether ``GradScaler`` had a fused optimizer find infinite gradients: ``step`` was called but did nothing."""
-    found = getattr(optimizer, "found_inf", None)
-    return isinstance(found, Tensor) and bool(found)
+def _gradient_steps(schedule: Schedule) -> int:
+    """Steps whose gradients growth reads; a schedule that says nothing of it reads one."""
+    return getattr(schedule, "gradient_steps", 1)
 
 
 def _attention_at(schedule: Schedule, step: int) -> str:
@@ -368,9 +510,9 @@ def _new_attention(schedule: Schedule) -> AttentionState:
     return AttentionState(_attention_at(schedule, 0), getattr(schedule, "attention", "full"), window, stride)
 
 
-def _new_weight(candidate: Candidate) -> SparseWeight:
+def _new_weight(candidate: Candidate, backbone: bool) -> SparseWeight:
     assert candidate.grid is not None
-    return SparseWeight.create(
+    weight = SparseWeight.create(
         candidate.name,
         candidate.grid,
         candidate.density,
@@ -378,109 +520,6 @@ def _new_weight(candidate: Candidate) -> SparseWeight:
         tied=candidate.tied,
         note=candidate.note,
     )
-
-
-def _check_state(state: Any, own: dict[str, SparseWeight]) -> None:
-    if not isinstance(state, dict) or state.get("version") != _STATE_VERSION:
-        version = state.get("version") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"not a sparsifier state of version {_STATE_VERSION}: got {version!r}")
-    for key, kind in (("step", int), ("seed", int), ("masks", dict)):
-        if not isinstance(state.get(key), kind):
-            raise CheckpointError(
-                f"the sparsifier state has no {key!r} of type {kind.__name__}: got {state.get(key)!r}"
-            )
-    masks = state["masks"]
-    if masks.keys() != own.keys():
-        raise CheckpointError(
-            f"the checkpoint's masks do not fit the model: missing {sorted(own.keys() - masks.keys())}, "
-            f"unexpected {sorted(masks.keys() - own.keys())}; sparsify the model as it was when it was saved"
-        )
-    for name, weight in own.items():
-        _check_mask(name, masks[name], weight)
-
-
-def _check_mask(name: str, mask: Any, weight: SparseWeight) -> None:
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != weight.grid.shape or mask.dtype != torch.bool:
-        got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise MaskError(
-            f"the mask of {name} must have {weight.grid.shape} blocks of torch.bool (block {weight.grid.block}), got "
-            f"{got}; a checkpoint needs the block that it was written with"
-        )
-
-
-def sparsify(
-    model: nn.Module,
-    schedule: Schedule,
-    *,
-    block: int | None = None,
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
-    seed: int = 0,
-    auto_step: bool = True,
-) -> nn.Module:
-    """Make the linear weights of ``model`` sparse in place, and let ``schedule`` drive them during training.
-
-    Weights keep their Parameter, shape and storage; outside the active blocks they hold exactly 0. The model runs as
-    it is, in eager mode too; ``torch.compile(model, backend="mst")`` makes the zeros save time. Call it before or after
-    building the optimizer, and before or after moving the model.
-
-    Args:
-        model: any module. Weights of ``nn.Linear`` and Hugging Face ``Conv1D`` are eligible, a tied LM head included;
-            embeddings, norms and biases stay dense.
-        schedule: :class:`MixedSparsity`, :class:`Constant` or anything with their methods.
-        block: edge of the square blocks, a power of two; default 8 on a CPU, 32 elsewhere. It shrinks for a weight
-            whose backbone would take more than half of the target density (:func:`explain` says so). ``1`` gives
-            unstructured masks on dense matrix products.
-        include: shell-style patterns of parameter names; only these become sparse. Names of other 2-D parameters are
-            accepted too.
-        exclude: patterns of names that stay dense.
-        seed: masks are a function of (seed, step, parameter name).
-        auto_step: count steps by a hook on the optimizer; otherwise call ``sparsifier(model).step()``.
-
-    Returns:
-        ``model`` itself.
-
-    Raises:
-        ScheduleError, BlockSizeError, SelectionError, WeightError, AlreadySparseError: see the message; the model is
-            unchanged.
-    """
-    if not isinstance(model, nn.Module):
-        raise SelectionError(f"sparsify takes an nn.Module, got {type(model).__name__}")
-    check_schedule(schedule)
-    if _ATTRIBUTE in model.__dict__ or any(weights.of(p) is not None for p in model.parameters()):
-        raise AlreadySparseError(
-            "the model (or a part of it) is sparse already; call densify(model) first to start again with another "
-            "schedule"
-        )
-    selection = select(model, schedule, block, include, exclude)
-    new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped)
-    new._draw_first_masks()
-    model.__dict__[_ATTRIBUTE] = new
-    return model
-
-
-def sparsifier(model: nn.Module) -> Sparsifier:
-    """The :class:`Sparsifier` of a model that was sparsified, also through ``torch.compile``'s or DDP's wrapper.
-
-    Raises:
-        NotSparseError: the model is not sparse.
-    """
-    for module in model.modules():
-        found = module.__dict__.get(_ATTRIBUTE)
-        if found is not None:
-            return found
-    raise NotSparseError("the model is not sparse; call mst_compile.sparsify(model, schedule) first")
-
-
-def densify(model: nn.Module) -> nn.Module:
-    """End sparse training early: from now on every weight may become non-zero, and nothing of us is left on the model.
-
-    Weights that are zero stay zero until the optimizer moves them.
-
-    Raises:
-        NotSparseError: the model is not sparse.
-    """
-    sparsifier(model).release()
-    for module in model.modules():
-        module.__dict__.pop(_ATTRIBUTE, None)
-    return model
+    if not backbone:
+        weight.spine.zero_()
+    return weight

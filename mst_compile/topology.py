@@ -51,6 +51,24 @@ def erdos_renyi(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[floa
 DISTRIBUTIONS = {"erdos-renyi": erdos_renyi, "uniform": uniform}
 
 
+def layer_densities(
+    shapes: Sequence[tuple[int, int]],
+    sparsity: float,
+    distribution: str,
+    overrides: Sequence[float | None],
+    max_sparsity: float,
+) -> list[float]:
+    """Target density of each layer.
+
+    Layers with an override have that sparsity when the schedule is at ``max_sparsity``, and the same share of it as
+    the schedule has of its own at other times. The others meet ``sparsity`` among themselves.
+    """
+    free = [i for i, override in enumerate(overrides) if override is None]
+    found = dict(zip(free, DISTRIBUTIONS[distribution]([shapes[i] for i in free], sparsity), strict=True))
+    share = sparsity / max_sparsity if max_sparsity > 0 else 0.0
+    return [found[i] if override is None else 1.0 - override * share for i, override in enumerate(overrides)]
+
+
 def backbone(shape: tuple[int, int]) -> Tensor:
     """The wrapped block diagonal, bool ``[R, C]``: ``max(R, C)`` blocks that touch every block row and column.
 

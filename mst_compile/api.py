@@ -1,0 +1,101 @@
+"""What turns a model sparse, finds its :class:`Sparsifier`, and makes it an ordinary one again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from . import weights
+from .errors import AlreadySparseError, NotSparseError, SelectionError
+from .schedule import Schedule, check_schedule
+from .selection import Override, select
+from .sparsifier import Sparsifier
+
+_ATTRIBUTE = "_mst_sparsifier"
+
+
+def sparsify(
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    block: int | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    overrides: Mapping[str, Override] | None = None,
+    backbone: bool = True,
+    seed: int = 0,
+    auto_step: bool = True,
+) -> nn.Module:
+    """Make the linear weights of ``model`` sparse in place, and let ``schedule`` drive them during training.
+
+    Weights keep their Parameter, shape and storage; outside the active blocks they hold exactly 0. The model runs as
+    it is, in eager mode too; ``torch.compile(model, backend="mst")`` makes the zeros save time. Call it before or after
+    building the optimizer, and before or after moving the model.
+
+    Args:
+        model: any module. Weights of ``nn.Linear`` and Hugging Face ``Conv1D`` are eligible, a tied LM head included;
+            embeddings, norms and biases stay dense.
+        schedule: :class:`MixedSparsity`, :class:`Constant` or anything with their methods.
+        block: edge of the square blocks, a power of two; default 8 on a CPU, 32 elsewhere. It shrinks for a weight
+            whose backbone would take more than half of the target density (:func:`explain` says so). ``1`` gives
+            unstructured masks on dense matrix products.
+        include: shell-style patterns of parameter names; only these become sparse. Names of other 2-D parameters are
+            accepted too.
+        exclude: patterns of names that stay dense.
+        overrides: patterns of names -> :class:`Override`, for weights with a sparsity or a block of their own. The
+            first pattern that matches counts.
+        backbone: never drop the wrapped block diagonal (:func:`mst_compile.topology.backbone`). Without it
+            drop-and-grow empties whole rows and columns of blocks, which may never come back.
+        seed: masks are a function of (seed, step, parameter name).
+        auto_step: count steps by a hook on the optimizer; otherwise call ``sparsifier(model).step()``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ScheduleError, BlockSizeError, SelectionError, WeightError, AlreadySparseError: see the message; the model is
+            unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise SelectionError(f"sparsify takes an nn.Module, got {type(model).__name__}")
+    check_schedule(schedule)
+    if _ATTRIBUTE in model.__dict__ or any(weights.of(p) is not None for p in model.parameters()):
+        raise AlreadySparseError(
+            "the model (or a part of it) is sparse already; call densify(model) first to start again with another "
+            "schedule"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise SelectionError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
+    selection = select(model, schedule, block, include, exclude, overrides, backbone)
+    new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, backbone)
+    new.draw_first_masks()
+    model.__dict__[_ATTRIBUTE] = new
+    return model
+
+
+def sparsifier(model: nn.Module) -> Sparsifier:
+    """The :class:`Sparsifier` of a model that was sparsified, also through ``torch.compile``'s or DDP's wrapper.
+
+    Raises:
+        NotSparseError: the model is not sparse.
+    """
+    for module in model.modules():
+        found = module.__dict__.get(_ATTRIBUTE)
+        if found is not None:
+            return found
+    raise NotSparseError("the model is not sparse; call mst_compile.sparsify(model, schedule) first")
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """End sparse training early: from now on every weight may become non-zero, and nothing of us is left on the model.
+
+    Weights that are zero stay zero until the optimizer moves them.
+
+    Raises:
+        NotSparseError: the model is not sparse.
+    """
+    sparsifier(model).release()
+    for module in model.modules():
+        module.__dict__.pop(_ATTRIBUTE, None)
+    return model

@@ -1,0 +1,126 @@
+"""What is known about optimizers: which state belongs to which weight, and how regrown weights start.
+
+Zero gradient and zero state give a zero update in the optimizers listed here, so a weight that is masked stays 0 in
+them. Of any other optimizer only weight and gradient can be masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+
+from .blockindex import BlockGrid
+from .blockops import block_mean_square
+
+_ELEMENTWISE = {
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.NAdam,
+    optim.RAdam,
+    optim.Adamax,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.RMSprop,
+}
+_SECOND_MOMENTS = {"exp_avg_sq": "beta2", "square_avg": "alpha"}  # key of the state -> how its average decays
+
+
+def keeps_zeros(optimizer: optim.Optimizer) -> bool:
+    """Whether a step is known to leave a weight at 0 whose gradient and state are 0.
+
+    A subclass is not known: it may do anything (Muon's orthogonalised update, for one, fills every element).
+    """
+    return type(optimizer) in _ELEMENTWISE
+
+
+def state_like(optimizer: optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:
+    """The optimizer's state of ``parameter`` that has one number for each of its elements."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+            yield value
+
+
+def foreign_state(optimizer: optim.Optimizer, parameter: Tensor) -> list[str]:
+    """Names and shapes of the state of ``parameter`` that cannot be attributed to its elements."""
+    return [
+        f"{key} {tuple(value.shape)} of {value.dtype}"
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+        and value.numel() > 1
+        and not (value.shape == parameter.shape and value.is_floating_point())
+    ]
+
+
+def skipped_by_scaler(optimizer: optim.Optimizer) -> bool:
+    """Whether ``GradScaler`` had a fused optimizer find infinite gradients: ``step`` is called but does nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found)
+
+
+def only_makes_state(optimizer: optim.Optimizer) -> bool:
+    """Whether this is no training step but ``torch.distributed.checkpoint.state_dict`` making an optimizer's state.
+
+    It steps once with all gradients and all learning rates 0.
+    """
+    groups = optimizer.param_groups
+    if any(float(group.get("lr", 1.0)) != 0.0 for group in groups):
+        return False
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return bool(gradients) and not any(bool(local_rows(g)[0].any()) for g in gradients)
+
+
+def gradient_scale(optimizer: optim.Optimizer) -> float:
+    """Factor that the optimizer will take out of the gradients itself (fused optimizers under ``GradScaler``)."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+@torch.no_grad()
+def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: BlockGrid, grown: Tensor) -> None:
+    """Before the first step of regrown blocks: let their second moment begin at its first estimate, not at 0.
+
+    Adam divides the average of squared gradients, begun at 0, by ``1 - beta2**step`` because it knows how few it has
+    seen; but the step count is the whole weight's. After thousands of steps nothing is corrected, the average of a
+    regrown weight is ``1 - beta2`` of one square, and its first updates are ``(1 - beta1) / sqrt(1 - beta2)`` (3.2 for
+    the default betas) and later up to 7 times the learning rate. Begun at the square of its first gradient, or at the
+    block's mean square where that is larger, no first update exceeds ``1 - beta1`` of the learning rate and the rate
+    then rises as the first moment fills, as for a weight that has been there for long. (The trouble is described in
+    SMET, arXiv 2606.00888.)
+
+    Args:
+        grown: bool ``[R, C]`` on the CPU, the blocks that grew at the last topology event.
+    """
+    if parameter.grad is None:
+        return
+    state = optimizer.state.get(parameter, {})
+    averages = {k: v for k, v in state.items() if k in _SECOND_MOMENTS and isinstance(v, Tensor)}
+    averages = {k: v for k, v in averages.items() if v.shape == parameter.shape}
+    if not averages:
+        return
+    scale = gradient_scale(optimizer)
+    gradient, first = local_rows(parameter.grad)
+    here = slice(first, first + gradient.shape[0])
+    means = block_mean_square(parameter.grad, grid)
+    mask = grid.expand(grown)[here].to(gradient.device)
+    least = grid.expand(means)[here].to(gradient.device)
+    square = torch.maximum(gradient.float().square(), least) / (scale * scale)
+    for key, average in averages.items():
+        begun = square * _correction(optimizer, parameter, state, key)
+        local = local_rows(average)[0]
+        local.copy_(torch.where(mask, begun.to(local.dtype), local))
+
+
+def _correction(optimizer: optim.Optimizer, parameter: Tensor, state: dict[str, Any], key: str) -> float:
+    """``1 - beta2**step`` of the coming step where the optimizer will divide by it, else 1."""
+    if _SECOND_MOMENTS[key] != "beta2" or "step" not in state:
+        return 1.0
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    return 1.0 - float(group["betas"][1]) ** (float(state["step"]) + 1.0) if "betas" in group else 1.0
+
+
+def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor, 0
