@@ -26,6 +26,7 @@ _ELEMENTWISE = {
     optim.Adadelta,
     optim.RMSprop,
 }
+_ENOUGH = 4  # edge of a block whose mean square is an estimate
 _SECOND_MOMENTS = {"exp_avg_sq": "beta2", "square_avg": "alpha"}  # key of the state -> how its average decays
 
 
@@ -44,15 +45,19 @@ def state_like(optimizer: optim.Optimizer, parameter: Tensor) -> Iterator[Tensor
             yield value
 
 
-def foreign_state(optimizer: optim.Optimizer, parameter: Tensor) -> list[str]:
-    """Names and shapes of the state of ``parameter`` that cannot be attributed to its elements."""
-    return [
-        f"{key} {tuple(value.shape)} of {value.dtype}"
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-        and value.numel() > 1
-        and not (value.shape == parameter.shape and value.is_floating_point())
-    ]
+def foreign_state(optimizer: optim.Optimizer) -> list[str]:
+    """What ``optimizer`` keeps that cannot be attributed to single elements of parameters: keys, shapes, dtypes."""
+    found = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            for tensor in value if isinstance(value, list) else [value]:
+                if not isinstance(tensor, Tensor) or tensor.numel() <= 1 or key in found:
+                    continue
+                if not isinstance(parameter, Tensor) or tensor.shape != parameter.shape:
+                    found[key] = f"{key} of shape {tuple(tensor.shape)}"
+                elif not tensor.is_floating_point():
+                    found[key] = f"{key} of {tensor.dtype}"
+    return list(found.values())
 
 
 def skipped_by_scaler(optimizer: optim.Optimizer) -> bool:
@@ -88,8 +93,9 @@ def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: Blo
     regrown weight is ``1 - beta2`` of one square, and its first updates are ``(1 - beta1) / sqrt(1 - beta2)`` (3.2 for
     the default betas) and later up to 7 times the learning rate. Begun at the square of its first gradient, or at the
     block's mean square where that is larger, no first update exceeds ``1 - beta1`` of the learning rate and the rate
-    then rises as the first moment fills, as for a weight that has been there for long. (The trouble is described in
-    SMET, arXiv 2606.00888.)
+    then rises as the first moment fills, as for a weight that has been there for long. One element says too little of
+    its block if there are few: below blocks of 4 the mean is that of all blocks that grew. (The trouble is described
+    in SMET, arXiv 2606.00888.)
 
     Args:
         grown: bool ``[R, C]`` on the CPU, the blocks that grew at the last topology event.
@@ -105,6 +111,8 @@ def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: Blo
     gradient, first = local_rows(parameter.grad)
     here = slice(first, first + gradient.shape[0])
     means = block_mean_square(parameter.grad, grid)
+    if grid.block < _ENOUGH:
+        means = torch.full(means.shape, means[grown].mean().item())
     mask = grid.expand(grown)[here].to(gradient.device)
     least = grid.expand(means)[here].to(gradient.device)
     square = torch.maximum(gradient.float().square(), least) / (scale * scale)

@@ -39,9 +39,9 @@ class Sparsifier:
 
     _optimizers: weakref.WeakSet[Optimizer]  # that have stepped or loaded: their state of dropped blocks is zeroed
     _warned: weakref.WeakSet[Optimizer]
-    _counting: weakref.ref[Optimizer] | None  # the optimizer whose steps are counted
     _stepped: set[str]  # weights whose optimizer has stepped since the last counted step
     _late: set[str]  # weights whose optimizer has not, though the step was counted
+    _unowned: set[str]  # weights with gradients that no optimizer steps, as far as is known
     _deferred: bool  # a step within the backward pass waits for its end
     _not_a_step: bool  # the optimizer that steps now only makes its state
     _foreign_steps: int  # of optimizers without sparse weights; -1: warned
@@ -136,7 +136,7 @@ class Sparsifier:
             return False
         return schedule.sparsity_at(step) > 0  # at sparsity 0 everything grows; there is nothing to choose
 
-    def before_step(self, optimizer: Optimizer) -> None:
+    def before_step(self, optimizer: Optimizer, *, nested: bool) -> None:
         """Optimizer pre-hook: harvest growth scores, and let the optimizer see zeros outside the active blocks."""
         own = self._own(optimizer)
         if not own or optimizers.skipped_by_scaler(optimizer):
@@ -146,20 +146,38 @@ class Sparsifier:
             return
         self._optimizers.add(optimizer)
         self._rebind()
-        scale = optimizers.gradient_scale(optimizer)
-        in_backward = _in_backward()
-        for weight, parameter in self._own(optimizer):
-            self._stepped.add(weight.name)
-            if weight.name in self._late:
+        own = self._own(optimizer)
+        names = {weight.name for weight, _ in own}
+        if not nested and names & self._stepped:
+            self._give_up_waiting()
+        self._unowned -= names
+        scale, in_backward = optimizers.gradient_scale(optimizer), _in_backward()
+        for weight, parameter in own:
+            late = weight.name in self._late
+            if late:
                 self._late.discard(weight.name)
-                if parameter.grad is not None:
-                    weight.zero_inactive_(parameter.grad)
             else:
+                self._stepped.add(weight.name)
                 self._harvest(weight, parameter, scale)
-            if in_backward and parameter.grad is not None:
-                weight.zero_inactive_(parameter.grad)  # the hook that does so may come after the one that steps
+            # Within the backward pass the hook that masks gradients may come after the one that steps.
+            if (late or in_backward) and parameter.grad is not None:
+                weight.zero_inactive_(parameter.grad)
             if weight.name in self._grown and parameter.grad is not None:
                 optimizers.start_second_moment(optimizer, parameter, weight.grid, self._grown.pop(weight.name))
+
+    def _give_up_waiting(self) -> None:
+        """A weight is stepped a second time: whoever was waited for does not step in every iteration."""
+        self._unowned |= self._waiting()
+        self._stepped = set()
+        self.step_count += 1  # too late for its topology event: the forward pass has been
+
+    def _waiting(self) -> set[str]:
+        """Weights with gradients whose optimizer is still to step in this iteration."""
+        return {
+            weight.name
+            for weight, parameter in self.parameters()
+            if parameter.grad is not None and weight.name not in self._stepped and weight.name not in self._unowned
+        }
 
     def after_step(self, optimizer: Optimizer, *, nested: bool) -> None:
         """Optimizer post-hook: count the step if the optimizer owns sparse weights.
@@ -178,12 +196,10 @@ class Sparsifier:
         if nested or not self.auto_step:
             return
         if own:
-            if self._counting is None or self._counting() is None:
-                self._counting = weakref.ref(optimizer)
             if _in_backward():
                 self._step_after_backward()
-            elif self._counting() is optimizer:
-                self.step()
+            elif self._stepped and not self._waiting():
+                self.step()  # of several optimizers the last one completes the step
         elif self.step_count == 0:
             self._warn_if_never_stepped(optimizer)
 
@@ -208,16 +224,16 @@ class Sparsifier:
         """Zero what an optimizer of unknown arithmetic made non-zero, and warn once if it keeps foreign state."""
         for weight, parameter in own:
             weight.zero_inactive_(parameter)
-            found = optimizers.foreign_state(optimizer, parameter)
-            if found and optimizer not in self._warned:
-                self._warned.add(optimizer)
-                warnings.warn(
-                    f"{type(optimizer).__name__} keeps state of {weight.name} that does not belong to single elements "
-                    f"({', '.join(found)}): what it remembers of dropped blocks cannot be removed. Weights and "
-                    "gradients are masked all the same",
-                    MSTWarning,
-                    stacklevel=5,
-                )
+        found = [] if optimizer in self._warned else optimizers.foreign_state(optimizer)
+        if found:
+            self._warned.add(optimizer)
+            warnings.warn(
+                f"{type(optimizer).__name__} keeps state that does not belong to single elements of weights "
+                f"({', '.join(found)}): what it remembers of dropped blocks cannot be removed. Weights and gradients "
+                "are masked all the same",
+                MSTWarning,
+                stacklevel=5,
+            )
 
     def _warn_if_never_stepped(self, optimizer: Optimizer) -> None:
         if self._foreign_steps < 0 or not any(p.grad is not None for _, p in self.parameters()):
@@ -444,8 +460,7 @@ class Sparsifier:
     def _bind(self, parameters: dict[str, nn.Parameter]) -> None:
         """Hang the state on the Parameters, and start to watch optimizers."""
         self._optimizers, self._warned = weakref.WeakSet(), weakref.WeakSet()
-        self._counting = None
-        self._stepped, self._late = set(), set()
+        self._stepped, self._late, self._unowned = set(), set(), set()
         self._deferred = self._not_a_step = self._foreign_checkpoint = False
         self._foreign_steps = 0
         self._active = True

@@ -23,7 +23,7 @@ TOPOLOGY_KEYS = ("mst_topology", "mst_progress", "mst_scores")
 class StepWatcher(Protocol):
     """Something that wants to know of optimizer steps and of optimizer checkpoints."""
 
-    def before_step(self, optimizer: Optimizer) -> None: ...
+    def before_step(self, optimizer: Optimizer, *, nested: bool) -> None: ...
     def after_step(self, optimizer: Optimizer, *, nested: bool) -> None: ...
     def save_into(self, optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None: ...
     def check_loaded(self, optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None: ...
@@ -41,7 +41,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         _stepping.clear()  # a step that raised left it here
     _stepping.append(optimizer)
     for watcher in list(_watchers):
-        watcher.before_step(optimizer)
+        watcher.before_step(optimizer, nested=len(_stepping) > 1)
 
 
 @torch._dynamo.disable
@@ -90,6 +90,10 @@ def _wrap_state_dict() -> None:
         if entries:
             keys = dict(zip(map(id, _positions(self.param_groups)), _positions(found["param_groups"]), strict=True))
             extra = {keys[i]: entry for i, entry in entries.items()}
+            if not found["state"]:
+                # torch.distributed.checkpoint takes state for no parameter, or for all of them.
+                progress = {"mst_progress": next(iter(extra.values()))["mst_progress"]}
+                extra = {key: extra.get(key, progress) for key in keys.values()}
             # Copies: the entries of the state dict are the optimizer's own, and it would step over ours.
             found["state"] = {
                 key: {**found["state"].get(key, {}), **extra.get(key, {})}

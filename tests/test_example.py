@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import random
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -139,3 +141,28 @@ def test_learning_rate_decays_only_while_dense() -> None:
     assert max(rates) == 1.0
     assert all(rate == 1.0 for rate in rates[10 : schedule.restoration_end + 1])
     assert rates[-1] < 0.1
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(text: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as a checkpoint is being written: the one before is whole, and the end is the same."""
+    script = Path(pretrain_gpt.__file__)
+    more = ["--runs", "mst", "--checkpoint-every", "1", "--eval-every", "100"]
+    pretrain_gpt.main(arguments(text, tmp_path / "whole", *more))
+    out = tmp_path / "killed"
+    command = [sys.executable, str(script), *arguments(text, out, *more)]
+    killed = 0
+    for resume in ([], ["--resume"]):
+        process = subprocess.Popen([*command, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        checkpoint, writing = out / "mst" / "checkpoint.pt", out / "mst" / "checkpoint.tmp"
+        seen = checkpoint.stat().st_mtime_ns if resume else -1
+        while process.poll() is None:
+            if writing.exists() and checkpoint.exists() and checkpoint.stat().st_mtime_ns != seen:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+                break
+        process.wait()
+        state = torch.load(checkpoint, weights_only=True)
+        assert 0 < state["step"] < 20
+    assert killed == 2
+    pretrain_gpt.main(arguments(text, out, *more, "--resume"))
+    assert losses(out / "mst") == losses(tmp_path / "whole" / "mst")
