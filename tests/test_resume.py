@@ -158,6 +158,29 @@ def test_distributed_checkpoint(name: str, maker: str, with_sparsifier: bool, tm
     assert_same(run, again)
 
 
+def test_a_flattened_optimizer_state_loses_the_topology_and_says_so() -> None:
+    """``flatten_optimizer_state_dict`` keeps what the optimizer itself knows; the sparsifier's own state helps."""
+    options = dsd.StateDictOptions(flatten_optimizer_state_dict=True)
+    data = list(batches())
+    run = start(SCHEDULES["mixed"], "adamw")
+    train(run, data[:13])
+    model_state, optimizer_state = dsd.get_state_dict(*run, options=options)
+    saved = {k: v.clone() if isinstance(v, Tensor) else v for k, v in (model_state | optimizer_state).items()}
+    own = sparsifier(run[0]).state_dict()
+    losses = train(run, data[13:])
+    again = start(SCHEDULES["mixed"], "adamw", seed=3)
+    with pytest.warns(MSTWarning, match="has no topology of"):
+        dsd.set_state_dict(
+            *again,
+            model_state_dict={k: saved[k] for k in model_state},
+            optim_state_dict={k: saved[k] for k in optimizer_state},
+            options=options,
+        )
+    sparsifier(again[0]).load_state_dict(own)
+    assert train(again, data[13:]) == losses
+    assert_same(run, again)
+
+
 def test_state_is_left_as_the_optimizer_made_it() -> None:
     """What rides in the state dict is never in the optimizer's own state, so no optimizer can trip over it."""
     run = start(SCHEDULES["mixed"], "adamw")
