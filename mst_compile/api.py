@@ -24,6 +24,7 @@ def sparsify(
     exclude: str | Iterable[str] | None = None,
     overrides: Mapping[str, Override] | None = None,
     backbone: bool = True,
+    rescale: bool = True,
     seed: int = 0,
     auto_step: bool = True,
 ) -> nn.Module:
@@ -47,6 +48,9 @@ def sparsify(
             first pattern that matches counts.
         backbone: never drop the wrapped block diagonal (:func:`mst_compile.topology.backbone`). Without it
             drop-and-grow empties whole rows and columns of blocks, which may never come back.
+        rescale: where the schedule starts sparse, multiply the weights that stay by ``density ** -0.5``, so that a
+            layer's outputs have the variance they had (the initialisation of SµPar, arXiv 2405.15743). Without it a
+            freshly initialised model starts with signals that fade from layer to layer, and learns slower.
         seed: masks are a function of (seed, step, parameter name).
         auto_step: count steps by a hook on the optimizer; otherwise call ``sparsifier(model).step()``.
 
@@ -69,7 +73,7 @@ def sparsify(
         raise SelectionError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
     selection = select(model, schedule, block, include, exclude, overrides, backbone)
     new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, backbone)
-    new.draw_first_masks()
+    new.draw_first_masks(rescale)
     model.__dict__[_ATTRIBUTE] = new
     return model
 

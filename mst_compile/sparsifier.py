@@ -333,14 +333,17 @@ class Sparsifier:
             else:
                 weight.zero_inactive_(tensor)
 
-    def draw_first_masks(self) -> None:
-        """The masks of step 0, at random."""
+    def draw_first_masks(self, rescale: bool) -> None:
+        """The masks of step 0, at random; with ``rescale`` the weights that stay grow by ``density ** -0.5``."""
         sparsity = self.schedule.sparsity_at(0)
         if sparsity > 0:
             for density, (weight, parameter) in zip(self._densities(sparsity), self.parameters(), strict=True):
                 count = self._count(weight, density)
                 mask = topology.random_mask(weight.spine, count, topology.generator(self.seed, 0, weight.name))
                 self._apply(weight, parameter, mask)
+                if rescale:
+                    with torch.no_grad():
+                        parameter.mul_(weight.density**-0.5)
         self._prepare_next_step()
 
     def apply_mask(self, name: str, mask: Tensor) -> None:

@@ -87,7 +87,9 @@ def test_include_and_exclude() -> None:
     assert "include" in skipped["conv1d.weight"]
 
 
-def test_the_rest_stays_bitwise() -> None:
+@pytest.mark.parametrize("rescale", [False, True])
+def test_the_rest_stays_bitwise(rescale: bool) -> None:
+    """Weights that stay are as they were, or all larger by the root of the density: that keeps a layer's variance."""
     torch.manual_seed(3)
     model = Zoo()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -95,13 +97,17 @@ def test_the_rest_stays_bitwise() -> None:
     pointers = {n: p.data_ptr() for n, p in model.named_parameters()}
     keys = list(model.state_dict())
     rng = torch.get_rng_state()
-    assert sparsify(model, SPARSE) is model
+    assert sparsify(model, SPARSE, rescale=rescale) is model
     assert torch.equal(torch.get_rng_state(), rng)
     assert list(model.state_dict()) == keys
     masks = element_masks(model)
     for name, p in model.named_parameters():
         assert (id(p), p.data_ptr()) == (ids[name], pointers[name])
-        assert torch.equal(p, before[name] * masks[name] if name in masks else before[name])
+        if name in masks:
+            factor = masks[name].double().mean().item() ** -0.5 if rescale else 1.0
+            torch.testing.assert_close(p, before[name] * masks[name] * factor, rtol=1e-6 * rescale, atol=0)
+        else:
+            assert torch.equal(p, before[name])
 
 
 # -- density, blocks, masks --------------------------------------------------------------------------------------------
