@@ -7,6 +7,7 @@ model = torch.compile(model, backend="mst")
 from . import attention_op, ops  # noqa: F401  (registers torch.ops.mst)
 from .api import densify, sparsifier, sparsify
 from .errors import MSTError, MSTWarning
+from .forecast import forecast
 from .report import explain
 from .schedule import Constant, MixedSparsity
 from .selection import Override
@@ -23,6 +24,7 @@ __all__ = [
     "Sparsifier",
     "densify",
     "explain",
+    "forecast",
     "sparsifier",
     "sparsify",
 ]

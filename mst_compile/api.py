@@ -10,6 +10,7 @@ from . import weights
 from .errors import AlreadySparseError, NotSparseError, SelectionError
 from .schedule import Schedule, check_schedule
 from .selection import Override, select
+from .sharding import check_placement
 from .sparsifier import Sparsifier
 
 _ATTRIBUTE = "_mst_sparsifier"
@@ -72,6 +73,8 @@ def sparsify(
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise SelectionError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
     selection = select(model, schedule, block, include, exclude, overrides, backbone)
+    for candidate in selection.candidates:
+        check_placement(candidate.name, candidate.parameter, model)
     new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, backbone)
     new.draw_first_masks(rescale)
     model.__dict__[_ATTRIBUTE] = new

@@ -47,6 +47,18 @@ class MaskError(CheckpointError):
     """A mask does not fit the weight that it is meant for."""
 
 
+class ParallelismError(MSTError, RuntimeError):
+    """A weight is distributed over ranks in a way that sparse training does not support, like tensor parallelism."""
+
+
+class RankMismatchError(MSTError, RuntimeError):
+    """Ranks of one run hold different masks, or have taken different numbers of steps."""
+
+
+class ForecastError(MSTError, ValueError):
+    """A forecast was asked of quantities that make no sense, or of a model and schedule that do not go together."""
+
+
 class BackendOptionError(MSTError, ValueError):
     """``torch.compile(backend="mst", options=...)`` got an option that does not exist or has a bad value."""
 

@@ -14,6 +14,7 @@ from torch import Tensor, optim
 
 from .blockindex import BlockGrid
 from .blockops import block_mean_square
+from .sharding import local_rows, sum_over_shards
 
 _ELEMENTWISE = {
     optim.SGD,
@@ -75,7 +76,8 @@ def only_makes_state(optimizer: optim.Optimizer) -> bool:
     if any(float(group.get("lr", 1.0)) != 0.0 for group in groups):
         return False
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    return bool(gradients) and not any(bool(local_rows(g)[0].any()) for g in gradients)
+    # The same answer on all ranks: each may hold another part of a gradient.
+    return bool(gradients) and not any(bool(sum_over_shards(local_rows(g)[0].abs().sum(), g)) for g in gradients)
 
 
 def gradient_scale(optimizer: optim.Optimizer) -> float:
@@ -128,7 +130,3 @@ def _correction(optimizer: optim.Optimizer, parameter: Tensor, state: dict[str, 
         return 1.0
     group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     return 1.0 - float(group["betas"][1]) ** (float(state["step"]) + 1.0) if "betas" in group else 1.0
-
-
-def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor, 0

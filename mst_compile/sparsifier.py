@@ -27,6 +27,7 @@ from .hybrid import AttentionState
 from .ownership import forget_owner, remember_owner
 from .schedule import Schedule
 from .selection import Candidate
+from .sharding import check_placement, parameter_of
 from .steps import watch_steps
 from .weights import SparseWeight
 
@@ -94,10 +95,7 @@ class Sparsifier:
     def parameters(self) -> Iterator[tuple[SparseWeight, nn.Parameter]]:
         """Each sparse weight with the Parameter that its module holds now."""
         for name, weight in self._weights.items():
-            module, attribute = self._owners[name][0]
-            parameter = module._parameters[attribute]
-            assert parameter is not None
-            yield weight, parameter
+            yield weight, parameter_of(name, *self._owners[name][0])
 
     # -- stepping --------------------------------------------------------------------------------------------------
 
@@ -125,9 +123,13 @@ class Sparsifier:
         """Choose the attention pattern of the next forward pass; and if the next step belongs to a topology event
         whose growth reads gradients, have them computed on all blocks."""
         self.attention.pattern = _attention_at(self.schedule, self.step_count)
-        wanted = any(self._wants_gradient(self.step_count + 1 + i) for i in range(_gradient_steps(self.schedule)))
+        wanted = self.wants_gradient_after(self.step_count)
         for weight in self._weights.values():
             weight.set_dense_grad(wanted and weight.density_target < 1)
+
+    def wants_gradient_after(self, step: int) -> bool:
+        """Whether the training step that follows ``step`` others computes gradients on all blocks."""
+        return any(self._wants_gradient(step + 1 + i) for i in range(_gradient_steps(self.schedule)))
 
     def _wants_gradient(self, step: int) -> bool:
         """Whether a topology event after ``step`` reads gradients."""
@@ -263,9 +265,9 @@ class Sparsifier:
 
     def _change_topology(self) -> None:
         sparsity = self.schedule.sparsity_at(self.step_count)
-        changes, densities = {}, self._densities(sparsity)
+        changes, densities = {}, self.densities(sparsity)
         for density, (weight, parameter) in zip(densities, self.parameters(), strict=True):
-            count, score = self._count(weight, density), self._scores.get(weight.name)
+            count, score = self.count(weight, density), self._scores.get(weight.name)
             drop = self.schedule.drop_fraction_at(self.step_count) if density < 1 else 0.0
             active = int(weight.mask.sum())
             if drop == 0.0 and count == active:
@@ -297,12 +299,14 @@ class Sparsifier:
             stacklevel=3,
         )
 
-    def _densities(self, sparsity: float) -> list[float]:
+    def densities(self, sparsity: float) -> list[float]:
+        """Target density of each of :attr:`weights` when the schedule is at ``sparsity``."""
         shapes = [(w.grid.rows, w.grid.cols) for w in self._weights.values()]
         schedule = self.schedule
         return topology.layer_densities(shapes, sparsity, schedule.distribution, self._overrides, schedule.max_sparsity)
 
-    def _count(self, weight: SparseWeight, density: float) -> int:
+    def count(self, weight: SparseWeight, density: float) -> int:
+        """Active blocks of ``weight`` at a target density."""
         return topology.active_count(density, weight.grid.blocks, max(1, int(weight.spine.sum())))
 
     def _apply(self, weight: SparseWeight, parameter: nn.Parameter, mask: Tensor) -> None:
@@ -337,8 +341,8 @@ class Sparsifier:
         """The masks of step 0, at random; with ``rescale`` the weights that stay grow by ``density ** -0.5``."""
         sparsity = self.schedule.sparsity_at(0)
         if sparsity > 0:
-            for density, (weight, parameter) in zip(self._densities(sparsity), self.parameters(), strict=True):
-                count = self._count(weight, density)
+            for density, (weight, parameter) in zip(self.densities(sparsity), self.parameters(), strict=True):
+                count = self.count(weight, density)
                 mask = topology.random_mask(weight.spine, count, topology.generator(self.seed, 0, weight.name))
                 self._apply(weight, parameter, mask)
                 if rescale:
@@ -474,6 +478,7 @@ class Sparsifier:
     def _rebind(self) -> None:
         """Follow weights that moved to another device, were unfrozen, or whose Parameter object was replaced."""
         for weight, parameter in self.parameters():
+            check_placement(weight.name, parameter)
             if weights.bind(parameter, weight):
                 weight.zero_inactive_(parameter)
                 if parameter.grad is not None and not weight.dense_grad:

@@ -17,6 +17,7 @@ from . import topology
 from .blockindex import DENSE_GRAD, BlockGrid, new_index, write_index
 from .blockops import zero_inactive_
 from .hybrid import AttentionState
+from .sharding import check_placement, follow_fsdp, is_sharded, stored
 
 _ATTRIBUTE = "_mst_weight"
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> handle of its gradient hook
@@ -128,7 +129,8 @@ def bind(parameter: Tensor, weight: SparseWeight) -> bool:
     if changed:
         _remove_hook(parameter)
         setattr(parameter, _ATTRIBUTE, weight)
-    weight.to_device(parameter.device)
+    if not is_sharded(parameter):  # FSDP2 may keep shards on the host: the index belongs where products are computed
+        weight.to_device(parameter.device)
     if parameter not in _hooks:
         # The hook holds no more than the weight's state: one that led back to the parameter would never be freed.
         hook = torch._dynamo.disable(functools.partial(_mask_gradient, weight))
@@ -140,10 +142,11 @@ def bind(parameter: Tensor, weight: SparseWeight) -> bool:
 
 
 def unbind(parameter: Tensor) -> None:
-    """Remove the sparse state of ``parameter`` and its hook."""
-    _remove_hook(parameter)
-    if hasattr(parameter, _ATTRIBUTE):
-        delattr(parameter, _ATTRIBUTE)
+    """Remove the sparse state of ``parameter`` and its hook; also where FSDP2 would carry it here from again."""
+    for holder in (parameter, stored(parameter)):
+        _remove_hook(holder)
+        if hasattr(holder, _ATTRIBUTE):
+            delattr(holder, _ATTRIBUTE)
 
 
 def _remove_hook(parameter: Tensor) -> None:
@@ -161,3 +164,18 @@ def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
 def of(parameter: object) -> SparseWeight | None:
     """The sparse state of ``parameter``, or ``None``."""
     return getattr(parameter, _ATTRIBUTE, None)
+
+
+def _carry(old: Tensor, new: Tensor) -> None:
+    """Let a Parameter that FSDP2 puts in another's place have the other's sparse state, also if that is none."""
+    weight = of(old)
+    if weight is of(new):
+        return
+    if weight is None:
+        unbind(new)
+        return
+    check_placement(weight.name, new)
+    bind(new, weight)
+
+
+follow_fsdp(_carry)
