@@ -165,7 +165,7 @@ class Sparsifier:
             if (late or in_backward) and parameter.grad is not None:
                 weight.zero_inactive_(parameter.grad)
             if weight.name in self._grown and parameter.grad is not None:
-                optimizers.start_second_moment(optimizer, parameter, weight.grid, self._grown.pop(weight.name))
+                optimizers.start_second_moment(optimizer, parameter, weight.grid, self._grown[weight.name])
 
     def _give_up_waiting(self) -> None:
         """A weight is stepped a second time: whoever was waited for does not step in every iteration."""
@@ -195,7 +195,12 @@ class Sparsifier:
         own = self._own(optimizer)
         if own and not optimizers.keeps_zeros(optimizer):
             self._mask_after(optimizer, own)
-        if nested or not self.auto_step:
+        if nested:
+            return
+        for weight, parameter in own:
+            if parameter.grad is not None:
+                self._grown.pop(weight.name, None)  # they have had their first step
+        if not self.auto_step:
             return
         if own:
             if _in_backward():
