@@ -7,7 +7,7 @@ model = torch.compile(model, backend="mst")
 from . import attention_op, ops  # noqa: F401  (registers torch.ops.mst)
 from .api import densify, sparsifier, sparsify
 from .errors import MSTError, MSTWarning
-from .forecast import forecast
+from .forecast import Forecast, forecast
 from .report import explain
 from .schedule import Constant, MixedSparsity
 from .selection import Override
@@ -16,6 +16,7 @@ from .weights import SparseWeight
 
 __all__ = [
     "Constant",
+    "Forecast",
     "MSTError",
     "MSTWarning",
     "MixedSparsity",
