@@ -16,7 +16,7 @@ TORCH  ?= torch==2.13.0
 # Passed on: make demo DEMO="--steps 2000", make test TESTS="tests/test_example.py -k resume",
 # make bench BENCH=layers
 DEMO   ?=
-BENCH  ?= layers train_step attention schedule memory overhead epilogue
+BENCH  ?= layers train_step attention schedule forecast memory overhead epilogue
 TESTS  ?=
 # Parallel test processes. Each compiles, so more than the cores only slows them down.
 JOBS   ?= 2
