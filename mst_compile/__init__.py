@@ -8,6 +8,7 @@ from . import attention_op, ops  # noqa: F401  (registers torch.ops.mst)
 from .api import densify, sparsifier, sparsify
 from .errors import MSTError, MSTWarning
 from .forecast import Forecast, forecast
+from .optimizers import param_groups
 from .report import explain
 from .schedule import Constant, MixedSparsity
 from .selection import Override
@@ -26,6 +27,7 @@ __all__ = [
     "densify",
     "explain",
     "forecast",
+    "param_groups",
     "sparsifier",
     "sparsify",
 ]

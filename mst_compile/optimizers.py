@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 
+from . import weights
 from .blockindex import BlockGrid
 from .blockops import block_mean_square
 from .sharding import local_rows, sum_over_shards
+from .weights import SparseWeight
+
+DENSITY_RATE = "density_rate"
 
 _ELEMENTWISE = {
     optim.SGD,
@@ -78,6 +82,62 @@ def only_makes_state(optimizer: optim.Optimizer) -> bool:
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     # The same answer on all ranks: each may hold another part of a gradient.
     return bool(gradients) and not any(bool(sum_over_shards(local_rows(g)[0].abs().sum(), g)) for g in gradients)
+
+
+def param_groups(model: nn.Module, *, weight_decay: float = 0.0, density_rate: float = 1.0) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer, in which the learning rate of sparse weights follows their density.
+
+    ``torch.optim.AdamW(mst_compile.param_groups(model, weight_decay=0.1), lr=1e-3)``
+
+    An output of a sparse weight sums over fewer inputs, so the rate that suits the dense model moves it too little: it
+    should grow as the density falls (SµPar, arXiv 2405.15743). A group with ``"density_rate": r`` steps with its
+    learning rate times ``density ** -r``, where density is the mean over the group's sparse weights at that step;
+    ``group["lr"]`` itself, and so any scheduler, stays as it is. The key works in groups of your own as well.
+
+    Args:
+        model: a sparsified model.
+        weight_decay: of sparse weights and other matrices; vectors have none.
+        density_rate: 1 is SµPar's rule, 0 gives all weights the same learning rate.
+
+    Returns:
+        Three groups, of sparse weights, other parameters of two and more dimensions, and vectors; empty ones left out.
+    """
+    sparse = {id(p) for p in model.parameters() if weights.of(p) is not None}
+    kinds: list[list[nn.Parameter]] = [[], [], []]
+    for parameter in model.parameters():
+        kinds[0 if id(parameter) in sparse else 1 if parameter.dim() >= 2 else 2].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": kinds[0], "weight_decay": weight_decay, DENSITY_RATE: density_rate},
+        {"params": kinds[1], "weight_decay": weight_decay},
+        {"params": kinds[2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def scale_rates(
+    optimizer: optim.Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]
+) -> list[tuple[dict[str, Any], Any]]:
+    """Let groups with a ``density_rate`` step with their learning rate scaled; returns what :func:`restore_rates`
+    needs."""
+    before = []
+    for group in optimizer.param_groups:
+        rate = group.get(DENSITY_RATE)
+        if not rate:
+            continue
+        members = {id(p) for p in group["params"]}
+        inside = [weight for weight, parameter in own if id(parameter) in members]
+        active, total = sum(w.active for w in inside), sum(w.numel for w in inside)
+        if 0 < active < total:
+            before.append((group, group["lr"]))
+            group["lr"] = group["lr"] * (active / total) ** -rate
+    return before
+
+
+def restore_rates(before: list[tuple[dict[str, Any], Any]]) -> None:
+    """Undo :func:`scale_rates`, and forget it."""
+    while before:
+        group, rate = before.pop()
+        group["lr"] = rate
 
 
 def gradient_scale(optimizer: optim.Optimizer) -> float:

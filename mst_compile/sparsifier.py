@@ -43,6 +43,7 @@ class Sparsifier:
     _stepped: set[str]  # weights whose optimizer has stepped since the last counted step
     _late: set[str]  # weights whose optimizer has not, though the step was counted
     _unowned: set[str]  # weights with gradients that no optimizer steps, as far as is known
+    _rates: list[tuple[dict[str, Any], Any]]  # learning rates to restore after the step under way
     _deferred: bool  # a step within the backward pass waits for its end
     _not_a_step: bool  # the optimizer that steps now only makes its state
     _foreign_steps: int  # of optimizers without sparse weights; -1: warned
@@ -149,6 +150,9 @@ class Sparsifier:
         self._optimizers.add(optimizer)
         self._rebind()
         own = self._own(optimizer)
+        if not nested:
+            optimizers.restore_rates(self._rates)  # of a step that raised
+            self._rates = optimizers.scale_rates(optimizer, own)
         names = {weight.name for weight, _ in own}
         if not nested and names & self._stepped:
             self._give_up_waiting()
@@ -187,6 +191,8 @@ class Sparsifier:
         Args:
             nested: the step was taken within another optimizer's step, which will be counted.
         """
+        if not nested:
+            optimizers.restore_rates(self._rates)
         if self._not_a_step:
             self._not_a_step = nested
             return
@@ -473,6 +479,7 @@ class Sparsifier:
         """Hang the state on the Parameters, and start to watch optimizers."""
         self._optimizers, self._warned = weakref.WeakSet(), weakref.WeakSet()
         self._stepped, self._late, self._unowned = set(), set(), set()
+        self._rates = []
         self._deferred = self._not_a_step = self._foreign_checkpoint = False
         self._foreign_steps = 0
         self._active = True

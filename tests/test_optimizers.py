@@ -12,7 +12,7 @@ from helpers import Blocks, element_masks
 from torch import Tensor, nn
 from training import OPTIMIZERS, STEPS, assert_zero_outside, batches, fresh, loss_of, runner, train
 
-from mst_compile import Constant, Override, optimizers, sparsifier, sparsify
+from mst_compile import Constant, MixedSparsity, Override, optimizers, param_groups, sparsifier, sparsify
 from mst_compile.errors import BlockSizeError, MSTWarning, ScheduleError, SelectionError
 
 EVERY_STEP = Constant(0.6, interval=1)
@@ -403,3 +403,39 @@ def test_without_a_backbone_any_block_may_go() -> None:
         rows_alive = all(bool(w.mask.any(1).all()) for w in sparsifier(model).weights.values())
         assert rows_alive == backbone
         assert all(bool(w.mask.any()) for w in sparsifier(model).weights.values())
+
+
+@pytest.mark.parametrize("by_tensor", [False, True])
+def test_learning_rates_follow_the_density(by_tensor: bool) -> None:
+    """SGD moves weights by rate times gradient, so the rate that was used can be read off; ``lr`` stays as it was."""
+    schedule = MixedSparsity(STEPS, sparsity=0.8, warmup=8, restoration=8, settle=4, interval=3, ramp_interval=2)
+    model = fresh(schedule)
+    own, lr = sparsifier(model), torch.tensor(1e-2) if by_tensor else 1e-2
+    optimizer = torch.optim.SGD(param_groups(model, density_rate=0.5), lr)
+    assert [len(g["params"]) for g in optimizer.param_groups] == [4, 12 - 4]
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for step, x in enumerate(batches()):
+        optimizer.zero_grad()
+        loss_of(model, x).backward()
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        density, masks = own.density, element_masks(model)
+        optimizer.step()
+        rate = 1e-2 / (1 + step)
+        assert all(float(g["lr"]) == pytest.approx(rate) for g in optimizer.param_groups)
+        decay.step()
+        for name, p in model.named_parameters():
+            used = rate * density**-0.5 if name in masks else rate
+            both = (masks[name] & element_masks(model)[name]) if name in masks else torch.ones_like(p, dtype=torch.bool)
+            torch.testing.assert_close((before[name] - used * p.grad)[both], p.detach()[both], rtol=1e-4, atol=1e-6)  # type: ignore[operator]
+    assert own.density == 1.0
+
+
+def test_a_step_that_raises_leaves_the_learning_rate() -> None:
+    model = fresh(OFTEN)
+    optimizer = wrapped(model, fail_at=1)
+    optimizer.param_groups[0]["density_rate"] = 1.0
+    with pytest.raises(RuntimeError, match="out of luck"):
+        train(model, optimizer, "none", batches(1))
+    used = torch.optim.SGD(model.parameters(), 1e-2)
+    train(model, used, "none", batches(1))
+    assert optimizer.param_groups[0]["lr"] == used.param_groups[0]["lr"] == 1e-2
