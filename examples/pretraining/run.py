@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from .data import Corpus, training_batch
 from .flops import Shape, active_weights
@@ -60,11 +61,24 @@ def build_model(shape: Shape) -> GPT2LMHeadModel:
     return model
 
 
-def optimizer_for(model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """AdamW as GPT-2 is usually trained: weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+def optimizer_for(model: nn.Module, lr: float, relative_width: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW as GPT-2 is usually trained, weight decay on matrices only; the rate of hidden weights suits their inputs.
+
+    The fewer inputs an output sums over, the larger the learning rate of its weights should be: in a narrower model
+    (muP, arXiv 2203.03466), and in a sparser one (SµPar, arXiv 2405.15743), which ``density_rate`` takes care of.
+    """
+    hidden = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in hidden]
+    groups = [
+        {
+            "params": [p for p in model.parameters() if id(p) in hidden],
+            "weight_decay": 0.1,
+            "rate": 1 / relative_width,
+            "density_rate": 1.0,
+        },
+        {"params": matrices, "weight_decay": 0.1, "rate": 1.0},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0, "rate": 1.0},
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -130,7 +144,7 @@ class Run:
         backend = "inductor" if spec.schedule is None else "mst"
         # All batches have one shape; without dynamic=False the second width in a process would compile as dynamic.
         self.compiled = torch.compile(self.model, backend=backend, dynamic=False) if options.compile else self.model
-        self.optimizer = optimizer_for(self.model, options.lr)
+        self.optimizer = optimizer_for(self.model, options.lr, spec.shape.d_model / options.d_model)
         folder.mkdir(parents=True, exist_ok=True)
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -150,7 +164,7 @@ class Run:
         batch = batch.to(self.device)
         lr = options.learning_rate(self.step, self.spec.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["rate"]
         density = self.density
         active, in_gradient = active_weights(self.model, self.sparsifier.weights if self.sparsifier else {})
         self._synchronize()

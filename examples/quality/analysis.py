@@ -1,0 +1,108 @@
+"""What the recorded results say: means, noise, differences, and the dense model of equal FLOPs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from dataclasses import dataclass
+
+from .configurations import CONFIGURATIONS
+from .records import Record
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A difference of validation loss between two configurations, over the seeds they share."""
+
+    name: str
+    difference: float
+    threshold: float | None
+
+    @property
+    def word(self) -> str:
+        """In a word."""
+        if self.threshold is None:
+            return "noise unknown"
+        if abs(self.difference) < self.threshold:
+            return "within noise"
+        return "better" if self.difference < 0 else "worse"
+
+
+class Results:
+    """The rows of the CSV, and what follows from them.
+
+    Attributes:
+        seeds: the seeds of the ``dense`` configuration.
+        repeated: configurations with all of these.
+        noise: standard deviation of one run's loss, what a seed does to all runs alike taken out; ``None`` if there
+            are too few runs.
+        frontier_names: the dense models of full length and tuned learning rate, which differ in width alone.
+    """
+
+    def __init__(self, rows: list[Record]) -> None:
+        self.rows = rows
+        self.names = list(dict.fromkeys(r["name"] for r in rows))
+        self.seeds = sorted(r["seed"] for r in rows if r["name"] == "dense")
+        self.repeated = [n for n in self.names if set(self.seeds) <= {r["seed"] for r in self.of(n)}]
+        dense = [c for c in CONFIGURATIONS if c.kind == "dense" and c.length == "full" and c.decay == "wsd"]
+        self.frontier_names = [c.name for c in dense if c.learning_rate == c.hidden_rate == c.input_rate]
+        self.noise = self._noise()
+
+    def of(self, name: str) -> list[Record]:
+        """Rows of a configuration, by seed."""
+        return sorted((r for r in self.rows if r["name"] == name), key=lambda r: r["seed"])
+
+    def mean(self, name: str, column: str) -> float:
+        """Mean of a column over a configuration's seeds."""
+        return statistics.fmean(r[column] for r in self.of(name))
+
+    def loss(self, name: str) -> float:
+        """Mean validation loss of a configuration."""
+        return self.mean(name, "val_loss")
+
+    def _noise(self) -> float | None:
+        """Residual deviation of the two-way table configuration x seed."""
+        count, seeds = len(self.repeated), len(self.seeds)
+        if seeds < 2 or count < 3:
+            return None
+        cells = [[r["val_loss"] for r in self.of(n) if r["seed"] in self.seeds] for n in self.repeated]
+        by_config = [statistics.fmean(row) for row in cells]
+        by_seed = [statistics.fmean(column) for column in zip(*cells, strict=True)]
+        total = statistics.fmean(by_config)
+        squares = sum(
+            (value - by_config[i] - by_seed[j] + total) ** 2
+            for i, row in enumerate(cells)
+            for j, value in enumerate(row)
+        )
+        return math.sqrt(squares / ((count - 1) * (seeds - 1)))
+
+    def threshold(self, pairs: int) -> float | None:
+        """Difference that counts as more than noise when so many pairs of runs are compared: two deviations."""
+        return None if self.noise is None else 2 * self.noise * math.sqrt(2 / pairs)
+
+    def compare(self, name: str, other: str) -> Verdict:
+        """Loss of one configuration less that of another, over the seeds that both have."""
+        losses, others = ({r["seed"]: r["val_loss"] for r in self.of(n)} for n in (name, other))
+        shared = sorted(losses.keys() & others.keys())
+        difference = statistics.fmean(losses[s] - others[s] for s in shared)
+        return Verdict(name, difference, self.threshold(len(shared)))
+
+    def dense_loss(self, flops: float, seed: int) -> float | None:
+        """Loss that a dense model of so many FLOPs (relative) has, between those trained with this seed.
+
+        Straight lines over the logarithm of FLOPs; ``None`` outside of them.
+        """
+        rows = [r for r in self.rows if r["seed"] == seed and r["name"] in self.frontier_names]
+        points = sorted((r["flops_relative"], r["val_loss"]) for r in rows)
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            if x0 <= flops <= x1:
+                share = math.log(flops / x0) / math.log(x1 / x0)
+                return y0 + share * (y1 - y0)
+        return None
+
+    def gap(self, name: str) -> float | None:
+        """Loss of a configuration less that of a dense model of equal FLOPs, over the seeds where that is known."""
+        pairs = [(r["val_loss"], self.dense_loss(r["flops_relative"], r["seed"])) for r in self.of(name)]
+        known = [loss - dense for loss, dense in pairs if dense is not None]
+        return statistics.fmean(known) if known else None

@@ -1,0 +1,221 @@
+"""What the study trains: the size of the experiment, and the list of configurations in order of importance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import mst_compile
+from mst_compile.schedule import Schedule
+
+from .model import Shape
+
+Kind = Literal["dense", "mst", "constant"]
+BASE = "mst-b8"  # the configuration whose FLOPs the dense rivals are given, and that the remedies change
+
+
+@dataclass(frozen=True)
+class Study:
+    """Sizes and settings that all runs share.
+
+    ``decay`` is the share of the steps over which the learning rate falls to 0 (warmup-stable-decay), and also for how
+    long Mixed Sparsity runs are dense again at their end (``settle``).
+    """
+
+    width: int = 256
+    layers: int = 2
+    heads: int = 8
+    context: int = 128
+    batch: int = 8
+    steps: int = 1200
+    learning_rate: float = 1e-3
+    warmup: float = 0.04
+    decay: float = 0.15
+    weight_decay: float = 0.1
+    validation_batches: int = 80
+    dtype: str = "bfloat16"
+    compile: bool = True
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.width, self.layers, self.heads, self.context)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.batch * self.context
+
+
+QUICK = Study(width=64, heads=2, context=32, batch=4, steps=60, validation_batches=4, compile=False, dtype="float32")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One configuration.
+
+    Args:
+        name: unique; runs are known by it.
+        note: what it is, for the table.
+        kind: which schedule, if any.
+        schedule: arguments of the schedule that differ from :func:`schedule_of`'s.
+        block, backbone, rescale, overrides: of ``sparsify``; an override is (pattern, sparsity or None, block or None).
+        width: ``"full"``, a number, or ``"match"`` for the dense model of the same depth and the training FLOPs of
+            ``BASE``.
+        length: ``"full"``, or ``"match"`` for as many steps as give the training FLOPs of ``BASE``.
+        learning_rate: factor on the study's.
+        decay: ``"wsd"`` or ``"cosine"`` (to 10 %).
+        input_rate: the rate of a hidden weight is multiplied by ``inputs ** -input_rate``, where inputs is the number
+            of inputs that an output sums over, relative to the dense model of full width: its density, times the
+            relative width. 1 is the rule of muP and of SuPar (arXiv 2405.15743); 0 gives all weights the rate that
+            suits the dense model.
+        hidden_rate: factor on the learning rate of the hidden weights alone.
+        main: trained with two seeds at least.
+    """
+
+    name: str
+    note: str
+    kind: Kind = "mst"
+    schedule: dict[str, Any] = field(default_factory=dict)
+    block: int = 8
+    backbone: bool = True
+    rescale: bool = True
+    overrides: tuple[tuple[str, float | None, int | None], ...] = ()
+    width: Literal["full", "match"] | int = "full"
+    length: Literal["full", "match"] = "full"
+    learning_rate: float = 1.0
+    decay: Literal["wsd", "cosine"] = "wsd"
+    input_rate: float = 1.0
+    hidden_rate: float = 1.0
+    main: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """Everything but name and note that differs from the defaults, as plain JSON values."""
+        defaults = asdict(Config("", ""))
+        own = {k: v for k, v in asdict(self).items() if k not in ("name", "note", "main")}
+        return {k: v for k, v in own.items() if v != defaults[k] or k == "kind"}
+
+
+def schedule_of(config: Config, study: Study) -> Schedule | None:
+    """The schedule of a configuration. What is not in ``config.schedule`` is the library's default, except that
+    Mixed Sparsity is dense for as long as the learning rate decays."""
+    if config.kind == "constant":
+        events = {"interval": mst_compile.MixedSparsity(study.steps).plateau_interval, "total_steps": study.steps}
+        return mst_compile.Constant(**{"sparsity": 0.8, "growth": "none"} | events | config.schedule)
+    if config.kind == "mst":
+        settings = {"total_steps": study.steps, "settle": study.decay} | config.schedule
+        if settings["settle"] is None:  # stays sparse: as if the restoration came just after the end
+            events = mst_compile.MixedSparsity(study.steps)
+            warmup = round(settings.get("warmup", 0.1) * study.steps)
+            settings |= {"total_steps": study.steps + 1, "warmup": warmup, "restoration": 0, "settle": 0}
+            settings |= {"interval": events.plateau_interval, "ramp_interval": events.ramp_interval_steps}
+        return mst_compile.MixedSparsity(**settings)
+    return None
+
+
+def overrides_of(config: Config) -> dict[str, mst_compile.Override] | None:
+    """The overrides as ``sparsify`` takes them."""
+    found = {p: mst_compile.Override(sparsity=sparsity, block=block) for p, sparsity, block in config.overrides}
+    return found or None
+
+
+def learning_rate(config: Config, study: Study, step: int, steps: int) -> float:
+    """Learning rate of step ``step`` (from 0) of ``steps``."""
+    peak, warmup = study.learning_rate * config.learning_rate, max(1, round(study.warmup * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if config.decay == "cosine":
+        return peak * (0.55 + 0.45 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * min(1.0, (steps - step) / max(1, round(study.decay * steps)))
+
+
+def _config(name: str, note: str, **changes: Any) -> Config:
+    known = set(Config.__dataclass_fields__)
+    schedule = {k: v for k, v in changes.items() if k not in known}
+    return replace(Config(name, note, schedule=schedule), **{k: v for k, v in changes.items() if k in known})
+
+
+def _static(name: str, note: str, **changes: Any) -> Config:
+    return _config(name, note, kind="constant", **changes)
+
+
+AT_ONCE: dict[str, Any] = {
+    "sparsity": 0.8,
+    "initial_sparsity": 0.8,
+    "warmup": 0,
+    "growth": "none",
+    "restoration": 1,
+    "settle": 0.2,
+}
+FIRST_DENSER = (("blocks.0.*", 0.8, None),)
+
+CONFIGURATIONS: tuple[Config, ...] = (
+    # The method and its rivals.
+    _config("dense", "dense", kind="dense", main=True),
+    _config("mst-b8", "MST 90 %, B = 8: the base of the variants below", main=True),
+    _config("dense-small", "dense, narrower: MST's FLOPs", kind="dense", width="match", main=True),
+    _static("static-b8", "static 80 %, B = 8", main=True),
+    _config("dense-hidden-double", "dense, twice the rate of hidden weights", kind="dense", hidden_rate=2.0),
+    _config("mst-b1", "MST 90 %, unstructured", block=1, main=True),
+    _static("static-b4", "static 80 %, B = 4", block=4, main=True),
+    _config("mst-b4", "MST 90 %, B = 4", block=4, main=True),
+    _config("mst-b8-free", "MST 90 %, B = 8, no backbone", backbone=False, main=True),
+    _config("mst-b32-free", "MST 90 %, B = 32, no backbone", block=32, backbone=False, main=True),
+    _config("mst-b8-stays", "MST 90 %, B = 8, never restored", settle=None, main=True),
+    _static("rigl-b8", "RigL 80 %, B = 8", growth="gradient", main=True),
+    _config("no-regrow", "no drop-and-grow", growth="none", main=True),
+    _config("at-once-80", "static 80 %, dense at once for the last 20 %", **AT_ONCE, main=True),
+    _config("restore-30", "restoration over 30 %", restoration=0.3, main=True),
+    _static("static-b1", "static 80 %, unstructured", block=1, main=True),
+    _config("dense-128", "dense, width 128", kind="dense", width=128, main=True),
+    _config("mst-b16-free", "MST 90 %, B = 16, no backbone", block=16, backbone=False, main=True),
+    _config("mst-b64-free", "MST 90 %, B = 64, no backbone", block=64, backbone=False, main=True),
+    _config("dense-short", "dense, fewer steps: MST's FLOPs", kind="dense", length="match", main=True),
+    _config("early", "restoration ramp early", restoration_ramp="early", main=True),
+    _config("start-sparse", "starts sparse, no warm-up", initial_sparsity=0.9, warmup=0),
+    _config("plateau-80", "plateau at 80 %", sparsity=0.8),
+    _config("restore-50", "restoration over 50 %", restoration=0.5),
+    _config("dense-rate-double", "dense, twice the learning rate", kind="dense", learning_rate=2.0),
+    _config("restore-20", "restoration over 20 %", restoration=0.2),
+    _config("plateau-85", "plateau at 85 %, warm-up and restoration 5 %", sparsity=0.85, warmup=0.05, restoration=0.05),
+    _config("gentle", "drop 10 %, every 96 steps", drop_fraction=0.1, interval=96),
+    _config("gradient-8", "growth reads 8 gradients", gradient_steps=8),
+    _config("fine-ramp", "an event every 4 steps of the ramps", ramp_interval=4),
+    _config("attention-60", "attention at 60 %", overrides=(("*.attention.*", 0.6, None),)),
+    _config("first-80", "first layer at 80 %", overrides=FIRST_DENSER),
+    _config("attention-b4", "attention in blocks of 4", overrides=(("*.attention.*", None, 4),)),
+    _static("static-b16", "static 80 %, B = 16", block=16),
+    _static("static-b32-free", "static 80 %, B = 32, no backbone", block=32, backbone=False),
+    _config("dense-112", "dense, width 112", kind="dense", width=112, main=True),
+    _config("dense-192", "dense, width 192", kind="dense", width=192, main=True),
+    _config("dense-cosine", "dense, cosine", kind="dense", decay="cosine"),
+    _config("mst-cosine", "cosine", decay="cosine"),
+    _static("static-b8-unscaled", "static 80 %, B = 8, first weights not rescaled", rescale=False),
+    _static("static-b4-unscaled", "static 80 %, B = 4, first weights not rescaled", block=4, rescale=False),
+    _static("rigl-b8-unscaled", "RigL 80 %, B = 8, first weights not rescaled", growth="gradient", rescale=False),
+    _static(
+        "static-b8-unscaled-rate0",
+        "static 80 %, B = 8, the dense model's learning rate, first weights not rescaled",
+        input_rate=0.0,
+        rescale=False,
+    ),
+    _config("at-once-80-b4", "static 80 %, B = 4, dense at once for the last 20 %", block=4, **AT_ONCE),
+    _config(
+        "start-80", "80 % from the start, no drop-and-grow", sparsity=0.8, initial_sparsity=0.8, warmup=0, growth="none"
+    ),
+    _static("static-b8-hidden-double", "static 80 %, B = 8, twice the rate of hidden weights", hidden_rate=2.0),
+    _config("mst-b8-hidden-double", "twice the rate of hidden weights", hidden_rate=2.0),
+    _static("set-b8", "SET 80 %, B = 8", growth="random"),
+    _config("dense-rate-half", "dense, half the learning rate", kind="dense", learning_rate=0.5),
+    # The learning rate of the dense model for all weights, however few inputs they have.
+    _config("mst-b8-rate0", "MST 90 %, B = 8, the dense model's learning rate", input_rate=0.0),
+    _static("static-b8-rate0", "static 80 %, B = 8, the dense model's learning rate", input_rate=0.0),
+    _config(
+        "dense-small-rate0",
+        "dense, narrower, the full model's learning rate",
+        kind="dense",
+        width="match",
+        input_rate=0.0,
+    ),
+    _config("mst-b8-rate-half", "learning rate by the root of the inputs", input_rate=0.5),
+)

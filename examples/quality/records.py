@@ -1,0 +1,110 @@
+"""Records of runs: a line of JSON each while the study goes on, a row of CSV each in the end."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import spikes
+from .configurations import CONFIGURATIONS, Config, Study
+
+Record = dict[str, Any]
+
+CONTROL = "static-b8"  # its topology never changes
+STUDY = ("layers", "context", "batch", "learning_rate", "dtype")
+PLAIN: tuple[str, ...] = (
+    "width",
+    "steps",
+    "val_loss",
+    "train_loss",
+    "flops",
+    "flops_relative",
+    "seconds",
+    "processor_seconds",
+)
+PLAIN += ("compile_seconds", "density_min", "density", "nonzero", "dead_hidden", "dead_values", "torch", "cpu")
+SPIKE = ("step", "rise", "z", "threshold", "events", "own")
+COLUMNS: tuple[str, ...] = ("name", "seed", "settings", *STUDY, "blocks", *PLAIN)
+COLUMNS += tuple(f"spike{after}_{part}" for after in spikes.AFTER for part in SPIKE)
+
+
+def read(file: Path) -> list[Record]:
+    """All records of a JSON-lines file; a line that was cut off by a crash is left out."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def append(file: Path, record: Record) -> None:
+    """Add a record."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    cut_off = file.exists() and not file.read_bytes().endswith(b"\n")
+    with file.open("a") as stream:
+        stream.write("\n" * cut_off + json.dumps(record) + "\n")
+
+
+def is_done(records: Iterable[Record], config: Config, seed: int, study: Study) -> bool:
+    """Whether the run is there already, with these very settings."""
+    wanted = json.loads(json.dumps({"name": config.name, "seed": seed, "settings": config.settings()}))
+    wanted["study"] = asdict(study)
+    return any(all(record[key] == value for key, value in wanted.items()) for record in records)
+
+
+def rows(records: Sequence[Record]) -> list[Record]:
+    """The CSV's rows, in the order of the configurations; of repeated runs the newest counts."""
+    newest = {(r["name"], r["seed"]): r for r in records}
+    order = {config.name: i for i, config in enumerate(CONFIGURATIONS)}
+    known = sorted((key for key in newest if key[0] in order), key=lambda key: (order[key[0]], key[1]))
+    return [_row(newest[key], newest) for key in known]
+
+
+def _row(record: Record, others: dict[tuple[str, int], Record]) -> Record:
+    row = {key: record[key] for key in ("name", "seed", *PLAIN)}
+    row["settings"] = json.dumps(record["settings"], sort_keys=True)
+    row["blocks"] = " ".join(map(str, record["blocks"]))
+    row |= {key: record["study"][key] for key in STUDY}
+    cosine = record["settings"].get("decay") == "cosine"
+    dense = others.get(("dense-cosine" if cosine else "dense", record["seed"]))
+    if not record["events"] or dense is None:
+        return row
+    control = None
+    if (CONTROL, record["seed"]) in others and not cosine:
+        control = spikes.difference(others[CONTROL, record["seed"]]["losses"], dense["losses"])
+    curve = spikes.difference(record["losses"], dense["losses"])
+    for after in spikes.AFTER:
+        spike = spikes.largest_rise(curve, record["events"], after, control)
+        if spike is not None:
+            row |= {f"spike{after}_{key}": value for key, value in asdict(spike).items()}
+    return row
+
+
+def write_csv(file: Path, found: Sequence[Record]) -> None:
+    """Write the rows, figures rounded to what is worth reading."""
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in found:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def read_csv(file: Path) -> list[Record]:
+    """The rows again, numbers as numbers."""
+    with file.open(newline="") as stream:
+        return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+
+
+def _number(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return {"True": True, "False": False, "": None}.get(text, text)

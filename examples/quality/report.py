@@ -1,0 +1,177 @@
+"""Write the report's tables and statements from the recorded results, so that no figure there is typed by hand.
+
+The document is ordinary text with places for generated parts, ``<!-- study:NAME -->`` to ``<!-- end -->``; only what
+stands between the markers is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from .analysis import Results, Verdict
+from .configurations import BASE, CONFIGURATIONS
+from .records import Record
+from .spikes import AFTER
+
+_PART = re.compile(r"(<!-- study:(\w+) -->\n).*?(<!-- end -->)", re.S)
+BLOCKS = (1, 4, 8, 16, 32, 64)
+# Label -> names of its runs by block; where a coarse block leaves no room for the backbone it was left out.
+FAMILIES: dict[str, dict[int, str]] = {
+    "static 80 %": {1: "static-b1", 4: "static-b4", 8: "static-b8", 16: "static-b16", 32: "static-b32-free"},
+    "MST 90 %, backbone": {1: "mst-b1", 4: "mst-b4", 8: "mst-b8"},
+    "MST 90 %, no backbone": {8: "mst-b8-free", 16: "mst-b16-free", 32: "mst-b32-free", 64: "mst-b64-free"},
+}
+SKELETON = "# Quality\n\n" + "\n\n".join(
+    f"<!-- study:{name} -->\n<!-- end -->" for name in ("setup", "table", "noise", "blocks", "remedies", "spikes")
+)
+
+
+def write(file: Path, rows: list[Record]) -> None:
+    """Bring the generated parts of the document up to date; a missing document is made of nothing else."""
+    text = file.read_text(encoding="utf-8") if file.exists() else SKELETON + "\n"
+    results = Results(rows)
+    file.write_text(_PART.sub(lambda m: f"{m[1]}{PARTS[m[2]](results)}\n{m[3]}", text), encoding="utf-8")
+
+
+def setup(results: Results) -> str:
+    """What was trained, on what."""
+    row = results.rows[0]
+    dense = next(r for r in results.rows if r["name"] == "dense")
+    tokens = row["batch"] * row["context"]
+    seeds = sorted({r["seed"] for r in results.rows})
+    return (
+        f"{len(results.rows)} runs of {len(results.names)} configurations, seeds {', '.join(map(str, seeds))}: a "
+        f"byte-level GPT of {row['layers']} layers, width {dense['width']} and context {row['context']}, "
+        f"{dense['steps']} steps of {tokens} tokens ({dense['steps'] * tokens / 1e6:.2f} M tokens), AdamW at "
+        f"{row['learning_rate']:g}, {row['dtype']}{' autocast' * (row['dtype'] == 'bfloat16')}. "
+        f"torch {row['torch']}, one thread on an {row['cpu']} that other processes shared, hence CPU seconds (training "
+        "alone, compilation apart; the CSV has those of the clock too). FLOPs are training FLOPs relative to `dense`."
+    )
+
+
+def table(results: Results) -> str:
+    """All configurations."""
+    lines = [
+        "| run | configuration | validation loss | per seed | FLOPs | against dense of equal FLOPs | CPU seconds "
+        "| density | non-zero | dead hidden | dead value/output |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for config in CONFIGURATIONS:
+        rows = results.of(config.name)
+        if not rows:
+            continue
+        gap = results.gap(config.name)
+        density = f"{min(r['density_min'] for r in rows):.2f} to {rows[0]['density']:.2f}"
+        cells = [
+            f"`{config.name}`",
+            config.note,
+            f"{results.loss(config.name):.3f}",
+            ", ".join(f"{r['val_loss']:.3f}" for r in rows),
+            f"{results.mean(config.name, 'flops_relative'):.2f}",
+            "" if gap is None or config.name in results.frontier_names else f"{gap:+.3f}",
+            f"{results.mean(config.name, 'processor_seconds'):.0f}",
+            density,
+            f"{results.mean(config.name, 'nonzero'):.3f}",
+            f"{100 * results.mean(config.name, 'dead_hidden'):.1f} %",
+            f"{100 * results.mean(config.name, 'dead_values'):.1f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def noise(results: Results) -> str:
+    """How far equal runs lie apart."""
+    if results.noise is None:
+        return "Too few configurations have a second seed to say how far equal runs lie apart."
+    return (
+        f"Over the {len(results.repeated)} configurations with {len(results.seeds)} seeds, and with what a seed "
+        f"does to all of them alike taken out, the standard deviation of one run's loss is {results.noise:.4f}. A "
+        f"difference of two runs of one seed counts below as more than noise from {results.threshold(1):.3f} (two "
+        f"standard deviations of a difference), of two pairs of runs from {results.threshold(2):.3f}."
+    )
+
+
+def blocks(results: Results) -> str:
+    """Loss and dead units by block, and what that says."""
+    lines = [f"| | {' | '.join('unstructured' if b == 1 else f'B = {b}' for b in BLOCKS)} |"]
+    lines.append("|---|" + "---|" * len(BLOCKS))
+    said = []
+    for label, names in FAMILIES.items():
+        cells = []
+        for block in BLOCKS:
+            name = names.get(block, "")
+            if results.of(name):
+                dead = 100 * results.mean(name, "dead_hidden")
+                cells.append(f"{results.loss(name):.3f} ({dead:.0f} % dead)")
+            else:
+                cells.append("")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+        finest, *coarser = [names[b] for b in BLOCKS if b in names and results.of(names[b])] or [""]
+        verdicts = [results.compare(name, finest) for name in coarser]
+        parts = [f"`{v.name}` {v.difference:+.3f} ({v.word})" for v in verdicts]
+        if parts:
+            said.append(f"- {label}, against `{finest}`: {', '.join(parts)}.")
+    pairs = (("mst-b8", "static-b8"), ("mst-b4", "static-b4"), ("mst-b1", "static-b1"), ("mst-b8-free", "mst-b8"))
+    for name, other in pairs:
+        if results.of(name) and results.of(other):
+            v = results.compare(name, other)
+            flops = results.mean(name, "flops_relative"), results.mean(other, "flops_relative")
+            said.append(
+                f"- `{name}` against `{other}`: {v.difference:+.3f} ({v.word}), for {flops[0]:.2f} against "
+                f"{flops[1]:.2f} of dense FLOPs."
+            )
+    return "\n".join([*lines, "", *said])
+
+
+def remedies(results: Results) -> str:
+    """Every variant of the base, against it and against dense models of equal FLOPs."""
+    lines = [
+        f"| variant | against `{BASE}` | | FLOPs | against dense of equal FLOPs |",
+        "|---|---|---|---|---|",
+    ]
+    found: list[Verdict] = []
+    for config in CONFIGURATIONS:
+        if config.kind != "dense" and config.name != BASE and results.of(config.name):
+            found.append(results.compare(config.name, BASE))
+    for verdict in sorted(found, key=lambda v: v.difference):
+        gap = results.gap(verdict.name)
+        note = next(c.note for c in CONFIGURATIONS if c.name == verdict.name)
+        lines.append(
+            f"| `{verdict.name}`: {note} | {verdict.difference:+.3f} | {verdict.word} | "
+            f"{results.mean(verdict.name, 'flops_relative'):.2f} | {'' if gap is None else f'{gap:+.3f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def spikes(results: Results) -> str:
+    """The largest rise after an event of each run with events."""
+    heads = [f"rise over {after} steps | z | beyond chance" for after in AFTER]
+    lines = [f"| run | seed | events | {' | '.join(heads)} |", "|---|---|---|" + "---|---|---|" * len(AFTER)]
+    counted = dict.fromkeys(AFTER, 0)
+    looked_at = 0
+    for row in results.rows:
+        if row.get(f"spike{AFTER[0]}_z") is None:
+            continue
+        looked_at += 1
+        cells = [f"`{row['name']}`", str(row["seed"]), str(row[f"spike{AFTER[0]}_events"])]
+        for after in AFTER:
+            rise, z, threshold = (row[f"spike{after}_{part}"] for part in ("rise", "z", "threshold"))
+            found = z > threshold
+            counted[after] += found
+            where = f"yes, step {row[f'spike{after}_step']}" if found else "no"
+            cells += [f"{rise:+.3f}", f"{z:.1f}", where]
+        lines.append(f"| {' | '.join(cells)} |")
+    said = [f"{counted[after]} of {looked_at} runs over the {after} steps after an event" for after in AFTER]
+    return "\n".join([*lines, "", f"Rises beyond chance: {'; '.join(said)}."])
+
+
+PARTS: dict[str, Callable[[Results], str]] = {
+    "setup": setup,
+    "table": table,
+    "noise": noise,
+    "blocks": blocks,
+    "remedies": remedies,
+    "spikes": spikes,
+}

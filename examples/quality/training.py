@@ -1,0 +1,231 @@
+"""One run: train a model under a configuration, and measure everything the study reports."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mst_compile
+
+from .configurations import BASE, CONFIGURATIONS, Config, Study, learning_rate, overrides_of, schedule_of
+from .model import (
+    GPT,
+    Shape,
+    active_weights,
+    dead_units,
+    hidden_weights,
+    matching_shape,
+    narrowed,
+    nonzero_share,
+)
+
+LAST = 50  # steps whose mean training loss is recorded
+
+
+@dataclass(frozen=True)
+class Text:
+    """Training and validation text as bytes, uint8."""
+
+    train: Tensor
+    validation: Tensor
+
+    @classmethod
+    def load(cls, train: Path, validation: Path) -> Text:
+        return cls(*(torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in (train, validation)))
+
+
+def training_batch(text: Tensor, study: Study, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Random windows, a pure function of seed and step: every configuration sees the same data in the same order."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    starts = torch.randint(0, len(text) - study.context, (study.batch,), generator=generator)
+    rows = torch.stack([text[s : s + study.context + 1] for s in starts.tolist()]).long()
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def validation_batches(text: Tensor, study: Study) -> list[tuple[Tensor, Tensor]]:
+    """The same windows for every run and seed, spread evenly over the validation text."""
+    wanted = study.batch * study.validation_batches
+    windows = len(text) // (study.context + 1)
+    rows = text[: windows * (study.context + 1)].view(windows, -1)[torch.arange(wanted) * windows // wanted].long()
+    return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in rows.split(study.batch)]
+
+
+class Clock:
+    """Training time, wall clock and processor, with compilation taken apart.
+
+    A step in which anything was compiled counts as compilation; the step after it is charged twice in its stead.
+    """
+
+    def __init__(self) -> None:
+        self.wall = self.processor = self.compiling = 0.0
+        self._owed, self._stages = 0, 0
+        self._started = (0.0, 0.0)
+
+    @staticmethod
+    def _count() -> int:
+        return sum(len(times) for times in torch._dynamo.utils.compilation_time_metrics.values())
+
+    def start(self) -> None:
+        self._stages = self._count()
+        self._started = (time.perf_counter(), time.process_time())
+
+    def stop(self) -> None:
+        wall, processor = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
+        if self._count() > self._stages:
+            self.compiling += wall
+            self._owed += 1
+            return
+        self.wall += wall * (1 + self._owed)
+        self.processor += processor * (1 + self._owed)
+        self._owed = 0
+
+
+def planned_flops(config: Config, study: Study) -> float:
+    """Training FLOPs of a whole run of full size, found by walking its schedule without training."""
+    schedule = schedule_of(config, study)
+    if schedule is None:
+        return study.steps * study.shape.dense_flops(study.tokens)
+    model = GPT(study.shape)
+    make_sparse(model, config, study, 0)
+    sparsifier = mst_compile.sparsifier(model)
+    total = 0.0
+    for _ in range(study.steps):
+        total += study.shape.step_flops(study.tokens, *active_weights(model, sparsifier.weights))
+        sparsifier.step()
+    return total
+
+
+def make_sparse(model: GPT, config: Config, study: Study, seed: int) -> None:
+    """``sparsify`` as the configuration says; the head stays dense."""
+    schedule = schedule_of(config, study)
+    assert schedule is not None
+    mst_compile.sparsify(
+        model,
+        schedule,
+        block=config.block,
+        exclude="head",
+        overrides=overrides_of(config),
+        backbone=config.backbone,
+        rescale=config.rescale,
+        seed=seed,
+    )
+
+
+def size_of(config: Config, study: Study) -> tuple[Shape, int]:
+    """Shape and number of steps of a configuration; matched ones get the training FLOPs of ``BASE``."""
+    shape, steps = study.shape, study.steps
+    if isinstance(config.width, int):
+        shape = narrowed(shape, config.width)
+    if "match" in (config.width, config.length):
+        budget = planned_flops(next(c for c in CONFIGURATIONS if c.name == BASE), study)
+        if config.width == "match":
+            shape = matching_shape(shape, study.tokens, budget / steps)
+        else:
+            steps = max(1, round(budget / shape.dense_flops(study.tokens)))
+    return shape, steps
+
+
+def optimizer_for(model: GPT, study: Study) -> torch.optim.Optimizer:
+    """AdamW: a group for each hidden matrix, called by its name; the other matrices; the vectors, not decayed."""
+    hidden = {name for name, _ in hidden_weights(model)}
+    named = dict(model.named_parameters())
+    groups: list[dict[str, Any]] = [{"params": [named[name]], "name": name} for name in sorted(hidden)]
+    rest = [p for name, p in named.items() if name not in hidden]
+    groups.append({"params": [p for p in rest if p.dim() == 2], "name": ""})
+    groups.append({"params": [p for p in rest if p.dim() < 2], "name": "", "weight_decay": 0.0})
+    return torch.optim.AdamW(
+        groups, lr=study.learning_rate, betas=(0.9, 0.95), weight_decay=study.weight_decay, fused=True
+    )
+
+
+def rate_factor(config: Config, study: Study, shape: Shape, density: float) -> float:
+    """Factor on the learning rate of a hidden weight; the fewer inputs an output sums over, the larger the steps."""
+    return config.hidden_rate * (study.width / (shape.width * density)) ** config.input_rate
+
+
+def _autocast(study: Study) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=study.dtype == "bfloat16")
+
+
+def evaluate(model: GPT, batches: list[tuple[Tensor, Tensor]], study: Study) -> float:
+    """Mean loss over the validation batches, by the plain model in eager mode."""
+    with torch.no_grad(), _autocast(study):
+        return sum(model(x, y).item() for x, y in batches) / len(batches)
+
+
+def train(config: Config, seed: int, study: Study, text: Text) -> dict[str, Any]:
+    """Train one run from its seed; returns its record, losses of all steps included."""
+    shape, steps = size_of(config, study)
+    torch._dynamo.reset()
+    torch.manual_seed(seed)  # equal shapes start from equal weights
+    model = GPT(shape)
+    sparse: dict[str, mst_compile.SparseWeight] = {}
+    schedule = schedule_of(config, study)
+    if schedule is not None:
+        make_sparse(model, config, study, seed)
+        sparse = mst_compile.sparsifier(model).weights
+    backend = "inductor" if schedule is None or config.block == 1 else "mst"
+    compiled = torch.compile(model, backend=backend, dynamic=False) if study.compile else model
+    optimizer, clock = optimizer_for(model, study), Clock()
+    losses, densities, flops = [], [], 0.0
+    for step in range(steps):
+        x, y = training_batch(text.train, study, seed, step)
+        active, in_gradient = active_weights(model, sparse)
+        flops += shape.step_flops(study.tokens, active, in_gradient)
+        densities.append(active / shape.hidden_size)
+        rate = learning_rate(config, study, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            if group["name"]:
+                density = sparse[group["name"]].density if group["name"] in sparse else 1.0
+                group["lr"] *= rate_factor(config, study, shape, density)
+        clock.start()
+        with _autocast(study):
+            loss = compiled(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        clock.stop()
+        losses.append(loss.item())
+    dead, dead_values = dead_units(model)
+    return {
+        "name": config.name,
+        "seed": seed,
+        "settings": config.settings(),
+        "study": asdict(study),
+        "width": shape.width,
+        "steps": steps,
+        "blocks": sorted({w.grid.block for w in sparse.values()}),
+        "val_loss": evaluate(model, validation_batches(text.validation, study), study),
+        "train_loss": sum(losses[-LAST:]) / len(losses[-LAST:]),
+        "flops": flops,
+        "flops_relative": flops / (study.steps * study.shape.dense_flops(study.tokens)),
+        "seconds": clock.wall,
+        "processor_seconds": clock.processor,
+        "compile_seconds": clock.compiling,
+        "density_min": min(densities),
+        "density": active_weights(model, sparse)[0] / shape.hidden_size,
+        "nonzero": nonzero_share(model),
+        "dead_hidden": dead,
+        "dead_values": dead_values,
+        "events": [] if schedule is None else [s for s in range(1, steps) if schedule.is_topology_event(s)],
+        "torch": torch.__version__,
+        "cpu": processor_name(),
+        "losses": [round(v, 4) for v in losses],
+    }
+
+
+def processor_name() -> str:
+    """Model name of the processor, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

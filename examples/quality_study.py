@@ -1,0 +1,109 @@
+"""What sparse pretraining costs in loss, and what it saves: small models, many configurations, two seeds.
+
+    python examples/quality/corpus.py DIR                # or text of your own
+    python examples/quality_study.py --data DIR/train.txt --val DIR/val.txt              # hours on one core; resumes
+    python examples/quality_study.py --data DIR/train.txt --val DIR/val.txt --only dense mst-b8 --seeds 0 1 2
+    python examples/quality_study.py --collect          # runs -> benchmarks/quality.csv
+    python examples/quality_study.py --report           # CSV -> docs/quality.md
+
+Trains a byte-level GPT (``quality/model.py``) under every configuration of ``quality/configurations.py``, in their
+order of importance: first all of them with the first seed, then the main ones with the others. All go through the
+library as a user would, ``mst_compile.sparsify(model, schedule)`` and ``torch.compile(model, backend="mst")``; dense
+and unstructured models run under Inductor. Initial weights, batches and their order are the same for every
+configuration of a seed, learning rate and its schedule too unless the configuration is about them. Each finished run is
+one line of ``--out``; runs that are there already are skipped, so the study can be stopped and continued at any time.
+
+The recorded results come from 58 MB of English: Debian documentation packages and the World English Bible, as
+``quality/corpus.py`` collects them. Licences: World English Bible public domain; An Anarchist FAQ GPL-2; Debian
+handbook GPL-2+/CC-BY-SA-3.0; Jargon File public domain; Linux documentation GPL-2; Python documentation PSF; Perl
+documentation GPL-1+/Artistic. None of the text is part of this repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from quality import records, report
+from quality.configurations import CONFIGURATIONS, QUICK, Config, Study
+from quality.training import Text, train
+
+ROOT = Path(__file__).parent.parent
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description="Train the quality study, or report on it.")
+    p.add_argument("--data", type=Path, help="training text; without it nothing is trained")
+    p.add_argument("--val", type=Path, help="validation text")
+    p.add_argument("--out", type=Path, default=Path("runs/quality/runs.jsonl"), help="one line of JSON a run")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="these configurations alone, with every seed")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="all configurations train with the first one")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads")
+    p.add_argument("--quick", action="store_true", help="a model and runs of seconds, to try the script itself")
+    p.add_argument("--list", action="store_true", help="print the configurations and leave")
+    p.add_argument("--collect", action="store_true", help="write --csv from --out")
+    p.add_argument("--report", action="store_true", help="write --doc from --csv")
+    p.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "quality.csv", help="the recorded results")
+    p.add_argument("--doc", type=Path, default=ROOT / "docs" / "quality.md", help="the report")
+    return p
+
+
+def plan(only: Sequence[str] | None, seeds: Sequence[int]) -> list[tuple[Config, int]]:
+    """Which runs, in which order."""
+    known = {config.name: config for config in CONFIGURATIONS}
+    unknown = [name for name in only or () if name not in known]
+    if unknown:
+        raise SystemExit(f"no configuration is called {', '.join(unknown)}; there are {', '.join(known)}")
+    chosen = [config for config in CONFIGURATIONS if only is None or config.name in only]
+    return [(c, seed) for i, seed in enumerate(seeds) for c in chosen if i == 0 or c.main or only is not None]
+
+
+def train_all(runs: Sequence[tuple[Config, int]], study: Study, text: Text, out: Path) -> int:
+    """Train what is missing in ``out``; returns how many runs that were."""
+    trained = 0
+    for number, (config, seed) in enumerate(runs, 1):
+        if records.is_done(records.read(out), config, seed, study):
+            continue
+        record = train(config, seed, study, text)
+        records.append(out, record)
+        trained += 1
+        print(
+            f"{time.strftime('%H:%M:%S')}  {number:3}/{len(runs)}  {config.name:18} seed {seed}  "
+            f"validation {record['val_loss']:.4f}  FLOPs {record['flops_relative']:.3f}  {record['seconds']:.0f} s "
+            f"(+ {record['compile_seconds']:.0f} s compiling)  non-zero {record['nonzero']:.3f}  "
+            f"dead {record['dead_hidden']:.3f}",
+            flush=True,
+        )
+    return trained
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; returns the number of runs trained."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.list:
+        for config in CONFIGURATIONS:
+            print(f"{config.name:18} {config.note}")
+        return 0
+    if (args.data is None) != (args.val is None):
+        p.error("--data and --val go together")
+    if args.data is None and not (args.collect or args.report):
+        p.error("nothing to do: give --data and --val to train, --collect or --report to report")
+    torch.set_num_threads(args.threads)
+    trained = 0
+    if args.data is not None:
+        study = QUICK if args.quick else Study()
+        trained = train_all(plan(args.only, args.seeds), study, Text.load(args.data, args.val), args.out)
+    if args.collect:
+        records.write_csv(args.csv, records.rows(records.read(args.out)))
+    if args.report:
+        report.write(args.doc, records.read_csv(args.csv))
+    return trained
+
+
+if __name__ == "__main__":
+    main()
