@@ -100,17 +100,21 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.0, density_rate: f
         density_rate: 1 is SµPar's rule, 0 gives all weights the same learning rate.
 
     Returns:
-        Three groups, of sparse weights, other parameters of two and more dimensions, and vectors; empty ones left out.
+        A group for the sparse weights of each target density (layers of one shape), one for other parameters of two and
+        more dimensions, and one for vectors.
     """
-    sparse = {id(p) for p in model.parameters() if weights.of(p) is not None}
-    kinds: list[list[nn.Parameter]] = [[], [], []]
+    sparse: dict[float, list[nn.Parameter]] = {}
+    kinds: list[list[nn.Parameter]] = [[], []]
     for parameter in model.parameters():
-        kinds[0 if id(parameter) in sparse else 1 if parameter.dim() >= 2 else 2].append(parameter)
+        weight = weights.of(parameter)
+        if weight is not None:
+            sparse.setdefault(weight.density_target, []).append(parameter)
+        else:
+            kinds[0 if parameter.dim() >= 2 else 1].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": kinds[0], "weight_decay": weight_decay, DENSITY_RATE: density_rate},
-        {"params": kinds[1], "weight_decay": weight_decay},
-        {"params": kinds[2], "weight_decay": 0.0},
+        {"params": members, "weight_decay": weight_decay, DENSITY_RATE: density_rate} for members in sparse.values()
     ]
+    groups += [{"params": k, "weight_decay": d} for k, d in zip(kinds, (weight_decay, 0.0), strict=True)]
     return [group for group in groups if group["params"]]
 
 

@@ -67,7 +67,7 @@ class Config:
         decay: ``"wsd"`` or ``"cosine"`` (to 10 %).
         input_rate: the rate of a hidden weight is multiplied by ``inputs ** -input_rate``, where inputs is the number
             of inputs that an output sums over, relative to the dense model of full width: its density, times the
-            relative width. 1 is the rule of muP and of SuPar (arXiv 2405.15743); 0 gives all weights the rate that
+            relative width. 1 is the rule of muP and of SµPar (arXiv 2405.15743); 0 gives all weights the rate that
             suits the dense model.
         hidden_rate: factor on the learning rate of the hidden weights alone.
         main: trained with two seeds at least.
