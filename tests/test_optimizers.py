@@ -338,7 +338,7 @@ def test_first_updates_of_regrown_weights_are_not_too_large(
 @pytest.mark.parametrize("beta2", [0.9, 0.95, 0.98, 0.99, 0.999, 0.9999])
 @pytest.mark.parametrize("beta1", [0.0, 0.8, 0.9, 0.95])
 def test_the_share_that_moments_begin_at(beta1: float, beta2: float) -> None:
-    """Adam's recursion under a constant gradient, in a loop: no update above the limit, and no smaller share does it."""
+    """Adam's recursion under a constant gradient, in a loop: no update above the limit, no smaller share does it."""
 
     def largest(share: float) -> float:
         m, v, most = 0.0, share, 0.0
