@@ -33,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = build(args)
-    mst_compile.sparsify(model, mst_compile.MixedSparsity(args.steps, sparsity=args.sparsity))
+    mst_compile.sparsify(model, mst_compile.MixedSparsity.published(args.steps, sparsity=args.sparsity))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     compiled = torch.compile(lambda ids: model(input_ids=ids, labels=ids).loss, backend="mst", dynamic=False)
     generator = torch.Generator().manual_seed(1)

@@ -27,7 +27,7 @@ def child(args: argparse.Namespace) -> None:
     model = build(args.config, args.context)
     if args.side == "mst":
         mst_compile.sparsify(
-            model, mst_compile.MixedSparsity(STEPS, warmup=1, restoration=1, settle=1, sparsity=args.sparsity)
+            model, mst_compile.MixedSparsity.published(STEPS, warmup=1, restoration=1, settle=1, sparsity=args.sparsity)
         )
     ids = torch.randint(0, model.config.vocab_size, (args.batch, args.context))
     step = stepper(model, args.side, ids, "float32")

@@ -7,13 +7,14 @@
 The model is ``transformers.GPT2LMHeadModel``, unmodified; what makes it sparse and fast is three lines
 (``pretraining/run.py``)::
 
-    mst_compile.sparsify(model, mst_compile.MixedSparsity(total_steps, sparsity=0.9))
+    mst_compile.sparsify(model, mst_compile.MixedSparsity(total_steps))
     model = torch.compile(model, backend="mst")
 
 Runs (``--runs``), all on the same batches in the same order, starting from the same weights where shapes agree:
 
     dense    the model as it is, torch.compile with Inductor
-    mst      Mixed Sparsity Training: warm-up, 90 % sparse plateau, restoration; dense again at the end
+    mst      Mixed Sparsity Training: 80 % sparse from the start, restored late; dense again at the end (--published:
+             warm-up, 90 % sparse plateau with drop-and-grow, restoration)
     small    a narrower dense model of the same training FLOPs as mst
     static   80 % sparse from the first step to the last, masks never change
     short    the dense model, stopped (with its learning-rate schedule) after mst's training FLOPs
@@ -46,7 +47,7 @@ def specs(options: Options, vocabulary: int) -> list[Spec]:
     shape = Shape(options.d_model, options.layers, options.heads, options.context, vocabulary)
     tokens, steps = options.tokens_per_step, options.steps
     budget = planned_flops(shape, tokens, steps, options.mixed_sparsity(), options.sparse_head)
-    percent = f"{100 * options.sparsity:g} %"
+    percent = f"{100 * options.mixed_sparsity().sparsity:g} %"
     found = []
     for name in options.runs:
         if name == "mst":

@@ -1,6 +1,6 @@
 """Dynamic sparse pretraining that saves time: masks that change during training, block-sparse kernels that skip them.
 
-model = mst_compile.sparsify(model, mst_compile.MixedSparsity(total_steps=20_000, sparsity=0.9))
+model = mst_compile.sparsify(model, mst_compile.MixedSparsity(total_steps=20_000))
 model = torch.compile(model, backend="mst")
 """
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from .errors import ScheduleError
 
@@ -47,7 +47,9 @@ class MixedSparsity:
     """Mixed Sparsity Training: warm-up, ultra-sparsification, restoration (arXiv 2408.11746, "Sparsity Variation").
 
     Sparsity rises from ``initial_sparsity`` along the cubic ``s_f + (s_i - s_f)(1 - t/T)**3`` over the warm-up, stays
-    at ``sparsity``, and falls back to 0 along the mirrored cubic. The last topology event lands on sparsity 0
+    at ``sparsity``, and falls back to 0 along the mirrored cubic. By default it starts sparse, at 80 %, and keeps its
+    first masks until weights return: in our runs that gave the best loss for its FLOPs (docs/quality.md).
+    :meth:`published` has the paper's choices. The last topology event lands on sparsity 0
     exactly; for the ``settle`` steps after it the model is dense.
 
     Args:
@@ -67,7 +69,7 @@ class MixedSparsity:
         gradient_steps: steps before an event whose gradient scores are added up for growth; each of them computes
             dense gradients.
         distribution: ``"erdos-renyi"`` or ``"uniform"`` densities over the layers.
-        initial_sparsity: sparsity at step 0.
+        initial_sparsity: sparsity at step 0; default 0 if there is a warm-up, else ``sparsity``.
         restoration_ramp: ``"mirrored"`` (the paper's: most weights return late) or ``"early"`` (most return early;
             costs more FLOPs, lets them train longer).
         attention: pattern of causal self-attention inside ``attention_window``; outside it attention is full ("Hybrid
@@ -82,18 +84,18 @@ class MixedSparsity:
     """
 
     total_steps: int
-    sparsity: float = 0.9
-    warmup: float | int = 0.1
+    sparsity: float = 0.8
+    warmup: float | int = 0.0
     restoration: float | int = 0.1
     settle: float | int = 0.1
     interval: int | None = None
     ramp_interval: int | None = None
     drop_fraction: float = 0.3
-    growth: Growth = "mixed"
+    growth: Growth = "none"
     gradient_share: float = 0.75
     gradient_steps: int = 1
     distribution: Distribution = "erdos-renyi"
-    initial_sparsity: float = 0.0
+    initial_sparsity: float | None = None
     restoration_ramp: Ramp = "mirrored"
     attention: Attention = "full"
     attention_window: tuple[float | int, float | int] | None = None
@@ -103,8 +105,9 @@ class MixedSparsity:
     def __post_init__(self) -> None:
         _check_steps("total_steps", self.total_steps)
         check_sparsity("sparsity", self.sparsity)
-        check_sparsity("initial_sparsity", self.initial_sparsity)
-        if self.initial_sparsity > self.sparsity:
+        if self.initial_sparsity is not None:
+            check_sparsity("initial_sparsity", self.initial_sparsity)
+        if self.initial_sparsity is not None and self.initial_sparsity > self.sparsity:
             raise ScheduleError(
                 f"initial_sparsity {self.initial_sparsity} is above sparsity {self.sparsity}: the warm-up rises to it"
             )
@@ -131,6 +134,13 @@ class MixedSparsity:
         _check_attention(self.attention, self.attention_window, self.stride, self.span)
         if self.restoration_end < 1:
             raise ScheduleError(f"total_steps={self.total_steps} leaves no step for the sparse phases; shorten settle")
+
+    @classmethod
+    def published(cls, total_steps: int, sparsity: float = 0.9, **changes: Any) -> MixedSparsity:
+        """The paper's choices: 90 % sparsity after a warm-up over a tenth of the run, drop-and-grow 3:1 by gradient and
+        at random. ``changes`` are any other arguments."""
+        chosen: dict[str, Any] = {"warmup": 0.1, "growth": "mixed"} | changes
+        return cls(total_steps, sparsity, **chosen)
 
     def _steps(self, length: float | int) -> int:
         return round(length * self.total_steps) if isinstance(length, float) else length
@@ -188,7 +198,7 @@ class MixedSparsity:
         if step >= self.warmup_steps:
             return self.sparsity
         t = step / self.warmup_steps
-        return self.sparsity + (self.initial_sparsity - self.sparsity) * (1 - t) ** 3
+        return self.sparsity + ((self.initial_sparsity or 0.0) - self.sparsity) * (1 - t) ** 3
 
     def drop_fraction_at(self, step: int) -> float:
         """Share of the active blocks to drop and regrow at an event after ``step`` steps."""

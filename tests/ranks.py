@@ -93,7 +93,10 @@ def _join_group(rank: int, ranks: int, folder: str, timeout: float = 30) -> None
 # -- what the ranks train ----------------------------------------------------------------------------------------------
 
 STEPS = 200
-SCHEDULES: list[Schedule] = [Constant(0.7, interval=5), MixedSparsity(STEPS, 0.8, interval=5, ramp_interval=2)]
+SCHEDULES: list[Schedule] = [
+    Constant(0.7, interval=5),
+    MixedSparsity.published(STEPS, 0.8, interval=5, ramp_interval=2),
+]
 
 
 class Residual(nn.Module):

@@ -64,7 +64,7 @@ def test_writes_everything(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_runs_share_data_and_first_weights(text: Path, tmp_path: Path) -> None:
-    pretrain_gpt.main(arguments(text, tmp_path, "--runs", "dense,mst"))
+    pretrain_gpt.main(arguments(text, tmp_path, "--runs", "dense,mst", "--published"))
     dense, mst = losses(tmp_path / "dense"), losses(tmp_path / "mst")
     assert dense[0] == mst[0]  # the warm-up starts dense
     assert dense[5:] != mst[5:]

@@ -91,8 +91,8 @@ def test_a_model_counts_what_its_kernels_do(sparsity: float, dense_grad: bool) -
 
 
 SCHEDULES: list[Schedule] = [
-    MixedSparsity(STEPS, sparsity=0.8, warmup=8, restoration=8, settle=4, interval=3, ramp_interval=2),
-    MixedSparsity(STEPS, sparsity=0.8, warmup=0, initial_sparsity=0.8, growth="none", interval=3),
+    MixedSparsity.published(STEPS, 0.8, warmup=8, restoration=8, settle=4, interval=3, ramp_interval=2),
+    MixedSparsity.published(STEPS, 0.8, warmup=0, initial_sparsity=0.8, growth="none", interval=3),
     Constant(0.7, growth="gradient", interval=5),
     Constant(0.7, interval=5, gradient_steps=3, total_steps=STEPS),
     Constant(0.7, growth="none"),

@@ -66,7 +66,7 @@ def test_eager_equals_compiled(inner: str, precision: torch.dtype, ids: torch.Te
 
 def test_a_short_schedule(ids: torch.Tensor) -> None:
     """Sparse, then dense again, learning all the while; the result is a plain checkpoint."""
-    model = sparsify(build(), MixedSparsity(16, sparsity=0.8, warmup=3, restoration=3, settle=3, interval=2))
+    model = sparsify(build(), MixedSparsity.published(16, 0.8, warmup=3, restoration=3, settle=3, interval=2))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     fast = torch.compile(model, backend="mst", options={"mst.inner": "aot_eager"})
     losses = []

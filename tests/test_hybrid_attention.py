@@ -55,11 +55,11 @@ def assert_same(a: tuple[Tensor, dict[str, Tensor]], b: tuple[Tensor, dict[str, 
 
 
 def test_sparse_attention_on_the_plateau_by_default() -> None:
-    s = MixedSparsity(100, warmup=10, restoration=20, settle=10, attention="sparse", stride=64)
+    s = MixedSparsity.published(100, warmup=10, restoration=20, settle=10, attention="sparse", stride=64)
     assert [s.attention_at(t) for t in (0, 9, 10, 69, 70, 100)] == ["full", "full", "sparse", "sparse", "full", "full"]
-    shares = MixedSparsity(100, attention="fixed", attention_window=(0.25, 50))
+    shares = MixedSparsity.published(100, attention="fixed", attention_window=(0.25, 50))
     assert [shares.attention_at(t) for t in (24, 25, 49, 50)] == ["full", "fixed", "fixed", "full"]
-    assert {MixedSparsity(50).attention_at(t) for t in range(51)} == {"full"}
+    assert {MixedSparsity.published(50).attention_at(t) for t in range(51)} == {"full"}
     always = Constant(0.5, attention="local")
     assert {always.attention_at(t) for t in range(9)} == {"local"}
     window = Constant(0.5, attention="local", attention_window=(2, 5))
@@ -83,7 +83,7 @@ def test_sparse_attention_on_the_plateau_by_default() -> None:
     ],
 )
 def test_mistakes(wrong: dict[str, Any], said: str) -> None:
-    for make in (lambda: MixedSparsity(100, **wrong), lambda: Constant(0.5, **wrong)):
+    for make in (lambda: MixedSparsity.published(100, **wrong), lambda: Constant(0.5, **wrong)):
         with pytest.raises(ScheduleError, match=said.replace("(", r"\(")):
             make()
     with pytest.raises(ScheduleError, match="numbers of steps"):

@@ -47,7 +47,7 @@ def refuses(error: type[MSTError], model: nn.Module, *words: str, schedule: Any 
 
 
 @pytest.mark.parametrize("sparsity", [1.0, 1.5, -0.1, 90, math.nan])
-@pytest.mark.parametrize("make", [lambda s: Constant(s), lambda s: MixedSparsity(10, sparsity=s)])
+@pytest.mark.parametrize("make", [lambda s: Constant(s), lambda s: MixedSparsity.published(10, s)])
 def test_sparsity_out_of_range(make: Callable[[float], Any], sparsity: float) -> None:
     with pytest.raises(ScheduleError, match=repr(sparsity).replace(".", r"\.")):
         make(sparsity)

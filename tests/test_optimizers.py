@@ -428,7 +428,9 @@ def test_without_a_backbone_any_block_may_go() -> None:
 @pytest.mark.parametrize("by_tensor", [False, True])
 def test_learning_rates_follow_the_density(by_tensor: bool) -> None:
     """SGD moves weights by rate times gradient, so the rate that was used can be read off; ``lr`` stays as it was."""
-    schedule = MixedSparsity(STEPS, sparsity=0.8, warmup=8, restoration=8, settle=4, interval=3, ramp_interval=2)
+    schedule = MixedSparsity.published(
+        STEPS, sparsity=0.8, warmup=8, restoration=8, settle=4, interval=3, ramp_interval=2
+    )
     model = fresh(schedule)
     own, lr = sparsifier(model), torch.tensor(1e-2) if by_tensor else 1e-2
     optimizer = torch.optim.SGD(param_groups(model, density_rate=0.5), lr)

@@ -20,7 +20,9 @@ from mst_compile.errors import CheckpointError, MSTWarning
 from mst_compile.schedule import Schedule
 
 SCHEDULES: dict[str, Schedule] = {
-    "mixed": MixedSparsity(STEPS, sparsity=0.8, warmup=8, restoration=8, settle=4, interval=3, ramp_interval=2),
+    "mixed": MixedSparsity.published(
+        STEPS, sparsity=0.8, warmup=8, restoration=8, settle=4, interval=3, ramp_interval=2
+    ),
     "scores of three steps": Constant(0.7, interval=5, gradient_steps=3),
     "an event a step": Constant(0.7, interval=1),
 }

@@ -56,7 +56,7 @@ def test_weights_that_are_unfrozen_later_have_masked_gradients() -> None:
 
 def test_nan_is_no_length() -> None:
     with pytest.raises(ScheduleError, match="nan"):
-        MixedSparsity(10, warmup=math.nan)
+        MixedSparsity.published(10, warmup=math.nan)
 
 
 @pytest.mark.parametrize("key", ["masks", "step", "seed"])

@@ -26,7 +26,7 @@ def mixed(draw: st.DrawFn) -> MixedSparsity:
     restoration = draw(st.integers(0, total - settle))
     warmup = draw(st.integers(0, total - settle - restoration))
     sparsity = draw(st.floats(0, 0.999))
-    return MixedSparsity(
+    return MixedSparsity.published(
         total,
         sparsity=sparsity,
         warmup=warmup,
@@ -70,7 +70,7 @@ def test_mixed_sparsity_is_continuous(s: MixedSparsity) -> None:
 
 @given(st.integers(1, 60), st.floats(0, 0.99))
 def test_restoration_mirrors_the_warmup(length: int, sparsity: float) -> None:
-    s = MixedSparsity(4 * length, sparsity=sparsity, warmup=length, restoration=length, settle=length)
+    s = MixedSparsity.published(4 * length, sparsity=sparsity, warmup=length, restoration=length, settle=length)
     for k in range(length + 1):
         assert s.sparsity_at(s.restoration_end - k) == pytest.approx(s.sparsity_at(k), abs=1e-9)
     early = dataclasses.replace(s, restoration_ramp="early")
@@ -79,7 +79,7 @@ def test_restoration_mirrors_the_warmup(length: int, sparsity: float) -> None:
 
 
 def test_the_papers_cubic_by_hand() -> None:
-    s = MixedSparsity(100, sparsity=0.8, warmup=10, restoration=20, settle=10, initial_sparsity=0.4)
+    s = MixedSparsity.published(100, 0.8, warmup=10, restoration=20, settle=10, initial_sparsity=0.4)
     assert s.sparsity_at(0) == pytest.approx(0.4)
     assert s.sparsity_at(5) == pytest.approx(0.8 - 0.4 * 0.5**3)
     assert s.sparsity_at(10) == s.sparsity_at(70) == 0.8
@@ -127,17 +127,17 @@ def test_drop_fraction_is_annealed(s: MixedSparsity) -> None:
 
 @given(st.integers(1, 10_000))
 def test_default_intervals(total: int) -> None:
-    s = MixedSparsity(total, settle=0.0)
+    s = MixedSparsity.published(total, settle=0.0)
     assert s.plateau_interval == min(100, max(1, total // 25))
     assert s.ramp_interval_steps == max(1, s.plateau_interval // 2)
 
 
 def test_lengths_are_shares_or_steps() -> None:
-    a = MixedSparsity(200, warmup=0.1, restoration=0.2, settle=0.05)
-    b = MixedSparsity(200, warmup=20, restoration=40, settle=10)
+    a = MixedSparsity.published(200, warmup=0.1, restoration=0.2, settle=0.05)
+    b = MixedSparsity.published(200, warmup=20, restoration=40, settle=10)
     assert [a.sparsity_at(t) for t in range(201)] == [b.sparsity_at(t) for t in range(201)]
-    assert MixedSparsity(200, warmup=1, restoration=0, settle=0).warmup_steps == 1
-    assert MixedSparsity(200, warmup=1.0, restoration=0, settle=0).warmup_steps == 200
+    assert MixedSparsity.published(200, warmup=1, restoration=0, settle=0).warmup_steps == 1
+    assert MixedSparsity.published(200, warmup=1.0, restoration=0, settle=0).warmup_steps == 200
 
 
 @given(st.floats(0, 0.99), st.integers(1, 20), st.none() | st.integers(1, 100), st.sampled_from(GROWTHS))
@@ -161,7 +161,7 @@ def test_constant(sparsity: float, interval: int, total: int | None, growth: Any
 
 
 def test_schedules_are_values() -> None:
-    for s in (MixedSparsity(50), Constant(0.5)):
+    for s in (MixedSparsity.published(50), Constant(0.5)):
         assert isinstance(s, Schedule)
         assert check_schedule(s) is s
         assert pickle.loads(pickle.dumps(s)) == s
@@ -190,7 +190,7 @@ MIXED_ERRORS = [
 @pytest.mark.parametrize(("arguments", "value"), MIXED_ERRORS)
 def test_mixed_sparsity_errors(arguments: dict[str, Any], value: str) -> None:
     with pytest.raises(ScheduleError) as caught:
-        MixedSparsity(**{"total_steps": 100, **arguments})
+        MixedSparsity.published(**{"total_steps": 100, **arguments})
     assert value in str(caught.value)
     assert list(arguments)[-1] in str(caught.value)
     assert isinstance(caught.value, MSTError)
@@ -227,3 +227,24 @@ def test_choices_are_complete() -> None:
     for growth in GROWTHS:
         for distribution in DISTRIBUTIONS:
             Constant(0.5, growth=growth, distribution=distribution)  # type: ignore[arg-type]
+
+
+def test_defaults_start_sparse_and_keep_their_masks() -> None:
+    s = MixedSparsity(1000)
+    assert s.sparsity_at(0) == s.sparsity_at(s.restoration_start) == 0.8
+    assert s.growth == "none"
+    assert next(t for t in range(1, 1001) if s.is_topology_event(t)) > s.restoration_start
+    assert s.sparsity_at(s.restoration_end) == 0.0
+
+
+def test_a_warm_up_starts_dense_unless_told() -> None:
+    assert MixedSparsity(100, warmup=10).sparsity_at(0) == 0.0
+    assert MixedSparsity(100, warmup=10, initial_sparsity=0.3).sparsity_at(0) == pytest.approx(0.3)
+
+
+def test_the_published_choices() -> None:
+    s = MixedSparsity.published(1000)
+    assert (s.sparsity, s.warmup_steps, s.growth, s.gradient_share) == (0.9, 100, "mixed", 0.75)
+    assert MixedSparsity.published(1000, 0.7, growth="random", settle=5) == MixedSparsity(
+        1000, sparsity=0.7, warmup=0.1, growth="random", settle=5
+    )

@@ -187,7 +187,7 @@ def test_masks_depend_on_seed_and_name_alone() -> None:
 def test_mixed_sparsity_starts_dense() -> None:
     model = Blocks()
     before = copy.deepcopy(model.state_dict())
-    sparsify(model, MixedSparsity(100))
+    sparsify(model, MixedSparsity.published(100))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert sparsifier(model).density == 1.0
 

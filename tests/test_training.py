@@ -117,7 +117,9 @@ def test_eager_and_compiled_runs_agree(inner: str) -> None:
 
 def test_eager_and_compiled_losses_agree_for_200_steps() -> None:
     """Through all phases, with an event every few steps; the losses differ by roundings that SGD carries along."""
-    schedule = MixedSparsity(200, sparsity=0.8, warmup=20, restoration=40, settle=20, interval=6, ramp_interval=3)
+    schedule = MixedSparsity.published(
+        200, sparsity=0.8, warmup=20, restoration=40, settle=20, interval=6, ramp_interval=3
+    )
     losses, masks = [], []
     for mode in ("none", "inductor"):
         model = fresh(schedule)
@@ -168,7 +170,7 @@ def test_one_graph_and_two_compilations_for_a_schedule(inner: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("mode", ["none", "aot_eager", "inductor"])
-@pytest.mark.parametrize("schedule", [Constant(0.0, interval=2), MixedSparsity(12, sparsity=0.0, interval=2)])
+@pytest.mark.parametrize("schedule", [Constant(0.0, interval=2), MixedSparsity.published(12, 0.0, interval=2)])
 def test_sparsity_zero_is_bitwise_the_plain_model(schedule: Schedule, mode: str) -> None:
     plain, model = fresh(None), fresh(schedule)
     fast = mode if mode == "none" else "inductor" if mode == "inductor" else "aot_eager"

@@ -13,7 +13,7 @@ from mst_compile import MixedSparsity, sparsifier, sparsify, topology
 from mst_compile.schedule import Schedule
 
 STEPS = 40
-SCHEDULE = MixedSparsity(STEPS, sparsity=0.8, warmup=8, restoration=8, settle=4, interval=3, ramp_interval=2)
+SCHEDULE = MixedSparsity.published(STEPS, 0.8, warmup=8, restoration=8, settle=4, interval=3, ramp_interval=2)
 MODES = ["none", "aot_eager"]
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, 1e-2, foreach=False, fused=False),

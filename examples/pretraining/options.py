@@ -28,8 +28,9 @@ class Options:
     heads: int = 6
     context: int = 256
     batch: int = 4
-    sparsity: float = 0.9
-    warmup: float = 0.1
+    published: bool = False
+    sparsity: float | None = None
+    warmup: float | None = None
     restoration: float = 0.1
     settle: float = 0.15
     block: int | None = None
@@ -73,19 +74,20 @@ class Options:
         return self.lr * min(1.0, (steps - step) / decay)
 
     def mixed_sparsity(self) -> Any:
-        """The paper's schedule over this run."""
+        """The library's default schedule over this run, or the paper's."""
         import mst_compile
 
-        return mst_compile.MixedSparsity(
-            total_steps=self.steps,
-            sparsity=self.sparsity,
-            warmup=self.warmup,
+        given = {"sparsity": self.sparsity, "warmup": self.warmup}
+        make = mst_compile.MixedSparsity.published if self.published else mst_compile.MixedSparsity
+        return make(
+            self.steps,
             restoration=self.restoration,
             settle=self.settle,
             # So few steps leave little time between events, and each costs about half a dense step: its growth reads
             # a dense gradient.
             interval=max(1, self.steps // 8),
             ramp_interval=max(1, self.steps // 60),
+            **{name: value for name, value in given.items() if value is not None},
         )
 
     def static_sparsity(self) -> Any:
@@ -146,7 +148,10 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--lr-warmup", type=float, default=d.lr_warmup, help="share of the steps")
     g.add_argument("--seed", type=int, default=d.seed)
     g = p.add_argument_group("sparsity")
-    g.add_argument("--sparsity", type=float, default=d.sparsity, help="share of zeros on the plateau")
+    g.add_argument("--published", action="store_true", help="mst by the paper: warm-up to 90 %%, drop-and-grow")
+    g.add_argument(
+        "--sparsity", type=float, default=d.sparsity, help="share of zeros on the plateau; default the library's"
+    )
     g.add_argument("--warmup", type=float, default=d.warmup, help="share of the steps in which it rises")
     g.add_argument("--restoration", type=float, default=d.restoration, help="share in which sparsity falls to 0")
     g.add_argument("--settle", type=float, default=d.settle, help="dense share at the end, where wsd decays the rate")

@@ -97,19 +97,22 @@ class Config:
 
 
 def schedule_of(config: Config, study: Study) -> Schedule | None:
-    """The schedule of a configuration. What is not in ``config.schedule`` is the library's default, except that
-    Mixed Sparsity is dense for as long as the learning rate decays."""
+    """The schedule of a configuration. What is not in ``config.schedule`` is as published, except that Mixed
+    Sparsity is dense for as long as the learning rate decays."""
     if config.kind == "constant":
-        events = {"interval": mst_compile.MixedSparsity(study.steps).plateau_interval, "total_steps": study.steps}
+        events = {
+            "interval": mst_compile.MixedSparsity.published(study.steps).plateau_interval,
+            "total_steps": study.steps,
+        }
         return mst_compile.Constant(**{"sparsity": 0.8, "growth": "none"} | events | config.schedule)
     if config.kind == "mst":
         settings = {"total_steps": study.steps, "settle": study.decay} | config.schedule
         if settings["settle"] is None:  # stays sparse: as if the restoration came just after the end
-            events = mst_compile.MixedSparsity(study.steps)
+            events = mst_compile.MixedSparsity.published(study.steps)
             warmup = round(settings.get("warmup", 0.1) * study.steps)
             settings |= {"total_steps": study.steps + 1, "warmup": warmup, "restoration": 0, "settle": 0}
             settings |= {"interval": events.plateau_interval, "ramp_interval": events.ramp_interval_steps}
-        return mst_compile.MixedSparsity(**settings)
+        return mst_compile.MixedSparsity.published(**settings)
     return None
 
 
