@@ -31,7 +31,7 @@ demo: .venv-demo/.installed
 
 # One thread a process: tests are small, and two processes with two threads each fight for two cores.
 test: lint
-	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n $(JOBS) $(TESTS)
+	OMP_NUM_THREADS=1 .venv-test/bin/python -m pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
 lint: .venv-test/.installed
 	.venv-test/bin/ruff check .

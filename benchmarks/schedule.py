@@ -51,9 +51,9 @@ def time_events(sparsifier: mst_compile.Sparsifier) -> list[float]:
     spent: list[float] = []
 
     def timed(function: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: object) -> None:
+        def run(*args: object, **options: object) -> None:
             start = time.perf_counter()
-            function(*args)
+            function(*args, **options)
             spent.append(time.perf_counter() - start)
 
         return run

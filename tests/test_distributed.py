@@ -32,6 +32,8 @@ from mst_compile.communication import ActiveBlocks, check_ranks, reduce_active_b
 from mst_compile.errors import NotSparseError, RankMismatchError
 from mst_compile.schedule import Schedule
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one group of processes at a time
+
 Run = Callable[..., torch.Tensor]
 mse = nn.functional.mse_loss
 

@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from mst_compile import Constant, sparsifier, sparsify
 from mst_compile.communication import check_ranks
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one group of processes at a time
+
 SCHEDULE = Constant(0.7, interval=3)
 FOLDER = "MST_TEST_CHECKPOINT"
 BEFORE, AFTER = 10, 25  # the first run saves at BEFORE and goes on to AFTER

@@ -37,6 +37,9 @@ from mst_compile.sharding import check_placement, local_rows, stored
 mse = nn.functional.mse_loss
 
 
+pytestmark = pytest.mark.xdist_group("ranks")  # one group of processes at a time
+
+
 def shard(model: nn.Module, **options: Any) -> nn.Module:
     fully_shard(model.first, **options)
     fully_shard(model.second, **options)
