@@ -6,7 +6,6 @@ them. Of any other optimizer only weight and gradient can be masked.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +31,6 @@ _ELEMENTWISE = {
     optim.Adadelta,
     optim.RMSprop,
 }
-LIMIT = 1.1  # of first updates, in learning rates
 _ENOUGH = 4  # edge of a block whose mean square is an estimate
 _SECOND_MOMENTS = {"exp_avg_sq": "beta2", "square_avg": "alpha"}  # key of the state -> how its average decays
 
@@ -154,17 +152,16 @@ def gradient_scale(optimizer: optim.Optimizer) -> float:
 
 @torch.no_grad()
 def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: BlockGrid, grown: Tensor) -> None:
-    """Before the first step of regrown blocks: let their second moment begin at its first estimate, not at 0, as far as
-    that is needed to keep their updates in bounds.
+    """Before the first step of regrown blocks: let their second moment begin at its first estimate, not at 0.
 
     Adam divides the average of squared gradients, begun at 0, by ``1 - beta2**step`` because it knows how few it has
     seen; but the step count is the whole weight's. After thousands of steps nothing is corrected, the average of a
-    regrown weight is ``1 - beta2`` of one square, and with the default betas its first updates are 3.2 and later up to
-    7 times the learning rate (the trouble is described in SMET, arXiv 2606.00888). Begun at the square of its first
-    gradient, or at the block's mean square where that is larger, it moves like the weights around it as its first
-    moment fills. With ``beta2 = 0.95``, common in pretraining, updates never get 1.1 times too large by themselves, and
-    the moment is left at 0. One element says too little of its block if there are few: below blocks of 4 the mean is
-    that of all blocks that grew.
+    regrown weight is ``1 - beta2`` of one square, and its first updates are ``(1 - beta1) / sqrt(1 - beta2)`` (3.2 for
+    the default betas) and later up to 7 times the learning rate. Begun at the square of its first gradient, or at the
+    block's mean square where that is larger, no first update exceeds ``1 - beta1`` of the learning rate and the rate
+    then rises as the first moment fills, as for a weight that has been there for long. One element says too little of
+    its block if there are few: below blocks of 4 the mean is that of all blocks that grew. (The trouble is described
+    in SMET, arXiv 2606.00888.)
 
     Args:
         grown: bool ``[R, C]`` on the CPU, the blocks that grew at the last topology event.
@@ -174,9 +171,7 @@ def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: Blo
     state = optimizer.state.get(parameter, {})
     averages = {k: v for k, v in state.items() if k in _SECOND_MOMENTS and isinstance(v, Tensor)}
     averages = {k: v for k, v in averages.items() if v.shape == parameter.shape}
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    factors = {key: _share(group) * _correction(group, state, key) for key in averages}
-    if not any(factors.values()):
+    if not averages:
         return
     scale = gradient_scale(optimizer)
     gradient, first = local_rows(parameter.grad)
@@ -188,35 +183,14 @@ def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: Blo
     least = grid.expand(means)[here].to(gradient.device)
     square = torch.maximum(gradient.float().square(), least) / (scale * scale)
     for key, average in averages.items():
-        begun = square * factors[key]
+        begun = square * _correction(optimizer, parameter, state, key)
         local = local_rows(average)[0]
         local.copy_(torch.where(mask, begun.to(local.dtype), local))
 
 
-def _correction(group: dict[str, Any], state: dict[str, Any], key: str) -> float:
+def _correction(optimizer: optim.Optimizer, parameter: Tensor, state: dict[str, Any], key: str) -> float:
     """``1 - beta2**step`` of the coming step where the optimizer will divide by it, else 1."""
-    if _SECOND_MOMENTS[key] != "beta2" or "step" not in state or "betas" not in group:
+    if _SECOND_MOMENTS[key] != "beta2" or "step" not in state:
         return 1.0
-    return 1.0 - float(group["betas"][1]) ** (float(state["step"]) + 1.0)
-
-
-def _share(group: dict[str, Any]) -> float:
-    """Share of the estimate to begin a second moment at."""
-    beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), group.get("alpha", 0.99)))
-    return share_needed(float(beta1), float(beta2))
-
-
-@functools.cache
-def share_needed(beta1: float, beta2: float) -> float:
-    """The least ``w`` in [0, 1] with which updates under steady gradients stay below :data:`LIMIT` learning rates.
-
-    The first moment, begun at 0, is ``1 - beta1**a`` of the gradient after ``a`` steps, the second, begun at ``w`` of
-    its square, ``w beta2**a + 1 - beta2**a`` of it.
-    """
-    most = 0.0
-    for a in range(1, 10_000):
-        decay = beta2**a
-        if decay < 1e-6:
-            break
-        most = max(most, (((1 - beta1**a) / LIMIT) ** 2 - (1 - decay)) / decay)
-    return min(1.0, most)
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    return 1.0 - float(group["betas"][1]) ** (float(state["step"]) + 1.0) if "betas" in group else 1.0

@@ -335,26 +335,6 @@ def test_first_updates_of_regrown_weights_are_not_too_large(
         assert careless > 2.5 * others, "and would not if their second moment began at 0"
 
 
-@pytest.mark.parametrize("beta2", [0.9, 0.95, 0.98, 0.99, 0.999, 0.9999])
-@pytest.mark.parametrize("beta1", [0.0, 0.8, 0.9, 0.95])
-def test_the_share_that_moments_begin_at(beta1: float, beta2: float) -> None:
-    """Adam's recursion under a constant gradient, in a loop: no update above the limit, no smaller share does it."""
-
-    def largest(share: float) -> float:
-        m, v, most = 0.0, share, 0.0
-        for _ in range(3000):
-            m, v = beta1 * m + 1 - beta1, beta2 * v + 1 - beta2
-            most = max(most, m / v**0.5)
-        return most
-
-    share = optimizers.share_needed(beta1, beta2)
-    assert largest(share) <= optimizers.LIMIT * (1 + 1e-6)
-    if share > 0:
-        assert largest(0.97 * share) > optimizers.LIMIT
-    if (beta1, beta2) == (0.9, 0.95):
-        assert share == 0.0
-
-
 def test_moments_of_active_weights_are_left_alone() -> None:
     """Only what has just grown gets a second moment of its own."""
     results = []
