@@ -2,18 +2,24 @@
 
     python -m benchmarks.forecast --steps 200 --threads 2
 
-Compilation is in neither figure: a step that compiled is charged what the next one took.
+Compilation is in neither figure: a step that compiled is charged what the next one took. On a machine with other work
+the sum of all steps measures that work too, so the steps are also summed robustly, as the median of each kind of step
+times their number; and a second forecast after the run, from rates measured then, tells whether the machine changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 import mst_compile
 from mst_compile.flops import Meter
+from mst_compile.forecast import timeline
 
 from .ledger import record
 from .schedule import _compilations, build
@@ -28,48 +34,101 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--rounds", type=int, default=5, help="times that each density is measured for the forecast")
+    parser.add_argument("--published", action="store_true", help="the paper's schedule instead of the default one")
+    parser.add_argument("--dry", action="store_true", help="print alone, write nothing to the ledger")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = build(args)
-    mst_compile.sparsify(model, mst_compile.MixedSparsity.published(args.steps, sparsity=args.sparsity))
+    kind = mst_compile.MixedSparsity.published if args.published else mst_compile.MixedSparsity
+    mst_compile.sparsify(model, kind(args.steps, sparsity=args.sparsity))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     compiled = torch.compile(lambda ids: model(input_ids=ids, labels=ids).loss, backend="mst", dynamic=False)
     generator = torch.Generator().manual_seed(1)
-    batch = torch.randint(0, args.vocab, (args.batch, args.context), generator=generator)
     per_step = args.batch * args.context
-    expected = mst_compile.forecast(
-        model, tokens=args.steps * per_step, tokens_per_step=per_step, loss=lambda: compiled(batch), optimizer=optimizer
-    )
-    print(expected)
-    meter, seconds, owed = Meter(model, per_step, rest=expected.rest), 0.0, 0
-    for _ in range(args.steps):
-        batch = torch.randint(0, args.vocab, (args.batch, args.context), generator=generator)
+
+    def draw() -> torch.Tensor:
+        return torch.randint(0, args.vocab, (args.batch, args.context), generator=generator)
+
+    def ask() -> mst_compile.Forecast:
+        batch, tokens = draw(), args.steps * per_step
+        return mst_compile.forecast(
+            model, tokens=tokens, tokens_per_step=per_step, loss=lambda: compiled(batch), optimizer=optimizer
+        )
+
+    before = ask()
+    print(before)
+    meter = Meter(model, per_step, rest=before.rest)
+    seconds = train(model, optimizer, lambda: compiled(draw()), meter, args.steps)
+    report(args, before, meter, seconds, robust_sum(model, before, seconds), ask())
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[], torch.Tensor],
+    meter: Meter,
+    steps: int,
+) -> list[float]:
+    """Train; returns the seconds of each step, a step that compiled at those of the next one."""
+    found: list[float] = []
+    owed = 0
+    for _ in range(steps):
         compilations, start = _compilations(), time.perf_counter()
         meter.step()
-        compiled(batch).backward()
+        loss().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if _compilations() > compilations:
             owed += 1
             continue
-        seconds += (time.perf_counter() - start) * (1 + owed)
+        found += [time.perf_counter() - start] * (1 + owed)
         owed = 0
-    report(args, expected, meter, seconds)
+    return found
 
 
-def report(args: argparse.Namespace, expected: mst_compile.Forecast, meter: Meter, seconds: float) -> None:
+def robust_sum(model: nn.Module, expected: mst_compile.Forecast, seconds: list[float]) -> float:
+    """Seconds of all steps, each taken at the median of its kind: alike in density, gradients and events."""
+    line = timeline(mst_compile.sparsifier(model), len(seconds))
+    kinds: dict[tuple[object, ...], list[float]] = {}
+    for phase in expected.phases:
+        for step in range(phase.start, min(phase.stop, len(seconds))):
+            dense_grad = bool(line.gradient[step] > line.active[step])
+            key = (phase.name, round(float(line.active[step])), dense_grad, bool(line.event[step]))
+            kinds.setdefault(key, []).append(seconds[step])
+    return sum(statistics.median(found) * len(found) for found in kinds.values())
+
+
+def report(
+    args: argparse.Namespace,
+    expected: mst_compile.Forecast,
+    meter: Meter,
+    steps: list[float],
+    robust: float,
+    after: mst_compile.Forecast,
+) -> None:
+    seconds = sum(steps)
     assert expected.seconds is not None
+    assert after.seconds is not None
     case = f"gpt2 d={args.width} L={args.layers} V={args.vocab} T={args.context} batch={args.batch}"
-    case += f" S={args.sparsity} steps={args.steps}"
+    case += f" S={args.sparsity}{' published' if args.published else ''} steps={args.steps}"
     flops = expected.flops / meter.flops
     note = f"median_s: whole run; ratio: forecast to measured; FLOPs: forecast {expected.flops:.6g}"
     note += f", measured {meter.flops:.6g}, ratio {flops:.4f}"
+    robustly = f"median_s: whole run, each step at the median of its kind; forecast after the run {after.seconds:.3f} s"
+    for phase in expected.phases:
+        took = sum(steps[phase.start : phase.stop])
+        print(f"{phase.name}: forecast {phase.seconds:.2f} s, measured {took:.2f} s")
+    print(f"FLOPs: forecast {expected.flops:.6g}, measured {meter.flops:.6g}: {flops:.5f}")
+    print(f"seconds: forecast {expected.seconds:.2f}, measured {seconds:.2f}: {expected.seconds / seconds:.3f}")
+    print(
+        f"by medians: measured {robust:.2f}: {expected.seconds / robust:.3f}; forecast afterwards {after.seconds:.2f}"
+    )
+    if args.dry:
+        return
     record("forecast", case, "measured", seconds, 1.0, args.steps, "float32", "median_s: whole run")
+    record("forecast", case, "measured by medians", robust, seconds / robust, args.steps, "float32", robustly)
     record("forecast", case, "forecast", expected.seconds, expected.seconds / seconds, args.steps, "float32", note)
-    print(f"FLOPs: forecast {expected.flops:.4g}, measured {meter.flops:.4g}: {flops:.4f}")
-    print(f"seconds: forecast {expected.seconds:.1f}, measured {seconds:.1f}: {expected.seconds / seconds:.3f}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ from typing import Any
 
 import torch
 from pretraining.data import Corpus, load_corpus, validation_batches
-from pretraining.flops import Shape, matching_width, planned_flops
+from pretraining.flops import matching_width, planned_flops
+from pretraining.model import Shape
 from pretraining.options import Options, parse
 from pretraining.run import Run, Spec
 from torch import Tensor
@@ -46,7 +47,7 @@ def specs(options: Options, vocabulary: int) -> list[Spec]:
     """What each run trains; prints how ``small`` and ``short`` were matched to ``mst``."""
     shape = Shape(options.d_model, options.layers, options.heads, options.context, vocabulary)
     tokens, steps = options.tokens_per_step, options.steps
-    budget = planned_flops(shape, tokens, steps, options.mixed_sparsity(), options.sparse_head)
+    budget = planned_flops(shape, tokens, steps, options.mixed_sparsity(), options.sparse_head, options.block)
     percent = f"{100 * options.mixed_sparsity().sparsity:g} %"
     found = []
     for name in options.runs:

@@ -16,23 +16,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .api import sparsifier, sparsify
 from .errors import ForecastError, NotSparseError
-from .rates import Rates, measure
+from .flops import dense_linear_training
+from .rates import Rates, kept, measure
 from .schedule import MixedSparsity, Schedule
 from .sparsifier import Sparsifier
+from .topology import active_count
 
 STEPS, TOKENS, ACTIVE, GRADIENT, REST = sympy.symbols("steps tokens active gradient rest", nonnegative=True)
-SPARSE, DENSE, EVENTS = sympy.symbols("sparse_steps dense_steps events", nonnegative=True)
+SPARSE, DENSE, PATTERN, EVENTS = sympy.symbols("sparse_steps dense_steps pattern_steps events", nonnegative=True)
 SPARSE_ACTIVE, SPARSE_MORE = sympy.symbols("sparse_active sparse_more", nonnegative=True)
-FIXED, PER_ELEMENT, PER_GRADIENT, DENSE_STEP, OPTIMIZER, EVENT = sympy.symbols(
-    "t_fixed t_element t_gradient t_dense t_optimizer t_event", nonnegative=True
+FIXED, PER_ELEMENT, PER_GRADIENT, DENSE_STEP, OPTIMIZER, EVENT, ATTENTION = sympy.symbols(
+    "t_fixed t_element t_gradient t_dense t_optimizer t_event t_attention", real=True
 )
 # ``active`` and ``gradient`` are means over the steps of a phase; ``sparse_*`` over those that run sparse products.
+# A pattern saves ``t_attention`` of a step.
 FLOPS = STEPS * (TOKENS * (4 * ACTIVE + 2 * GRADIENT) + REST)
 SECONDS = (
     SPARSE * (FIXED + PER_ELEMENT * SPARSE_ACTIVE + PER_GRADIENT * SPARSE_MORE)
     + DENSE * DENSE_STEP
     + (SPARSE + DENSE) * OPTIMIZER
     + EVENTS * EVENT
+    - PATTERN * ATTENTION
 )
 
 
@@ -116,9 +120,9 @@ def forecast(
     """Training FLOPs, and if it can run the model the time, of a whole run by phase. Nothing is changed.
 
     Counted are matrix products, forward and backward, 2 FLOPs a multiply-add: exactly, block by block and event by
-    event, for sparse weights (only ragged edges are taken at their mean); for the rest what
-    ``torch.utils.flop_counter`` counts in one dense pass of ``loss``, full attention included, or without ``loss`` the
-    other linear layers alone.
+    event, for sparse weights (only ragged edges are taken at their mean), each used once a token; for the rest what
+    ``torch.utils.flop_counter`` counts in one dense pass of ``loss``, or without ``loss`` the other linear layers
+    alone. FLOPs of attention are counted in full, also where the schedule gives it a pattern; its time is not.
 
     Args:
         model: sparsified, or a plain one with a ``schedule``.
@@ -127,40 +131,45 @@ def forecast(
         tokens_per_step: tokens of one optimizer step, gradient accumulation included.
         loss: runs the forward pass on one step's batch and returns the loss, ``lambda: model(x, y)``; through the
             compiled model, if time shall be forecast for it. With a sparsified model it is also timed, at a few
-            densities: see :func:`mst_compile.rates.measure`.
+            densities: see :func:`mst_compile.rates.measure`. The rest of the training loop, such as clipping of
+            gradients and loading of data, is not timed.
         optimizer: the one that will train the model, to be timed.
 
+    Returns:
+        Phases of :class:`MixedSparsity`: warm-up, plateau, restoration, settle, without those that have no steps; of
+        any other schedule one, ``"training"``. Seconds are known if a sparsified model came with ``loss``.
+
     Raises:
-        ForecastError: ``tokens`` or ``tokens_per_step`` is not positive, or model and schedule do not go together.
+        ForecastError: ``tokens`` or ``tokens_per_step`` is not positive, model and schedule do not go together, or an
+            optimizer steps within the backward pass of ``loss``.
     """
     for name, value in (("tokens", tokens), ("tokens_per_step", tokens_per_step)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
             raise ForecastError(f"{name} must be a positive number, got {value!r}")
-    own = _sparsifier(model, schedule, options)
-    rest = _other_linears(model, own) * tokens_per_step if loss is None else _rest(model, own, tokens_per_step, loss)
+    sparse, own = _sparse(model, schedule, options)
+    if loss is None:
+        rest = float(dense_linear_training(sparse) * tokens_per_step)
+    else:
+        rest = _rest(model, own, tokens_per_step, loss)
     rates = measure(model, loss, optimizer) if loss is not None and schedule is None else None
     steps = math.ceil(tokens / tokens_per_step)
-    phases = [_phase(own, name, a, b, tokens_per_step, rest, rates) for name, a, b in _phases(own.schedule, steps)]
+    line = timeline(own, steps)
+    phases = [_phase(own, line, *phase, tokens_per_step, rest, rates) for phase in _phases(own.schedule, steps)]
     return Forecast(phases, rest, rates, {"flops": FLOPS, "seconds": SECONDS})
 
 
-def _sparsifier(model: nn.Module, schedule: Schedule | None, options: dict[str, Any]) -> Sparsifier:
+def _sparse(model: nn.Module, schedule: Schedule | None, options: dict[str, Any]) -> tuple[nn.Module, Sparsifier]:
+    """The sparse model, a copy if ``model`` is a plain one, and its sparsifier."""
     try:
         own = sparsifier(model)
     except NotSparseError:
         if schedule is None:
             raise ForecastError("the model is not sparse: pass a schedule, or sparsify the model first") from None
-        return sparsifier(sparsify(copy.deepcopy(model), schedule, **options))
+        twin = sparsify(copy.deepcopy(model), schedule, **options)
+        return twin, sparsifier(twin)
     if schedule is not None or options:
         raise ForecastError("the model is sparse already and has its schedule: pass no other, and no options")
-    return own
-
-
-def _other_linears(model: nn.Module, own: Sparsifier) -> float:
-    """Training FLOPs per token of the linear layers that are not sparse."""
-    names = set(own.weights)
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    return 6.0 * sum(p.numel() for n, p in model.named_parameters() if n not in names and id(p) in linear)
+    return model, own
 
 
 def _rest(model: nn.Module, own: Sparsifier, tokens: int, loss: Callable[[], Tensor]) -> float:
@@ -170,10 +179,65 @@ def _rest(model: nn.Module, own: Sparsifier, tokens: int, loss: Callable[[], Ten
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     counter = FlopCounterMode(display=False)
-    with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
+    with kept(model), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
         torch.autograd.grad(loss(), trained, allow_unused=True)
     sparse = 6.0 * tokens * sum(w.numel for w in own.weights.values())
     return max(0.0, counter.get_total_flops() - sparse)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A run step by step, before it happens; one entry a training step in each tensor, on the CPU.
+
+    Attributes:
+        active: elements of all sparse weights in active blocks, float64 ``[steps]``.
+        gradient: elements of their gradients that are computed, float64 ``[steps]``.
+        event: whether a topology event follows, bool ``[steps]``.
+        pattern: whether attention has a pattern, bool ``[steps]``.
+    """
+
+    active: Tensor
+    gradient: Tensor
+    event: Tensor
+    pattern: Tensor
+
+
+def timeline(own: Sparsifier, steps: int) -> Timeline:
+    """The first ``steps`` training steps under the schedule of ``own``; its own step count does not matter.
+
+    The schedule is asked once for each step, what costs more only where something changes.
+    """
+    schedule, total = own.schedule, float(sum(w.numel for w in own.weights.values()))
+    reach = getattr(schedule, "gradient_steps", 1)
+    events = [t for t in range(1, steps + reach) if schedule.is_topology_event(t)]
+    changes = [0, *(t for t in events if t < steps)]
+    targets = [schedule.sparsity_at(t) for t in changes]
+    found = _active_at(own, set(targets))
+    lengths = torch.tensor([*changes[1:], steps]) - torch.tensor(changes)
+    active = torch.tensor([found[s] for s in targets], dtype=torch.float64).repeat_interleave(lengths)
+    before = {s for t in events for s in range(max(0, t - reach), min(t, steps))}
+    dense = [s for s in before if own.wants_gradient_after(s)]
+    gradient = active.clone()
+    gradient[dense] = total
+    event, pattern = torch.zeros(steps, dtype=torch.bool), torch.zeros(steps, dtype=torch.bool)
+    event[[t - 1 for t in events if t <= steps]] = True
+    if own.attention.sparse != "full":
+        pattern = torch.tensor([schedule.attention_at(s) != "full" for s in range(steps)])  # type: ignore[attr-defined]
+    return Timeline(active, gradient, event, pattern)
+
+
+def _active_at(own: Sparsifier, sparsities: set[float]) -> dict[float, float]:
+    """Active elements of all sparse weights at each target sparsity; ragged blocks count as the mean block."""
+    weights = list(own.weights.values())
+    # How few blocks a weight can have is asked once: it means counting its backbone.
+    sizes = [(w.grid.blocks, own.count(w, 0.0), w.numel / w.grid.blocks) for w in weights]
+    return {
+        sparsity: sum(
+            active_count(density, blocks, least) * size
+            for density, (blocks, least, size) in zip(own.densities(sparsity), sizes, strict=True)
+        )
+        for sparsity in sparsities
+    }
 
 
 def _phases(schedule: Schedule, steps: int) -> list[tuple[str, int, int]]:
@@ -186,52 +250,39 @@ def _phases(schedule: Schedule, steps: int) -> list[tuple[str, int, int]]:
     return [(name, a, b) for name, a, b in found if b > a]
 
 
-def _phase(own: Sparsifier, name: str, start: int, stop: int, tokens: int, rest: float, rates: Rates | None) -> Phase:
-    """Walk the steps of a phase; densities change at events alone."""
+def _phase(
+    own: Sparsifier, line: Timeline, name: str, start: int, stop: int, tokens: int, rest: float, rates: Rates | None
+) -> Phase:
+    """Sums and means over the steps of a phase."""
+    steps, part = stop - start, slice(start, stop)
     total = sum(w.numel for w in own.weights.values())
-    threshold = 1.0 if rates is None else rates.threshold
-    sums = dict.fromkeys((ACTIVE, GRADIENT, SPARSE, DENSE, EVENTS, SPARSE_ACTIVE, SPARSE_MORE), 0.0)
-    active: float | None = None
-    for step in range(start, stop):
-        if active is None or own.schedule.is_topology_event(step):
-            active = _active_after(own, step)
-        gradient = _gradient_elements(own, step, active)
-        sums[ACTIVE] += active
-        sums[GRADIENT] += gradient
-        sums[EVENTS] += own.schedule.is_topology_event(step + 1)
-        if active < threshold * total:
-            sums[SPARSE] += 1
-            sums[SPARSE_ACTIVE] += active
-            sums[SPARSE_MORE] += gradient - active
-        else:
-            sums[DENSE] += 1
-    steps = stop - start
-    for symbol, count in (
-        (ACTIVE, steps),
-        (GRADIENT, steps),
-        (SPARSE_ACTIVE, sums[SPARSE]),
-        (SPARSE_MORE, sums[SPARSE]),
-    ):
-        sums[symbol] /= max(1, count)
-    values = sums | {STEPS: float(steps), TOKENS: float(tokens), REST: rest}
+    active, gradient = line.active[part], line.gradient[part]
+    sparse = active < (1.0 if rates is None else rates.threshold) * total
+    values = {
+        STEPS: float(steps),
+        TOKENS: float(tokens),
+        REST: rest,
+        ACTIVE: _mean(active),
+        GRADIENT: _mean(gradient),
+        SPARSE: float(sparse.sum()),
+        DENSE: float((~sparse).sum()),
+        SPARSE_ACTIVE: _mean(active[sparse]),
+        SPARSE_MORE: _mean((gradient - active)[sparse]),
+        EVENTS: float(line.event[part].sum()),
+        PATTERN: float(line.pattern[part].sum()),
+    }
     if rates is not None:
-        times = (rates.fixed, rates.per_element, rates.per_gradient, rates.dense, rates.optimizer, rates.event)
-        values |= dict(zip((FIXED, PER_ELEMENT, PER_GRADIENT, DENSE_STEP, OPTIMIZER, EVENT), times, strict=True))
+        values |= {
+            FIXED: rates.fixed,
+            PER_ELEMENT: rates.per_element,
+            PER_GRADIENT: rates.per_gradient,
+            DENSE_STEP: rates.dense,
+            OPTIMIZER: rates.optimizer,
+            EVENT: rates.event,
+            ATTENTION: rates.attention,
+        }
     return Phase(name, start, stop, values, steps * (6.0 * tokens * total + rest))
 
 
-def _active_after(own: Sparsifier, step: int) -> float:
-    """Active elements of all sparse weights in the training step that follows ``step`` others."""
-    schedule = own.schedule
-    last = step
-    while last > 0 and not schedule.is_topology_event(last):
-        last -= 1
-    found = 0.0
-    for density, weight in zip(own.densities(schedule.sparsity_at(last)), own.weights.values(), strict=True):
-        found += own.count(weight, density) / weight.grid.blocks * weight.numel
-    return found
-
-
-def _gradient_elements(own: Sparsifier, step: int, active: float) -> float:
-    """Elements of the weight gradients that the training step after ``step`` others computes."""
-    return float(sum(w.numel for w in own.weights.values())) if own.wants_gradient_after(step) else active
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else 0.0

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+import mst_compile
+from mst_compile.flops import Meter, dense_linear_training
+
 from .data import Corpus, training_batch
-from .flops import Shape, active_weights
+from .model import HEAD, Shape, build_model
 from .options import Options
 
 # Columns of the scalar files; seconds and flops are sums since step 0.
@@ -37,28 +39,6 @@ class Spec:
     shape: Shape
     steps: int
     schedule: Any = None
-
-
-def build_model(shape: Shape) -> GPT2LMHeadModel:
-    """GPT-2 as transformers has it, from a configuration."""
-    config = GPT2Config(
-        vocab_size=shape.vocabulary,
-        n_positions=shape.context,
-        n_embd=shape.d_model,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        use_cache=False,
-        attn_implementation="sdpa",
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPT2LMHeadModel(config)
-    # transformers finds no loss by this class's name, warns and falls back to this one; the warning splits the graph.
-    model.loss_type = "ForCausalLM"
-    return model
 
 
 def optimizer_for(model: nn.Module, lr: float, relative_width: float = 1.0) -> torch.optim.Optimizer:
@@ -125,7 +105,6 @@ class Run:
         self.spec, self.options, self.corpus, self.folder = spec, options, corpus, folder
         self.device = torch.device(options.device)
         self.step = 0
-        self.flops = 0.0
         self.clock = Clock()
         self.rows: list[dict[str, Any]] = []
         self.snapshots: dict[str, dict[str, Tensor]] = {}
@@ -135,12 +114,11 @@ class Run:
         torch.manual_seed(options.seed)  # equal shapes start from equal weights
         self.model = build_model(spec.shape).to(self.device)
         if spec.schedule is not None:
-            import mst_compile
-
-            # GPT-2's head is its token embedding too, and a sparse embedding costs a small model more than it saves.
-            exclude = None if options.sparse_head else "lm_head.weight"
+            exclude = None if options.sparse_head else HEAD
             mst_compile.sparsify(self.model, spec.schedule, block=options.block, exclude=exclude, seed=options.seed)
             self.sparsifier = mst_compile.sparsifier(self.model)
+        rest = dense_linear_training(self.model) + spec.shape.attention_flops
+        self.meter = Meter(self.model, options.tokens_per_step, options.tokens_per_step * rest)
         backend = "inductor" if spec.schedule is None else "mst"
         # All batches have one shape; without dynamic=False the second width in a process would compile as dynamic.
         self.compiled = torch.compile(self.model, backend=backend, dynamic=False) if options.compile else self.model
@@ -152,6 +130,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.step >= self.spec.steps
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs so far."""
+        return self.meter.flops
 
     @property
     def density(self) -> float:
@@ -166,7 +149,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["rate"]
         density = self.density
-        active, in_gradient = active_weights(self.model, self.sparsifier.weights if self.sparsifier else {})
+        self.meter.step()
         self._synchronize()
         self.clock.start()
         with self._autocast():
@@ -177,7 +160,6 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self._synchronize()
         elapsed = self.clock.stop()
-        self.flops += self.spec.shape.step_flops(options.tokens_per_step, active, in_gradient)
         target = 0.0 if self.spec.schedule is None else self.spec.schedule.sparsity_at(self.step)
         self.step += 1
         row = {
@@ -267,7 +249,7 @@ class Run:
         if self.sparsifier is not None:
             self.sparsifier.load_state_dict(state["sparsifier"])
         torch.set_rng_state(state["rng"].cpu())
-        self.step, self.flops, self.rows = state["step"], state["flops"], state["rows"]
+        self.step, self.meter.flops, self.rows = state["step"], state["flops"], state["rows"]
         self.clock.seconds, self.clock.compile_seconds = state["seconds"], state["compile_seconds"]
         self.snapshots = state["snapshots"]
         self._written = 0
