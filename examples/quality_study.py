@@ -13,6 +13,10 @@ and unstructured models run under Inductor. Initial weights, batches and their o
 configuration of a seed, learning rate and its schedule too unless the configuration is about them. Each finished run is
 one line of ``--out``; runs that are there already are skipped, so the study can be stopped and continued at any time.
 
+The recorded runs, with the loss of every step, are kept; to go on from them:
+
+    mkdir -p runs/quality && gunzip -c benchmarks/quality_runs.jsonl.gz > runs/quality/runs.jsonl
+
 The recorded results come from 58 MB of English: Debian documentation packages and the World English Bible, as
 ``quality/corpus.py`` collects them. Licences: World English Bible public domain; An Anarchist FAQ GPL-2; Debian
 handbook GPL-2+/CC-BY-SA-3.0; Jargon File public domain; Linux documentation GPL-2; Python documentation PSF; Perl
