@@ -20,6 +20,7 @@ from torch import nn
 import mst_compile
 from mst_compile.flops import Meter
 from mst_compile.forecast import timeline
+from mst_compile.schedule import ATTENTIONS
 
 from .ledger import record
 from .schedule import _compilations, build
@@ -35,13 +36,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--published", action="store_true", help="the paper's schedule instead of the default one")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="full")
     parser.add_argument("--dry", action="store_true", help="print alone, write nothing to the ledger")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = build(args)
     kind = mst_compile.MixedSparsity.published if args.published else mst_compile.MixedSparsity
-    mst_compile.sparsify(model, kind(args.steps, sparsity=args.sparsity))
+    mst_compile.sparsify(model, kind(args.steps, sparsity=args.sparsity, attention=args.attention))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     compiled = torch.compile(lambda ids: model(input_ids=ids, labels=ids).loss, backend="mst", dynamic=False)
     generator = torch.Generator().manual_seed(1)
@@ -112,6 +114,8 @@ def report(
     assert after.seconds is not None
     case = f"gpt2 d={args.width} L={args.layers} V={args.vocab} T={args.context} batch={args.batch}"
     case += f" S={args.sparsity}{' published' if args.published else ''} steps={args.steps}"
+    if args.attention != "full":
+        case += f" attention={args.attention}"
     flops = expected.flops / meter.flops
     note = f"median_s: whole run; ratio: forecast to measured; FLOPs: forecast {expected.flops:.6g}"
     note += f", measured {meter.flops:.6g}, ratio {flops:.4f}"

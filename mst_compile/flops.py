@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, register_flop_formula
 
 from . import attention_op, ops  # noqa: F401  (registers torch.ops.mst)
@@ -56,6 +57,8 @@ def sparsifier_of(model: nn.Module) -> Sparsifier | None:
 class Meter:
     """Adds up the training FLOPs of a run, step by step, from the masks as they are.
 
+    What lies outside the masks does not count, also where the backend runs a dense product because little does.
+
     Call :meth:`step` once before each training step's forward pass::
 
         meter = Meter(model, tokens_per_step=8 * 1024, rest=forecast.rest)
@@ -96,6 +99,12 @@ class _ThroughCompiled(_FlopCounterMode):
         """Dynamo compiles under this mode instead of standing back; the mode rests while it does."""
         return True
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Another variant of a graph is compiled when it is first needed, long after Dynamo: tracing it is no work.
+        if any(issubclass(t, FakeTensor | FunctionalTensor) for t in types):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
 
 class CompiledFlopCounter(FlopCounterMode):
     """PyTorch's ``FlopCounterMode`` for what runs in a compiled model, forward and backward::
@@ -126,7 +135,7 @@ class CompiledFlopCounter(FlopCounterMode):
 
 def _without_data(tensor: Tensor) -> bool:
     """Whether nothing can be read from ``tensor``, as while a graph is traced."""
-    return isinstance(tensor, FakeTensor) or tensor.is_meta
+    return isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.is_meta
 
 
 def _active(index: Tensor, rows: int, cols: int, block: int) -> int:

@@ -122,7 +122,8 @@ def forecast(
     Counted are matrix products, forward and backward, 2 FLOPs a multiply-add: exactly, block by block and event by
     event, for sparse weights (only ragged edges are taken at their mean), each used once a token; for the rest what
     ``torch.utils.flop_counter`` counts in one dense pass of ``loss``, or without ``loss`` the other linear layers
-    alone. FLOPs of attention are counted in full, also where the schedule gives it a pattern; its time is not.
+    alone. FLOPs of attention are counted in full, also where the schedule gives it a pattern; its time is not. Steps
+    at densities so near 1 that the backend runs dense products count by their masks all the same.
 
     Args:
         model: sparsified, or a plain one with a ``schedule``.
