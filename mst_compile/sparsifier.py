@@ -149,7 +149,6 @@ class Sparsifier:
             return
         self._optimizers.add(optimizer)
         self._rebind()
-        own = self._own(optimizer)
         if not nested:
             optimizers.restore_rates(self._rates)  # of a step that raised
             self._rates = optimizers.scale_rates(optimizer, own)

@@ -17,7 +17,9 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-TOPOLOGY_KEYS = ("mst_topology", "mst_progress", "mst_scores")
+from .checkpoint import PROGRESS, SCORES, TOPOLOGY
+
+TOPOLOGY_KEYS = (TOPOLOGY, PROGRESS, SCORES)
 
 
 class StepWatcher(Protocol):
@@ -92,7 +94,7 @@ def _wrap_state_dict() -> None:
             extra = {keys[i]: entry for i, entry in entries.items()}
             if not found["state"]:
                 # torch.distributed.checkpoint takes state for no parameter, or for all of them.
-                progress = {"mst_progress": next(iter(extra.values()))["mst_progress"]}
+                progress = {PROGRESS: next(iter(extra.values()))[PROGRESS]}
                 extra = {key: extra.get(key, progress) for key in keys.values()}
             # Copies: the entries of the state dict are the optimizer's own, and it would step over ours.
             found["state"] = {
