@@ -18,7 +18,7 @@ from .api import sparsifier, sparsify
 from .errors import ForecastError, NotSparseError
 from .flops import dense_linear_training
 from .rates import Rates, kept, measure
-from .schedule import MixedSparsity, Schedule
+from .schedule import MixedSparsity, Schedule, attention_pattern, gradient_steps
 from .sparsifier import Sparsifier
 from .topology import active_count
 
@@ -209,7 +209,7 @@ def timeline(own: Sparsifier, steps: int) -> Timeline:
     The schedule is asked once for each step, what costs more only where something changes.
     """
     schedule, total = own.schedule, float(sum(w.numel for w in own.weights.values()))
-    reach = getattr(schedule, "gradient_steps", 1)
+    reach = gradient_steps(schedule)
     events = [t for t in range(1, steps + reach) if schedule.is_topology_event(t)]
     changes = [0, *(t for t in events if t < steps)]
     targets = [schedule.sparsity_at(t) for t in changes]
@@ -223,7 +223,7 @@ def timeline(own: Sparsifier, steps: int) -> Timeline:
     event, pattern = torch.zeros(steps, dtype=torch.bool), torch.zeros(steps, dtype=torch.bool)
     event[[t - 1 for t in events if t <= steps]] = True
     if own.attention.sparse != "full":
-        pattern = torch.tensor([schedule.attention_at(s) != "full" for s in range(steps)])  # type: ignore[attr-defined]
+        pattern = torch.tensor([attention_pattern(schedule, s) != "full" for s in range(steps)])
     return Timeline(active, gradient, event, pattern)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .schedule import Schedule, attention_pattern
+
 
 @dataclass
 class AttentionState:
@@ -22,6 +24,13 @@ class AttentionState:
     stride: int = 128
     reasons: dict[str, str] = field(default_factory=dict)
     warned: bool = False
+
+    @classmethod
+    def create(cls, schedule: Schedule) -> AttentionState:
+        """The state before the first step. A schedule may lack what attention needs: then it stays full."""
+        stride = getattr(schedule, "stride", 128)
+        window = getattr(schedule, "span", None) or stride
+        return cls(attention_pattern(schedule, 0), getattr(schedule, "attention", "full"), window, stride)
 
     @property
     def settings(self) -> tuple[str, int, int]:

@@ -301,6 +301,16 @@ class Constant:
         return step % self.interval == 0
 
 
+def gradient_steps(schedule: Schedule) -> int:
+    """Steps whose gradients growth reads; a schedule of a user's own that says nothing of it reads one."""
+    return getattr(schedule, "gradient_steps", 1)
+
+
+def attention_pattern(schedule: Schedule, step: int) -> str:
+    """Attention pattern after ``step`` steps; full under a schedule of a user's own that says nothing of it."""
+    return schedule.attention_at(step) if hasattr(schedule, "attention_at") else "full"
+
+
 def check_schedule(schedule: object) -> Schedule:
     """Return ``schedule`` if it is one.
 

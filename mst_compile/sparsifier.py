@@ -25,7 +25,7 @@ from .blockops import block_mean_square, zero_blocks_
 from .errors import MSTWarning, SelectionError
 from .hybrid import AttentionState
 from .ownership import forget_owner, remember_owner
-from .schedule import Schedule
+from .schedule import Schedule, attention_pattern, gradient_steps
 from .selection import Candidate
 from .sharding import check_placement, parameter_of
 from .steps import watch_steps
@@ -63,9 +63,9 @@ class Sparsifier:
         self.auto_step = auto_step
         self.skipped = skipped
         self.step_count = 0
-        self._weights = {c.name: _new_weight(c, backbone) for c in candidates}
+        self._weights = {c.name: SparseWeight.create(c, backbone=backbone) for c in candidates}
         self._overrides = [c.override.sparsity for c in candidates]
-        self.attention = _new_attention(schedule)
+        self.attention = AttentionState.create(schedule)
         for weight in self._weights.values():
             weight.attention = self.attention
         self._owners = {c.name: c.owners for c in candidates}
@@ -123,14 +123,14 @@ class Sparsifier:
     def _prepare_next_step(self) -> None:
         """Choose the attention pattern of the next forward pass; and if the next step belongs to a topology event
         whose growth reads gradients, have them computed on all blocks."""
-        self.attention.pattern = _attention_at(self.schedule, self.step_count)
+        self.attention.pattern = attention_pattern(self.schedule, self.step_count)
         wanted = self.wants_gradient_after(self.step_count)
         for weight in self._weights.values():
             weight.set_dense_grad(wanted and weight.density_target < 1)
 
     def wants_gradient_after(self, step: int) -> bool:
         """Whether the training step that follows ``step`` others computes gradients on all blocks."""
-        return any(self._wants_gradient(step + 1 + i) for i in range(_gradient_steps(self.schedule)))
+        return any(self._wants_gradient(step + 1 + i) for i in range(gradient_steps(self.schedule)))
 
     def _wants_gradient(self, step: int) -> bool:
         """Whether a topology event after ``step`` reads gradients."""
@@ -410,7 +410,7 @@ class Sparsifier:
     @property
     def _keeps_scores(self) -> bool:
         """Whether scores may be waiting when a checkpoint is written."""
-        return _gradient_steps(self.schedule) > 1 or bool(self._scores)
+        return gradient_steps(self.schedule) > 1 or bool(self._scores)
 
     def _score_or_zeros(self, weight: SparseWeight) -> Tensor:
         found = self._scores.get(weight.name)
@@ -526,34 +526,3 @@ class Sparsifier:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _gradient_steps(schedule: Schedule) -> int:
-    """Steps whose gradients growth reads; a schedule that says nothing of it reads one."""
-    return getattr(schedule, "gradient_steps", 1)
-
-
-def _attention_at(schedule: Schedule, step: int) -> str:
-    """A schedule written before attention patterns existed has full attention."""
-    return schedule.attention_at(step) if hasattr(schedule, "attention_at") else "full"
-
-
-def _new_attention(schedule: Schedule) -> AttentionState:
-    stride = getattr(schedule, "stride", 128)
-    window = getattr(schedule, "span", None) or stride
-    return AttentionState(_attention_at(schedule, 0), getattr(schedule, "attention", "full"), window, stride)
-
-
-def _new_weight(candidate: Candidate, backbone: bool) -> SparseWeight:
-    assert candidate.grid is not None
-    weight = SparseWeight.create(
-        candidate.name,
-        candidate.grid,
-        candidate.density,
-        candidate.parameter.device,
-        tied=candidate.tied,
-        note=candidate.note,
-    )
-    if not backbone:
-        weight.spine.zero_()
-    return weight

@@ -17,6 +17,7 @@ from . import topology
 from .blockindex import DENSE_GRAD, BlockGrid, new_index, write_index
 from .blockops import zero_inactive_
 from .hybrid import AttentionState
+from .selection import Candidate
 from .sharding import check_placement, follow_fsdp, is_sharded, stored
 
 _ATTRIBUTE = "_mst_weight"
@@ -69,13 +70,15 @@ class SparseWeight:
     coverage: Coverage = field(default_factory=Coverage)
 
     @classmethod
-    def create(
-        cls, name: str, grid: BlockGrid, density_target: float, device: torch.device, *, tied: bool, note: str
-    ) -> SparseWeight:
-        """A weight whose blocks are all active."""
+    def create(cls, candidate: Candidate, *, backbone: bool) -> SparseWeight:
+        """A weight whose blocks are all active; without a backbone none of them is safe from being dropped."""
+        grid = candidate.grid
+        assert grid is not None
         mask = torch.ones(grid.shape, dtype=torch.bool)
-        index = None if grid.block == 1 else new_index(grid, device)
-        weight = cls(name, grid, density_target, mask, topology.backbone(grid.shape), index, tied, note)
+        spine = topology.backbone(grid.shape) if backbone else torch.zeros_like(mask)
+        index = None if grid.block == 1 else new_index(grid, candidate.parameter.device)
+        density = candidate.density
+        weight = cls(candidate.name, grid, density, mask, spine, index, candidate.tied, candidate.note)
         weight.set_mask(mask)
         return weight
 

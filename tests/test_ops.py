@@ -244,6 +244,4 @@ def test_opcheck(dtype: torch.dtype, transposed: bool, with_bias: bool) -> None:
 
     opcheck(torch.ops.mst.linear.default, x, w, b, index, 8, transposed)
     opcheck(torch.ops.mst.linear_grad_input.default, grad, w.detach(), index, 8, transposed)
-    opcheck(
-        torch.ops.mst.linear_grad_weight.default, grad, x.detach(), index, 8, transposed, dtype, with_bias
-    )
+    opcheck(torch.ops.mst.linear_grad_weight.default, grad, x.detach(), index, 8, transposed, dtype, with_bias)

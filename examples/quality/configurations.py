@@ -62,7 +62,8 @@ class Config:
         block, backbone, rescale, overrides: of ``sparsify``; an override is (pattern, sparsity or None, block or None).
         width: ``"full"``, a number, or ``"match"`` for the dense model of the same depth and the training FLOPs of
             ``BASE``.
-        length: ``"full"``, or ``"match"`` for as many steps as give the training FLOPs of ``BASE``.
+        length: ``"full"``; ``"match"`` for as many steps as give the training FLOPs of ``BASE``; or so many times the
+            study's steps.
         learning_rate: factor on the study's.
         decay: ``"wsd"`` or ``"cosine"`` (to 10 %).
         input_rate: the rate of a hidden weight is multiplied by ``inputs ** -input_rate``, where inputs is the number
@@ -82,7 +83,7 @@ class Config:
     rescale: bool = True
     overrides: tuple[tuple[str, float | None, int | None], ...] = ()
     width: Literal["full", "match"] | int = "full"
-    length: Literal["full", "match"] = "full"
+    length: Literal["full", "match"] | int = "full"
     learning_rate: float = 1.0
     decay: Literal["wsd", "cosine"] = "wsd"
     input_rate: float = 1.0
@@ -94,6 +95,11 @@ class Config:
         defaults = asdict(Config("", ""))
         own = {k: v for k, v in asdict(self).items() if k not in ("name", "note", "main")}
         return {k: v for k, v in own.items() if v != defaults[k] or k == "kind"}
+
+
+def lengthened(config: Config, study: Study) -> Study:
+    """The study with as many steps as the configuration multiplies them to."""
+    return replace(study, steps=study.steps * config.length) if isinstance(config.length, int) else study
 
 
 def schedule_of(config: Config, study: Study) -> Schedule | None:
@@ -150,6 +156,7 @@ AT_ONCE: dict[str, Any] = {
     "restoration": 1,
     "settle": 0.2,
 }
+START_80: dict[str, Any] = {"sparsity": 0.8, "initial_sparsity": 0.8, "warmup": 0, "growth": "none"}
 FIRST_DENSER = (("blocks.0.*", 0.8, None),)
 
 CONFIGURATIONS: tuple[Config, ...] = (
@@ -188,6 +195,8 @@ CONFIGURATIONS: tuple[Config, ...] = (
     _config("first-80", "first layer at 80 %", overrides=FIRST_DENSER),
     _config("attention-b4", "attention in blocks of 4", overrides=(("*.attention.*", None, 4),)),
     _static("static-b16", "static 80 %, B = 16", block=16),
+    _static("static-b8-free", "static 80 %, B = 8, no backbone", backbone=False),
+    _static("static-90", "static 90 %, B = 8", sparsity=0.9),
     _static("static-b32-free", "static 80 %, B = 32, no backbone", block=32, backbone=False),
     _config("dense-112", "dense, width 112", kind="dense", width=112, main=True),
     _config("dense-192", "dense, width 192", kind="dense", width=192, main=True),
@@ -203,9 +212,32 @@ CONFIGURATIONS: tuple[Config, ...] = (
         rescale=False,
     ),
     _config("at-once-80-b4", "static 80 %, B = 4, dense at once for the last 20 %", block=4, **AT_ONCE),
+    # The library's default, and changes of one thing each.
+    _config("start-80", "80 % from the start, no drop-and-grow", **START_80, main=True),
+    _config("start-80-b1", "start-80, unstructured", block=1, **START_80),
+    _config("start-80-b4", "start-80, B = 4", block=4, **START_80, main=True),
+    _config("start-80-b16", "start-80, B = 16", block=16, **START_80, main=True),
+    _config("start-80-free", "start-80, no backbone", backbone=False, **START_80),
+    _config("start-80-restore-5", "start-80, restoration over 5 %", restoration=0.05, **START_80),
+    _config("start-80-restore-20", "start-80, restoration over 20 %", restoration=0.2, **START_80),
+    _config("start-80-restore-30", "start-80, restoration over 30 %", restoration=0.3, **START_80),
+    _config("start-80-early", "start-80, restoration ramp early", restoration_ramp="early", **START_80),
     _config(
-        "start-80", "80 % from the start, no drop-and-grow", sparsity=0.8, initial_sparsity=0.8, warmup=0, growth="none"
+        "start-80-regrow",
+        "start-80, drop 10 %, every 96 steps",
+        drop_fraction=0.1,
+        interval=96,
+        **START_80 | {"growth": "mixed"},
     ),
+    _config("start-80-uniform", "start-80, the same density in every layer", distribution="uniform", **START_80),
+    _config("start-70", "start-80 at 70 %", **START_80 | {"sparsity": 0.7, "initial_sparsity": 0.7}, main=True),
+    _config("start-90", "start-80 at 90 %", **START_80 | {"sparsity": 0.9, "initial_sparsity": 0.9}, main=True),
+    # Three times as long.
+    _config("dense-long", "dense, three times as long", kind="dense", length=3),
+    _config("dense-152-long", "dense, width 152, three times as long", kind="dense", width=152, length=3),
+    _config("start-80-long", "80 % from the start, no drop-and-grow, three times as long", length=3, **START_80),
+    _static("static-b8-long", "static 80 %, B = 8, three times as long", length=3),
+    _config("mst-b8-long", "MST 90 %, B = 8, three times as long", length=3),
     _static("static-b8-hidden-double", "static 80 %, B = 8, twice the rate of hidden weights", hidden_rate=2.0),
     _config("mst-b8-hidden-double", "twice the rate of hidden weights", hidden_rate=2.0),
     _static("set-b8", "SET 80 %, B = 8", growth="random"),

@@ -71,13 +71,12 @@ def _row(record: Record, others: dict[tuple[str, int], Record]) -> Record:
     row["settings"] = json.dumps(record["settings"], sort_keys=True)
     row["blocks"] = " ".join(map(str, record["blocks"]))
     row |= {key: record["study"][key] for key in STUDY}
-    cosine = record["settings"].get("decay") == "cosine"
-    dense = others.get(("dense-cosine" if cosine else "dense", record["seed"]))
+    cosine, long = record["settings"].get("decay") == "cosine", isinstance(record["settings"].get("length"), int)
+    suffix = "-cosine" if cosine else "-long" if long else ""
+    dense, static = (others.get((name + suffix, record["seed"])) for name in ("dense", CONTROL))
     if not record["events"] or dense is None:
         return row
-    control = None
-    if (CONTROL, record["seed"]) in others and not cosine:
-        control = spikes.difference(others[CONTROL, record["seed"]]["losses"], dense["losses"])
+    control = None if static is None else spikes.difference(static["losses"], dense["losses"])
     curve = spikes.difference(record["losses"], dense["losses"])
     for after in spikes.AFTER:
         spike = spikes.largest_rise(curve, record["events"], after, control)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mst_compile
 
-from .configurations import BASE, CONFIGURATIONS, Config, Study, learning_rate, overrides_of, schedule_of
+from .configurations import BASE, CONFIGURATIONS, Config, Study, learning_rate, lengthened, overrides_of, schedule_of
 from .model import (
     GPT,
     Shape,
@@ -89,6 +89,7 @@ class Clock:
 
 def planned_flops(config: Config, study: Study) -> float:
     """Training FLOPs of a whole run of full size, found by walking its schedule without training."""
+    study = lengthened(config, study)
     schedule = schedule_of(config, study)
     if schedule is None:
         return study.steps * study.shape.dense_flops(study.tokens)
@@ -104,7 +105,7 @@ def planned_flops(config: Config, study: Study) -> float:
 
 def make_sparse(model: GPT, config: Config, study: Study, seed: int) -> None:
     """``sparsify`` as the configuration says; the head stays dense."""
-    schedule = schedule_of(config, study)
+    schedule = schedule_of(config, lengthened(config, study))
     assert schedule is not None
     mst_compile.sparsify(
         model,
@@ -120,7 +121,7 @@ def make_sparse(model: GPT, config: Config, study: Study, seed: int) -> None:
 
 def size_of(config: Config, study: Study) -> tuple[Shape, int]:
     """Shape and number of steps of a configuration; matched ones get the training FLOPs of ``BASE``."""
-    shape, steps = study.shape, study.steps
+    shape, steps = study.shape, lengthened(config, study).steps
     if isinstance(config.width, int):
         shape = narrowed(shape, config.width)
     if "match" in (config.width, config.length):
@@ -167,7 +168,7 @@ def train(config: Config, seed: int, study: Study, text: Text) -> dict[str, Any]
     torch.manual_seed(seed)  # equal shapes start from equal weights
     model = GPT(shape)
     sparse: dict[str, mst_compile.SparseWeight] = {}
-    schedule = schedule_of(config, study)
+    schedule = schedule_of(config, lengthened(config, study))
     if schedule is not None:
         make_sparse(model, config, study, seed)
         sparse = mst_compile.sparsifier(model).weights
