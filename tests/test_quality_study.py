@@ -7,11 +7,13 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+import quality_permutation
 import quality_study
 from quality import model, records, report, spikes, training
 from quality.analysis import Results
@@ -274,3 +276,43 @@ def test_report_says_what_the_rows_say(tmp_path: Path) -> None:
     rows = [row("dense", 0, 1.0, 1.0), row(BASE, 0, 1.6, 0.4), row("early", 0, 1.55, 0.45)]
     text = report.remedies(Results(rows))
     assert "| `early`: restoration ramp early | -0.050 | noise unknown | 0.45 |" in text
+
+
+# -- permutation of channels -------------------------------------------------------------------------------------------
+
+
+def test_gathering_finds_blocks_that_were_scattered() -> None:
+    generator = np.random.default_rng(0)
+    block, channels = 4, 32
+    hidden, stream = generator.permutation(channels), generator.permutation(channels)
+    mask = np.kron(np.eye(channels // block), np.ones((block, block)))  # one block a row of blocks
+    scattered = (mask + 0.01 * generator.random(mask.shape))[hidden][:, stream]
+    found = [
+        quality_permutation.Matrix(scattered.copy(), ("hidden", "stream"), channels // block),
+        quality_permutation.Matrix(scattered.T.copy(), ("stream", "hidden"), channels // block),
+    ]
+    before = sum(m.kept_energy(block) for m in found)
+    quality_permutation.gather(found, block)
+    after = sum(m.kept_energy(block) for m in found)
+    assert before < 0.6 * 2 * mask.sum()
+    assert after > 0.95 * 2 * mask.sum()
+    # Both matrices are the first one in another order, and in the same order.
+    assert np.array_equal(found[0].energy, found[1].energy.T)
+    assert np.array_equal(np.sort(found[0].energy, axis=None), np.sort(scattered, axis=None))
+
+
+def test_fixed_channels_stay() -> None:
+    energy = np.random.default_rng(1).random((16, 16))
+    found = [quality_permutation.Matrix(energy.copy(), (None, "stream"), 4)]
+    quality_permutation.gather(found, 4)
+    assert np.array_equal(np.sort(found[0].energy, axis=1), np.sort(energy, axis=1))
+    assert found[0].kept_energy(4) > quality_permutation.Matrix(energy, (None, "stream"), 4).kept_energy(4)
+    assert found[0].kept_energy(1) == pytest.approx(np.sort(energy, axis=None)[-4:].sum())
+
+
+def test_shares_of_a_model_are_in_order(text: Path, tmp_path: Path) -> None:
+    data = ["--data", str(text / "train.txt"), "--val", str(text / "val.txt")]
+    rows = quality_permutation.main([*data, "--steps", "0", "--blocks", "64"])
+    assert [row[:2] for row in rows] == [(0, 64)]
+    before, after, single = rows[0][2:]
+    assert 0.1 * 0.9 < before <= after < single < 0.5

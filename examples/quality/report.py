@@ -7,10 +7,11 @@ stands between the markers is replaced.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .analysis import Results, Verdict
+from .analysis import Results
 from .configurations import BASE, CONFIGURATIONS
 from .records import Record
 from .spikes import AFTER
@@ -23,8 +24,18 @@ FAMILIES: dict[str, dict[int, str]] = {
     "MST 90 %, backbone": {1: "mst-b1", 4: "mst-b4", 8: "mst-b8"},
     "MST 90 %, no backbone": {8: "mst-b8-free", 16: "mst-b16-free", 32: "mst-b32-free", 64: "mst-b64-free"},
 }
+DEFAULT = "start-80"  # what MixedSparsity does unless told otherwise
+AROUND_DEFAULT = {c.name for c in CONFIGURATIONS if c.name.startswith(("start-", "at-once-")) and c.length == "full"}
+LONGER = {
+    "dense": "dense-long",
+    "dense-small": "dense-152-long",
+    "start-80": "start-80-long",
+    "static-b8": "static-b8-long",
+    "mst-b8": "mst-b8-long",
+}
 SKELETON = "# Quality\n\n" + "\n\n".join(
-    f"<!-- study:{name} -->\n<!-- end -->" for name in ("setup", "table", "noise", "blocks", "remedies", "spikes")
+    f"<!-- study:{name} -->\n<!-- end -->"
+    for name in ("setup", "table", "noise", "blocks", "default", "remedies", "longer", "spikes")
 )
 
 
@@ -127,14 +138,22 @@ def blocks(results: Results) -> str:
 
 def remedies(results: Results) -> str:
     """Every variant of the base, against it and against dense models of equal FLOPs."""
+    names = [c.name for c in CONFIGURATIONS if c.kind != "dense" and c.length == "full"]
+    return _against(results, BASE, names)
+
+
+def default(results: Results) -> str:
+    """The library's default with one thing changed."""
+    return _against(results, DEFAULT, [c.name for c in CONFIGURATIONS if c.name in AROUND_DEFAULT])
+
+
+def _against(results: Results, base: str, names: Sequence[str]) -> str:
+    """Configurations against one of them, best first, and against dense models of equal FLOPs."""
     lines = [
-        f"| variant | against `{BASE}` | | FLOPs | against dense of equal FLOPs |",
+        f"| variant | against `{base}` | | FLOPs | against dense of equal FLOPs |",
         "|---|---|---|---|---|",
     ]
-    found: list[Verdict] = []
-    for config in CONFIGURATIONS:
-        if config.kind != "dense" and config.name != BASE and results.of(config.name):
-            found.append(results.compare(config.name, BASE))
+    found = [results.compare(name, base) for name in names if name != base and results.of(name)]
     for verdict in sorted(found, key=lambda v: v.difference):
         gap = results.gap(verdict.name)
         note = next(c.note for c in CONFIGURATIONS if c.name == verdict.name)
@@ -142,6 +161,27 @@ def remedies(results: Results) -> str:
             f"| `{verdict.name}`: {note} | {verdict.difference:+.3f} | {verdict.word} | "
             f"{results.mean(verdict.name, 'flops_relative'):.2f} | {'' if gap is None else f'{gap:+.3f}'} |"
         )
+    return "\n".join(lines)
+
+
+def longer(results: Results) -> str:
+    """What three times the training does to the distance from the dense model."""
+    lines = [
+        "| | FLOPs of dense | loss | less dense | loss, three times as long | less dense |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, long in LONGER.items():
+        if not results.of(name) or not results.of(long):
+            continue
+        seeds = {r["seed"] for r in results.of(long)}
+        pairs = [(n, [r["val_loss"] for r in results.of(n) if r["seed"] in seeds]) for n in (name, long)]
+        cells = []
+        for (own, losses), dense in zip(pairs, ("dense", LONGER["dense"]), strict=True):
+            away = "" if own == dense else f"{results.compare(own, dense).difference:+.3f}"
+            cells += [f"{statistics.fmean(losses):.3f}", away]
+        note = next(c.note for c in CONFIGURATIONS if c.name == name)
+        share = results.mean(long, "flops_relative") / results.mean(LONGER["dense"], "flops_relative")
+        lines.append(f"| {note} | {share:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -173,5 +213,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "noise": noise,
     "blocks": blocks,
     "remedies": remedies,
+    "default": default,
+    "longer": longer,
     "spikes": spikes,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,20 @@ def evaluate(model: GPT, batches: list[tuple[Tensor, Tensor]], study: Study) -> 
         return sum(model(x, y).item() for x, y in batches) / len(batches)
 
 
-def train(config: Config, seed: int, study: Study, text: Text) -> dict[str, Any]:
-    """Train one run from its seed; returns its record, losses of all steps included."""
+def train(
+    config: Config,
+    seed: int,
+    study: Study,
+    text: Text,
+    look: Callable[[int, GPT], None] | None = None,
+    stop: int | None = None,
+) -> dict[str, Any]:
+    """Train one run from its seed; returns its record, losses of all steps included.
+
+    Args:
+        look: called with the number of steps taken and the model, before the first step and after each.
+        stop: end after so many steps, with the schedules of the whole run.
+    """
     shape, steps = size_of(config, study)
     torch._dynamo.reset()
     torch.manual_seed(seed)  # equal shapes start from equal weights
@@ -176,7 +189,9 @@ def train(config: Config, seed: int, study: Study, text: Text) -> dict[str, Any]
     compiled = torch.compile(model, backend=backend, dynamic=False) if study.compile else model
     optimizer, clock = optimizer_for(model, study), Clock()
     losses, densities, flops = [], [], 0.0
-    for step in range(steps):
+    if look is not None:
+        look(0, model)
+    for step in range(steps if stop is None else min(steps, stop)):
         x, y = training_batch(text.train, study, seed, step)
         active, in_gradient = active_weights(model, sparse)
         flops += shape.step_flops(study.tokens, active, in_gradient)
@@ -196,6 +211,8 @@ def train(config: Config, seed: int, study: Study, text: Text) -> dict[str, Any]
         optimizer.zero_grad(set_to_none=True)
         clock.stop()
         losses.append(loss.item())
+        if look is not None:
+            look(step + 1, model)
     dead, dead_values = dead_units(model)
     return {
         "name": config.name,
@@ -203,7 +220,7 @@ def train(config: Config, seed: int, study: Study, text: Text) -> dict[str, Any]
         "settings": config.settings(),
         "study": asdict(study),
         "width": shape.width,
-        "steps": steps,
+        "steps": len(losses),
         "blocks": sorted({w.grid.block for w in sparse.values()}),
         "val_loss": evaluate(model, validation_batches(text.validation, study), study),
         "train_loss": sum(losses[-LAST:]) / len(losses[-LAST:]),
