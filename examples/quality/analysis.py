@@ -16,16 +16,23 @@ class Verdict:
     """A difference of validation loss between two configurations, over the seeds they share."""
 
     name: str
-    difference: float
+    differences: tuple[float, ...]
     threshold: float | None
 
     @property
+    def difference(self) -> float:
+        """Mean over the seeds."""
+        return statistics.fmean(self.differences)
+
+    @property
     def word(self) -> str:
-        """In a word."""
+        """In a word or two; better or worse it is only if every seed says so."""
         if self.threshold is None:
             return "noise unknown"
         if abs(self.difference) < self.threshold:
             return "within noise"
+        if min(self.differences) < 0 < max(self.differences):
+            return "seeds disagree"
         return "better" if self.difference < 0 else "worse"
 
 
@@ -35,8 +42,11 @@ class Results:
     Attributes:
         seeds: the seeds of the ``dense`` configuration.
         repeated: configurations with all of these.
+        scatter: configuration -> how far its runs of two seeds lie apart, what these seeds do to all runs alike
+            taken out; of the seeds that are furthest apart, if there are more.
         noise: standard deviation of one run's loss, what a seed does to all runs alike taken out; ``None`` if there
-            are too few runs.
+            are too few runs. From the median of ``scatter``: some configurations scatter much more than most (they
+            end with most units dead, or early), and must not hide what the others show.
         frontier_names: the dense models of full length and tuned learning rate, which differ in width alone.
     """
 
@@ -47,6 +57,7 @@ class Results:
         self.repeated = [n for n in self.names if set(self.seeds) <= {r["seed"] for r in self.of(n)}]
         dense = [c for c in CONFIGURATIONS if c.kind == "dense" and c.length == "full" and c.decay == "wsd"]
         self.frontier_names = [c.name for c in dense if c.learning_rate == c.hidden_rate == c.input_rate]
+        self.scatter = self._scatter()
         self.noise = self._noise()
 
     def of(self, name: str) -> list[Record]:
@@ -61,21 +72,21 @@ class Results:
         """Mean validation loss of a configuration."""
         return self.mean(name, "val_loss")
 
+    def _scatter(self) -> dict[str, float]:
+        """Differences between two seeds, less the median over the configurations of such differences."""
+        found: dict[str, float] = dict.fromkeys(self.repeated, 0.0)
+        by_seed = {n: {r["seed"]: r["val_loss"] for r in self.of(n)} for n in self.repeated}
+        for one, other in itertools.combinations(self.seeds, 2):
+            steps = {n: losses[other] - losses[one] for n, losses in by_seed.items()}
+            usual = statistics.median(steps.values()) if steps else 0.0
+            found = {n: max(found[n], abs(step - usual)) for n, step in steps.items()}
+        return found
+
     def _noise(self) -> float | None:
-        """Residual deviation of the two-way table configuration x seed."""
-        count, seeds = len(self.repeated), len(self.seeds)
-        if seeds < 2 or count < 3:
+        """Half of the differences of two runs are larger than 0.674 of their standard deviation."""
+        if len(self.seeds) < 2 or len(self.repeated) < 3:
             return None
-        cells = [[r["val_loss"] for r in self.of(n) if r["seed"] in self.seeds] for n in self.repeated]
-        by_config = [statistics.fmean(row) for row in cells]
-        by_seed = [statistics.fmean(column) for column in zip(*cells, strict=True)]
-        total = statistics.fmean(by_config)
-        squares = sum(
-            (value - by_config[i] - by_seed[j] + total) ** 2
-            for i, row in enumerate(cells)
-            for j, value in enumerate(row)
-        )
-        return math.sqrt(squares / ((count - 1) * (seeds - 1)))
+        return statistics.median(self.scatter.values()) / statistics.NormalDist().inv_cdf(0.75) / math.sqrt(2)
 
     def threshold(self, pairs: int) -> float | None:
         """Difference that counts as more than noise when so many pairs of runs are compared: two deviations."""
@@ -85,8 +96,8 @@ class Results:
         """Loss of one configuration less that of another, over the seeds that both have."""
         losses, others = ({r["seed"]: r["val_loss"] for r in self.of(n)} for n in (name, other))
         shared = sorted(losses.keys() & others.keys())
-        difference = statistics.fmean(losses[s] - others[s] for s in shared)
-        return Verdict(name, difference, self.threshold(len(shared)))
+        differences = tuple(losses[s] - others[s] for s in shared)
+        return Verdict(name, differences, self.threshold(len(shared)))
 
     def dense_loss(self, flops: float, seed: int) -> float | None:
         """Loss that a dense model of so many FLOPs (relative) has, between those trained with this seed.
