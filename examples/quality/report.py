@@ -101,8 +101,8 @@ def noise(results: Results) -> str:
         f"Over the {len(results.repeated)} configurations with {len(results.seeds)} seeds, and with what a seed "
         f"does to all of them alike taken out, the standard deviation of one run's loss is {results.noise:.4f} "
         "(estimated from the median, since a few scatter far more than most: the runs lie "
-        f"apart by {', by '.join(f'{away:.3f} for `{name}`' for name, away in widest)}). A difference of two runs of one "
-        f"seed counts below as more than noise from {results.threshold(1):.3f} (two standard deviations of a "
+        f"apart by {', by '.join(f'{away:.3f} for `{name}`' for name, away in widest)}). A difference of two runs of "
+        f"one seed counts below as more than noise from {results.threshold(1):.3f} (two standard deviations of a "
         f"difference), of two pairs of runs from {results.threshold(2):.3f} if both pairs agree."
     )
 
