@@ -290,6 +290,16 @@ def test_dense_loss_of_equal_flops() -> None:
     assert results.dense_loss(0.1, 0) is None
 
 
+def test_longer_runs_have_dense_rivals_of_their_own() -> None:
+    short = [row("dense", 0, 1.0, 1.0), row("dense-small", 0, 2.0, 0.25), row("start-80", 0, 1.4, 0.5)]
+    long = [row("dense-long", 0, 0.5, 3.0), row("dense-152-long", 0, 1.5, 0.75), row("start-80-long", 0, 0.9, 1.5)]
+    results = Results(short + long)
+    assert results.gap("start-80") == pytest.approx(-0.1)
+    assert results.gap("start-80-long") == pytest.approx(-0.1)
+    note = next(c.note for c in CONFIGURATIONS if c.name == "start-80")
+    assert f"| {note} | 0.50 | 1.400 | +0.400 | 0.900 | +0.400 | -0.100 |" in report.longer(results)
+
+
 def test_report_says_what_the_rows_say(tmp_path: Path) -> None:
     rows = [row("dense", 0, 1.0, 1.0), row(BASE, 0, 1.6, 0.4), row("early", 0, 1.55, 0.45)]
     text = report.remedies(Results(rows))

@@ -47,7 +47,7 @@ class Results:
         noise: standard deviation of one run's loss, what a seed does to all runs alike taken out; ``None`` if there
             are too few runs. From the median of ``scatter``: some configurations scatter much more than most (they
             end with most units dead, or early), and must not hide what the others show.
-        frontier_names: the dense models of full length and tuned learning rate, which differ in width alone.
+        frontier_names: the dense models of tuned learning rate, which differ in width and length alone.
     """
 
     def __init__(self, rows: list[Record]) -> None:
@@ -55,7 +55,7 @@ class Results:
         self.names = list(dict.fromkeys(r["name"] for r in rows))
         self.seeds = sorted(r["seed"] for r in rows if r["name"] == "dense")
         self.repeated = [n for n in self.names if set(self.seeds) <= {r["seed"] for r in self.of(n)}]
-        dense = [c for c in CONFIGURATIONS if c.kind == "dense" and c.length == "full" and c.decay == "wsd"]
+        dense = [c for c in CONFIGURATIONS if c.kind == "dense" and c.length != "match" and c.decay == "wsd"]
         self.frontier_names = [c.name for c in dense if c.learning_rate == c.hidden_rate == c.input_rate]
         self.scatter = self._scatter()
         self.noise = self._noise()
@@ -99,12 +99,13 @@ class Results:
         differences = tuple(losses[s] - others[s] for s in shared)
         return Verdict(name, differences, self.threshold(len(shared)))
 
-    def dense_loss(self, flops: float, seed: int) -> float | None:
-        """Loss that a dense model of so many FLOPs (relative) has, between those trained with this seed.
+    def dense_loss(self, flops: float, seed: int, length: str | int = "full") -> float | None:
+        """Loss that a dense model of so many FLOPs (relative) has, between those trained with this seed and length.
 
         Straight lines over the logarithm of FLOPs; ``None`` outside of them.
         """
-        rows = [r for r in self.rows if r["seed"] == seed and r["name"] in self.frontier_names]
+        names = [n for n in self.frontier_names if _length(n) == length]
+        rows = [r for r in self.rows if r["seed"] == seed and r["name"] in names]
         points = sorted((r["flops_relative"], r["val_loss"]) for r in rows)
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
             if x0 <= flops <= x1:
@@ -113,7 +114,14 @@ class Results:
         return None
 
     def gap(self, name: str) -> float | None:
-        """Loss of a configuration less that of a dense model of equal FLOPs, over the seeds where that is known."""
-        pairs = [(r["val_loss"], self.dense_loss(r["flops_relative"], r["seed"])) for r in self.of(name)]
+        """Loss of a configuration less that of a dense model of equal FLOPs and as many steps, over the seeds where
+        that is known."""
+        length = _length(name)
+        length = "full" if length == "match" else length
+        pairs = [(r["val_loss"], self.dense_loss(r["flops_relative"], r["seed"], length)) for r in self.of(name)]
         known = [loss - dense for loss, dense in pairs if dense is not None]
         return statistics.fmean(known) if known else None
+
+
+def _length(name: str) -> str | int:
+    return next(c.length for c in CONFIGURATIONS if c.name == name)

@@ -55,7 +55,8 @@ def setup(results: Results) -> str:
     return (
         f"{len(results.rows)} runs of {len(results.names)} configurations, seeds {', '.join(map(str, seeds))}: a "
         f"byte-level GPT of {row['layers']} layers, width {dense['width']} and context {row['context']}, "
-        f"{dense['steps']} steps of {tokens} tokens ({dense['steps'] * tokens / 1e6:.2f} M tokens), AdamW at "
+        f"{dense['steps']} steps of {tokens} tokens ({dense['steps'] * tokens / 1e6:.2f} M tokens; "
+        "`long` runs three times as many), AdamW at "
         f"{row['learning_rate']:g}, {row['dtype']}{' autocast' * (row['dtype'] == 'bfloat16')}. "
         f"torch {row['torch']}, one thread on an {row['cpu']} that other processes shared, hence CPU seconds (training "
         "alone, compilation apart; the CSV has those of the clock too). FLOPs are training FLOPs relative to `dense`."
@@ -170,8 +171,8 @@ def _against(results: Results, base: str, names: Sequence[str]) -> str:
 def longer(results: Results) -> str:
     """What three times the training does to the distance from the dense model."""
     lines = [
-        "| | FLOPs of dense | loss | less dense | loss, three times as long | less dense |",
-        "|---|---|---|---|---|---|",
+        "| | FLOPs of dense | loss | less dense | loss, three times as long | less dense | less dense of equal FLOPs |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, long in LONGER.items():
         if not results.of(name) or not results.of(long):
@@ -183,6 +184,8 @@ def longer(results: Results) -> str:
             away = "" if own == dense else f"{results.compare(own, dense).difference:+.3f}"
             cells += [f"{statistics.fmean(losses):.3f}", away]
         note = next(c.note for c in CONFIGURATIONS if c.name == name)
+        gap = None if long in results.frontier_names else results.gap(long)
+        cells.append("" if gap is None else f"{gap:+.3f}")
         share = results.mean(long, "flops_relative") / results.mean(LONGER["dense"], "flops_relative")
         lines.append(f"| {note} | {share:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)
