@@ -27,7 +27,8 @@ def main() -> None:
     torch.set_num_threads(found["machine"]["threads"])  # the ledger names them
     case = (
         f"gpt2 d={options['d_model']} L={options['layers']} T={options['context']} batch={options['batch']} "
-        f"S={options['sparsity']} steps={options['steps']}"
+        f"{'published' if options['published'] else 'default'} hidden-rate={options['hidden_rate']} "
+        f"steps={options['steps']}"
     )
     for run in found["results"]:
         note = f"{run['label']}: val. loss {run['val_loss']:.3f}, {run['training_flops'] / 1e12:.1f} TFLOP"

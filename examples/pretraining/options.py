@@ -36,6 +36,7 @@ class Options:
     block: int | None = None
     sparse_head: bool = False
     lr: float = 1e-3
+    hidden_rate: float = 0.2
     lr_schedule: str = "wsd"
     lr_warmup: float = 0.05
     seed: int = 0
@@ -144,6 +145,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--context", type=int, default=d.context, help="tokens per sequence")
     g.add_argument("--batch", type=int, default=d.batch, help="sequences per step")
     g.add_argument("--lr", type=float, default=d.lr, help="peak learning rate")
+    g.add_argument("--hidden-rate", type=float, default=d.hidden_rate, help="of the layers' matrices, times --lr")
     g.add_argument("--lr-schedule", choices=("wsd", "cosine"), default=d.lr_schedule, help="wsd: warmup, stable, decay")
     g.add_argument("--lr-warmup", type=float, default=d.lr_warmup, help="share of the steps")
     g.add_argument("--seed", type=int, default=d.seed)

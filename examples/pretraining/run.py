@@ -41,9 +41,12 @@ class Spec:
     schedule: Any = None
 
 
-def optimizer_for(model: nn.Module, lr: float, relative_width: float = 1.0) -> torch.optim.Optimizer:
+def optimizer_for(
+    model: nn.Module, lr: float, hidden_rate: float = 1.0, relative_width: float = 1.0
+) -> torch.optim.Optimizer:
     """AdamW as GPT-2 is usually trained, weight decay on matrices only; the rate of hidden weights suits their inputs.
 
+    GPT-2's hidden weights begin small, and embeddings want larger steps than they do: theirs is ``hidden_rate * lr``.
     The fewer inputs an output sums over, the larger the learning rate of its weights should be: in a narrower model
     (muP, arXiv 2203.03466), and in a sparser one (SµPar, arXiv 2405.15743), which ``density_rate`` takes care of.
     """
@@ -53,7 +56,7 @@ def optimizer_for(model: nn.Module, lr: float, relative_width: float = 1.0) -> t
         {
             "params": [p for p in model.parameters() if id(p) in hidden],
             "weight_decay": 0.1,
-            "rate": 1 / relative_width,
+            "rate": hidden_rate / relative_width,
             "density_rate": 1.0,
         },
         {"params": matrices, "weight_decay": 0.1, "rate": 1.0},
@@ -122,7 +125,8 @@ class Run:
         backend = "inductor" if spec.schedule is None else "mst"
         # All batches have one shape; without dynamic=False the second width in a process would compile as dynamic.
         self.compiled = torch.compile(self.model, backend=backend, dynamic=False) if options.compile else self.model
-        self.optimizer = optimizer_for(self.model, options.lr, spec.shape.d_model / options.d_model)
+        relative_width = spec.shape.d_model / options.d_model
+        self.optimizer = optimizer_for(self.model, options.lr, options.hidden_rate, relative_width)
         folder.mkdir(parents=True, exist_ok=True)
 
     # -- training ----------------------------------------------------------------------------------------------------
