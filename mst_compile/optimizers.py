@@ -92,7 +92,8 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.0, density_rate: f
     An output of a sparse weight sums over fewer inputs, so the rate that suits the dense model moves it too little: it
     should grow as the density falls (SµPar, arXiv 2405.15743). A group with ``"density_rate": r`` steps with its
     learning rate times ``density ** -r``, where density is the mean over the group's sparse weights at that step;
-    ``group["lr"]`` itself, and so any scheduler, stays as it is. The key works in groups of your own as well.
+    ``group["lr"]`` itself, and so any scheduler, stays as it is. The key works in groups of your own as well. The rule
+    carries a rate over from the dense model: one that is too large for that becomes much too large for sparse weights.
 
     Args:
         model: a sparsified model.
