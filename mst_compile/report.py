@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,17 +11,24 @@ from torch import nn
 from .api import sparsifier
 from .flops import linear_training
 from .lowering.support import why_unsupported
+from .sharding import is_sharded
 from .weights import SparseWeight
 
 
 @dataclass(frozen=True)
 class Row:
-    """One weight. ``flops`` counts forward, grad-input and grad-weight per token, ``dense_flops`` without sparsity."""
+    """One weight. ``flops`` counts forward, grad-input and grad-weight per token, ``dense_flops`` without sparsity.
+
+    ``density`` is the mask's, ``nonzero`` the share of elements that are not 0: less where blocks have grown that did
+    not train, be it that no step was taken yet or that the units they belong to are dead. Of a weight that FSDP2 has
+    sharded it is about the rows on this rank.
+    """
 
     name: str
     shape: tuple[int, int]
     block: int | None
     density: float
+    nonzero: float
     target: float
     kernel: str
     status: str
@@ -42,13 +50,14 @@ class Explanation:
         return len(self.rows)
 
     def __str__(self) -> str:
-        head = ("weight", "shape", "block", "density", "target", "kernel", "MFLOPs/token", "status")
+        head = ("weight", "shape", "block", "density", "non-zero", "target", "kernel", "MFLOPs/token", "status")
         table = [head] + [
             (
                 r.name,
                 f"{r.shape[0]}x{r.shape[1]}",
                 "-" if r.block is None else str(r.block),
                 f"{r.density:.3f}",
+                f"{r.nonzero:.3f}",
                 f"{r.target:.3f}",
                 r.kernel,
                 f"{r.flops / 1e6:.3f} of {r.dense_flops / 1e6:.3f}",
@@ -72,8 +81,8 @@ class Explanation:
 
 def explain(model: nn.Module) -> Explanation:
     """What became of each linear weight of a sparsified model: matched by the graph pass or why not, block, density
-    now and at the schedule's highest sparsity, kernel, and training FLOPs per token. Compile and run the model first
-    to see what the pass matched.
+    now and at the schedule's highest sparsity, share of elements that are not 0, kernel, and training FLOPs per token.
+    Compile and run the model first to see what the pass matched.
 
     Raises:
         NotSparseError: the model is not sparse.
@@ -84,8 +93,8 @@ def explain(model: nn.Module) -> Explanation:
     for name, reason in own.skipped.items():
         parameter = parameters.get(name)
         shape = tuple(parameter.shape) if parameter is not None and parameter.dim() == 2 else (0, 0)
-        flops = 6 * shape[0] * shape[1]
-        rows.append(Row(name, shape, None, 1.0, 1.0, "dense", f"skipped: {reason}", flops, flops))  # type: ignore[arg-type]
+        flops, nonzero = 6 * shape[0] * shape[1], 1.0 if parameter is None else _nonzero(parameter)
+        rows.append(Row(name, shape, None, 1.0, nonzero, 1.0, "dense", f"skipped: {reason}", flops, flops))  # type: ignore[arg-type]
     return Explanation(rows, own.attention.reasons)
 
 
@@ -114,9 +123,21 @@ def _row(weight: SparseWeight, parameter: nn.Parameter) -> Row:
         (grid.rows, grid.cols),
         grid.block,
         weight.density,
+        _nonzero(parameter),
         max(weight.density_target, 1 / min(grid.shape)),
         kernel,
         status,
         linear_training(weight),
         6 * weight.numel,
     )
+
+
+def _nonzero(parameter: nn.Parameter) -> float:
+    """Share of elements that are not 0, NaN without any.
+
+    No other rank takes part: often one alone asks.
+    """
+    local = parameter.detach()
+    if is_sharded(local):
+        local = local.to_local()  # type: ignore[attr-defined]
+    return math.nan if local.is_meta or not local.numel() else int(local.count_nonzero()) / local.numel()

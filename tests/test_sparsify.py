@@ -298,6 +298,18 @@ def test_explain_counts_flops() -> None:
         str(explain(model))
 
 
+def test_explain_tells_what_has_grown_and_not_trained() -> None:
+    model = sparsify(Blocks(), SPARSE)
+    for row in explain(model):
+        assert row.nonzero == pytest.approx(row.density)
+    name, mask = next(iter(sparsifier(model).masks.items()))
+    sparsifier(model).apply_mask(name, torch.ones_like(mask))
+    grown = next(row for row in explain(model) if row.name == name)
+    assert grown.density == 1.0
+    assert 0 < grown.nonzero < 1
+    assert f"1.000    {grown.nonzero:.3f}" in str(explain(model))
+
+
 def test_public_names() -> None:
     assert set(mst_compile.__all__) <= set(dir(mst_compile))
 
