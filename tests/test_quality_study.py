@@ -6,6 +6,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from quality.configurations import (
     learning_rate,
     schedule_of,
 )
+from quality.guards import Guard
 
 import mst_compile
 
@@ -159,6 +161,83 @@ def test_dead_units_are_dead_on_both_sides() -> None:
         block.attention.qkv.weight[16:18] = 0  # 2 of 8 value rows
         block.attention.proj.weight[:, 1] = 0
     assert model.dead_units(network) == (4 / 32, 1 / 8)
+
+
+def sparse_gpt() -> model.GPT:
+    """A topology event follows every second step."""
+    torch.manual_seed(0)
+    gpt = model.GPT(model.Shape(64, 1, 2, 16))
+    schedule = mst_compile.Constant(sparsity=0.8, growth="gradient", drop_fraction=0.9, interval=2, total_steps=8)
+    return mst_compile.sparsify(gpt, schedule, block=8, exclude="head", backbone=False)
+
+
+def train_step(gpt: model.GPT, optimizer: torch.optim.Optimizer, guard: Guard) -> None:
+    x = torch.randint(256, (2, 17))
+    gpt(x[:, :-1], x[:, 1:]).backward()
+    guard.before_step()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def lost(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+    return sum(int((one & other).sum()) for one, other in pairs)
+
+
+@pytest.mark.parametrize("form", ["none", "pair"])
+def test_the_pair_guard_keeps_one_side(form: Literal["none", "pair"]) -> None:
+    gpt = sparse_gpt()
+    guard, optimizer = Guard(gpt, form), torch.optim.AdamW(gpt.parameters(), 1e-2)
+    look = Guard(gpt, "pair")
+    train_step(gpt, optimizer, guard)
+    before = [(a.zero, b.zero) for a, b in look.pairs()]
+    train_step(gpt, optimizer, guard)  # an event follows that drops nine blocks of ten
+    after = [(a.zero, b.zero) for a, b in look.pairs()]
+    assert (lost(after) > lost(before)) == (form == "none")
+
+
+def test_coverage_keeps_rows_and_columns() -> None:
+    gpt = sparse_gpt()
+    guard, optimizer = Guard(gpt, "coverage"), torch.optim.AdamW(gpt.parameters(), 1e-2)
+    train_step(gpt, optimizer, guard)
+    before = mst_compile.sparsifier(gpt).masks
+    train_step(gpt, optimizer, guard)
+    for name, mask in mst_compile.sparsifier(gpt).masks.items():
+        assert not torch.equal(mask, before[name])
+        for dim in (0, 1):
+            assert (mask.any(dim) | ~before[name].any(dim)).all(), name
+
+
+def test_revived_pairs_learn_and_change_nothing() -> None:
+    gpt = sparse_gpt()
+    guard, optimizer = Guard(gpt, "revive"), torch.optim.SGD(gpt.parameters(), 0.0)
+    block = gpt.blocks[0]
+    assert isinstance(block, model.Block)
+    sparsifier = mst_compile.sparsifier(gpt)
+    up, down = sparsifier.masks["blocks.0.up.weight"], sparsifier.masks["blocks.0.down.weight"]
+    up[3] = False
+    down[:, 3] = False
+    sparsifier.apply_mask("blocks.0.up.weight", up)
+    sparsifier.apply_mask("blocks.0.down.weight", down)
+    train_step(gpt, optimizer, guard)
+    guard.after_step()
+    assert not block.up.weight[24:32].any()  # no event yet
+    assert not block.down.weight[:, 24:32].any()
+    train_step(gpt, optimizer, guard)
+    mask = sparsifier.masks["blocks.0.up.weight"]
+    mask[3, 5] = True
+    sparsifier.apply_mask("blocks.0.up.weight", mask)
+    x = torch.randint(256, (2, 17))
+    loss = gpt(x[:, :-1], x[:, 1:])
+    guard.after_step()
+    assert block.up.weight[24:32].any()
+    again = gpt(x[:, :-1], x[:, 1:])
+    assert torch.equal(again, loss)
+    own = sparsifier.weights["blocks.0.down.weight"]
+    own.set_dense_grad(True)
+    again.backward()
+    assert block.down.weight.grad is not None
+    assert block.down.weight.grad[:, 24:32].any()
+    assert not block.up.weight[24:32][:, ~mask[3].repeat_interleave(8)].any()
 
 
 def test_schedules_do_what_their_names_say() -> None:

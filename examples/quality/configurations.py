@@ -9,6 +9,7 @@ from typing import Any, Literal
 import mst_compile
 from mst_compile.schedule import Schedule
 
+from .guards import Form
 from .model import Shape
 
 Kind = Literal["dense", "mst", "constant"]
@@ -71,6 +72,7 @@ class Config:
             relative width. 1 is the rule of muP and of SµPar (arXiv 2405.15743); 0 gives all weights the rate that
             suits the dense model.
         hidden_rate: factor on the learning rate of the hidden weights alone.
+        guard: what keeps pairs of block rows and columns alive where there is no backbone, see ``guards.py``.
         main: trained with two seeds at least.
     """
 
@@ -88,6 +90,7 @@ class Config:
     decay: Literal["wsd", "cosine"] = "wsd"
     input_rate: float = 1.0
     hidden_rate: float = 1.0
+    guard: Form = "none"
     main: bool = False
 
     def settings(self) -> dict[str, Any]:
@@ -157,6 +160,7 @@ AT_ONCE: dict[str, Any] = {
     "settle": 0.2,
 }
 START_80: dict[str, Any] = {"sparsity": 0.8, "initial_sparsity": 0.8, "warmup": 0, "growth": "none"}
+FREE_32: dict[str, Any] = {"block": 32, "backbone": False}
 FIRST_DENSER = (("blocks.0.*", 0.8, None),)
 
 CONFIGURATIONS: tuple[Config, ...] = (
@@ -180,6 +184,13 @@ CONFIGURATIONS: tuple[Config, ...] = (
     _config("dense-128", "dense, width 128", kind="dense", width=128, main=True),
     _config("mst-b16-free", "MST 90 %, B = 16, no backbone", block=16, backbone=False, main=True),
     _config("mst-b64-free", "MST 90 %, B = 64, no backbone", block=64, backbone=False, main=True),
+    # Other guards than the backbone.
+    _config("mst-b8-pair", "as mst-b8-free, one side of each pair kept", backbone=False, guard="pair", main=True),
+    _config("mst-b8-coverage", "as mst-b8-free, rows and columns kept", backbone=False, guard="coverage", main=True),
+    _config("mst-b8-revive", "as mst-b8-free, dead pairs revived", backbone=False, guard="revive", main=True),
+    _config("mst-b32-pair", "as mst-b32-free, one side of each pair kept", guard="pair", main=True, **FREE_32),
+    _config("mst-b32-coverage", "as mst-b32-free, rows and columns kept", guard="coverage", main=True, **FREE_32),
+    _config("mst-b32-revive", "as mst-b32-free, dead pairs revived", guard="revive", main=True, **FREE_32),
     _config("dense-short", "dense, fewer steps: MST's FLOPs", kind="dense", length="match", main=True),
     _config("early", "restoration ramp early", restoration_ramp="early", main=True),
     _config("start-sparse", "starts sparse, no warm-up", initial_sparsity=0.9, warmup=0),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import mst_compile
 
 from .configurations import BASE, CONFIGURATIONS, Config, Study, learning_rate, lengthened, overrides_of, schedule_of
+from .guards import Guard
 from .model import (
     GPT,
     Shape,
@@ -187,7 +188,7 @@ def train(
         sparse = mst_compile.sparsifier(model).weights
     backend = "inductor" if schedule is None or config.block == 1 else "mst"
     compiled = torch.compile(model, backend=backend, dynamic=False) if study.compile else model
-    optimizer, clock = optimizer_for(model, study), Clock()
+    optimizer, clock, guard = optimizer_for(model, study), Clock(), Guard(model, config.guard)
     losses, densities, flops = [], [], 0.0
     if look is not None:
         look(0, model)
@@ -207,7 +208,9 @@ def train(
             loss = compiled(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        guard.before_step()
         optimizer.step()
+        guard.after_step()
         optimizer.zero_grad(set_to_none=True)
         clock.stop()
         losses.append(loss.item())
