@@ -12,6 +12,7 @@ from .schedule import Schedule, check_schedule
 from .selection import Override, select
 from .sharding import check_placement
 from .sparsifier import Sparsifier
+from .topology import GUARDS, Guard
 
 _ATTRIBUTE = "_mst_sparsifier"
 
@@ -24,7 +25,7 @@ def sparsify(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     overrides: Mapping[str, Override] | None = None,
-    backbone: bool = True,
+    guard: Guard = "coverage",
     rescale: bool = True,
     seed: int = 0,
     auto_step: bool = True,
@@ -47,8 +48,10 @@ def sparsify(
         exclude: patterns of names that stay dense.
         overrides: patterns of names -> :class:`Override`, for weights with a sparsity or a block of their own. The
             first pattern that matches counts.
-        backbone: never drop the wrapped block diagonal (:func:`mst_compile.topology.backbone`). Without it
-            drop-and-grow empties whole rows and columns of blocks, which may never come back.
+        guard: what drop-and-grow may not take. ``"coverage"``: the largest block of each block row and column.
+            ``"backbone"``: a fixed wrapped block diagonal (:func:`mst_compile.topology.backbone`), which first masks
+            contain with either guard. ``"none"``: anything may go; whole rows and columns of blocks empty, and may
+            never come back.
         rescale: where the schedule starts sparse, multiply the weights that stay by ``density ** -0.5``, so that a
             layer's outputs have the variance they had (the initialisation of SµPar, arXiv 2405.15743). Without it a
             freshly initialised model starts with signals that fade from layer to layer, and learns slower.
@@ -72,10 +75,12 @@ def sparsify(
         )
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise SelectionError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
-    selection = select(model, schedule, block, include, exclude, overrides, backbone)
+    if guard not in GUARDS:
+        raise SelectionError(f"guard must be one of {', '.join(map(repr, GUARDS))}, got {guard!r}")
+    selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
     for candidate in selection.candidates:
         check_placement(candidate.name, candidate.parameter, model)
-    new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, backbone)
+    new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, guard)
     new.draw_first_masks(rescale)
     model.__dict__[_ATTRIBUTE] = new
     return model

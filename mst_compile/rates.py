@@ -224,7 +224,8 @@ def _event(model: nn.Module, rounds: int) -> float:
             score = block_mean_square(parameter, weight.grid)
             gradient = block_mean_square(parameter, weight.grid)
             count, generator = int(weight.mask.sum()), topology.generator(0, turn, weight.name)
-            mask = topology.update_mask(weight.mask, weight.spine, score, gradient, count, 0.3, 0.75, generator)
+            safe = weight.safe_blocks(score)
+            mask = topology.update_mask(weight.mask, safe, score, gradient, count, 0.3, 0.75, generator)
             if weight.index is not None:
                 write_index(new_index(weight.grid, weight.index.device), weight.grid, mask)
         _synchronize()

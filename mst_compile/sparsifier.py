@@ -29,6 +29,7 @@ from .schedule import Schedule, attention_pattern, gradient_steps
 from .selection import Candidate
 from .sharding import check_placement, parameter_of
 from .steps import watch_steps
+from .topology import Guard
 from .weights import SparseWeight
 
 _FEW = 0.05  # share of dropped blocks up to which visiting them alone beats a pass over the weight
@@ -56,14 +57,14 @@ class Sparsifier:
         seed: int,
         auto_step: bool,
         skipped: dict[str, str],
-        backbone: bool = True,
+        guard: Guard = "coverage",
     ) -> None:
         self.schedule = schedule
         self.seed = seed
         self.auto_step = auto_step
         self.skipped = skipped
         self.step_count = 0
-        self._weights = {c.name: SparseWeight.create(c, backbone=backbone) for c in candidates}
+        self._weights = {c.name: SparseWeight.create(c, guard) for c in candidates}
         self._overrides = [c.override.sparsity for c in candidates]
         self.attention = AttentionState.create(schedule)
         for weight in self._weights.values():
@@ -290,7 +291,7 @@ class Sparsifier:
                     return
             changes[weight.name] = topology.update_mask(
                 weight.mask,
-                weight.spine,
+                weight.safe_blocks(magnitude),
                 magnitude,
                 score,
                 count,

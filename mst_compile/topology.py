@@ -1,4 +1,4 @@
-"""Which blocks are active: densities per layer, the backbone, drop and grow. Pure functions on tensors, all on the CPU.
+"""Which blocks are active: densities per layer, guards, drop and grow. Pure functions on tensors, all on the CPU.
 
 Block scores are ``float32 [R, C]``, block masks ``bool [R, C]``, both in the weight's stored orientation.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -48,6 +49,8 @@ def erdos_renyi(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[floa
         dense |= {i for i, raw in rest.items() if raw == top}
 
 
+Guard = Literal["coverage", "backbone", "none"]
+GUARDS: tuple[str, ...] = get_args(Guard)
 DISTRIBUTIONS = {"erdos-renyi": erdos_renyi, "uniform": uniform}
 
 
@@ -72,9 +75,9 @@ def layer_densities(
 def backbone(shape: tuple[int, int]) -> Tensor:
     """The wrapped block diagonal, bool ``[R, C]``: ``max(R, C)`` blocks that touch every block row and column.
 
-    Blocks of the backbone are never dropped. Without it magnitude pruning empties whole block rows and columns, and
-    where an up-projection's row and the matching column of the down-projection are both zero, both gradients are
-    exactly zero: the pair is dead for ever.
+    First masks contain it. Without any guard magnitude pruning empties whole block rows and columns later, and where
+    an up-projection's row and the matching column of the down-projection are both zero, both gradients are exactly
+    zero: the pair is dead for ever.
     """
     rows, cols = shape
     mask = torch.zeros(shape, dtype=torch.bool)
@@ -83,8 +86,21 @@ def backbone(shape: tuple[int, int]) -> Tensor:
     return mask
 
 
+def coverage(mask: Tensor, magnitude: Tensor) -> Tensor:
+    """The active block of largest ``magnitude`` in each block row and each block column, bool ``[R, C]``.
+
+    At most ``R + C - 1`` blocks. What keeps them keeps every row and column that has blocks alive, as the backbone
+    does, but leaves it to training which ones.
+    """
+    score = magnitude.masked_fill(~mask, -torch.inf)
+    best = torch.zeros_like(mask)
+    for dim in (0, 1):
+        best.scatter_(dim, score.argmax(dim, keepdim=True), True)
+    return best & mask
+
+
 def active_count(density: float, blocks: int, least: int) -> int:
-    """Number of active blocks for a target density; never fewer than ``least`` (the backbone)."""
+    """Number of active blocks for a target density; never fewer than ``least`` (the size of the backbone)."""
     return min(blocks, max(least, round(density * blocks)))
 
 
@@ -106,7 +122,7 @@ def magnitude_mask(spine: Tensor, count: int, magnitude: Tensor) -> Tensor:
 
 def update_mask(
     mask: Tensor,
-    spine: Tensor,
+    safe: Tensor,
     magnitude: Tensor,
     gradient: Tensor | None,
     count: int,
@@ -116,21 +132,22 @@ def update_mask(
 ) -> Tensor:
     """One topology event of one weight: drop by magnitude, then grow to ``count`` active blocks.
 
-    Dropped are the ``max(drop_fraction * active, active - count)`` active blocks of smallest ``magnitude``, the
-    backbone ``spine`` excepted. Grown are first the inactive blocks of largest ``gradient`` score (a ``gradient_share``
+    Dropped are the ``max(drop_fraction * active, active - count)`` active blocks of smallest ``magnitude``, except
+    ``safe`` ones. Grown are first the inactive blocks of largest ``gradient`` score (a ``gradient_share``
     of the growth), then others at random. As in the published rule a block dropped now may be grown again at once.
 
     Args:
         mask: bool ``[R, C]``, the active blocks before the event.
         magnitude, gradient: float ``[R, C]`` scores; without ``gradient`` all growth is random.
-        count: active blocks after the event, at least the size of the backbone.
+        safe: bool ``[R, C]``, blocks that are not dropped.
+        count: active blocks after the event, unless more of them are safe.
     """
     if count >= mask.numel():
         return torch.ones_like(mask)
     active = int(mask.sum())
-    drop = min(max(round(drop_fraction * active), active - count), active - int((spine & mask).sum()))
-    score = magnitude.masked_fill(spine, torch.inf).masked_fill(~mask, -torch.inf)
-    kept = _top(score, active - drop) | spine
+    drop = min(max(round(drop_fraction * active), active - count), active - int((safe & mask).sum()))
+    score = magnitude.masked_fill(safe, torch.inf).masked_fill(~mask, -torch.inf)
+    kept = _top(score, active - drop) | safe
     grow = count - int(kept.sum())
     if grow <= 0:
         return kept

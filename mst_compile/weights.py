@@ -19,6 +19,7 @@ from .blockops import zero_inactive_
 from .hybrid import AttentionState
 from .selection import Candidate
 from .sharding import check_placement, follow_fsdp, is_sharded, stored
+from .topology import Guard
 
 _ATTRIBUTE = "_mst_weight"
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> handle of its gradient hook
@@ -46,7 +47,8 @@ class SparseWeight:
         grid: the block grid over the weight as stored.
         density_target: density that the layer distribution gives at the schedule's highest sparsity.
         mask: bool ``[R, C]`` on the CPU, the active blocks.
-        spine: bool ``[R, C]``, the backbone: blocks that are never dropped.
+        spine: bool ``[R, C]``, the backbone, active in first masks; empty without a guard.
+        guard: which blocks a topology event may not drop.
         index: the packed index on the weight's device; ``None`` for ``block == 1``.
         note: why the block differs from the one asked for, or why the weight stays dense.
         active: number of elements in active blocks.
@@ -59,6 +61,7 @@ class SparseWeight:
     density_target: float
     mask: Tensor
     spine: Tensor
+    guard: Guard
     index: Tensor | None
     tied: bool = False
     note: str = ""
@@ -70,15 +73,15 @@ class SparseWeight:
     coverage: Coverage = field(default_factory=Coverage)
 
     @classmethod
-    def create(cls, candidate: Candidate, *, backbone: bool) -> SparseWeight:
-        """A weight whose blocks are all active; without a backbone none of them is safe from being dropped."""
+    def create(cls, candidate: Candidate, guard: Guard) -> SparseWeight:
+        """A weight whose blocks are all active."""
         grid = candidate.grid
         assert grid is not None
         mask = torch.ones(grid.shape, dtype=torch.bool)
-        spine = topology.backbone(grid.shape) if backbone else torch.zeros_like(mask)
+        spine = torch.zeros_like(mask) if guard == "none" else topology.backbone(grid.shape)
         index = None if grid.block == 1 else new_index(grid, candidate.parameter.device)
         density = candidate.density
-        weight = cls(candidate.name, grid, density, mask, spine, index, candidate.tied, candidate.note)
+        weight = cls(candidate.name, grid, density, mask, spine, guard, index, candidate.tied, candidate.note)
         weight.set_mask(mask)
         return weight
 
@@ -96,6 +99,10 @@ class SparseWeight:
     def is_dense(self) -> bool:
         """Whether every block is active."""
         return self.active == self.numel
+
+    def safe_blocks(self, magnitude: Tensor) -> Tensor:
+        """Blocks that a topology event may not drop, bool ``[R, C]``, given the blocks' ``magnitude``."""
+        return topology.coverage(self.mask, magnitude) if self.guard == "coverage" else self.spine
 
     def set_mask(self, mask: Tensor) -> None:
         """Take over ``mask`` and write the index in place."""

@@ -12,8 +12,9 @@ from helpers import Blocks, element_masks
 from torch import Tensor, nn
 from training import OPTIMIZERS, STEPS, assert_zero_outside, batches, fresh, loss_of, runner, train
 
-from mst_compile import Constant, MixedSparsity, Override, optimizers, param_groups, sparsifier, sparsify
+from mst_compile import Constant, MixedSparsity, Override, optimizers, param_groups, sparsifier, sparsify, topology
 from mst_compile.errors import BlockSizeError, MSTWarning, ScheduleError, SelectionError
+from mst_compile.topology import Guard
 
 EVERY_STEP = Constant(0.6, interval=1)
 OFTEN = Constant(0.6, interval=3)
@@ -396,13 +397,29 @@ def test_gradient_steps_fit_between_events() -> None:
         Constant(0.5, interval=5, gradient_steps=6)
 
 
-def test_without_a_backbone_any_block_may_go() -> None:
-    for backbone in (True, False):
-        model = fresh(Constant(0.9, interval=1, drop_fraction=1.0), block=4, backbone=backbone)
-        train(model, torch.optim.SGD(model.parameters(), 1e-2), "none", batches(10))
-        rows_alive = all(bool(w.mask.any(1).all()) for w in sparsifier(model).weights.values())
-        assert rows_alive == backbone
-        assert all(bool(w.mask.any()) for w in sparsifier(model).weights.values())
+@pytest.mark.parametrize("guard", ["coverage", "backbone", "none"])
+def test_without_a_guard_any_block_may_go(guard: Guard) -> None:
+    model = fresh(Constant(0.9, interval=1, drop_fraction=1.0), block=4, guard=guard)
+    train(model, torch.optim.SGD(model.parameters(), 1e-2), "none", batches(10))
+    weights = sparsifier(model).weights.values()
+    for dim in (0, 1):
+        assert all(bool(w.mask.any(dim).all()) for w in weights) == (guard != "none")
+    assert all(bool(w.mask.any()) for w in weights)
+
+
+@pytest.mark.parametrize("guard", ["coverage", "backbone", "none"])
+def test_only_the_fixed_backbone_is_fixed(guard: Guard) -> None:
+    model = fresh(Constant(0.6, interval=1, drop_fraction=1.0), block=4, guard=guard)
+    weights = list(sparsifier(model).weights.values())
+    first = all(bool(w.mask[topology.backbone(w.grid.shape)].all()) for w in weights)
+    train(model, torch.optim.SGD(model.parameters(), 1e-2), "none", batches(10))
+    last = all(bool(w.mask[topology.backbone(w.grid.shape)].all()) for w in weights)
+    assert (first, last) == (guard != "none", guard == "backbone")
+
+
+def test_an_unknown_guard_is_refused() -> None:
+    with pytest.raises(SelectionError, match=r"coverage.*backbone.*none.*got True"):
+        sparsify(Blocks(), Constant(0.5), guard=True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("by_tensor", [False, True])

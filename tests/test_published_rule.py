@@ -41,7 +41,7 @@ def test_an_event_picks_what_the_published_rule_picks(
 ) -> None:
     schedule = Constant(sparsity, growth=growth, interval=1, drop_fraction=fraction)
     model = nn.Sequential(nn.Linear(cols, rows), nn.Linear(rows, 4))
-    sparsify(model, schedule, block=1, backbone=False, seed=seed)
+    sparsify(model, schedule, block=1, guard="none", seed=seed)
     own, generator = sparsifier(model), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # weights stay as given
     share = {"mixed": 0.75, "gradient": 1.0, "random": 0.0, "none": 0.0}[growth]

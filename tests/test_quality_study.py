@@ -168,7 +168,7 @@ def sparse_gpt() -> model.GPT:
     torch.manual_seed(0)
     gpt = model.GPT(model.Shape(64, 1, 2, 16))
     schedule = mst_compile.Constant(sparsity=0.8, growth="gradient", drop_fraction=0.9, interval=2, total_steps=8)
-    return mst_compile.sparsify(gpt, schedule, block=8, exclude="head", backbone=False)
+    return mst_compile.sparsify(gpt, schedule, block=8, exclude="head", guard="none")
 
 
 def train_step(gpt: model.GPT, optimizer: torch.optim.Optimizer, guard: Guard) -> None:

@@ -116,33 +116,53 @@ def test_update_mask(
     mask = topology.random_mask(spine, data.draw(st.integers(least, most)), topology.generator(1, 0, "w"))
     count = data.draw(st.integers(least, most))
     magnitude, gradient = distinct(rows, cols, data), distinct(rows, cols, data)
-    before = mask.clone(), spine.clone(), magnitude.clone(), gradient.clone()
+    safe = topology.coverage(mask, magnitude) if data.draw(st.booleans()) else spine
+    before = mask.clone(), safe.clone(), magnitude.clone(), gradient.clone()
 
     def event() -> Tensor:
         g = topology.generator(0, 7, "w")
         return topology.update_mask(
-            mask, spine, magnitude, gradient if with_gradient else None, count, drop_fraction, share, g
+            mask, safe, magnitude, gradient if with_gradient else None, count, drop_fraction, share, g
         )
 
     new = event()
     assert torch.equal(new, event())
-    assert all(torch.equal(a, b) for a, b in zip(before, (mask, spine, magnitude, gradient), strict=True))
-    assert int(new.sum()) == count
+    assert all(torch.equal(a, b) for a, b in zip(before, (mask, safe, magnitude, gradient), strict=True))
+    assert int(new.sum()) == max(count, int(safe.sum()))
     if count == most:
         return
 
-    active, backbone = blocks(mask), blocks(spine)
+    active, unharmed = blocks(mask), blocks(safe)
     to_drop = max(round(drop_fraction * len(active)), len(active) - count)
-    kept = active - set(sorted(active - backbone, key=lambda b: magnitude[b].item())[:to_drop])
-    grow = count - len(kept)
+    kept = active - set(sorted(active - unharmed, key=lambda b: magnitude[b].item())[:to_drop])
+    grow = max(0, count - len(kept))
     by_gradient = round(grow * share) if with_gradient else 0
     free = {(r, c) for r in range(rows) for c in range(cols)} - kept
     best = set(sorted(free, key=lambda b: -gradient[b].item())[:by_gradient])
 
     grown = blocks(new) - kept
-    assert backbone <= kept <= blocks(new)
+    assert unharmed <= kept <= blocks(new)
     assert best <= grown
     assert len(grown - best) == grow - by_gradient
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.floats(0, 1), st.data())
+def test_coverage(rows: int, cols: int, density: float, data: st.DataObject) -> None:
+    """The largest active block of each row and column, and no other; rows and columns may be empty."""
+    mask = torch.rand(rows, cols, generator=topology.generator(0, 0, str(data.draw(st.integers(0, 99))))) < density
+    magnitude = distinct(rows, cols, data)
+    expected = set()
+    for dim, count in ((0, rows), (1, cols)):
+        for i in range(count):
+            line = [b for b in blocks(mask) if b[dim] == i]
+            expected |= {max(line, key=lambda b: magnitude[b].item())} if line else set()
+    assert blocks(topology.coverage(mask, magnitude)) == expected
+
+
+def test_coverage_of_blocks_that_have_just_grown() -> None:
+    """They are zero, and all that a row may have."""
+    mask = torch.eye(5, dtype=torch.bool)
+    assert torch.equal(topology.coverage(mask, torch.zeros(5, 5)), mask)
 
 
 def test_three_of_four_grow_by_gradient() -> None:

@@ -90,7 +90,14 @@ def test_the_topology_event_is_the_rule(growth: Any) -> None:
             share = {"mixed": 0.75, "gradient": 1.0, "random": 0.0}[growth]
             generator = topology.generator(11, step, name)
             expected = topology.update_mask(
-                mask, weight.spine, size, slope, int(mask.sum()), schedule.drop_fraction, share, generator
+                mask,
+                topology.coverage(mask, size),
+                size,
+                slope,
+                int(mask.sum()),
+                schedule.drop_fraction,
+                share,
+                generator,
             )
             assert torch.equal(own.masks[name], expected)
         previous = {n: p.detach().clone() for n, p in parameters.items()}

@@ -160,7 +160,6 @@ AT_ONCE: dict[str, Any] = {
     "settle": 0.2,
 }
 START_80: dict[str, Any] = {"sparsity": 0.8, "initial_sparsity": 0.8, "warmup": 0, "growth": "none"}
-FREE_32: dict[str, Any] = {"block": 32, "backbone": False}
 FIRST_DENSER = (("blocks.0.*", 0.8, None),)
 
 CONFIGURATIONS: tuple[Config, ...] = (
@@ -184,13 +183,25 @@ CONFIGURATIONS: tuple[Config, ...] = (
     _config("dense-128", "dense, width 128", kind="dense", width=128, main=True),
     _config("mst-b16-free", "MST 90 %, B = 16, no backbone", block=16, backbone=False, main=True),
     _config("mst-b64-free", "MST 90 %, B = 64, no backbone", block=64, backbone=False, main=True),
-    # Other guards than the backbone.
-    _config("mst-b8-pair", "as mst-b8-free, one side of each pair kept", backbone=False, guard="pair", main=True),
-    _config("mst-b8-coverage", "as mst-b8-free, rows and columns kept", backbone=False, guard="coverage", main=True),
-    _config("mst-b8-revive", "as mst-b8-free, dead pairs revived", backbone=False, guard="revive", main=True),
-    _config("mst-b32-pair", "as mst-b32-free, one side of each pair kept", guard="pair", main=True, **FREE_32),
-    _config("mst-b32-coverage", "as mst-b32-free, rows and columns kept", guard="coverage", main=True, **FREE_32),
-    _config("mst-b32-revive", "as mst-b32-free, dead pairs revived", guard="revive", main=True, **FREE_32),
+    # Guards against dead units; B = 8 with a backbone is mst-b8.
+    *(
+        _config(
+            f"mst-b{block}-{guard}",
+            f"as mst-b{block}-free, {note}",
+            block=block,
+            backbone=False,
+            guard=guard,
+            main=True,
+        )
+        for guard, note, sizes in (
+            ("pair", "one side of each pair kept", (8, 32)),
+            ("coverage", "a block of each row and column kept", (8, 16, 32, 64)),
+            ("revive", "dead pairs revived", (8, 32)),
+            ("backbone", "wrapped diagonal kept", (16, 32, 64)),
+        )
+        for block in sizes
+    ),
+    _static("rigl-b8-coverage", "RigL 80 %, B = 8, coverage", growth="gradient", guard="coverage", main=True),
     _config("dense-short", "dense, fewer steps: MST's FLOPs", kind="dense", length="match", main=True),
     _config("early", "restoration ramp early", restoration_ramp="early", main=True),
     _config("start-sparse", "starts sparse, no warm-up", initial_sparsity=0.9, warmup=0),
@@ -238,6 +249,14 @@ CONFIGURATIONS: tuple[Config, ...] = (
         "start-80, drop 10 %, every 96 steps",
         drop_fraction=0.1,
         interval=96,
+        **START_80 | {"growth": "mixed"},
+    ),
+    _config(
+        "start-80-regrow-coverage",
+        "start-80, drop 10 %, every 96 steps, coverage",
+        drop_fraction=0.1,
+        interval=96,
+        guard="coverage",
         **START_80 | {"growth": "mixed"},
     ),
     _config("start-80-uniform", "start-80, the same density in every layer", distribution="uniform", **START_80),

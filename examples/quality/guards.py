@@ -1,4 +1,5 @@
-"""Guards against dead units for masks without a backbone, as trials: none of them is part of the library.
+"""Guards against dead units: trials of what is not part of the library, and the library's own on blocks so coarse that
+``sparsify`` would take finer ones.
 
 A pair is what one block of hidden units hangs on: a block row of the weight that makes them and the matching block
 column of the weight that reads them (up and down, value and output), or block rows of queries and keys. Where both
@@ -16,10 +17,11 @@ from torch import Tensor
 
 import mst_compile
 from mst_compile import SparseWeight
+from mst_compile.topology import backbone
 
 from .model import GPT, Block
 
-Form = Literal["none", "pair", "coverage", "revive"]
+Form = Literal["none", "backbone", "pair", "coverage", "revive"]
 
 
 @dataclass(frozen=True)
@@ -55,37 +57,35 @@ class Guard:
     """Keeps pairs alive, or revives them, at the topology events of a model.
 
     Args:
-        form: ``"pair"`` never drops the largest block of the two sides of a pair; ``"coverage"`` never drops the
-            largest block of any block row and column of any weight; ``"revive"`` gives a pair that died new random
-            weights in the active blocks of its first side; the other stays zero, so what the model computes does not
-            change, but the other has a gradient again.
+        form: ``"coverage"`` and ``"backbone"`` are the library's, see ``mst_compile.sparsify``; ``"pair"`` never drops
+            the largest block of the two sides of a pair; ``"revive"`` gives a pair that died new random weights in the
+            active blocks of its first side; the other stays zero, so what the model computes does not change, but the
+            other has a gradient again.
     """
 
     def __init__(self, model: GPT, form: Form) -> None:
         self.model, self.form = model, form
         self.sparsifier = mst_compile.sparsifier(model) if form != "none" else None
         self._generator = torch.Generator().manual_seed(0)
+        for weight in self.sparsifier.weights.values() if self.sparsifier is not None else ():
+            if form == "backbone":
+                weight.spine.copy_(backbone(weight.grid.shape))
+            elif form == "coverage":
+                weight.guard = "coverage"
 
     def before_step(self) -> None:
         """Before an optimizer step that a topology event follows: say which blocks it must not drop."""
         own = self.sparsifier
-        if own is None or self.form == "revive" or not own.schedule.is_topology_event(own.step_count + 1):
+        if own is None or self.form != "pair" or not own.schedule.is_topology_event(own.step_count + 1):
             return
         for weight in own.weights.values():
             weight.spine.zero_()
-        if self.form == "pair":
-            for one, other in self.pairs():
-                both = torch.cat([one.magnitude, other.magnitude], 1)
-                best, place = both.max(1)
-                for side, shift in ((one, 0), (other, one.mask.shape[1])):
-                    here = (best > 0) & (place >= shift) & (place < shift + side.mask.shape[1])
-                    side.spine[here, place[here] - shift] = True
-            return
-        for weight, parameter in own.parameters():
-            everything = Side(weight, parameter, weight.mask, weight.spine)
-            for dim in (0, 1):
-                best, place = everything.magnitude.max(dim, keepdim=True)
-                weight.spine |= torch.zeros_like(weight.spine).scatter_(dim, place, best >= 0)
+        for one, other in self.pairs():
+            both = torch.cat([one.magnitude, other.magnitude], 1)
+            best, place = both.max(1)
+            for side, shift in ((one, 0), (other, one.mask.shape[1])):
+                here = (best > 0) & (place >= shift) & (place < shift + side.mask.shape[1])
+                side.spine[here, place[here] - shift] = True
 
     @torch.no_grad()
     def after_step(self) -> None:

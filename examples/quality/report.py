@@ -24,6 +24,15 @@ FAMILIES: dict[str, dict[int, str]] = {
     "MST 90 %, backbone": {1: "mst-b1", 4: "mst-b4", 8: "mst-b8"},
     "MST 90 %, no backbone": {8: "mst-b8-free", 16: "mst-b16-free", 32: "mst-b32-free", 64: "mst-b64-free"},
 }
+# Labels and endings of the names of their runs.
+GUARDS = (
+    ("none", "free"),
+    ("one side of each pair kept", "pair"),
+    ("one block of each row and column kept", "coverage"),
+    ("dead pairs revived", "revive"),
+    ("backbone", ""),
+    ("backbone", "backbone"),
+)
 DEFAULT = "start-80"  # what MixedSparsity does unless told otherwise
 AROUND_DEFAULT = {c.name for c in CONFIGURATIONS if c.name.startswith(("start-", "at-once-")) and c.length == "full"}
 LONGER = {
@@ -35,7 +44,7 @@ LONGER = {
 }
 SKELETON = "# Quality\n\n" + "\n\n".join(
     f"<!-- study:{name} -->\n<!-- end -->"
-    for name in ("setup", "table", "noise", "blocks", "default", "remedies", "longer", "spikes")
+    for name in ("setup", "table", "noise", "blocks", "guards", "default", "remedies", "longer", "spikes")
 )
 
 
@@ -140,6 +149,28 @@ def blocks(results: Results) -> str:
     return "\n".join([*lines, "", *said])
 
 
+def guards(results: Results) -> str:
+    """What keeps hidden units alive, and what that does to the loss."""
+    lines = [
+        "| guard | B | loss | against none | | FLOPs | against dense of equal FLOPs | lowest density | non-zero "
+        "| dead |",
+        "|---|" + "---|" * 9,
+    ]
+    for block in BLOCKS:
+        for label, ending in GUARDS:
+            name, none = f"mst-b{block}" + f"-{ending}" * bool(ending), f"mst-b{block}-free"
+            if not results.of(name) or not results.of(none):
+                continue
+            verdict, gap = results.compare(name, none), results.gap(name)
+            cells = [label, str(block), f"{results.loss(name):.3f}"]
+            cells += ["", ""] if name == none else [f"{verdict.difference:+.3f}", verdict.word]
+            cells += [f"{results.mean(name, 'flops_relative'):.2f}", "" if gap is None else f"{gap:+.3f}"]
+            cells += [f"{results.mean(name, 'density_min'):.2f}", f"{results.mean(name, 'nonzero'):.3f}"]
+            cells += [f"{100 * results.mean(name, 'dead_hidden'):.0f} %"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def remedies(results: Results) -> str:
     """Every variant of the base, against it and against dense models of equal FLOPs."""
     names = [c.name for c in CONFIGURATIONS if c.kind != "dense" and c.length == "full"]
@@ -218,6 +249,7 @@ PARTS: dict[str, Callable[[Results], str]] = {
     "table": table,
     "noise": noise,
     "blocks": blocks,
+    "guards": guards,
     "remedies": remedies,
     "default": default,
     "longer": longer,

@@ -115,7 +115,7 @@ def make_sparse(model: GPT, config: Config, study: Study, seed: int) -> None:
         block=config.block,
         exclude="head",
         overrides=overrides_of(config),
-        backbone=config.backbone,
+        guard="backbone" if config.backbone else "none",
         rescale=config.rescale,
         seed=seed,
     )
