@@ -120,7 +120,8 @@ def forecast(
     """Training FLOPs, and if it can run the model the time, of a whole run by phase. Nothing is changed.
 
     Counted are matrix products, forward and backward, 2 FLOPs a multiply-add: exactly, block by block and event by
-    event, for sparse weights (only ragged edges are taken at their mean), each used once a token; for the rest what
+    event, for sparse weights (only ragged edges are taken at their mean, and a guard may keep some blocks more on grids
+    too coarse for the density), each used once a token; for the rest what
     ``torch.utils.flop_counter`` counts in one dense pass of ``loss``, or without ``loss`` the other linear layers
     alone. FLOPs of attention are counted in full, also where the schedule gives it a pattern; its time is not. Steps
     at densities so near 1 that the backend runs dense products count by their masks all the same.
