@@ -22,6 +22,7 @@ BLOCKS = (1, 4, 8, 16, 32, 64)
 FAMILIES: dict[str, dict[int, str]] = {
     "static 80 %": {1: "static-b1", 4: "static-b4", 8: "static-b8", 16: "static-b16", 32: "static-b32-free"},
     "MST 90 %, backbone": {1: "mst-b1", 4: "mst-b4", 8: "mst-b8"},
+    "MST 90 %, coverage": {n: f"mst-b{n}-coverage" for n in (8, 16, 32, 64)},
     "MST 90 %, no backbone": {8: "mst-b8-free", 16: "mst-b16-free", 32: "mst-b32-free", 64: "mst-b64-free"},
 }
 # Labels and endings of the names of their runs.
@@ -168,7 +169,13 @@ def guards(results: Results) -> str:
             cells += [f"{results.mean(name, 'density_min'):.2f}", f"{results.mean(name, 'nonzero'):.3f}"]
             cells += [f"{100 * results.mean(name, 'dead_hidden'):.0f} %"]
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    said = []
+    for block in BLOCKS:
+        rivals = [n for n in (f"mst-b{block}", f"mst-b{block}-backbone") if results.of(n)]
+        if rivals and results.of(f"mst-b{block}-coverage"):
+            verdict = results.compare(f"mst-b{block}-coverage", rivals[-1])
+            said.append(f"B = {block} {verdict.difference:+.3f} ({verdict.word})")
+    return "\n".join([*lines, "", f"Rows and columns kept, against the backbone: {', '.join(said)}."])
 
 
 def remedies(results: Results) -> str:
