@@ -60,7 +60,7 @@ def main() -> None:
 
     before = ask()
     print(before)
-    meter = Meter(model, per_step, rest=before.rest)
+    meter = Meter(model, per_step, rest=before.rest, attention_saved=before.attention_saved)
     seconds = train(model, optimizer, lambda: compiled(draw()), meter, args.steps)
     report(args, before, meter, seconds, robust_sum(model, before, seconds), ask())
 

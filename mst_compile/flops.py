@@ -21,7 +21,7 @@ from . import attention_op, ops  # noqa: F401  (registers torch.ops.mst)
 from .api import sparsifier
 from .blockindex import DENSE_GRAD, BlockGrid, read_mask
 from .errors import NotSparseError
-from .patterns import allowed
+from .patterns import allowed, pairs
 from .selection import _is_linear
 from .sparsifier import Sparsifier
 from .weights import SparseWeight
@@ -58,10 +58,11 @@ class Meter:
     """Adds up the training FLOPs of a run, step by step, from the masks as they are.
 
     What lies outside the masks does not count, also where the backend runs a dense product because little does.
+    Attention counts as in :func:`mst_compile.forecast`.
 
     Call :meth:`step` once before each training step's forward pass::
 
-        meter = Meter(model, tokens_per_step=8 * 1024, rest=forecast.rest)
+        meter = Meter(model, 8 * 1024, rest=forecast.rest, attention_saved=forecast.attention_saved)
         for batch in loader:
             meter.step()
             ...
@@ -72,16 +73,20 @@ class Meter:
         tokens_per_step: tokens of one optimizer step.
         rest: FLOPs of a step in everything but the products with sparse weights; default the other linear layers'
             (:func:`dense_linear_training`), which leaves attention out.
+        attention_saved: FLOPs that a step saves while the schedule gives attention a pattern.
 
     Attributes:
         flops: so far; may be set, as when a run is resumed.
         steps: number of calls of :meth:`step`.
     """
 
-    def __init__(self, model: nn.Module, tokens_per_step: int, rest: float | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, tokens_per_step: int, rest: float | None = None, attention_saved: float = 0.0
+    ) -> None:
         self._sparsifier = sparsifier_of(model)
         self.tokens_per_step = tokens_per_step
         self.rest = float(tokens_per_step * dense_linear_training(model)) if rest is None else rest
+        self.attention_saved = attention_saved
         self.flops = 0.0
         self.steps = 0
 
@@ -90,6 +95,8 @@ class Meter:
         weights = [] if self._sparsifier is None else list(self._sparsifier.weights.values())
         self.flops += self.tokens_per_step * sum(linear_training(w, dense_grad=w.dense_grad) for w in weights)
         self.flops += self.rest
+        if self._sparsifier is not None and self._sparsifier.attention.pattern != "full":
+            self.flops -= self.attention_saved
         self.steps += 1
 
 
@@ -171,7 +178,9 @@ def _pairs(q: Tensor, blocks: Tensor | None, pattern: str, window: int, stride: 
     """Query-key pairs that a pattern allows in one head; all causal ones where its blocks have no data."""
     if blocks is not None and _without_data(blocks):
         pattern, blocks = "full", None
-    return int(allowed(pattern, int(q.shape[2]), window, stride, blocks).sum())
+    if pattern == "blocks":
+        return int(allowed(pattern, int(q.shape[2]), window, stride, blocks).sum())
+    return pairs(pattern, int(q.shape[2]), window, stride)
 
 
 @register_flop_formula(torch.ops.mst.attention, get_raw=True)

@@ -25,12 +25,13 @@ from .topology import active_count
 STEPS, TOKENS, ACTIVE, GRADIENT, REST = sympy.symbols("steps tokens active gradient rest", nonnegative=True)
 SPARSE, DENSE, PATTERN, EVENTS = sympy.symbols("sparse_steps dense_steps pattern_steps events", nonnegative=True)
 SPARSE_ACTIVE, SPARSE_MORE = sympy.symbols("sparse_active sparse_more", nonnegative=True)
+ATTENTION_SAVED = sympy.Symbol("attention_saved", nonnegative=True)
 FIXED, PER_ELEMENT, PER_GRADIENT, DENSE_STEP, OPTIMIZER, EVENT, ATTENTION = sympy.symbols(
     "t_fixed t_element t_gradient t_dense t_optimizer t_event t_attention", real=True
 )
 # ``active`` and ``gradient`` are means over the steps of a phase; ``sparse_*`` over those that run sparse products.
-# A pattern saves ``t_attention`` of a step.
-FLOPS = STEPS * (TOKENS * (4 * ACTIVE + 2 * GRADIENT) + REST)
+# A pattern saves ``attention_saved`` FLOPs and ``t_attention`` seconds of a step.
+FLOPS = STEPS * (TOKENS * (4 * ACTIVE + 2 * GRADIENT) + REST) - PATTERN * ATTENTION_SAVED
 SECONDS = (
     SPARSE * (FIXED + PER_ELEMENT * SPARSE_ACTIVE + PER_GRADIENT * SPARSE_MORE)
     + DENSE * DENSE_STEP
@@ -67,13 +68,15 @@ class Forecast:
 
     Attributes:
         phases: in the order of the run.
-        rest: FLOPs of a step in everything but products with sparse weights.
+        rest: FLOPs of a step in everything but products with sparse weights, attention in full.
+        attention_saved: FLOPs that a step saves while the schedule gives attention a pattern; 0 if unknown.
         rates: what was measured, or None.
         expressions: ``"flops"`` and ``"seconds"`` of a phase as sympy expressions.
     """
 
     phases: list[Phase]
     rest: float
+    attention_saved: float
     rates: Rates | None
     expressions: dict[str, sympy.Expr]
 
@@ -123,8 +126,10 @@ def forecast(
     event, for sparse weights (only ragged edges are taken at their mean, and a guard may keep some blocks more on grids
     too coarse for the density), each used once a token; for the rest what
     ``torch.utils.flop_counter`` counts in one dense pass of ``loss``, or without ``loss`` the other linear layers
-    alone. FLOPs of attention are counted in full, also where the schedule gives it a pattern; its time is not. Steps
-    at densities so near 1 that the backend runs dense products count by their masks all the same.
+    alone. Attention counts as if no pair of query and key were masked; one that the schedule gives a pattern as the
+    share of the causal pairs that it keeps, where ``loss`` runs the compiled model and so shows which ones the graph
+    pass understood. Steps at densities so near 1 that the backend runs dense products count by their masks all the
+    same.
 
     Args:
         model: sparsified, or a plain one with a ``schedule``.
@@ -157,7 +162,8 @@ def forecast(
     steps = math.ceil(tokens / tokens_per_step)
     line = timeline(own, steps)
     phases = [_phase(own, line, *phase, tokens_per_step, rest, rates) for phase in _phases(own.schedule, steps)]
-    return Forecast(phases, rest, rates, {"flops": FLOPS, "seconds": SECONDS})
+    saved = 0.0 if rates is None else rates.attention_flops
+    return Forecast(phases, rest, saved, rates, {"flops": FLOPS, "seconds": SECONDS})
 
 
 def _sparse(model: nn.Module, schedule: Schedule | None, options: dict[str, Any]) -> tuple[nn.Module, Sparsifier]:
@@ -264,6 +270,7 @@ def _phase(
         STEPS: float(steps),
         TOKENS: float(tokens),
         REST: rest,
+        ATTENTION_SAVED: 0.0 if rates is None else rates.attention_flops,
         ACTIVE: _mean(active),
         GRADIENT: _mean(gradient),
         SPARSE: float(sparse.sum()),

@@ -53,3 +53,21 @@ def allowed(
     if pattern == "blocks" and blocks is not None:
         return causal & blocks.to(device=device, dtype=torch.bool)[query // stride, key // stride]
     raise ValueError(f"pattern {pattern!r} is none of {', '.join(PATTERNS)}, or its blocks are missing")
+
+
+def pairs(pattern: str, length: int, window: int, stride: int) -> int:
+    """Number of query-key pairs that a pattern allows among ``length`` positions: the sum of :func:`allowed`, without
+    forming it. Not for ``"blocks"``, where it depends on the data."""
+    query = torch.arange(length)
+    far = query // stride + 1  # keys at a distance that ``stride`` divides
+    near = (query + 1).clamp(max=window)
+    keys = {
+        "full": query + 1,
+        "local": near,
+        "strided": far,
+        "sparse": near + far - far.clamp(max=(window - 1) // stride + 1),
+        "fixed": query % stride + 1 + query // stride,
+    }
+    if pattern not in keys:
+        raise ValueError(f"pattern {pattern!r} is none of {', '.join(keys)}")
+    return int(keys[pattern].sum())

@@ -35,6 +35,7 @@ class Rates:
 
     Attributes:
         optimizer: seconds of an optimizer step. event: seconds of a topology event.
+        attention_flops: FLOPs that the pattern saves of a pass, see :func:`mst_compile.forecast`.
     """
 
     fixed: float
@@ -45,6 +46,7 @@ class Rates:
     optimizer: float
     event: float
     attention: float = 0.0
+    attention_flops: float = 0.0
 
 
 def measure(
@@ -69,13 +71,15 @@ def measure(
     points, threshold = _points(model)
     times: dict[str, list[float]] = {name: [] for name in points}
     active: dict[str, int] = {}
+    saved = 0.0  # in the points with full attention nothing is
     twin, steps = None if optimizer is None else _copy(optimizer), list[float]()
     with kept(model):
         for turn in range(rounds + 1):  # the first compiles
             for name, (sparsity, dense_grad, pattern) in points.items():
                 active[name] = _set_masks(model, sparsity, dense_grad)
-                own.attention.pattern = pattern
+                own.attention.pattern, own.attention.saved = pattern, 0.0
                 seconds = _pass(model, loss)
+                saved = max(saved, own.attention.saved)
                 if turn:
                     times[name].append(seconds)
                 if twin is not None:
@@ -95,6 +99,7 @@ def measure(
         _median(steps[len(points) :]) if steps else 0.0,
         event,
         median["top"] - median.get("pattern", median["top"]),
+        saved,
     )
 
 
@@ -141,7 +146,7 @@ def kept(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
                     holder[name] = buffer
             if own is not None and pattern is not None:
-                own.attention.pattern = pattern
+                own.attention.pattern, own.attention.saved = pattern, None
 
 
 @contextmanager

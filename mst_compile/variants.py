@@ -23,6 +23,7 @@ from .passes.attention import AttentionPass
 from .passes.coverage import note_attention, warn_unmatched
 from .passes.evaluate import Constant
 from .passes.linear import LinearPass, fake_index, value
+from .passes.sizes import Sizes
 from .weights import SparseWeight
 
 Kind = tuple[bool, str]  # whether products are sparse, and the attention pattern
@@ -87,6 +88,8 @@ class Variants:
         self._compile_context = torch._guards.CompileContext.try_get()
         # Masks in buffers that variants with sparse attention rely on, by their kind.
         self._constants: dict[Kind, list[Constant]] = {}
+        self._queries: dict[Kind, list[tuple[Any, ...]]] = {}  # shapes in attentions that have a pattern
+        self._sizes = Sizes(graph_module)
         indices = self._indices(example_inputs)
         first = indices is not None, self._pattern(example_inputs)
         late = self._fakes(example_inputs)
@@ -105,6 +108,7 @@ class Variants:
         out = run(*inputs)
         if torch.is_grad_enabled():
             self._guard_backward(args, out)
+            self._count_attention(args, kind)
         return out
 
     def _indices(self, args: Sequence[Any]) -> list[Tensor] | None:
@@ -161,6 +165,13 @@ class Variants:
 
         node.register_prehook(check)
 
+    def _count_attention(self, args: Sequence[Any], kind: Kind) -> None:
+        """Tell what the pattern saves in this pass, if someone counts."""
+        weight = getattr(args[self._managed[0]], "_mst_weight", None)
+        if weight is not None and weight.attention.saved is not None:
+            for query in self._queries.get(kind, ()):
+                weight.attention.count(self._sizes.of(query, args))
+
     def _set_threshold(self) -> None:
         """Look the crossover up: before compiling an estimate, after it what tuning measured."""
         grids = [self._found[i].grid for i, _ in self._slots]
@@ -200,6 +211,7 @@ class Variants:
         )
         sites = attention.run(graph_module, inputs)
         self._constants[kind] = attention.constants
+        self._queries[kind] = [site.query for site in sites if site.replaced]
         note_attention(state, sites)
         return any(site.replaced for site in sites)
 

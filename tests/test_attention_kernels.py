@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mst_compile import attention_op
-from mst_compile.patterns import PATTERNS, allowed
+from mst_compile.patterns import PATTERNS, allowed, pairs
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.why_unavailable()}")
 
@@ -302,6 +302,11 @@ def test_same_bits_whatever_the_threads(pattern: str, heads: tuple[int, int]) ->
     for run in runs[1:]:
         for name, value in run.items():
             assert torch.equal(value, runs[0][name]), name
+
+
+@given(st.sampled_from([p for p in PATTERNS if p != "blocks"]), *[st.integers(1, 40)] * 3)
+def test_pairs_are_counted_without_the_mask(pattern: str, length: int, window: int, stride: int) -> None:
+    assert pairs(pattern, length, window, stride) == int(allowed(pattern, length, window, stride).sum())
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

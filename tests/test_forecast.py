@@ -18,6 +18,7 @@ from mst_compile import Constant, MixedSparsity, Override, sparsifier, sparsify
 from mst_compile.errors import ForecastError
 from mst_compile.flops import CompiledFlopCounter, Meter
 from mst_compile.forecast import SPARSE, timeline
+from mst_compile.patterns import allowed
 from mst_compile.rates import Rates, measure
 from mst_compile.schedule import Schedule
 
@@ -95,6 +96,56 @@ def test_the_rest_is_what_pytorch_counts() -> None:
     assert found.rest == 6 * 24 * 320 + attention - 2 * 24 * 32 * 96
     without = mst_compile.forecast(model, tokens=240, tokens_per_step=24)
     assert without.rest == 6 * 24 * 320
+
+
+class AttendingTwice(Attending):
+    """On whatever batch and length, and a second time on every other position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, 1, 32)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+        z = nn.functional.scaled_dot_product_attention(*qkv[..., ::2, :], is_causal=True)
+        return self.head(self.out((y[..., ::2, :] + z).transpose(1, 2).flatten(2))).square().mean()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_pattern_saves_the_share_of_the_causal_pairs_that_it_leaves_out(dynamic: bool) -> None:
+    """In a step of two batches of different size, one of them of half the length; the run adds up to the forecast."""
+    schedule = MixedSparsity.published(STEPS, 0.8, attention="local", stride=4, interval=3)
+    model = sparsify(AttendingTwice(), schedule, exclude="head")
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="mst", options={"mst.inner": "eager"}, dynamic=dynamic)
+    inputs = torch.randn(2, 12, 32), torch.randn(3, 24, 32)
+
+    def loss(run: Any) -> Tensor:
+        with torch.no_grad():
+            run(inputs[0])  # a pass that trains nothing: its attention saves nothing of a training step
+        return run(inputs[0]) + run(inputs[1])
+
+    options: dict[str, Any] = {"tokens": STEPS * 96, "tokens_per_step": 96}
+    found = mst_compile.forecast(model, **options, loss=lambda: loss(run))
+    by_hand = 0.0
+    for batch, length in ((2, 12), (2, 6), (3, 24), (3, 12)):
+        mask = allowed("local", length, 4, 4)
+        share = 1 - int(mask.sum()) / (length * (length + 1) / 2)
+        by_hand += 12 * batch * 32 * length * length * share
+    assert found.attention_saved == pytest.approx(by_hand)
+    assert sparsifier(model).attention.saved is None
+    full = mst_compile.forecast(model, **options, loss=lambda: loss(model))
+    assert full.attention_saved == 0.0  # in eager mode attention stays full
+    assert full.rest == found.rest
+    steps = sum(schedule.attention_at(t) != "full" for t in range(STEPS))
+    assert 0 < steps < STEPS
+    assert found.flops == pytest.approx(full.flops - steps * by_hand)
+    assert found.dense_flops == full.dense_flops
+    meter = Meter(model, 96, rest=found.rest, attention_saved=found.attention_saved)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        meter.step()
+        model(inputs[0]).backward()
+        optimizer.step()
+    assert found.flops == pytest.approx(meter.flops, rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["eager", "aot_eager"])
@@ -204,7 +255,8 @@ def test_phases_are_the_schedules() -> None:
 def test_numbers_are_the_expressions_values() -> None:
     found = mst_compile.forecast(Blocks(), MixedSparsity(50), tokens=400, tokens_per_step=8)
     flops = found.expressions["flops"]
-    assert {s.name for s in flops.free_symbols} == {"steps", "tokens", "active", "gradient", "rest"}
+    symbols = {"steps", "tokens", "active", "gradient", "rest", "pattern_steps", "attention_saved"}
+    assert {s.name for s in flops.free_symbols} == symbols
     assert found.flops == pytest.approx(sum(float(flops.subs(p.values)) for p in found.phases))
 
 

@@ -92,6 +92,7 @@ class Site:
         causal: whether it is causal self-attention that the pass understands.
         replaced: whether it runs on ``mst::attention`` now.
         reason: why not, else empty.
+        query: if replaced, shape of the queries ``[..., length, head size]``; sizes may be symbolic.
     """
 
     where: str
@@ -99,6 +100,7 @@ class Site:
     causal: bool
     replaced: bool
     reason: str
+    query: tuple[Any, ...] = ()
 
 
 class AttentionPass:
@@ -171,10 +173,10 @@ class AttentionPass:
         self._visit(body, Evaluator(body, outer=(evaluator, sources)))
         self._known.clear()
 
-    def _note(self, node: fx.Node, form: str, reason: str | None, causal: bool, replaced: bool = False) -> None:
+    def _note(self, node: fx.Node, form: str, reason: str | None, causal: bool, query: tuple[Any, ...] = ()) -> None:
         stack = node.meta.get("nn_module_stack")
         where = next(reversed(stack.values()))[0] if stack else ""
-        self.sites.append(Site(where, form, causal, replaced, reason or ""))
+        self.sites.append(Site(where, form, causal, bool(query), reason or "", query))
 
     def _why_not(self, found: Attention) -> str | None:
         reason = why_not(found)
@@ -221,7 +223,8 @@ class AttentionPass:
         causal = reason is None
         if causal and not self.rewrites:
             reason = "the pattern is full"
-        self._note(found.out, found.form, reason, causal, replaced=reason is None)
+        query = () if reason is not None else tuple(value(found.q).shape)
+        self._note(found.out, found.form, reason, causal, query)
         if reason is None:
             found.padding = self._inside(found)
             replace(found, self.settings, evaluator, self.fake_mode)
