@@ -263,11 +263,51 @@ CONFIGURATIONS: tuple[Config, ...] = (
     _config("start-70", "start-80 at 70 %", **START_80 | {"sparsity": 0.7, "initial_sparsity": 0.7}, main=True),
     _config("start-90", "start-80 at 90 %", **START_80 | {"sparsity": 0.9, "initial_sparsity": 0.9}, main=True),
     # Three times as long.
-    _config("dense-long", "dense, three times as long", kind="dense", length=3),
-    _config("dense-152-long", "dense, width 152, three times as long", kind="dense", width=152, length=3),
-    _config("start-80-long", "80 % from the start, no drop-and-grow, three times as long", length=3, **START_80),
-    _static("static-b8-long", "static 80 %, B = 8, three times as long", length=3),
-    _config("mst-b8-long", "MST 90 %, B = 8, three times as long", length=3),
+    _config("dense-long", "dense, three times as long", kind="dense", length=3, main=True),
+    _config("dense-152-long", "dense, width 152, three times as long", kind="dense", width=152, length=3, main=True),
+    _config("dense-128-long", "dense, width 128, three times as long", kind="dense", width=128, length=3, main=True),
+    _config(
+        "start-80-long", "80 % from the start, no drop-and-grow, three times as long", length=3, **START_80, main=True
+    ),
+    _static("static-b8-long", "static 80 %, B = 8, three times as long", length=3, main=True),
+    _config("mst-b8-long", "MST 90 %, B = 8, three times as long", length=3, main=True),
+    _config(
+        "start-80-b4-long",
+        "start-80, B = 4, three times as long",
+        block=4,
+        length=3,
+        **START_80,
+        main=True,
+    ),
+    _config(
+        "start-70-long",
+        "start-80 at 70 %, three times as long",
+        length=3,
+        **START_80 | {"sparsity": 0.7, "initial_sparsity": 0.7},
+        main=True,
+    ),
+    _config(
+        "start-80-restore-30-long",
+        "start-80, restoration over 30 %, three times as long",
+        restoration=0.3,
+        length=3,
+        **START_80,
+        main=True,
+    ),
+    # Whether the rate that suits the short runs suits the long ones.
+    *(
+        _config(
+            f"{name}-long-rate-half",
+            f"{note}, three times as long, half the learning rate",
+            learning_rate=0.5,
+            length=3,
+            **settings,
+        )
+        for name, note, settings in (
+            ("dense-152", "dense, width 152", {"kind": "dense", "width": 152}),
+            ("start-80", "start-80", START_80),
+        )
+    ),
     _static("static-b8-hidden-double", "static 80 %, B = 8, twice the rate of hidden weights", hidden_rate=2.0),
     _config("mst-b8-hidden-double", "twice the rate of hidden weights", hidden_rate=2.0),
     _static("set-b8", "SET 80 %, B = 8", growth="random"),
