@@ -48,8 +48,8 @@ class MixedSparsity:
 
     Sparsity rises from ``initial_sparsity`` along the cubic ``s_f + (s_i - s_f)(1 - t/T)**3`` over the warm-up, stays
     at ``sparsity``, and falls back to 0 along the mirrored cubic. By default it starts sparse, at 80 %, and keeps its
-    first masks until weights return: of what ends dense that was the best use of FLOPs in our study, where a narrower
-    dense model caught up in longer runs (docs/quality.md).
+    first masks until weights return: of what ends dense that was the best use of FLOPs in the short runs of our study;
+    in longer ones 70 % was (docs/quality.md).
     :meth:`published` has the paper's choices. The last topology event lands on sparsity 0
     exactly; for the ``settle`` steps after it the model is dense.
 

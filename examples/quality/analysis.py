@@ -113,13 +113,17 @@ class Results:
                 return y0 + share * (y1 - y0)
         return None
 
-    def gap(self, name: str) -> float | None:
-        """Loss of a configuration less that of a dense model of equal FLOPs and as many steps, over the seeds where
-        that is known."""
+    def gaps(self, name: str) -> list[float]:
+        """Loss of a configuration less that of a dense model of equal FLOPs and as many steps, of each seed where that
+        is known."""
         length = _length(name)
         length = "full" if length == "match" else length
         pairs = [(r["val_loss"], self.dense_loss(r["flops_relative"], r["seed"], length)) for r in self.of(name)]
-        known = [loss - dense for loss, dense in pairs if dense is not None]
+        return [loss - dense for loss, dense in pairs if dense is not None]
+
+    def gap(self, name: str) -> float | None:
+        """Mean of :meth:`gaps`."""
+        known = self.gaps(name)
         return statistics.fmean(known) if known else None
 
 

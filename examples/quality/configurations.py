@@ -279,12 +279,15 @@ CONFIGURATIONS: tuple[Config, ...] = (
         **START_80,
         main=True,
     ),
-    _config(
-        "start-70-long",
-        "start-80 at 70 %, three times as long",
-        length=3,
-        **START_80 | {"sparsity": 0.7, "initial_sparsity": 0.7},
-        main=True,
+    *(
+        _config(
+            f"start-{percent}-long",
+            f"start-80 at {percent} %, three times as long",
+            length=3,
+            **START_80 | {"sparsity": percent / 100, "initial_sparsity": percent / 100},
+            main=True,
+        )
+        for percent in (70, 60)
     ),
     _config(
         "start-80-restore-30-long",

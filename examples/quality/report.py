@@ -39,10 +39,16 @@ AROUND_DEFAULT = {c.name for c in CONFIGURATIONS if c.name.startswith(("start-",
 LONGER = {
     "dense": "dense-long",
     "dense-small": "dense-152-long",
+    "dense-128": "dense-128-long",
     "start-80": "start-80-long",
+    "start-80-b4": "start-80-b4-long",
+    "start-80-restore-30": "start-80-restore-30-long",
+    "start-70": "start-70-long",
+    "": "start-60-long",  # has no short one
     "static-b8": "static-b8-long",
     "mst-b8": "mst-b8-long",
 }
+RATES = {"dense-152-long": "dense-152-long-rate-half", "start-80-long": "start-80-long-rate-half"}
 SKELETON = "# Quality\n\n" + "\n\n".join(
     f"<!-- study:{name} -->\n<!-- end -->"
     for name in ("setup", "table", "noise", "blocks", "guards", "default", "remedies", "longer", "spikes")
@@ -209,24 +215,25 @@ def _against(results: Results, base: str, names: Sequence[str]) -> str:
 def longer(results: Results) -> str:
     """What three times the training does to the distance from the dense model."""
     lines = [
-        "| | FLOPs of dense | loss | less dense | loss, three times as long | less dense | less dense of equal FLOPs |",
-        "|---|---|---|---|---|---|---|",
+        "| | FLOPs of dense | loss | less dense | loss, three times as long | less dense | less dense of equal FLOPs "
+        "| each seed |",
+        "|---|" + "---|" * 7,
     ]
     for name, long in LONGER.items():
-        if not results.of(name) or not results.of(long):
+        if not results.of(long):
             continue
-        seeds = {r["seed"] for r in results.of(long)}
-        pairs = [(n, [r["val_loss"] for r in results.of(n) if r["seed"] in seeds]) for n in (name, long)]
         cells = []
-        for (own, losses), dense in zip(pairs, ("dense", LONGER["dense"]), strict=True):
-            away = "" if own == dense else f"{results.compare(own, dense).difference:+.3f}"
-            cells += [f"{statistics.fmean(losses):.3f}", away]
-        note = next(c.note for c in CONFIGURATIONS if c.name == name)
-        gap = None if long in results.frontier_names else results.gap(long)
-        cells.append("" if gap is None else f"{gap:+.3f}")
+        for own, dense in ((name, "dense"), (long, LONGER["dense"])):
+            away = "" if own == dense or not results.of(own) else f"{results.compare(own, dense).difference:+.3f}"
+            cells += [f"{results.loss(own):.3f}" if results.of(own) else "", away]
+        gaps = [] if long in results.frontier_names else results.gaps(long)
+        cells += [f"{statistics.fmean(gaps):+.3f}" if gaps else "", ", ".join(f"{gap:+.3f}" for gap in gaps)]
+        note = next(c.note for c in CONFIGURATIONS if c.name == (name or long))
         share = results.mean(long, "flops_relative") / results.mean(LONGER["dense"], "flops_relative")
         lines.append(f"| {note} | {share:.2f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    verdicts = [results.compare(half, full) for full, half in RATES.items() if results.of(half) and results.of(full)]
+    said = [f"`{v.name}` {v.difference:+.3f} ({v.word})" for v in verdicts]
+    return "\n".join([*lines, *(["", f"Half the learning rate in long runs: {', '.join(said)}."] if said else [])])
 
 
 def spikes(results: Results) -> str:
