@@ -9,6 +9,8 @@ run it so afterwards, slowly, until ``torch._dynamo.reset()``. :class:`CompiledF
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +46,20 @@ def dense_linear_training(model: nn.Module) -> int:
     weights = (m.weight for m in model.modules() if _is_linear(m))
     linear = {id(w): w for w in weights if isinstance(w, Tensor)}
     return sum((6 if w.requires_grad else 4) * w.numel() for i, w in linear.items() if i not in sparse)
+
+
+def attention_saving(query: Sequence[int], pattern: str, window: int, stride: int) -> float:
+    """FLOPs that a pattern saves in one attention, forward and backward.
+
+    Full attention counts as PyTorch's own counter does it, six products over all pairs of queries and keys; the pattern
+    as the share of them that it keeps of the causal pairs.
+
+    Args:
+        query: shape of the queries, ``[..., length, head size]``.
+    """
+    length = query[-2]
+    kept = 2 * pairs(pattern, length, window, stride) / (length * (length + 1))
+    return 12 * math.prod(query) * length * (1 - kept)
 
 
 def sparsifier_of(model: nn.Module) -> Sparsifier | None:

@@ -69,14 +69,12 @@ class Forecast:
     Attributes:
         phases: in the order of the run.
         rest: FLOPs of a step in everything but products with sparse weights, attention in full.
-        attention_saved: FLOPs that a step saves while the schedule gives attention a pattern; 0 if unknown.
         rates: what was measured, or None.
         expressions: ``"flops"`` and ``"seconds"`` of a phase as sympy expressions.
     """
 
     phases: list[Phase]
     rest: float
-    attention_saved: float
     rates: Rates | None
     expressions: dict[str, sympy.Expr]
 
@@ -84,6 +82,11 @@ class Forecast:
     def flops(self) -> float:
         """Training FLOPs of the run."""
         return sum(p.flops for p in self.phases)
+
+    @property
+    def attention_saved(self) -> float:
+        """FLOPs that a step saves while the schedule gives attention a pattern; 0 if unknown."""
+        return 0.0 if self.rates is None else self.rates.attention_flops
 
     @property
     def dense_flops(self) -> float:
@@ -162,8 +165,7 @@ def forecast(
     steps = math.ceil(tokens / tokens_per_step)
     line = timeline(own, steps)
     phases = [_phase(own, line, *phase, tokens_per_step, rest, rates) for phase in _phases(own.schedule, steps)]
-    saved = 0.0 if rates is None else rates.attention_flops
-    return Forecast(phases, rest, saved, rates, {"flops": FLOPS, "seconds": SECONDS})
+    return Forecast(phases, rest, rates, {"flops": FLOPS, "seconds": SECONDS})
 
 
 def _sparse(model: nn.Module, schedule: Schedule | None, options: dict[str, Any]) -> tuple[nn.Module, Sparsifier]:

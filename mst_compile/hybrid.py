@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .patterns import pairs
 from .schedule import Schedule, attention_pattern
 
 
@@ -18,7 +15,7 @@ class AttentionState:
         pattern: the pattern of now, ``"full"`` or the schedule's sparse one.
         sparse: the sparse pattern that will come, was there, or never comes (``"full"``).
         window, stride: positions, see :mod:`mst_compile.patterns`.
-        saved: while someone counts, FLOPs that the pattern has saved so far in forward and backward passes; else None.
+        queries: while someone counts, shape of the queries in each attention that trained with the pattern; else None.
         reasons: for attentions that the graph pass saw, what became of them; where -> what.
     """
 
@@ -26,7 +23,7 @@ class AttentionState:
     sparse: str = "full"
     window: int = 128
     stride: int = 128
-    saved: float | None = None
+    queries: list[tuple[int, ...]] | None = None
     reasons: dict[str, str] = field(default_factory=dict)
     warned: bool = False
 
@@ -36,21 +33,6 @@ class AttentionState:
         stride = getattr(schedule, "stride", 128)
         window = getattr(schedule, "span", None) or stride
         return cls(attention_pattern(schedule, 0), getattr(schedule, "attention", "full"), window, stride)
-
-    def count(self, query: Sequence[int]) -> None:
-        """Add what the pattern saves in one attention, forward and backward, if someone counts.
-
-        Full attention counts as PyTorch's own counter does it, six products over all pairs of queries and keys; the
-        pattern as the share of them that it keeps of the causal pairs.
-
-        Args:
-            query: shape ``[..., length, head size]``.
-        """
-        if self.saved is None:
-            return
-        length = query[-2]
-        kept = pairs(self.pattern, length, self.window, self.stride) / max(1, pairs("full", length, 1, 1))
-        self.saved += 12 * math.prod(query) * length * (1 - kept)
 
     @property
     def settings(self) -> tuple[str, int, int]:

@@ -19,7 +19,7 @@ from .api import sparsifier
 from .blockindex import new_index, write_index
 from .blockops import block_mean_square
 from .errors import ForecastError
-from .flops import sparsifier_of
+from .flops import attention_saving, sparsifier_of
 from .lowering import crossover
 
 ROUNDS = 5
@@ -71,15 +71,15 @@ def measure(
     points, threshold = _points(model)
     times: dict[str, list[float]] = {name: [] for name in points}
     active: dict[str, int] = {}
-    saved = 0.0  # in the points with full attention nothing is
+    queries: list[tuple[int, ...]] = []
     twin, steps = None if optimizer is None else _copy(optimizer), list[float]()
     with kept(model):
         for turn in range(rounds + 1):  # the first compiles
             for name, (sparsity, dense_grad, pattern) in points.items():
                 active[name] = _set_masks(model, sparsity, dense_grad)
-                own.attention.pattern, own.attention.saved = pattern, 0.0
+                own.attention.pattern, own.attention.queries = pattern, []
                 seconds = _pass(model, loss)
-                saved = max(saved, own.attention.saved)
+                queries = own.attention.queries or queries  # none with full attention
                 if turn:
                     times[name].append(seconds)
                 if twin is not None:
@@ -99,7 +99,7 @@ def measure(
         _median(steps[len(points) :]) if steps else 0.0,
         event,
         median["top"] - median.get("pattern", median["top"]),
-        saved,
+        sum(attention_saving(query, *own.attention.settings) for query in queries),
     )
 
 
@@ -146,7 +146,7 @@ def kept(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
                     holder[name] = buffer
             if own is not None and pattern is not None:
-                own.attention.pattern, own.attention.saved = pattern, None
+                own.attention.pattern, own.attention.queries = pattern, None
 
 
 @contextmanager

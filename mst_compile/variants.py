@@ -23,7 +23,6 @@ from .passes.attention import AttentionPass
 from .passes.coverage import note_attention, warn_unmatched
 from .passes.evaluate import Constant
 from .passes.linear import LinearPass, fake_index, value
-from .passes.sizes import Sizes
 from .weights import SparseWeight
 
 Kind = tuple[bool, str]  # whether products are sparse, and the attention pattern
@@ -89,7 +88,7 @@ class Variants:
         # Masks in buffers that variants with sparse attention rely on, by their kind.
         self._constants: dict[Kind, list[Constant]] = {}
         self._queries: dict[Kind, list[tuple[Any, ...]]] = {}  # shapes in attentions that have a pattern
-        self._sizes = Sizes(graph_module)
+        self._inputs = [value(n) for n in placeholders]
         indices = self._indices(example_inputs)
         first = indices is not None, self._pattern(example_inputs)
         late = self._fakes(example_inputs)
@@ -108,7 +107,7 @@ class Variants:
         out = run(*inputs)
         if torch.is_grad_enabled():
             self._guard_backward(args, out)
-            self._count_attention(args, kind)
+            self._note_queries(args, kind)
         return out
 
     def _indices(self, args: Sequence[Any]) -> list[Tensor] | None:
@@ -165,12 +164,20 @@ class Variants:
 
         node.register_prehook(check)
 
-    def _count_attention(self, args: Sequence[Any], kind: Kind) -> None:
-        """Tell what the pattern saves in this pass, if someone counts."""
+    def _note_queries(self, args: Sequence[Any], kind: Kind) -> None:
+        """Note the attentions of this pass that have a pattern, if someone counts."""
         weight = getattr(args[self._managed[0]], "_mst_weight", None)
-        if weight is not None and weight.attention.saved is not None:
-            for query in self._queries.get(kind, ()):
-                weight.attention.count(self._sizes.of(query, args))
+        if weight is not None and weight.attention.queries is not None:
+            weight.attention.queries += [self._sizes(query, args) for query in self._queries.get(kind, ())]
+
+    def _sizes(self, shape: tuple[Any, ...], args: Sequence[Any]) -> tuple[int, ...]:
+        """A shape in the graph, symbolic where Dynamo made it so, as it is in the call with ``args``."""
+        symbolic = next((size for size in shape if isinstance(size, torch.SymInt)), None)
+        if symbolic is None:
+            return shape
+        inputs = [x if isinstance(x, Tensor | torch.SymInt) else None for x in self._inputs]
+        bound = symbolic.node.shape_env.bind_symbols(inputs, args)
+        return tuple(int(s.node.expr.xreplace(bound)) if isinstance(s, torch.SymInt) else s for s in shape)
 
     def _set_threshold(self) -> None:
         """Look the crossover up: before compiling an estimate, after it what tuning measured."""

@@ -130,7 +130,7 @@ def test_a_pattern_saves_the_share_of_the_causal_pairs_that_it_leaves_out(dynami
         share = 1 - int(mask.sum()) / (length * (length + 1) / 2)
         by_hand += 12 * batch * 32 * length * length * share
     assert found.attention_saved == pytest.approx(by_hand)
-    assert sparsifier(model).attention.saved is None
+    assert sparsifier(model).attention.queries is None
     full = mst_compile.forecast(model, **options, loss=lambda: loss(model))
     assert full.attention_saved == 0.0  # in eager mode attention stays full
     assert full.rest == found.rest

@@ -9,6 +9,7 @@ from typing import Any
 import mst_compile.lowering.inductor  # noqa: F401  (registers the lowerings)
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mst_compile.kernels.triton import attention as kernels
@@ -91,6 +92,8 @@ SIZES = [
     *((BF16, False, size) for size in (64, 128, 256)),
     *((F32, tf32, size) for tf32, size in ((True, 64), (True, 128), (False, 128))),
 ]
+# Triton 3.9 spills nothing; 3.8 one register of one fp32 tile, a store and a load.
+SPILLS = 2 if triton.__version__.startswith("3.8.") else 0
 # "sparse" and "fixed" hold the loops of the others.
 GATES = [(p, *size) for p in ("sparse", "fixed") for size in SIZES] + [(p, *SIZES[0]) for p in ("full", "blocks")]
 
@@ -108,8 +111,7 @@ def test_every_tile_compiles_to_good_machine_code(pattern: str, dtype: torch.dty
                     # Products of 32 keys are too narrow for wgmma; row-wise dots have none, IEEE ones no tensor core.
                     products = "tl.dot(" in kernel.source and (dtype != F32 or tf32)
                     facts = cross_compile(kernel)
-                    # Triton 3.9 spills nothing; 3.8 one register of one fp32 tile, a store and a load.
-                    check(facts, wgmma=bool(facts.wgmma), spills=2, atomics=0)
+                    check(facts, wgmma=bool(facts.wgmma), spills=SPILLS, atomics=0)
                     assert bool(facts.wgmma or facts.mma_v2) == products, "tensor cores do the products"
                     assert not products or facts.wgmma or size > 64
         choice += 1

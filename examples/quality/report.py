@@ -36,18 +36,19 @@ GUARDS = (
 )
 DEFAULT = "start-80"  # what MixedSparsity does unless told otherwise
 AROUND_DEFAULT = {c.name for c in CONFIGURATIONS if c.name.startswith(("start-", "at-once-")) and c.length == "full"}
-LONGER = {
-    "dense": "dense-long",
-    "dense-small": "dense-152-long",
-    "dense-128": "dense-128-long",
-    "start-80": "start-80-long",
-    "start-80-b4": "start-80-b4-long",
-    "start-80-restore-30": "start-80-restore-30-long",
-    "start-70": "start-70-long",
-    "": "start-60-long",  # has no short one
-    "static-b8": "static-b8-long",
-    "mst-b8": "mst-b8-long",
-}
+DENSE_LONG = "dense-long"
+LONGER: tuple[tuple[str | None, str], ...] = (  # short run and long one
+    ("dense", DENSE_LONG),
+    ("dense-small", "dense-152-long"),
+    ("dense-128", "dense-128-long"),
+    ("start-80", "start-80-long"),
+    ("start-80-b4", "start-80-b4-long"),
+    ("start-80-restore-30", "start-80-restore-30-long"),
+    ("start-70", "start-70-long"),
+    (None, "start-60-long"),
+    ("static-b8", "static-b8-long"),
+    ("mst-b8", "mst-b8-long"),
+)
 RATES = {"dense-152-long": "dense-152-long-rate-half", "start-80-long": "start-80-long-rate-half"}
 SKELETON = "# Quality\n\n" + "\n\n".join(
     f"<!-- study:{name} -->\n<!-- end -->"
@@ -219,17 +220,18 @@ def longer(results: Results) -> str:
         "| each seed |",
         "|---|" + "---|" * 7,
     ]
-    for name, long in LONGER.items():
+    for short, long in LONGER:
         if not results.of(long):
             continue
         cells = []
-        for own, dense in ((name, "dense"), (long, LONGER["dense"])):
-            away = "" if own == dense or not results.of(own) else f"{results.compare(own, dense).difference:+.3f}"
-            cells += [f"{results.loss(own):.3f}" if results.of(own) else "", away]
+        for own, dense in ((short, "dense"), (long, DENSE_LONG)):
+            known = own is not None and bool(results.of(own))
+            cells.append(f"{results.loss(own):.3f}" if known else "")
+            cells.append(f"{results.compare(own, dense).difference:+.3f}" if known and own != dense else "")
         gaps = [] if long in results.frontier_names else results.gaps(long)
         cells += [f"{statistics.fmean(gaps):+.3f}" if gaps else "", ", ".join(f"{gap:+.3f}" for gap in gaps)]
-        note = next(c.note for c in CONFIGURATIONS if c.name == (name or long))
-        share = results.mean(long, "flops_relative") / results.mean(LONGER["dense"], "flops_relative")
+        note = next(c.note for c in CONFIGURATIONS if c.name == (short or long))
+        share = results.mean(long, "flops_relative") / results.mean(DENSE_LONG, "flops_relative")
         lines.append(f"| {note} | {share:.2f} | {' | '.join(cells)} |")
     verdicts = [results.compare(half, full) for full, half in RATES.items() if results.of(half) and results.of(full)]
     said = [f"`{v.name}` {v.difference:+.3f} ({v.word})" for v in verdicts]
