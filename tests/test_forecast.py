@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -340,13 +339,11 @@ def test_long_runs_are_forecast_quickly() -> None:
         calls += 1
         return original(self, sparsity)
 
-    start = time.perf_counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(own), "densities", counted)
         mst_compile.forecast(model, tokens=100_000, tokens_per_step=1)
     ramps = sum(own.schedule.is_topology_event(t) for t in range(100_000) if own.schedule.sparsity_at(t) < 0.9)
     assert 2 < calls <= ramps + 2
-    assert time.perf_counter() - start < 60  # seconds; it takes less than one
 
 
 def test_buffers_and_the_count_of_foreign_steps_stay() -> None:
