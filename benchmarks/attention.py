@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mst_compile import attention_op  # noqa: F401  (registers the operator)
+from mst_compile.ops import attention as attention_op  # noqa: F401  (registers the operator)
 
 from .ledger import interleave, medians, print_table, record
 

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 
 import mst_compile  # noqa: F401 - registers the operator
-from mst_compile.passes.attention import AttentionPass, Site
-from mst_compile.passes.multihead import expand_multihead
+from mst_compile.graph.attention.sites import AttentionPass, Site
+from mst_compile.graph.multihead import expand_multihead
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "attention.md"

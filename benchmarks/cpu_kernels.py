@@ -18,7 +18,8 @@ import torch
 from mst_compile.kernels.cpu.library import Library
 from torch import Tensor
 
-from mst_compile.blockindex import BlockGrid, new_index, write_index
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.index import new_index, write_index
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PASSES = ("forward", "grad-input", "grad-weight")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import mst_compile
-from mst_compile import topology
+from mst_compile.rules import masks
 
 from .ledger import interleave, medians, print_table, record
 
@@ -38,8 +38,8 @@ def _sparse_layer(
     mst_compile.sparsify(layer, mst_compile.Constant(0.5, growth="none"), block=block)
     sparsifier = mst_compile.sparsifier(layer)
     weight = sparsifier.weights["weight"]
-    count = topology.active_count(density, weight.grid.blocks, int(weight.spine.sum()))
-    sparsifier.apply_mask("weight", topology.random_mask(weight.spine, count, topology.generator(0, 0, "weight")))
+    count = density.active_count(density, weight.grid.blocks, int(weight.backbone.sum()))
+    sparsifier.apply_mask("weight", masks.random_mask(weight.backbone, count, masks.generator(0, 0, "weight")))
     return layer, weight
 
 

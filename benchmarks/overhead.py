@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mst_compile
-from mst_compile.variants import Variants
+from mst_compile.graph.variants import Variants
 
 from .ledger import record
 

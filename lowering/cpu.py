@@ -7,14 +7,17 @@ argument, so that it plans and reuses the memory of their results; see :mod:`mst
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from mst_compile.kernels import cpu as kernels
 from torch import Tensor
 
-# Layout of the packed index (mst_compile/blockindex.py): [0] active blocks, [1] gradient wanted on all blocks.
+from mst_compile.blocks import bulk
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.ops import linear as _operators  # noqa: F401  (defines what is implemented here)
+from mst_compile.ops.library import implement
+
+# Layout of the packed index (mst_compile/blocks/index.py): [0] active blocks, [1] gradient wanted on all blocks.
 _DENSE_GRAD_OFFSET = 4
 
 
@@ -35,16 +38,6 @@ def why_unsupported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: int)
 def _supported(x: Tensor, weight_dtype: torch.dtype, index: Tensor, block: int) -> bool:
     on_cpu = x.device.type == index.device.type == "cpu"
     return on_cpu and kernels.supports(block, x.dtype, weight_dtype) and kernels.available()
-
-
-def with_fallback(own: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
-    """``own`` where it has a kernel, else ``reference``; both take the operator's arguments."""
-
-    def dispatch(*args: Any) -> Any:
-        result = own(*args)
-        return reference(*args) if result is None else result
-
-    return dispatch
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -110,3 +103,26 @@ def linear_out(
     flat = out.view(-1, out.shape[-1])
     kernels.spmm(_rows(x), weight, bias, index, block, not transposed, flat)
     return out
+
+
+# -- registration: the front knows operators and bulk operations, not kernels -----------------------------------------
+
+
+class _Bulk:
+    """Passes over a whole weight, see :mod:`mst_compile.blocks.bulk`."""
+
+    def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
+        supported = tensor.dtype in (torch.float32, torch.bfloat16) and tensor.stride(-1) == 1
+        return supported and kernels.supports(grid.block, tensor.dtype, tensor.dtype) and kernels.available()
+
+    def zero_inactive_(self, tensor: Tensor, index: Tensor, grid: BlockGrid) -> None:
+        kernels.zero_inactive_(tensor, index, grid.block)
+
+    def sum_of_squares(self, tensor: Tensor, grid: BlockGrid) -> Tensor:
+        return kernels.block_sumsq(tensor, grid.block)
+
+
+bulk.register("cpu", _Bulk())
+implement("linear", "CPU", linear)
+implement("linear_grad_input", "CPU", grad_input)
+implement("linear_grad_weight", "CPU", grad_weight)

@@ -1,9 +1,12 @@
-"""``mst::attention`` and its gradient on the CPU; None where there is no kernel, see :func:`.cpu.with_fallback`."""
+"""``mst::attention`` and its gradient on the CPU; None where there is no kernel."""
 
 from __future__ import annotations
 
 from mst_compile.kernels import cpu as kernels
 from torch import Tensor
+
+from mst_compile.ops import attention as _operators  # noqa: F401  (defines what is implemented here)
+from mst_compile.ops.library import implement
 
 
 def _supported(q: Tensor, k: Tensor, v: Tensor, pattern: str, window: int, stride: int) -> bool:
@@ -72,3 +75,7 @@ def attention_backward(
         pattern, window, stride, scale, dq=dq, dk=dk, dv=dv,
     )  # fmt: skip
     return dq, dk, dv
+
+
+implement("attention", "CPU", attention)
+implement("attention_backward", "CPU", attention_backward)

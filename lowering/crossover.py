@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from mst_compile.kernels.cpu.build import cache_dir
 
-from mst_compile.blockindex import BlockGrid
+from mst_compile.blocks.grid import BlockGrid
 
 CPU = 0.8  # a little below where the lines of benchmarks/layers.py meet
 _ESTIMATE = {128: 0.6, 64: 0.5, 32: 0.35}

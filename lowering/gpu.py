@@ -20,7 +20,8 @@ from torch._inductor.select_algorithm import ExternKernelChoice
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv
 
-from mst_compile.blockindex import DENSE_GRAD, BlockGrid, Lines
+from mst_compile.blocks.grid import BlockGrid, Lines
+from mst_compile.blocks.index import DENSE_GRAD
 
 from . import compat, crossover, tuning
 

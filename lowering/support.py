@@ -8,7 +8,7 @@ import importlib.util
 import torch
 from mst_compile.kernels import cpu as kernels
 
-from mst_compile.blockindex import TILE_BLOCK
+from mst_compile.blocks.grid import TILE_BLOCK
 
 from . import cpu
 

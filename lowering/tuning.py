@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mst_compile.blockindex import BlockGrid, new_index, write_index
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.index import new_index, write_index
 
 _DEFAULT_DENSITY = 0.2
 _expected: dict[BlockGrid, float] = {}

@@ -4,16 +4,17 @@ model = mst_compile.sparsify(model, mst_compile.MixedSparsity(total_steps=20_000
 model = torch.compile(model, backend="mst")
 """
 
-from . import attention_op, ops  # noqa: F401  (registers torch.ops.mst)
 from .api import densify, sparsifier, sparsify
+from .cost.forecast import Forecast, forecast
+from .cost.report import explain
 from .errors import MSTError, MSTWarning
-from .forecast import Forecast, forecast
-from .optimizers import param_groups
-from .report import explain
-from .schedule import Constant, MixedSparsity
-from .selection import Override
-from .sparsifier import Sparsifier  # after ``api``: the function of this name is what users import
-from .weights import SparseWeight
+from .lowering import cpu as _cpu  # noqa: F401  (the CPU's kernels for the operators)
+from .lowering import cpu_attention as _cpu_attention  # noqa: F401
+from .rules.schedule import Constant, MixedSparsity
+from .state.optimizers import param_groups
+from .state.selection import Override
+from .state.sparsifier import Sparsifier
+from .state.weight import SparseWeight
 
 __all__ = [
     "Constant",

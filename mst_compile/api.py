@@ -6,15 +6,14 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from . import weights
-from .errors import AlreadySparseError, NotSparseError, SelectionError
-from .schedule import Schedule, check_schedule
-from .selection import Override, select
-from .sharding import check_placement
-from .sparsifier import Sparsifier
-from .topology import GUARDS, Guard
-
-_ATTRIBUTE = "_mst_sparsifier"
+from mst_compile.blocks.shards import check_placement
+from mst_compile.errors import AlreadySparseError, SelectionError
+from mst_compile.parallel import fsdp
+from mst_compile.rules.guard import GUARDS, Guard
+from mst_compile.rules.schedule import Schedule, check_schedule
+from mst_compile.state import weight as weights
+from mst_compile.state.selection import Override, select
+from mst_compile.state.sparsifier import Sparsifier, attach, detach, sparsifier, sparsifier_of
 
 
 def sparsify(
@@ -49,7 +48,7 @@ def sparsify(
         overrides: patterns of names -> :class:`Override`, for weights with a sparsity or a block of their own. The
             first pattern that matches counts.
         guard: what drop-and-grow may not take. ``"coverage"``: the largest block of each block row and column.
-            ``"backbone"``: a fixed wrapped block diagonal (:func:`mst_compile.topology.backbone`), which first masks
+            ``"backbone"``: a fixed wrapped block diagonal (:func:`mst_compile.guard.backbone`), which first masks
             contain with either guard. ``"none"``: anything may go; whole rows and columns of blocks empty, and may
             never come back.
         rescale: where the schedule starts sparse, multiply the weights that stay by ``density ** -0.5``, so that a
@@ -68,7 +67,7 @@ def sparsify(
     if not isinstance(model, nn.Module):
         raise SelectionError(f"sparsify takes an nn.Module, got {type(model).__name__}")
     check_schedule(schedule)
-    if _ATTRIBUTE in model.__dict__ or any(weights.of(p) is not None for p in model.parameters()):
+    if sparsifier_of(model) is not None or any(weights.of(p) is not None for p in model.parameters()):
         raise AlreadySparseError(
             "the model (or a part of it) is sparse already; call densify(model) first to start again with another "
             "schedule"
@@ -78,25 +77,13 @@ def sparsify(
     if guard not in GUARDS:
         raise SelectionError(f"guard must be one of {', '.join(map(repr, GUARDS))}, got {guard!r}")
     selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
+    fsdp.adopt(model)
     for candidate in selection.candidates:
-        check_placement(candidate.name, candidate.parameter, model)
+        check_placement(candidate.name, candidate.parameter)
     new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, guard)
     new.draw_first_masks(rescale)
-    model.__dict__[_ATTRIBUTE] = new
+    attach(model, new)
     return model
-
-
-def sparsifier(model: nn.Module) -> Sparsifier:
-    """The :class:`Sparsifier` of a model that was sparsified, also through ``torch.compile``'s or DDP's wrapper.
-
-    Raises:
-        NotSparseError: the model is not sparse.
-    """
-    for module in model.modules():
-        found = module.__dict__.get(_ATTRIBUTE)
-        if found is not None:
-            return found
-    raise NotSparseError("the model is not sparse; call mst_compile.sparsify(model, schedule) first")
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -108,6 +95,5 @@ def densify(model: nn.Module) -> nn.Module:
         NotSparseError: the model is not sparse.
     """
     sparsifier(model).release()
-    for module in model.modules():
-        module.__dict__.pop(_ATTRIBUTE, None)
+    detach(model)
     return model

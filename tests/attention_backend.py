@@ -9,9 +9,9 @@ import torch
 from attention_models import Case
 from torch import Tensor, fx, nn
 
-from mst_compile.passes.attention import AttentionPass, Site
-from mst_compile.passes.evaluate import Constant
-from mst_compile.passes.multihead import expand_multihead
+from mst_compile.graph.attention.evaluate import Constant
+from mst_compile.graph.attention.sites import AttentionPass, Site
+from mst_compile.graph.multihead import expand_multihead
 
 T = 12
 SHAPE = (2, 3, T, 8)

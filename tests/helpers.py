@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import mst_compile
-from mst_compile.blockindex import BlockGrid, new_index, write_index
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.index import new_index, write_index
 
 DEBUG = {"mst.inner": "aot_eager"}
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mst_compile import Constant, MixedSparsity, sparsifier
-from mst_compile.schedule import Schedule
+from mst_compile.rules.schedule import Schedule
 
 Scenario = Callable[[], None]
 

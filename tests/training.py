@@ -9,8 +9,9 @@ import torch
 from helpers import Blocks, compiled, element_masks
 from torch import Tensor, nn
 
-from mst_compile import MixedSparsity, sparsifier, sparsify, topology
-from mst_compile.schedule import Schedule
+from mst_compile import MixedSparsity, sparsifier, sparsify
+from mst_compile.rules.density import DISTRIBUTIONS
+from mst_compile.rules.schedule import Schedule
 
 STEPS = 40
 SCHEDULE = MixedSparsity.published(STEPS, 0.8, warmup=8, restoration=8, settle=4, interval=3, ramp_interval=2)
@@ -74,7 +75,7 @@ def assert_density_is_the_schedules(model: nn.Module, step: int) -> None:
     own, schedule = sparsifier(model), sparsifier(model).schedule
     last = max([t for t in range(1, step + 1) if schedule.is_topology_event(t)], default=0)
     shapes = [(w.grid.rows, w.grid.cols) for w in own.weights.values()]
-    targets = topology.DISTRIBUTIONS[schedule.distribution](shapes, schedule.sparsity_at(last))
+    targets = DISTRIBUTIONS[schedule.distribution](shapes, schedule.sparsity_at(last))
     for target, weight in zip(targets, own.weights.values(), strict=True):
         active = int(weight.mask.sum())
         rows, cols = weight.grid.shape

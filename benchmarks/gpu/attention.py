@@ -10,7 +10,7 @@ from mst_compile.lowering import inductor  # noqa: F401  (registers the lowering
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mst_compile.patterns import allowed
+from mst_compile.rules.patterns import allowed
 
 from .plan import AttentionCell
 from .report import Run

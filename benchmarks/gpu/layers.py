@@ -10,8 +10,11 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import mst_compile  # noqa: F401  (registers the operators)
-from mst_compile import ops, topology
-from mst_compile.blockindex import BlockGrid, new_index, write_index
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.index import new_index, write_index
+from mst_compile.ops import linear as ops
+from mst_compile.rules import masks
+from mst_compile.rules.guard import backbone
 
 from . import rivals
 from .plan import FLOOR, LayerCell, crossover
@@ -47,9 +50,9 @@ class Layer:
 
     def set_density(self, density: float) -> None:
         """A random mask of this density that leaves no block row or column empty, written in place."""
-        spine = topology.backbone(self.grid.shape)
-        count = topology.active_count(density, self.grid.blocks, int(spine.sum()))
-        self.mask = topology.random_mask(spine, count, topology.generator(0, count, "benchmark"))
+        spine = backbone(self.grid.shape)
+        count = density.active_count(density, self.grid.blocks, int(spine.sum()))
+        self.mask = masks.random_mask(spine, count, masks.generator(0, count, "benchmark"))
         write_index(self.index, self.grid, self.mask)
         self.weight.copy_(self._values * self._inside())
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mst_compile
-from mst_compile.backend import mst
+from mst_compile.graph.backend import mst
 
 from ..ledger import interleave, medians
 from .plan import ModelCell
@@ -132,7 +132,7 @@ def measure(cell: ModelCell, run: Run, block: int) -> None:
     sparsifier = mst_compile.sparsifier(sides["mst"].model)
     weights = sparsifier.weights.values()
     blocks = "/".join(map(str, sorted({w.grid.block for w in weights}, reverse=True)))
-    served = f"{sum(w.coverage.served for w in weights)} of {len(weights)} weights in sparse kernels"
+    served = f"{sum(w.uses.served for w in weights)} of {len(weights)} weights in sparse kernels"
     case = f"{cell.case} B={blocks} d={sparsifier.density:.3f}"
     tokens = cell.batch * cell.context
     for name, side in sides.items():

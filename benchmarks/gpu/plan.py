@@ -65,7 +65,7 @@ class ModelCell:
 
 @dataclass(frozen=True)
 class AttentionCell:
-    """One attention, ``heads`` of ``size``, with a pattern of mst_compile.patterns."""
+    """One attention, ``heads`` of ``size``, with a pattern of mst_compile.rules.patterns."""
 
     pattern: str
     length: int

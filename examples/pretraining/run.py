@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import mst_compile
-from mst_compile.flops import Meter, dense_linear_training
+from mst_compile.cost.flops import Meter, dense_linear_training
 
 from .data import Corpus, training_batch
 from .model import HEAD, Shape, build_model

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import mst_compile
-from mst_compile.schedule import Schedule
+from mst_compile.rules.schedule import Schedule
 
 from .guards import Form
 from .model import Shape

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import mst_compile
 from mst_compile import SparseWeight
-from mst_compile.topology import backbone
+from mst_compile.rules.guard import backbone
 
 from .model import GPT, Block
 
@@ -69,7 +69,7 @@ class Guard:
         self._generator = torch.Generator().manual_seed(0)
         for weight in self.sparsifier.weights.values() if self.sparsifier is not None else ():
             if form == "backbone":
-                weight.spine.copy_(backbone(weight.grid.shape))
+                weight.backbone.copy_(backbone(weight.grid.shape))
             elif form == "coverage":
                 weight.guard = "coverage"
 
@@ -79,7 +79,7 @@ class Guard:
         if own is None or self.form != "pair" or not own.schedule.is_topology_event(own.step_count + 1):
             return
         for weight in own.weights.values():
-            weight.spine.zero_()
+            weight.backbone.zero_()
         for one, other in self.pairs():
             both = torch.cat([one.magnitude, other.magnitude], 1)
             best, place = both.max(1)
@@ -116,7 +116,7 @@ class Guard:
     def _side(self, parameter: Tensor, start: int = 0, length: int = -1, columns: bool = False) -> Side:
         assert self.sparsifier is not None
         weight = next(w for w, p in self.sparsifier.parameters() if p is parameter)
-        parts = [parameter.data, weight.mask, weight.spine]
+        parts = [parameter.data, weight.mask, weight.backbone]
         if columns:
             parts = [part.t() for part in parts]
         block = weight.grid.block

@@ -13,7 +13,7 @@ import threading
 import torch
 from torch import Tensor
 
-from mst_compile.blockindex import BlockGrid
+from mst_compile.blocks.grid import BlockGrid
 
 from . import build
 

@@ -34,7 +34,7 @@ from typing import Any
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 
 # Constants that the lowering gives: BLOCK (edge of a block), OUT, REDUCE (features), LINES, WIDTH, PTR, IDX, ORDER (see
-# blockindex.Lines), A_STRIDE, W_STRIDE (elements between rows), REDUCE_LAST (W's reduced dimension is the contiguous
+# blocks.grid.Lines), A_STRIDE, W_STRIDE (elements between rows), REDUCE_LAST (W's reduced dimension is the contiguous
 # one), EVEN_M (BLOCK_M divides M); and the tile: BLOCK_M, BLOCK_K, GROUP_M, PRECISION.
 SOURCE = r"""
 {{def_kernel("A", "W", "INDEX")}}

@@ -26,7 +26,7 @@ from typing import Any
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 
 # Constants that the lowering gives: BLOCK, LINES, LENGTH (blocks that a line crosses), PTR, IDX, ORDER (see
-# blockindex.Lines), DENSE_GRAD (offset of the flag), OUT, IN (features), ROWS (of the stored weight), OUT_FIRST (it is
+# blocks.grid.Lines), DENSE_GRAD (offset of the flag), OUT, IN (features), ROWS (of the stored weight), OUT_FIRST (it is
 # stored [out, in]), X_STRIDE, DY_STRIDE, SPLIT, GROUPS (programs a line), BIAS; and the tile: GATHER, BLOCK_M,
 # PRECISION.
 SOURCE = r"""

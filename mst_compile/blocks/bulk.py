@@ -1,0 +1,158 @@
+"""Bulk operations on the blocks of a dense tensor: a device's own kernels, or plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.index import read_mask
+from mst_compile.blocks.shards import is_sharded, local_rows, sum_over_shards, unsharded
+
+
+class Kernels(Protocol):
+    """Passes over a whole tensor that a device computes faster than PyTorch."""
+
+    def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
+        """Whether there are kernels for this tensor, ``[rows, cols]``, under this grid."""
+
+    def zero_inactive_(self, tensor: Tensor, index: Tensor, grid: BlockGrid) -> None:
+        """Zero what lies outside the active blocks, in place."""
+
+    def sum_of_squares(self, tensor: Tensor, grid: BlockGrid) -> Tensor:
+        """Sum of squares of each block, float32 ``[R, C]`` on the CPU."""
+
+
+_kernels: dict[str, Kernels] = {}
+
+
+def register(device_type: str, kernels: Kernels) -> None:
+    """Let ``kernels`` serve the tensors of a device type (``torch.device.type``)."""
+    _kernels[device_type] = kernels
+
+
+def _native(tensor: Tensor, grid: BlockGrid) -> Kernels | None:
+    kernels = _kernels.get(tensor.device.type)
+    return kernels if kernels is not None and kernels.takes(tensor, grid) else None
+
+
+@torch.no_grad()
+def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor | None) -> None:
+    """Set every element of ``tensor`` (``[rows, cols]``, any dtype) outside the active blocks to 0, in place.
+
+    Of a tensor that FSDP2 has sharded, every rank zeroes its own rows.
+
+    Args:
+        mask: bool ``[R, C]``, the active blocks.
+        index: the packed index of the same blocks on the tensor's device, if there is one; it serves the kernels.
+    """
+    if is_sharded(tensor):
+        _zero_sharded_(tensor, grid, ~mask)
+        return
+    native = _native(tensor, grid) if index is not None else None
+    if native is not None and index is not None:
+        native.zero_inactive_(tensor, index, grid)
+        # Autograd cannot see what a kernel writes: a change between forward and backward must not pass unnoticed.
+        torch.autograd.graph.increment_version(tensor)
+        return
+    # On a GPU the index already holds the mask: copying the host's would wait for the device.
+    here = index is not None and grid.tiled and index.device == tensor.device
+    _fill_(tensor, 0, grid, ~(read_mask(index, grid) if here else mask.to(tensor.device)))  # type: ignore[arg-type]
+
+
+def _zero_sharded_(tensor: Tensor, grid: BlockGrid, blocks: Tensor) -> None:
+    """Zero ``blocks`` in this rank's rows, and in the whole copy of the weight if FSDP2 has one in use."""
+    local, first = local_rows(tensor)
+    _fill_(local, first, grid, blocks.to(local.device))
+    copy = unsharded(tensor)
+    if copy is not None:
+        _fill_(copy, 0, grid, blocks.to(copy.device))
+
+
+def _fill_(rows: Tensor, first: int, grid: BlockGrid, blocks: Tensor) -> None:
+    """Zero ``blocks`` (bool ``[R, C]``) in ``rows``, the rows of a weight from ``first`` on."""
+    for r, block_rows, height in _parts(first, rows.shape[0], grid.block):
+        for c, block_cols, width in _parts(0, grid.cols, grid.block):
+            inside = rows[r, c].unflatten(1, (-1, width)).unflatten(0, (-1, height))
+            inside.masked_fill_(blocks[block_rows, block_cols][:, None, :, None], 0)
+
+
+def _parts(first: int, length: int, block: int) -> Iterator[tuple[slice, slice, int]]:
+    """Split the elements ``first`` to ``first + length`` of a dimension into those of whole blocks and those of the
+    blocks that are cut at either end; yields, for each, its elements counted from ``first``, its blocks, and how many
+    elements of a block there are."""
+    end = first + length
+    start = first
+    while start < end:
+        stop = end - end % block
+        if start % block or start == stop:
+            stop = min(end, (start // block + 1) * block)
+        yield slice(start - first, stop - first), slice(start // block, -(-stop // block)), min(stop - start, block)
+        start = stop
+
+
+@torch.no_grad()
+def zero_blocks_(tensor: Tensor, grid: BlockGrid, blocks: Tensor) -> None:
+    """Set the given ``blocks`` (bool ``[R, C]``) of ``tensor`` to 0, in place; cheap where they are few.
+
+    Of a tensor that FSDP2 has sharded, every rank zeroes its own rows.
+    """
+    if is_sharded(tensor):
+        _zero_sharded_(tensor, grid, blocks)
+        return
+    rows, cols = (i.to(tensor.device) for i in blocks.nonzero(as_tuple=True))
+    if grid.edge == (grid.block, grid.block) and tensor.is_contiguous():
+        tensor.view(grid.block_rows, grid.block, grid.block_cols, grid.block)[rows, :, cols] = 0
+        return
+    r, c = elements_of(grid, rows, cols)
+    tensor[r, c] = 0
+
+
+def elements_of(grid: BlockGrid, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions ``[n, B, 1]`` and ``[n, 1, B]`` of the elements of ``n`` blocks, given by block row and column.
+
+    Those past a ragged edge are clamped: they name the edge's own elements, which belong to the same block, again.
+    """
+    within = torch.arange(grid.block, device=rows.device)
+    r = (rows[:, None] * grid.block + within).clamp_(max=grid.rows - 1)
+    c = (cols[:, None] * grid.block + within).clamp_(max=grid.cols - 1)
+    return r[:, :, None], c[:, None, :]
+
+
+@torch.no_grad()
+def block_mean_square(tensor: Tensor, grid: BlockGrid) -> Tensor:
+    """Mean square of each block of ``tensor`` (``[rows, cols]``): float32 ``[R, C]`` on the CPU.
+
+    Of a tensor that FSDP2 has sharded, every rank gets the scores of the whole tensor, bit for bit the same; all must
+    call it.
+    """
+    if is_sharded(tensor):
+        return grid.mean_of_sums_(_sums_of_shards(tensor, grid)).float().cpu()
+    if grid.block == 1:
+        return tensor.detach().float().square().cpu()
+    native = _native(tensor, grid)
+    if native is not None:
+        return grid.mean_of_sums_(native.sum_of_squares(tensor.detach(), grid))
+    pad = (0, grid.block_cols * grid.block - grid.cols, 0, grid.block_rows * grid.block - grid.rows)
+    square = torch.nn.functional.pad(tensor.detach().float(), pad).square_()
+    sums = square.view(grid.block_rows, grid.block, grid.block_cols, grid.block).sum((1, 3))
+    return grid.mean_of_sums_(sums).cpu()
+
+
+def _sums_of_shards(tensor: Tensor, grid: BlockGrid) -> Tensor:
+    """Sum of squares over each block, float64 ``[R, C]``: a block may be spread over several ranks."""
+    local, first = local_rows(tensor)
+    sums = torch.zeros(grid.shape, dtype=torch.float64, device=local.device)
+    for r, block_rows, height in _parts(first, local.shape[0], grid.block):
+        for c, block_cols, width in _parts(0, grid.cols, grid.block):
+            inside = local[r, c].double().unflatten(1, (-1, width)).unflatten(0, (-1, height))
+            sums[block_rows, block_cols] = inside.square().sum((1, 3))
+    return sum_over_shards(sums, tensor)
+
+
+def mask_like(index: Tensor, grid: BlockGrid) -> Tensor:
+    """Elementwise mask, bool ``[rows, cols]``, of a packed index."""
+    return grid.expand(read_mask(index, grid))

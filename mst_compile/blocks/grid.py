@@ -1,0 +1,136 @@
+"""Block grids: how a weight is cut into blocks, and where each part of its packed index lies.
+
+A weight of shape ``[rows, cols]`` (as stored) is covered by a grid of ``block x block`` blocks. The grid is *ragged*:
+its last block row and column are partial where ``block`` does not divide the shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+HEADER = 8  # numbers before the first part of a packed index, see mst_compile.blocks.index
+TILE_BLOCK = 32  # the finest block with a part for the GPU
+UNION_WIDTH = 128  # elements that a union of neighbouring block rows or columns covers
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Where an index keeps the active blocks of ``count`` lines (block rows, block columns, or unions of them) that
+    cross ``length`` blocks each: offsets of the three parts, ``order`` -1 where the index has none."""
+
+    count: int
+    length: int
+    ptr: int
+    idx: int
+    order: int
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """The grid of ``block x block`` blocks over a weight of ``rows x cols`` elements (stored orientation)."""
+
+    rows: int
+    cols: int
+    block: int
+
+    @property
+    def block_rows(self) -> int:
+        return -(-self.rows // self.block)
+
+    @property
+    def block_cols(self) -> int:
+        return -(-self.cols // self.block)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.block_rows, self.block_cols
+
+    @property
+    def blocks(self) -> int:
+        return self.block_rows * self.block_cols
+
+    @property
+    def row_ptr(self) -> int:
+        return HEADER
+
+    @property
+    def col_idx(self) -> int:
+        return self.row_ptr + self.block_rows + 1
+
+    @property
+    def col_ptr(self) -> int:
+        return self.col_idx + self.blocks
+
+    @property
+    def row_idx(self) -> int:
+        return self.col_ptr + self.block_cols + 1
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the index has the GPU's part."""
+        return self.block >= TILE_BLOCK
+
+    @property
+    def union(self) -> int:
+        """Number of neighbouring block rows or columns in a union, 1 where there are none."""
+        return max(1, UNION_WIDTH // self.block) if self.tiled else 1
+
+    @property
+    def active(self) -> int:
+        return self.row_idx + self.blocks
+
+    def lines(self, by_rows: bool, *, union: bool = False) -> Lines:
+        """Block rows (``by_rows``) or block columns, or the unions of them."""
+        count, length = self.shape if by_rows else self.shape[::-1]
+        orders = self.active + self.blocks
+        if not union:
+            ptr, idx = (self.row_ptr, self.col_idx) if by_rows else (self.col_ptr, self.row_idx)
+            order = -1 if not self.tiled else orders if by_rows else orders + self.block_rows
+            return Lines(count, length, ptr, idx, order)
+        start = orders + self.block_rows + self.block_cols
+        if not by_rows:
+            start += _length(self.lines(True, union=True))
+        count = -(-count // self.union)
+        return Lines(count, length, start, start + count + 1, start + count + 1 + count * length)
+
+    @property
+    def index_length(self) -> int:
+        """Number of int32 elements in the packed index."""
+        if not self.tiled:
+            return self.active
+        last = self.lines(False, union=self.union > 1)
+        return last.order + last.count
+
+    @property
+    def edge(self) -> tuple[int, int]:
+        """Height of the last block row and width of the last block column; less than ``block`` where ragged."""
+        return self.rows - (self.block_rows - 1) * self.block, self.cols - (self.block_cols - 1) * self.block
+
+    def count_elements(self, mask: Tensor) -> int:
+        """Number of elements of the weight in the blocks of ``mask``, bool ``[R, C]``."""
+        block, (height, width) = self.block, self.edge
+        count = int(mask.sum()) * block * block
+        if height < block:
+            count -= int(mask[-1].sum()) * (block - height) * block
+        if width < block:
+            count -= int(mask[:, -1].sum()) * (block - width) * block
+        return count + int(mask[-1, -1]) * (block - height) * (block - width)
+
+    def mean_of_sums_(self, sums: Tensor) -> Tensor:
+        """Turn the sum over each block, ``[R, C]``, into the mean, in place."""
+        block, (height, width) = self.block, self.edge
+        sums /= block * block
+        sums[-1] *= block / height
+        sums[:, -1] *= block / width
+        return sums
+
+    def expand(self, mask: Tensor) -> Tensor:
+        """Elementwise mask, bool ``[rows, cols]``, of a block mask, bool ``[R, C]``."""
+        wide = mask.repeat_interleave(self.block, 0)[: self.rows]
+        return wide.repeat_interleave(self.block, 1)[:, : self.cols]
+
+
+def _length(lines: Lines) -> int:
+    return lines.count + 1 + lines.count * lines.length + lines.count

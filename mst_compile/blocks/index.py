@@ -1,0 +1,77 @@
+"""The packed index tensor that tells kernels which blocks of a weight are active.
+
+It is **one** contiguous ``int32`` tensor of fixed length, so that a compiled graph can take it as an input
+once and topology changes can be written into it in place. Its layout, which ``kernels/`` and ``lowering/`` rely on::
+
+    [0]  number of active blocks, n
+    [1]  1 if the gradient of the weight is wanted on all blocks ("dense gradient"), else 0
+    [2]  number of topology changes so far (diagnostic)
+    [3..7] reserved, 0
+    row_ptr[R + 1]   prefix sums of active blocks per block row       } CSR order: block row after block row,
+    col_idx[R * C]   block column of each active block; first n used  } columns ascending
+    col_ptr[C + 1]   prefix sums of active blocks per block column    } CSC order: block column after block column,
+    row_idx[R * C]   block row of each active block; first n used     } rows ascending
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .grid import BlockGrid, Lines
+
+NNZ, DENSE_GRAD, CHANGES = 0, 1, 2
+
+
+def new_index(grid: BlockGrid, device: torch.device | str = "cpu") -> Tensor:
+    """An index with no active block, int32 ``[grid.index_length]``."""
+    return torch.zeros(grid.index_length, dtype=torch.int32, device=device)
+
+
+@torch.no_grad()
+def write_index(index: Tensor, grid: BlockGrid, mask: Tensor, *, dense_grad: bool = False) -> None:
+    """Pack ``mask`` (bool ``[R, C]``; on the CPU is cheapest) into ``index`` (any device) in place, in one copy.
+
+    One copy means one bump of autograd's version counter: a change between forward and backward is then an error.
+    """
+    new = torch.zeros(grid.index_length, dtype=torch.int32, device=mask.device)
+    new[NNZ] = mask.sum()
+    new[DENSE_GRAD] = int(dense_grad)
+    new[CHANGES] = int(index[CHANGES]) + 1
+    _write_lines(new, grid.lines(True), mask)
+    _write_lines(new, grid.lines(False), mask.t())
+    if grid.tiled:
+        new[grid.active : grid.active + grid.blocks] = mask.flatten()
+    if grid.union > 1:
+        _write_lines(new, grid.lines(True, union=True), _united(mask, grid.union))
+        _write_lines(new, grid.lines(False, union=True), _united(mask.t(), grid.union))
+    index.copy_(new)
+
+
+def _write_lines(index: Tensor, lines: Lines, mask: Tensor) -> None:
+    """Write one set of lines; ``mask`` is bool ``[lines.count, lines.length]``."""
+    crossed = mask.nonzero(as_tuple=True)[1]
+    lengths = mask.sum(1)
+    index[lines.ptr + 1 : lines.ptr + 1 + lines.count] = lengths.cumsum(0)
+    index[lines.idx : lines.idx + crossed.numel()] = crossed
+    if lines.order >= 0:
+        order = torch.argsort(lengths, descending=True, stable=True)
+        index[lines.order : lines.order + lines.count] = order
+
+
+def _united(mask: Tensor, union: int) -> Tensor:
+    """Rows of ``mask`` joined by or, ``union`` neighbours at a time."""
+    padded = torch.nn.functional.pad(mask, (0, 0, 0, -mask.shape[0] % union))
+    return padded.view(-1, union, mask.shape[1]).any(1)
+
+
+def read_mask(index: Tensor, grid: BlockGrid) -> Tensor:
+    """Block mask, bool ``[R, C]``, of a packed index (inverse of :func:`write_index`)."""
+    if grid.tiled:
+        return index[grid.active : grid.active + grid.blocks].view(grid.shape).bool()
+    n = int(index[NNZ])
+    ptr = index[grid.row_ptr : grid.row_ptr + grid.block_rows + 1].long()
+    rows = torch.repeat_interleave(torch.arange(grid.block_rows, device=index.device), ptr.diff(), output_size=n)
+    mask = torch.zeros(grid.shape, dtype=torch.bool, device=index.device)
+    mask[rows, index[grid.col_idx : grid.col_idx + n].long()] = True
+    return mask

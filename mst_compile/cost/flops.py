@@ -1,0 +1,229 @@
+"""Count floating-point operations; a multiply-add counts as two.
+
+The operators of this package are known to ``torch.utils.flop_counter.FlopCounterMode``, which then counts what the
+kernels compute: active blocks, and the pairs that an attention pattern allows. Mind what that counter sees: under it
+Dynamo leaves functions as they are, so a compiled model runs, and counts, its dense products; and PyTorch goes on to
+run it so afterwards, slowly, until ``torch._dynamo.reset()``. :class:`CompiledFlopCounter` counts a compiled model,
+:class:`Meter` a whole run at no cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, register_flop_formula
+
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.index import DENSE_GRAD, read_mask
+from mst_compile.ops import attention as _attention_op  # noqa: F401  (defines the operators)
+from mst_compile.ops import linear as _linear_op  # noqa: F401
+from mst_compile.rules.patterns import allowed, pairs
+from mst_compile.state.selection import is_linear
+from mst_compile.state.sparsifier import sparsifier_of
+from mst_compile.state.weight import SparseWeight
+
+
+def linear_training(weight: SparseWeight, *, dense_grad: bool = False) -> int:
+    """FLOPs per token of forward, grad-input and grad-weight of one sparse weight.
+
+    Args:
+        dense_grad: grad-weight on all blocks, as on the steps before a topology event that grows by gradient.
+    """
+    return 4 * weight.active + 2 * (weight.numel if dense_grad else weight.active)
+
+
+def dense_linear_training(model: nn.Module) -> int:
+    """FLOPs per token of forward, grad-input and grad-weight of the linear layers that are not sparse: of all, if
+    ``model`` is a plain one. A frozen weight has no grad-weight. A weight used by several layers counts once."""
+    own = sparsifier_of(model)
+    sparse = set() if own is None else {id(parameter) for _, parameter in own.parameters()}
+    weights = (m.weight for m in model.modules() if is_linear(m))
+    linear = {id(w): w for w in weights if isinstance(w, Tensor)}
+    return sum((6 if w.requires_grad else 4) * w.numel() for i, w in linear.items() if i not in sparse)
+
+
+def attention_saving(query: Sequence[int], pattern: str, window: int, stride: int) -> float:
+    """FLOPs that a pattern saves in one attention, forward and backward.
+
+    Full attention counts as PyTorch's own counter does it, six products over all pairs of queries and keys; the pattern
+    as the share of them that it keeps of the causal pairs.
+
+    Args:
+        query: shape of the queries, ``[..., length, head size]``.
+    """
+    length = query[-2]
+    kept = 2 * pairs(pattern, length, window, stride) / (length * (length + 1))
+    return 12 * math.prod(query) * length * (1 - kept)
+
+
+class Meter:
+    """Adds up the training FLOPs of a run, step by step, from the masks as they are.
+
+    What lies outside the masks does not count, also where the backend runs a dense product because little does.
+    Attention counts as in :func:`mst_compile.forecast`.
+
+    Call :meth:`step` once before each training step's forward pass::
+
+        meter = Meter(model, 8 * 1024, rest=forecast.rest, attention_saved=forecast.attention_saved)
+        for batch in loader:
+            meter.step()
+            ...
+        print(meter.flops)
+
+    Args:
+        model: a sparsified model, or a plain one to compare with.
+        tokens_per_step: tokens of one optimizer step.
+        rest: FLOPs of a step in everything but the products with sparse weights; default the other linear layers'
+            (:func:`dense_linear_training`), which leaves attention out.
+        attention_saved: FLOPs that a step saves while the schedule gives attention a pattern.
+
+    Attributes:
+        flops: so far; may be set, as when a run is resumed.
+        steps: number of calls of :meth:`step`.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokens_per_step: int, rest: float | None = None, attention_saved: float = 0.0
+    ) -> None:
+        self._sparsifier = sparsifier_of(model)
+        self.tokens_per_step = tokens_per_step
+        self.rest = float(tokens_per_step * dense_linear_training(model)) if rest is None else rest
+        self.attention_saved = attention_saved
+        self.flops = 0.0
+        self.steps = 0
+
+    def step(self) -> None:
+        """Count the step that comes."""
+        weights = [] if self._sparsifier is None else list(self._sparsifier.weights.values())
+        self.flops += self.tokens_per_step * sum(linear_training(w, dense_grad=w.dense_grad) for w in weights)
+        self.flops += self.rest
+        if self._sparsifier is not None and self._sparsifier.attention.pattern != "full":
+            self.flops -= self.attention_saved
+        self.steps += 1
+
+
+class _ThroughCompiled(_FlopCounterMode):
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo compiles under this mode instead of standing back; the mode rests while it does."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Another variant of a graph is compiled when it is first needed, long after Dynamo: tracing it is no work.
+        if any(issubclass(t, FakeTensor | FunctionalTensor) for t in types):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class CompiledFlopCounter(FlopCounterMode):
+    """PyTorch's ``FlopCounterMode`` for what runs in a compiled model, forward and backward::
+
+        compiled = torch.compile(model, backend="mst", options={"mst.inner": "aot_eager"})
+        with CompiledFlopCounter(display=False) as counter:
+            compiled(x).sum().backward()
+        print(counter.get_total_flops())
+
+    With ``"mst.inner"`` ``"eager"`` or ``"aot_eager"`` every operator of the graph is dispatched, and so counted.
+    Inductor's code calls most kernels directly, past any counter: what it leaves to the dispatcher is counted alone,
+    so that the total is too small. Counts are not split by module (PyTorch's way to do so stops Dynamo).
+    """
+
+    def __enter__(self) -> CompiledFlopCounter:
+        self.flop_counts.clear()
+        self.mode = _ThroughCompiled(self)
+        self.mode.__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        assert self.mode is not None
+        self.mode.__exit__(*args)
+        self.mode = None
+        if self.display:
+            print(self.get_table(self.depth))
+
+
+def _without_data(tensor: Tensor) -> bool:
+    """Whether nothing can be read from ``tensor``, as while a graph is traced."""
+    return isinstance(tensor, FakeTensor | FunctionalTensor) or tensor.is_meta
+
+
+def _active(index: Tensor, rows: int, cols: int, block: int) -> int:
+    """Elements in the active blocks of a packed index; all where the index has no data (while a graph is traced)."""
+    if _without_data(index):
+        return rows * cols
+    grid = BlockGrid(rows, cols, block)
+    return grid.count_elements(read_mask(index, grid))
+
+
+def _tokens(x: Tensor) -> int:
+    return x.numel() // max(1, x.shape[-1])
+
+
+@register_flop_formula(torch.ops.mst.linear, get_raw=True)
+def _linear(x: Tensor, weight: Tensor, bias: Any, index: Tensor, block: int, *_: Any, **__: Any) -> int:
+    return 2 * _tokens(x) * _active(index, weight.shape[0], weight.shape[1], block)
+
+
+@register_flop_formula(torch.ops.mst.linear_grad_input, get_raw=True)
+def _grad_input(grad: Tensor, weight: Tensor, index: Tensor, block: int, *_: Any, **__: Any) -> int:
+    return 2 * _tokens(grad) * _active(index, weight.shape[0], weight.shape[1], block)
+
+
+@register_flop_formula(torch.ops.mst.linear_grad_weight, get_raw=True)
+def _grad_weight(grad: Tensor, x: Tensor, index: Tensor, block: int, transposed: bool, *_: Any, **__: Any) -> int:
+    rows, cols = (x.shape[-1], grad.shape[-1]) if transposed else (grad.shape[-1], x.shape[-1])
+    dense = not _without_data(index) and bool(index[DENSE_GRAD])
+    return 2 * _tokens(grad) * (rows * cols if dense else _active(index, rows, cols, block))
+
+
+def _pairs(q: Tensor, blocks: Tensor | None, pattern: str, window: int, stride: int) -> int:
+    """Query-key pairs that a pattern allows in one head; all causal ones where its blocks have no data."""
+    if blocks is not None and _without_data(blocks):
+        pattern, blocks = "full", None
+    if pattern == "blocks":
+        return int(allowed(pattern, int(q.shape[2]), window, stride, blocks).sum())
+    return pairs(pattern, int(q.shape[2]), window, stride)
+
+
+@register_flop_formula(torch.ops.mst.attention, get_raw=True)
+def _attention(
+    q: Tensor,
+    k: Any,
+    v: Any,
+    key_mask: Any,
+    blocks: Tensor | None,
+    pattern: str,
+    window: int,
+    stride: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Two products over the pattern's pairs; padding is not looked at."""
+    return 4 * q.shape[0] * q.shape[1] * q.shape[3] * _pairs(q, blocks, pattern, window, stride)
+
+
+@register_flop_formula(torch.ops.mst.attention_backward, get_raw=True)
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Any,
+    lse: Any,
+    key_mask: Any,
+    blocks: Any,
+    pattern: str,
+    window: int,
+    stride: int,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Five products: the scores anew, and the gradients of values, probabilities, queries and keys (as PyTorch counts
+    its own ``scaled_dot_product`` kernels)."""
+    return 10 * q.shape[0] * q.shape[1] * q.shape[3] * _pairs(q, blocks, pattern, window, stride)

@@ -1,0 +1,238 @@
+"""Measure how fast a model trains on this machine, at the densities that a schedule will bring."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+from mst_compile.blocks.bulk import block_mean_square
+from mst_compile.blocks.index import new_index, write_index
+from mst_compile.cost.flops import attention_saving
+from mst_compile.errors import ForecastError
+from mst_compile.lowering import crossover
+from mst_compile.rules.masks import generator, random_mask, update_mask
+from mst_compile.state.sparsifier import sparsifier, sparsifier_of
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of one training step as a function of the active elements of all sparse weights, ``A`` of ``W``.
+
+    Sparse: ``fixed + per_element * A``, and ``per_gradient * (W - A)`` more with dense weight gradients. Dense, from
+    the mean density ``threshold`` on: ``dense``. Both with full attention, and ``attention`` less with the schedule's
+    pattern.
+
+    Attributes:
+        optimizer: seconds of an optimizer step. event: seconds of a topology event.
+        attention_flops: FLOPs that the pattern saves of a pass, see :func:`mst_compile.forecast`.
+    """
+
+    fixed: float
+    per_element: float
+    per_gradient: float
+    dense: float
+    threshold: float
+    optimizer: float
+    event: float
+    attention: float = 0.0
+    attention_flops: float = 0.0
+
+
+def measure(
+    model: nn.Module, loss: Callable[[], Tensor], optimizer: Optimizer | None = None, rounds: int = ROUNDS
+) -> Rates:
+    """Time forward and backward passes at the densities of the schedule, interleaved, and take medians.
+
+    The model is as before afterwards: masks, weights, buffers, gradients, step count and random state. It compiles
+    what the run will need, if ``loss`` runs a compiled model.
+
+    Args:
+        model: a sparsified model; let no step be under way.
+        loss: runs the forward pass on one batch of a step's size and returns the loss.
+        optimizer: the one that will train the model; a copy of it is timed.
+        rounds: times that each point is measured.
+
+    Raises:
+        NotSparseError: the model is not sparse.
+        ForecastError: an optimizer steps within the backward pass. It is stopped before it changes anything.
+    """
+    own = sparsifier(model)
+    points, threshold = _points(model)
+    times: dict[str, list[float]] = {name: [] for name in points}
+    active: dict[str, int] = {}
+    queries: list[tuple[int, ...]] = []
+    twin, steps = None if optimizer is None else _copy(optimizer), list[float]()
+    with kept(model):
+        for turn in range(rounds + 1):  # the first compiles
+            for name, (sparsity, dense_grad, pattern) in points.items():
+                active[name] = _set_masks(model, sparsity, dense_grad)
+                own.attention.pattern, own.attention.queries = pattern, []
+                seconds = _pass(model, loss)
+                queries = own.attention.queries or queries  # none with full attention
+                if turn:
+                    times[name].append(seconds)
+                if twin is not None:
+                    _clear_gradients(model)  # with them hooks would count the steps of the copy as another model's
+                    steps.append(_step(twin))  # after a pass, as in training: caches hold other things
+        event = _event(model, rounds)
+    median = {name: _median(found) for name, found in times.items()}
+    total, span = sum(w.numel for w in own.weights.values()), active["middle"] - active["top"]
+    per_element = max(0.0, (median["middle"] - median["top"]) / span) if span > 0 else 0.0
+    more = max(0.0, median["gradient"] - median["top"]) / max(1, total - active["top"])
+    return Rates(
+        median["top"] - per_element * active["top"],
+        per_element,
+        more,
+        median["dense"],
+        threshold,
+        _median(steps[len(points) :]) if steps else 0.0,
+        event,
+        median["top"] - median.get("pattern", median["top"]),
+        sum(attention_saving(query, *own.attention.settings) for query in queries),
+    )
+
+
+def _points(model: nn.Module) -> tuple[dict[str, tuple[float, bool, str]], float]:
+    """What to time: name -> sparsity, dense gradients, attention; and the density from which dense is faster."""
+    own = sparsifier(model)
+    highest, lowest = own.schedule.max_sparsity, own.schedule.min_sparsity
+    threshold = crossover.of_weights([w.grid for w in own.weights.values()], next(own.parameters())[1].device.type)
+    middle = max((highest + max(lowest, 1 - 0.9 * threshold)) / 2, 1 - 0.9 * threshold)
+    points = {
+        "dense": (0.0, False, "full"),
+        "top": (highest, False, "full"),
+        "middle": (min(middle, highest), False, "full"),
+        "gradient": (highest, True, "full"),
+    }
+    if own.attention.sparse != "full":
+        points["pattern"] = (highest, False, own.attention.sparse)
+    return points, threshold
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Put the masks, buffers and gradients of a model, sparse or not, and the random state back at the end.
+
+    Weights are never touched: an optimizer that steps meanwhile on any of them raises :class:`ForecastError`.
+    """
+    own = sparsifier_of(model)
+    masks = {} if own is None else {name: (w.mask, w.dense_grad) for name, w in own.weights.items()}
+    pattern = None if own is None else own.attention.pattern
+    grads = {p: p.grad for p in model.parameters()}
+    buffers = [(m._buffers, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
+    with torch.random.fork_rng(), _no_steps({id(p) for p in grads}):
+        try:
+            yield
+        finally:
+            for name, (mask, dense_grad) in masks.items():
+                assert own is not None
+                own.weights[name].set_mask(mask)
+                own.weights[name].set_dense_grad(dense_grad)
+            for parameter, grad in grads.items():
+                parameter.grad = grad
+            with torch.no_grad():
+                for holder, name, buffer, value in buffers:
+                    buffer.copy_(value)
+                    holder[name] = buffer
+            if own is not None and pattern is not None:
+                own.attention.pattern, own.attention.queries = pattern, None
+
+
+@contextmanager
+def _no_steps(parameters: set[int]) -> Iterator[None]:
+    """Refuse optimizer steps on ``parameters`` (ids), as of optimizers that step within the backward pass."""
+
+    def refuse(optimizer: Optimizer, *_: Any) -> None:
+        if any(id(p) in parameters for group in optimizer.param_groups for p in group["params"]):
+            raise ForecastError(
+                f"{type(optimizer).__name__} steps within the backward pass, so a pass cannot be timed without "
+                "training the model. Forecast before you register the hook that steps, or without loss"
+            )
+
+    handle = torch_optimizer.register_optimizer_step_pre_hook(refuse)
+    # Before the hook that counts steps: a step that is refused has not begun.
+    torch_optimizer._global_optimizer_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _set_masks(model: nn.Module, sparsity: float, dense_grad: bool) -> int:
+    """Random masks of the schedule's densities at ``sparsity``; returns the number of active elements."""
+    own = sparsifier(model)
+    for density, weight in zip(own.densities(sparsity), own.weights.values(), strict=True):
+        mask = random_mask(weight.backbone, own.count(weight, density), generator(0, 0, weight.name))
+        weight.set_mask(mask)
+        weight.set_dense_grad(dense_grad and weight.density_target < 1)
+    return sum(w.active for w in own.weights.values())
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _clear_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def _pass(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+    _clear_gradients(model)
+    _synchronize()
+    start = time.perf_counter()
+    loss().backward()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _copy(optimizer: Optimizer) -> Optimizer:
+    """A copy of ``optimizer`` with copies of its parameters, whose gradients are 0."""
+    twin = copy.deepcopy(optimizer)
+    for group in twin.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    return twin
+
+
+def _step(optimizer: Optimizer) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    optimizer.step()
+    _synchronize()
+    return time.perf_counter() - start
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def _event(model: nn.Module, rounds: int) -> float:
+    """Median seconds of what a topology event computes, without its effect."""
+    own, found = sparsifier(model), []
+    for turn in range(rounds):
+        _synchronize()
+        start = time.perf_counter()
+        for weight, parameter in own.parameters():
+            score = block_mean_square(parameter, weight.grid)
+            gradient = block_mean_square(parameter, weight.grid)
+            count, drawn = int(weight.mask.sum()), generator(0, turn, weight.name)
+            safe = weight.safe_blocks(score)
+            mask = update_mask(weight.mask, safe, score, gradient, count, 0.3, 0.75, drawn)
+            if weight.index is not None:
+                write_index(new_index(weight.grid, weight.index.device), weight.grid, mask)
+        _synchronize()
+        found.append(time.perf_counter() - start)
+    return _median(found)

@@ -1,0 +1,143 @@
+"""``explain(model)``: one row a weight, what became of it and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from mst_compile.blocks.shards import is_sharded
+from mst_compile.cost.flops import linear_training
+from mst_compile.lowering.support import why_unsupported
+from mst_compile.state.sparsifier import sparsifier
+from mst_compile.state.weight import SparseWeight
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight. ``flops`` counts forward, grad-input and grad-weight per token, ``dense_flops`` without sparsity.
+
+    ``density`` is the mask's, ``nonzero`` the share of elements that are not 0: less where blocks have grown that did
+    not train, be it that no step was taken yet or that the units they belong to are dead. Of a weight that FSDP2 has
+    sharded it is about the rows on this rank.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    block: int | None
+    density: float
+    nonzero: float
+    target: float
+    kernel: str
+    status: str
+    flops: int
+    dense_flops: int
+
+
+class Explanation:
+    """Rows of :func:`explain`, and what became of each attention that a schedule wants sparse; prints as a table."""
+
+    def __init__(self, rows: list[Row], attention: dict[str, str] | None = None) -> None:
+        self.rows = rows
+        self.attention = attention or {}
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        head = ("weight", "shape", "block", "density", "non-zero", "target", "kernel", "MFLOPs/token", "status")
+        table = [head] + [
+            (
+                r.name,
+                f"{r.shape[0]}x{r.shape[1]}",
+                "-" if r.block is None else str(r.block),
+                f"{r.density:.3f}",
+                f"{r.nonzero:.3f}",
+                f"{r.target:.3f}",
+                r.kernel,
+                f"{r.flops / 1e6:.3f} of {r.dense_flops / 1e6:.3f}",
+                r.status,
+            )
+            for r in self.rows
+        ]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head) - 1)]
+        lines = [
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in table
+        ]
+        total, dense = sum(r.flops for r in self.rows), sum(r.dense_flops for r in self.rows)
+        lines.append(
+            f"linear layers: {total / 1e6:.3f} of {dense / 1e6:.3f} MFLOPs/token ({total / max(1, dense):.1%})"
+        )
+        lines += [f"attention in {where or 'the model'}: {what}" for where, what in self.attention.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What became of each linear weight of a sparsified model: matched by the graph pass or why not, block, density
+    now and at the schedule's highest sparsity, share of elements that are not 0, kernel, and training FLOPs per token.
+    Compile and run the model first to see what the pass matched.
+
+    Raises:
+        NotSparseError: the model is not sparse.
+    """
+    own = sparsifier(model)
+    rows = [_row(weight, parameter) for weight, parameter in own.parameters()]
+    parameters = dict(model.named_parameters())
+    for name, reason in own.skipped.items():
+        parameter = parameters.get(name)
+        shape = tuple(parameter.shape) if parameter is not None and parameter.dim() == 2 else (0, 0)
+        flops, nonzero = 6 * shape[0] * shape[1], 1.0 if parameter is None else _nonzero(parameter)
+        rows.append(Row(name, shape, None, 1.0, nonzero, 1.0, "dense", f"skipped: {reason}", flops, flops))  # type: ignore[arg-type]
+    return Explanation(rows, own.attention.reasons)
+
+
+def _row(weight: SparseWeight, parameter: nn.Parameter) -> Row:
+    seen = weight.uses
+    missing = why_unsupported(parameter.device.type, parameter.dtype, parameter.dtype, weight.grid.block)
+    if weight.grid.block == 1:
+        kernel, status = "dense", "masked: block 1 gives unstructured masks on dense products"
+    elif seen.matched or seen.served:
+        uses = f"{seen.matched} use{'s' * (seen.matched > 1)}" if seen.matched else "shared graph"
+        kernel, status = "block-sparse", f"matched ({uses})"
+        if seen.unmatched:
+            status += f"; dense: {', '.join(seen.unmatched)}"
+    elif seen.unmatched:
+        kernel, status = "dense", f"not matched: {', '.join(seen.unmatched)}"
+    else:
+        kernel = "dense"
+        status = missing or 'not seen by backend="mst" yet'
+    if weight.note:
+        status += f"; {weight.note}"
+    if weight.tied:
+        status += "; tied"
+    grid = weight.grid
+    return Row(
+        weight.name,
+        (grid.rows, grid.cols),
+        grid.block,
+        weight.density,
+        _nonzero(parameter),
+        max(weight.density_target, 1 / min(grid.shape)),
+        kernel,
+        status,
+        linear_training(weight),
+        6 * weight.numel,
+    )
+
+
+def _nonzero(parameter: nn.Parameter) -> float:
+    """Share of elements that are not 0, NaN without any.
+
+    No other rank takes part: often one alone asks.
+    """
+    local = parameter.detach()
+    if is_sharded(local):
+        local = local.to_local()  # type: ignore[attr-defined]
+    return math.nan if local.is_meta or not local.numel() else int(local.count_nonzero()) / local.numel()

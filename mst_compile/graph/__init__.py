@@ -1,0 +1,1 @@
+"""The Dynamo backend and its graph passes, one file each."""

@@ -1,0 +1,1 @@
+"""Find attention in a graph and give it a pattern."""

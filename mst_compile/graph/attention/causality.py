@@ -1,0 +1,165 @@
+"""Find out what an attention's mask does by executing it.
+
+The mask's own slice of the graph is run, see :mod:`.evaluate`, at several paddings and sizes. Scores of an attention
+that is written out are replaced by a probe: what comes out of it must be the probe, scaled, on the keys up to the
+query, and nothing elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mst_compile.graph.attention.evaluate import MAX_ELEMENTS, Evaluator, Product, UnknownError
+from mst_compile.graph.linear import value
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a mask does. ``reason`` is None if it is causal, on keys for which the input ``padding`` is
+    not 0, or is 0 if it ``hides``."""
+
+    reason: str | None
+    padding: fx.Node | None = None
+    scale: float = 1.0
+    hides: bool = False
+
+
+def find(evaluator: Evaluator, node: fx.Node, at: fx.Node, product: Product | None = None) -> Finding:
+    """Whether ``node``, as ``at`` reads it, is causal.
+
+    Args:
+        node: an attention's mask, or the input of a softmax that ``product`` enters.
+    """
+    relied = dict(evaluator.relied)
+    try:
+        padding = evaluator.padding(node, product, at)
+        if len(padding) > 1:
+            return Finding("its mask depends on several inputs")
+        pad = next(iter(padding), None)
+        try:
+            return Finding(None, pad, _scale(evaluator, node, at, product, pad, False))
+        except UnknownError:
+            if pad is None:
+                raise
+            first = sys.exception()
+        try:  # some say what to hide, others what to keep
+            return Finding(None, pad, _scale(evaluator, node, at, product, pad, True), True)
+        except UnknownError:
+            raise first from None  # type: ignore[misc]
+    except UnknownError as unknown:
+        evaluator.relied = relied
+        return Finding(str(unknown))
+    finally:
+        evaluator.use(evaluator.hints)
+
+
+def _scale(
+    evaluator: Evaluator, node: fx.Node, at: fx.Node, product: Product | None, pad: fx.Node | None, hides: bool
+) -> float:
+    """Try a mask out at all sizes and paddings; returns the scale of the scores or raises UnknownError."""
+    scales: list[float] = []
+    for sizes in evaluator.assignments(node, {} if product is None else {product.node: None}, at):
+        evaluator.use(sizes)
+        for kind in ("all",) if pad is None else ("all", "zero or one", "zero or one", "any"):
+            generator = torch.Generator().manual_seed(len(scales))
+            given, keys = _draw(evaluator, pad, hides, kind, generator)
+            scores = None
+            if product is not None:
+                scores = _probe(evaluator, product, generator)
+                given[product.node] = product.alpha * scores
+                if product.extra is not None and product.beta:
+                    extra = evaluator.evaluate(product.extra, given, product.node)
+                    given[product.node] = given[product.node] + product.beta * extra
+            mask = evaluator.evaluate(node, given, at)
+            try:
+                keep, scale = _read(mask, scores, value(node).dtype)
+            except UnknownError:
+                if kind == "any":
+                    continue  # arithmetic that takes its input for 0 or 1, and so it is
+                raise
+            _check_causal(keep, keys)
+            scales.append(scale)
+    if max(scales) - min(scales) > 1e-6 * abs(scales[0]):
+        raise UnknownError("the scale of its scores is no constant")
+    return scales[0]
+
+
+def _draw(
+    evaluator: Evaluator, pad: fx.Node | None, hides: bool, kind: str, generator: torch.Generator
+) -> tuple[dict[fx.Node, Any], Tensor | None]:
+    """A value of the padding, and the keys that it lets be seen."""
+    if pad is None:
+        return {}, None
+    example = value(pad)
+    shape = evaluator.concrete(tuple(example.shape))
+    drawn = torch.full(shape, int(not hides)) if kind == "all" else torch.randint(0, 2, shape, generator=generator)
+    if kind == "any":
+        drawn = torch.randint(1, 1000, shape, generator=generator) * drawn
+    drawn = drawn.to(example.dtype)
+    return {pad: drawn}, drawn.bool() != hides
+
+
+def _probe(evaluator: Evaluator, product: Product, generator: torch.Generator) -> Tensor:
+    """Scores of both signs and many sizes; powers of two, so that their quotients are exact."""
+    shape = evaluator.concrete(tuple(value(product.node).shape))
+    if product.pointwise:  # every batch and head is treated alike
+        shape = torch.Size([1] * (len(shape) - 2) + list(shape[-2:]))
+    if shape.numel() > MAX_ELEMENTS:
+        raise UnknownError("its scores are too large to try out")
+    sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    return sign * torch.exp2(torch.randint(-2, 4, shape, generator=generator).double())
+
+
+def _read(mask: Tensor, scores: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Which entries a mask keeps and, where scores went into it, what it scales them by."""
+    if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2] or mask.shape[-1] < 2:
+        raise UnknownError("its mask is not square")
+    if mask.dtype == torch.bool and scores is None:
+        return mask, 1.0
+    if not mask.is_floating_point():
+        raise UnknownError("its mask is neither bool nor floating point")
+    if bool(mask.isnan().any()):
+        raise UnknownError("its mask holds NaN")
+    # exp() of anything this far below the diagonal's finite score is exactly 0
+    keep = mask > max(torch.finfo(dtype).min / 2, -1e9)
+    if scores is None:
+        if not bool((mask[keep] == 0).all()):
+            raise UnknownError("its mask adds a bias to the scores")
+        return keep, 1.0
+    if scores.numel() == mask.numel():
+        scores = scores.reshape(mask.shape)  # batch and heads side by side, then apart
+    elif mask.dim() != scores.dim():
+        raise UnknownError("its scores change their shape")
+    quotients = (mask / scores)[keep]
+    scale = float(quotients.median()) if quotients.numel() else 0.0
+    if not scale or not bool((quotients - scale).abs().max() <= 1e-5 * abs(scale)):
+        raise UnknownError("its scores are not just scaled and masked")
+    return keep, scale
+
+
+def _check_causal(keep: Tensor, keys: Tensor | None) -> None:
+    """Raise unless ``keep`` is the causal mask on ``keys``; queries that see no key at all may see anything."""
+    size = keep.shape[-1]
+    want = torch.ones(size, size, dtype=torch.bool).tril()
+    if keys is not None:
+        if keys.shape[-1] != size or keep.shape[0] not in (1, keys.shape[0]):
+            raise UnknownError("its mask and its padding differ in shape")
+        want = want & keys.view(keys.shape[0], *[1] * (keep.dim() - 2), size)
+    same = keep == want
+    if not bool(same.all(-1)[want.any(-1).expand(same.shape[:-1])].all()):
+        raise UnknownError(_describe(keep, keys))
+
+
+def _describe(keep: Tensor, keys: Tensor | None) -> str:
+    size = keep.shape[-1]
+    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    if keys is not None and not bool(keys.all()):
+        return "its mask is not a causal one and a padding"
+    if bool((keep & ~causal).any()):
+        return "it is not causal"
+    return "it sees fewer keys than a causal one"

@@ -1,0 +1,195 @@
+"""Put ``mst::attention`` in place of an attention that was found."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mst_compile.graph.attention.evaluate import Evaluator, UnknownError
+from mst_compile.graph.linear import value
+from mst_compile.graph.multihead import Emitter
+
+_VIEWS = {"reshape", "view", "expand", "getitem", "unsqueeze", "repeat_interleave", "contiguous", "flatten", "repeat"}
+_LAYOUT = {"view", "transpose", "permute", "unsqueeze", "squeeze", "swapaxes"}
+_CASTS = {"to", "float", "type", "type_as"}
+_MAX_VIEWS = 6
+
+
+@dataclass
+class Attention:
+    """An attention on its way to being replaced.
+
+    Attributes:
+        out: the node that holds its result.
+        scale: of the scores; None is one over the root of the head size.
+        padding: the input ``[batch, length]`` that is not 0 for keys that may be seen; with ``hides``, for the others.
+        flipped: whether ``k`` is ``[..., head size, length]``.
+        grouped: whether several heads of ``q`` may share one of ``k``.
+        inner: nodes that nothing else needs, in order.
+    """
+
+    form: str
+    out: fx.Node
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    scale: Any = None
+    padding: fx.Node | None = None
+    hides: bool = False
+    flipped: bool = False
+    grouped: bool = False
+    inner: list[fx.Node] = field(default_factory=list)
+
+
+def why_not(found: Attention) -> str | None:
+    """Why the operator cannot stand in for an attention by the shapes of its operands, or None."""
+    if not all(isinstance(value(n), Tensor) for n in (found.q, found.k, found.v, found.out)):
+        return "its tensors are unknown"
+    q, k, v = (tuple(value(n).shape) for n in (found.q, found.k, found.v))
+    k = (*k[:-2], k[-1], k[-2]) if found.flipped and len(k) >= 2 else k
+    dims = (len(q), len(k), len(v))
+    if dims != (4, 4, 4) and (found.form == "sdpa" or dims not in ((3, 3, 3), (3, 3, 4))):
+        return f"its operands have {dims[0]}, {dims[1]} and {dims[2]} dimensions"
+    if not (_same(q[-2], k[-2]) and _same(k[-2], v[-2])):
+        return "queries and keys differ in length"
+    if not (_same(q[-1], k[-1]) and _same(k[-1], v[-1]) and isinstance(q[-1], int)):
+        return "queries and values differ in size"
+    batch = v[0]
+    if dims == (3, 3, 4):
+        batch = v[0] * v[1]
+    if not (_same(q[0], batch) and _same(k[0], batch)):
+        return "queries, keys and values differ in batch"
+    if dims == (4, 4, 4) and not (_same(k[1], v[1]) and _heads_fit(q[1], k[1], found.grouped)):
+        return "its heads do not fit"
+    if found.padding is not None and not all(map(_same, value(found.padding).shape, (v[0], v[-2]))):
+        return "its padding has another shape"
+    return _precision(found)
+
+
+def _heads_fit(heads: Any, key_heads: Any, grouped: bool) -> bool:
+    if not (isinstance(heads, int) and isinstance(key_heads, int)) or heads % key_heads:
+        return False
+    return grouped or key_heads in (1, heads)
+
+
+def _precision(found: Attention) -> str | None:
+    """Scores of higher precision than the result are the operator's own habit, if they come from narrow operands."""
+    if found.form == "sdpa":
+        return None
+    out, scores = value(found.out).dtype, value(found.inner[0]).dtype
+    if out == scores or torch.promote_types(out, scores) == out:
+        return None
+    if all(value(_uncast(n)).dtype == out for n in (found.q, found.k)):
+        return None
+    return f"its scores are {scores} and its values {out}"
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    while node.op == "call_method" and node.target in _CASTS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal for all values of symbolic sizes; asks no guard."""
+    expressions = [x.node.expr if isinstance(x, torch.SymInt) else x for x in (a, b)]
+    return bool(expressions[0] == expressions[1])
+
+
+def replace(found: Attention, settings: tuple[str, int, int], evaluator: Evaluator, fake_mode: Any) -> None:
+    """Rewrite the graph around an attention that :func:`why_not` has nothing against."""
+    emit = Emitter(found.out, fake_mode)
+    out = value(found.out)
+    k, v = found.k, found.v
+    if not found.flipped:
+        k, v = _unrepeated(found, evaluator)
+    operands = [_cast(emit, n, out.dtype) for n in (found.q, k, v)]
+    if found.flipped:
+        operands[1] = emit("transpose", operands[1], -2, -1)
+    flat = value(found.v).dim() == 3
+    if flat:  # one head
+        operands = [emit("unsqueeze", n, 1) for n in operands]
+    elif value(found.q).dim() == 3:  # batch and heads side by side
+        heads = value(found.v).shape[1]
+        operands[:2] = [emit("unflatten", n, 0, (-1, heads)) for n in operands[:2]]
+    keys = None if found.padding is None else emit("to", found.padding, torch.bool)
+    if keys is not None and found.hides:
+        keys = emit(torch.logical_not, keys)
+    scale = value(found.scale) if isinstance(found.scale, fx.Node) else found.scale
+    scale = value(found.q).shape[-1] ** -0.5 if scale is None else float(scale)
+    pair = emit(torch.ops.mst.attention.default, *operands, keys, None, *settings, scale)
+    new = emit(operator.getitem, pair, 0)
+    if flat:
+        new = emit("squeeze", new, 1)
+    if not _views_fit(found.out, value(new)):
+        new = emit("contiguous", new)
+    found.out.replace_all_uses_with(new)
+    for node in (found.out, *reversed(found.inner)):
+        node.graph.erase_node(node)
+
+
+def _cast(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    if value(node).dtype == dtype:
+        return node
+    source = _uncast(node)
+    return source if value(source).dtype == dtype else emit("to", node, dtype)
+
+
+def _views_fit(node: fx.Node, tensor: Tensor) -> bool:
+    """Whether views of a node, which the model wrote for another layout in memory, can be made of ``tensor``."""
+    with tensor.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+        for user in node.users:
+            if user.op != "call_method" or user.target not in _LAYOUT or user.args[0] is not node:
+                continue
+            args = fx.node.map_arg(user.args[1:], value)
+            try:
+                viewed = getattr(tensor, user.target)(*args)
+            except (RuntimeError, ValueError):
+                return False
+            if not _views_fit(user, viewed):
+                return False
+    return True
+
+
+def _unrepeated(found: Attention, evaluator: Evaluator) -> tuple[fx.Node, fx.Node]:
+    """Keys and values before they were repeated for each head of a group, if that is what was done to both."""
+    k, v = _before_repeat(found.k, evaluator), _before_repeat(found.v, evaluator)
+    if k is None or v is None or not _same(value(k).shape[1], value(v).shape[1]):
+        return found.k, found.v
+    return k, v
+
+
+def _before_repeat(node: fx.Node, evaluator: Evaluator) -> fx.Node | None:
+    """The node of which ``node`` holds each head several times in a row; tried out on numbered entries."""
+    shape = value(node).shape
+    source = node
+    for _ in range(_MAX_VIEWS):
+        name = source.target if isinstance(source.target, str) else getattr(source.target, "__name__", "")
+        if source.op not in ("call_function", "call_method") or name not in _VIEWS:
+            return None
+        source = source.args[0]  # type: ignore[assignment]
+        before = value(source)
+        if not isinstance(before, Tensor) or before.dim() != 4 or not isinstance(before.shape[1], int):
+            continue
+        if before.shape[1] < shape[1] and shape[1] % before.shape[1] == 0:
+            return source if _repeats(source, node, shape[1] // before.shape[1], evaluator) else None
+    return None
+
+
+def _repeats(source: fx.Node, node: fx.Node, times: int, evaluator: Evaluator) -> bool:
+    try:
+        for sizes in evaluator.sizes():
+            evaluator.use(sizes)
+            shape = evaluator.concrete(tuple(value(source).shape))
+            numbered = torch.arange(shape.numel()).view(shape)
+            if not torch.equal(evaluator.evaluate(node, {source: numbered}), numbered.repeat_interleave(times, 1)):
+                return False
+    except UnknownError:
+        return False
+    finally:
+        evaluator.use(evaluator.hints)
+    return True

@@ -1,0 +1,119 @@
+"""The Dynamo backend ``"mst"``: ``torch.compile(model, backend="mst", mode=..., options=...)``.
+
+Found through the entry point group ``torch_dynamo_backends``; nothing needs to be imported. On a model without sparse
+weights it is ``"inductor"``.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx
+
+from mst_compile.errors import BackendOptionError, MSTWarning
+from mst_compile.graph.attention.sites import recover_causal
+from mst_compile.graph.cachekey import SourceKey
+from mst_compile.graph.memory import keep_freed_memory
+from mst_compile.graph.multihead import expand_multihead
+from mst_compile.graph.variants import Variants, find_weights
+from mst_compile.kernels import cpu
+from mst_compile.lowering import inductor  # noqa: F401  (registers the lowerings)
+from mst_compile.ops import linear as ops  # noqa: F401  (registers the operators)
+
+_INNER = ("inductor", "aot_eager", "eager")
+_DEFAULTS: dict[str, Any] = {"mst.dense_threshold": None, "mst.inner": "inductor", "mst.keep_memory": True}
+
+
+def mst(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph.
+
+    Args:
+        mode: as for ``torch.compile(backend="inductor")``.
+        options: Inductor's options, and our own: ``"mst.dense_threshold"`` (mean density from which the dense variant
+            runs; by default 0.8 on a CPU, and on a GPU where dense products were measured to become faster),
+            ``"mst.keep_memory"`` (see :mod:`mst_compile.graph.memory`; default true) and ``"mst.inner"``
+            (``"inductor"``, or ``"aot_eager"``/``"eager"`` for debugging).
+
+    Raises:
+        BackendOptionError: an option does not exist or has a bad value.
+    """
+    own, patches = _split_options(mode, options)
+    compile_fn = _inner(own["mst.inner"], patches, example_inputs)
+    found = find_weights(graph_module, example_inputs)
+    if not found:
+        return compile_fn(graph_module, example_inputs)
+    if own["mst.keep_memory"] and _on_cpu(example_inputs):
+        keep_freed_memory()
+    expand_multihead(graph_module)
+    recover_causal(graph_module)
+    return Variants(graph_module, example_inputs, found, compile_fn, own["mst.dense_threshold"])
+
+
+def _split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Our own options, completed by defaults, and the patches of Inductor's configuration."""
+    own, patches = dict(_DEFAULTS), {}
+    if mode and mode != "default":
+        known = list_mode_options()
+        if mode not in known:
+            raise BackendOptionError(f"mode {mode!r} does not exist; choose one of {', '.join(map(repr, known))}")
+        patches.update(known[mode])
+    inductor_options = set(list_options())
+    for name, given in (options or {}).items():
+        if name.startswith("mst."):
+            if name not in own:
+                raise BackendOptionError(f"option {name!r} does not exist; ours are {', '.join(_DEFAULTS)}")
+            own[name] = given
+        elif name.replace("-", "_") in inductor_options:
+            patches[name.replace("-", "_")] = given
+        else:
+            raise BackendOptionError(f"option {name!r} is neither ours nor Inductor's (torch._inductor.list_options())")
+    threshold = own["mst.dense_threshold"]
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if threshold is not None and not (number and 0 <= threshold <= 1):
+        raise BackendOptionError(f"mst.dense_threshold must lie in [0, 1] or be None, got {threshold!r}")
+    if not isinstance(own["mst.keep_memory"], bool):
+        raise BackendOptionError(f"mst.keep_memory must be True or False, got {own['mst.keep_memory']!r}")
+    if own["mst.inner"] not in _INNER:
+        raise BackendOptionError(f"mst.inner must be one of {', '.join(map(repr, _INNER))}, got {own['mst.inner']!r}")
+    # Freezing would fold the weights of one step into the graph.
+    patches["freezing"] = False
+    patches["post_grad_custom_post_pass"] = SourceKey(inductor_config.post_grad_custom_post_pass)
+    return own, patches
+
+
+def _inner(name: str, patches: dict[str, Any], example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    if name == "inductor" and _on_cpu(example_inputs) and cpu.why_unavailable() is not None:
+        _warn_no_compiler(cpu.why_unavailable())
+        name = "eager"
+    if name == "eager":
+        return lambda graph_module, _: graph_module.forward
+    if name == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")
+    return functools.partial(compile_fx, config_patches=patches)
+
+
+def _on_cpu(example_inputs: Sequence[Any]) -> bool:
+    return any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in example_inputs)
+
+
+@functools.cache
+def _warn_no_compiler(reason: str | None) -> None:
+    warnings.warn(
+        f"no C++ compiler works here ({reason}); the model runs in eager mode with dense products: correct, but no "
+        "time is saved. Install g++ or point CXX to a compiler",
+        MSTWarning,
+        stacklevel=2,
+    )

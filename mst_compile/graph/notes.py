@@ -1,0 +1,53 @@
+"""Say in words what a graph does with a sparse weight, and say it once where time is lost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from mst_compile.errors import MSTWarning
+from mst_compile.state.attention import AttentionState
+from mst_compile.state.weight import SparseWeight
+
+
+def describe(node: fx.Node) -> str:
+    """A short name of what ``node`` computes, with the module it stands in."""
+    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    stack = node.meta.get("nn_module_stack")
+    where = next(reversed(stack.values()))[0] if stack else ""
+    return f"{target} in {where}" if where else str(target)
+
+
+def note_attention(state: AttentionState, sites: Sequence[Any]) -> None:
+    """Keep what became of each attention for ``explain``, and warn once if none could be made sparse."""
+    for site in sites:
+        state.reasons[site.where] = f"{state.sparse} ({site.form})" if site.replaced else f"full: {site.reason}"
+    if state.warned or any(not reason.startswith("full") for reason in state.reasons.values()):
+        return
+    state.warned = True
+    why = "; ".join(f"{where}: {reason}" for where, reason in list(state.reasons.items())[:3]) or "none was found"
+    warnings.warn(
+        f"the schedule asks for {state.sparse} attention, but attention in this graph stays full ({why})",
+        MSTWarning,
+        stacklevel=2,
+    )
+
+
+def warn_unmatched(weights: Sequence[SparseWeight]) -> None:
+    """Warn of weights whose products in a graph all stay dense, once each; unstructured masks are meant to."""
+    lost = [w for w in weights if w.index is not None and not w.uses.warned]
+    if not lost:
+        return
+    for weight in lost:
+        weight.uses.warned = True
+    reasons = "; ".join(f"{w.name}: {', '.join(w.uses.unmatched)}" for w in lost[:3])
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    warnings.warn(
+        f"sparse weights of this graph ({len(lost)}) stay in dense products, which is correct but "
+        f"saves no time ({reasons}{more}); mst_compile.explain(model) lists all",
+        MSTWarning,
+        stacklevel=2,
+    )

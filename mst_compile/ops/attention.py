@@ -1,0 +1,135 @@
+"""The operator ``mst::attention`` and its gradient: schemas, eager reference, fakes, autograd.
+
+``q`` is ``[batch, heads, length, head size]``, ``k`` and ``v`` are ``[batch, key heads, length, head size]``; key heads
+divide heads, and query head ``h`` reads key head ``h // (heads // key heads)``. ``pattern``, ``window`` and ``stride``
+are those of :mod:`mst_compile.rules.patterns`. ``key_mask`` (bool ``[batch, length]`` or None) is True for keys that
+may be seen, as for padding. A query that sees no key gets 0, where PyTorch's kernels give NaN or an average.
+
+The operator returns the result, laid out ``[batch, length, heads, head size]`` in memory as PyTorch's flash attention
+does it, and the logarithm of each softmax's denominator, float32 (float64 for float64) ``[batch, heads, length]``. The
+gradient recomputes the rest. The reference below forms the dense scores; it is the oracle of all kernels, and what runs
+where there is none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mst_compile.rules.patterns import allowed
+
+from .library import define
+
+
+def empty_result(q: Tensor) -> Tensor:
+    """A result like ``q`` whose tokens lie side by side in memory."""
+    batch, heads, length, size = q.shape
+    return q.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, lse: Tensor | None, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Softmax of the masked scores, its log-denominator, and the dtype that both are computed in."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) @ k.to(wide).transpose(-1, -2)) * scale
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if lse is None:
+        lse = torch.logsumexp(scores, -1)
+    finite = lse.masked_fill(lse == -torch.inf, 0)  # no key at all: exp(-inf - 0) = 0
+    return torch.exp(scores - finite[..., None]), lse, wide
+
+
+def _mask(q: Tensor, key_mask: Tensor | None, blocks: Tensor | None, pattern: str, window: int, stride: int) -> Tensor:
+    mask = allowed(pattern, q.shape[2], window, stride, blocks, q.device)
+    return mask if key_mask is None else mask & key_mask[:, None, None, :]
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    blocks: Tensor | None,
+    pattern: str,
+    window: int,
+    stride: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``softmax(scale q k^T + mask) v`` on the pattern's entries, and the log-denominators."""
+    group = q.shape[1] // k.shape[1]
+    mask = _mask(q, key_mask, blocks, pattern, window, stride)
+    p, lse, wide = _probabilities(q, k.repeat_interleave(group, 1), None, mask, scale)
+    out = empty_result(q)
+    out.copy_(p @ v.to(wide).repeat_interleave(group, 1))
+    return out, lse
+
+
+def attention_backward_reference(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_mask: Tensor | None,
+    blocks: Tensor | None,
+    pattern: str,
+    window: int,
+    stride: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`attention_reference` with respect to ``q``, ``k`` and ``v``."""
+    batch, heads, length, size = q.shape
+    group = heads // k.shape[1]
+    mask = _mask(q, key_mask, blocks, pattern, window, stride)
+    p, _, wide = _probabilities(q, k.repeat_interleave(group, 1), lse, mask, scale)
+    grad = grad.to(wide)
+    delta = (grad * out.to(wide)).sum(-1, keepdim=True)
+    ds = p * (grad @ v.to(wide).repeat_interleave(group, 1).transpose(-1, -2) - delta) * scale
+
+    def of_keys(per_head: Tensor, like: Tensor) -> Tensor:
+        summed = per_head.view(batch, heads // group, group, length, size).sum(2)
+        return empty_result(like).copy_(summed)
+
+    dq = empty_result(q).copy_(ds @ k.to(wide).repeat_interleave(group, 1))
+    return dq, of_keys(ds.transpose(-1, -2) @ q.to(wide), k), of_keys(p.transpose(-1, -2) @ grad, v)
+
+
+define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? blocks, str pattern, int window, int stride,"
+    " float scale) -> (Tensor, Tensor)",
+    attention_reference,
+)
+define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask,"
+    " Tensor? blocks, str pattern, int window, int stride, float scale) -> (Tensor, Tensor, Tensor)",
+    attention_backward_reference,
+)
+
+
+@torch.library.register_fake("mst::attention")
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_result(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.register_fake("mst::attention_backward")
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_result(q), empty_result(k), empty_result(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, key_mask, blocks, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, key_mask, blocks)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, key_mask, blocks = ctx.saved_tensors
+    gradients = torch.ops.mst.attention_backward(grad, q, k, v, out, lse, key_mask, blocks, *ctx.settings)
+    return (*gradients, None, None, *(None for _ in ctx.settings))
+
+
+torch.library.register_autograd("mst::attention", _backward, setup_context=_save)

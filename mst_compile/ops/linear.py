@@ -1,0 +1,120 @@
+"""The operators ``mst::linear`` and its two gradients: schemas, eager reference, fakes, autograd.
+
+``transposed`` says how the weight is stored: ``False`` for ``[out, in]`` (``nn.Linear``), ``True`` for ``[in, out]``
+(Hugging Face ``Conv1D``). ``index`` is the packed index of :mod:`mst_compile.blocks.index`, ``block`` its block edge.
+A weight is exactly 0 outside its active blocks, as the sparsifier keeps it: a kernel may skip those zeros or not.
+
+The reference below is plain PyTorch on the masked dense weight. It is the oracle of all kernels, and what runs on a
+device, dtype or block that has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mst_compile.blocks.bulk import mask_like
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.index import DENSE_GRAD
+
+from .library import define
+
+_LINEAR = "mst::linear"
+_GRAD_INPUT = "mst::linear_grad_input"
+_GRAD_WEIGHT = "mst::linear_grad_weight"
+
+
+def masked(weight: Tensor, index: Tensor, block: int) -> Tensor:
+    """``weight`` with everything outside the active blocks set to 0."""
+    grid = BlockGrid(weight.shape[0], weight.shape[1], block)
+    return weight.masked_fill(~mask_like(index, grid), 0)
+
+
+def linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int, transposed: bool
+) -> Tensor:
+    """``y[..., out] = x[..., in] W + bias`` on the active blocks of ``weight``, in ``x``'s dtype."""
+    w = masked(weight, index, block).to(x.dtype)
+    return torch.nn.functional.linear(x, w.t() if transposed else w, None if bias is None else bias.to(x.dtype))
+
+
+def grad_input_reference(grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool) -> Tensor:
+    """Gradient of :func:`linear_reference` with respect to ``x``, in ``grad``'s dtype."""
+    w = masked(weight, index, block).to(grad.dtype)
+    return grad @ (w.t() if transposed else w)
+
+
+def grad_weight_reference(
+    grad: Tensor, x: Tensor, index: Tensor, block: int, transposed: bool, dtype: torch.dtype, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to ``weight`` (exact 0 outside the active blocks, unless the index asks for a dense one)
+    in ``dtype``, and ``bias`` in at least float32 (empty if ``bias`` is false)."""
+    gy, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    gw = (x2.t() @ gy if transposed else gy.t() @ x2).to(dtype)
+    if not int(index[DENSE_GRAD]):
+        gw = masked(gw, index, block)
+    wide = torch.promote_types(gy.dtype, torch.float32)
+    return gw, gy.sum(0, dtype=wide) if bias else gw.new_empty(0, dtype=wide)
+
+
+define(
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor index, int block, bool transposed) -> Tensor",
+    linear_reference,
+)
+define(
+    "linear_grad_input(Tensor grad, Tensor weight, Tensor index, int block, bool transposed) -> Tensor",
+    grad_input_reference,
+)
+define(
+    "linear_grad_weight(Tensor grad, Tensor x, Tensor index, int block, bool transposed, ScalarType dtype, bool bias)"
+    " -> (Tensor, Tensor)",
+    grad_weight_reference,
+)
+
+
+@torch.library.register_fake(_LINEAR)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int, transposed: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
+
+
+@torch.library.register_fake(_GRAD_INPUT)
+def _(grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], weight.shape[0 if transposed else 1]))
+
+
+@torch.library.register_fake(_GRAD_WEIGHT)
+def _(
+    grad: Tensor, x: Tensor, index: Tensor, block: int, transposed: bool, dtype: torch.dtype, bias: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[-1], grad.shape[-1]) if transposed else (grad.shape[-1], x.shape[-1])
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return grad.new_empty(shape, dtype=dtype), grad.new_empty(grad.shape[-1] if bias else 0, dtype=wide)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, index, ctx.block, ctx.transposed = inputs
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, index)
+    ctx.weight_dtype = weight.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, index = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    grad_x = grad_w = grad_b = None
+    if needs_x:
+        grad_x = torch.ops.mst.linear_grad_input(grad, weight, index, ctx.block, ctx.transposed)
+    if needs_weight:
+        grad_w, fused = torch.ops.mst.linear_grad_weight(
+            grad, x, index, ctx.block, ctx.transposed, ctx.weight_dtype, needs_bias
+        )
+        grad_b = fused.to(ctx.bias_dtype) if needs_bias else None
+    elif needs_bias:
+        grad_b = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+    return grad_x, grad_w, grad_b, None, None, None
+
+
+torch.library.register_autograd(_LINEAR, _backward, setup_context=_save)

@@ -1,1 +1,0 @@
-"""Graph passes, one file each."""

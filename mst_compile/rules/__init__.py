@@ -1,0 +1,1 @@
+"""What is decided, as pure functions of step, mask and score."""

@@ -1,0 +1,56 @@
+"""How many blocks of each layer are active: densities over the layers, and counts of blocks. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def uniform(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
+    """The same density, ``1 - sparsity``, for each layer."""
+    return [1.0 - sparsity] * len(shapes)
+
+
+def erdos_renyi(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
+    """Density of each layer proportional to ``(rows + cols) / (rows * cols)``, ``1 - sparsity`` over all elements.
+
+    Layers whose density would exceed 1 are kept dense and the others are scaled again (SET, arXiv 1707.04780;
+    as in the reference implementation of Mixed Sparsity Training).
+    """
+    dense: set[int] = set()
+    total = sum(r * c for r, c in shapes)
+    while True:
+        budget = (1.0 - sparsity) * total - sum(shapes[i][0] * shapes[i][1] for i in dense)
+        rest = {i: (r + c) / (r * c) for i, (r, c) in enumerate(shapes) if i not in dense}
+        if not rest:
+            return [1.0] * len(shapes)
+        scale = budget / sum(shapes[i][0] + shapes[i][1] for i in rest)
+        if scale * max(rest.values()) <= 1.0:
+            return [1.0 if i in dense else scale * rest[i] for i in range(len(shapes))]
+        top = max(rest.values())
+        dense |= {i for i, raw in rest.items() if raw == top}
+
+
+DISTRIBUTIONS = {"erdos-renyi": erdos_renyi, "uniform": uniform}
+
+
+def layer_densities(
+    shapes: Sequence[tuple[int, int]],
+    sparsity: float,
+    distribution: str,
+    overrides: Sequence[float | None],
+    max_sparsity: float,
+) -> list[float]:
+    """Target density of each layer.
+
+    Layers with an override have that sparsity when the schedule is at ``max_sparsity``, and the same share of it as
+    the schedule has of its own at other times. The others meet ``sparsity`` among themselves.
+    """
+    free = [i for i, override in enumerate(overrides) if override is None]
+    found = dict(zip(free, DISTRIBUTIONS[distribution]([shapes[i] for i in free], sparsity), strict=True))
+    share = sparsity / max_sparsity if max_sparsity > 0 else 0.0
+    return [found[i] if override is None else 1.0 - override * share for i, override in enumerate(overrides)]
+
+
+def active_count(density: float, blocks: int, least: int) -> int:
+    """Number of active blocks for a target density; never fewer than ``least`` (the size of the backbone)."""
+    return min(blocks, max(least, round(density * blocks)))

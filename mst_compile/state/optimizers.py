@@ -1,0 +1,197 @@
+"""What is known about optimizers: which state belongs to which weight, and how regrown weights start.
+
+Zero gradient and zero state give a zero update in the optimizers listed here, so a weight that is masked stays 0 in
+them. Of any other optimizer only weight and gradient can be masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn, optim
+
+from mst_compile.blocks.bulk import block_mean_square
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.shards import local_rows, sum_over_shards
+from mst_compile.state import weight as weights
+from mst_compile.state.weight import SparseWeight
+
+DENSITY_RATE = "density_rate"
+
+_ELEMENTWISE = {
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.NAdam,
+    optim.RAdam,
+    optim.Adamax,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.RMSprop,
+}
+_ENOUGH = 4  # edge of a block whose mean square is an estimate
+_SECOND_MOMENTS = {"exp_avg_sq": "beta2", "square_avg": "alpha"}  # key of the state -> how its average decays
+
+
+def keeps_zeros(optimizer: optim.Optimizer) -> bool:
+    """Whether a step is known to leave a weight at 0 whose gradient and state are 0.
+
+    A subclass is not known: it may do anything (Muon's orthogonalised update, for one, fills every element).
+    """
+    return type(optimizer) in _ELEMENTWISE
+
+
+def state_like(optimizer: optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:
+    """The optimizer's state of ``parameter`` that has one number for each of its elements."""
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+            yield value
+
+
+def foreign_state(optimizer: optim.Optimizer) -> list[str]:
+    """What ``optimizer`` keeps that cannot be attributed to single elements of parameters: keys, shapes, dtypes."""
+    found = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            for tensor in value if isinstance(value, list) else [value]:
+                if not isinstance(tensor, Tensor) or tensor.numel() <= 1 or key in found:
+                    continue
+                if not isinstance(parameter, Tensor) or tensor.shape != parameter.shape:
+                    found[key] = f"{key} of shape {tuple(tensor.shape)}"
+                elif not tensor.is_floating_point():
+                    found[key] = f"{key} of {tensor.dtype}"
+    return list(found.values())
+
+
+def skipped_by_scaler(optimizer: optim.Optimizer) -> bool:
+    """Whether ``GradScaler`` had a fused optimizer find infinite gradients: ``step`` is called but does nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found)
+
+
+def only_makes_state(optimizer: optim.Optimizer) -> bool:
+    """Whether this is no training step but ``torch.distributed.checkpoint.state_dict`` making an optimizer's state.
+
+    It steps once with all gradients and all learning rates 0.
+    """
+    groups = optimizer.param_groups
+    if any(float(group.get("lr", 1.0)) != 0.0 for group in groups):
+        return False
+    gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    # The same answer on all ranks: each may hold another part of a gradient.
+    return bool(gradients) and not any(bool(sum_over_shards(local_rows(g)[0].abs().sum(), g)) for g in gradients)
+
+
+def param_groups(model: nn.Module, *, weight_decay: float = 0.0, density_rate: float = 1.0) -> list[dict[str, Any]]:
+    """Parameter groups for an optimizer, in which the learning rate of sparse weights follows their density.
+
+    ``torch.optim.AdamW(mst_compile.param_groups(model, weight_decay=0.1), lr=1e-3)``
+
+    An output of a sparse weight sums over fewer inputs, so the rate that suits the dense model moves it too little: it
+    should grow as the density falls (SµPar, arXiv 2405.15743). A group with ``"density_rate": r`` steps with its
+    learning rate times ``density ** -r``, where density is the mean over the group's sparse weights at that step;
+    ``group["lr"]`` itself, and so any scheduler, stays as it is. The key works in groups of your own as well. The rule
+    carries a rate over from the dense model: one that is too large for that becomes much too large for sparse weights.
+
+    Args:
+        model: a sparsified model.
+        weight_decay: of sparse weights and other matrices; vectors have none.
+        density_rate: 1 is SµPar's rule, 0 gives all weights the same learning rate.
+
+    Returns:
+        A group for the sparse weights of each target density (layers of one shape), one for other parameters of two and
+        more dimensions, and one for vectors.
+    """
+    sparse: dict[float, list[nn.Parameter]] = {}
+    kinds: list[list[nn.Parameter]] = [[], []]
+    for parameter in model.parameters():
+        weight = weights.of(parameter)
+        if weight is not None:
+            sparse.setdefault(weight.density_target, []).append(parameter)
+        else:
+            kinds[0 if parameter.dim() >= 2 else 1].append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": members, "weight_decay": weight_decay, DENSITY_RATE: density_rate} for members in sparse.values()
+    ]
+    groups += [{"params": k, "weight_decay": d} for k, d in zip(kinds, (weight_decay, 0.0), strict=True)]
+    return [group for group in groups if group["params"]]
+
+
+def scale_rates(
+    optimizer: optim.Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]
+) -> list[tuple[dict[str, Any], Any]]:
+    """Let groups with a ``density_rate`` step with their learning rate scaled; returns what :func:`restore_rates`
+    needs."""
+    before = []
+    for group in optimizer.param_groups:
+        rate = group.get(DENSITY_RATE)
+        if not rate:
+            continue
+        members = {id(p) for p in group["params"]}
+        inside = [weight for weight, parameter in own if id(parameter) in members]
+        active, total = sum(w.active for w in inside), sum(w.numel for w in inside)
+        if 0 < active < total:
+            before.append((group, group["lr"]))
+            group["lr"] = group["lr"] * (active / total) ** -rate
+    return before
+
+
+def restore_rates(before: list[tuple[dict[str, Any], Any]]) -> None:
+    """Undo :func:`scale_rates`, and forget it."""
+    while before:
+        group, rate = before.pop()
+        group["lr"] = rate
+
+
+def gradient_scale(optimizer: optim.Optimizer) -> float:
+    """Factor that the optimizer will take out of the gradients itself (fused optimizers under ``GradScaler``)."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
+
+
+@torch.no_grad()
+def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: BlockGrid, grown: Tensor) -> None:
+    """Before the first step of regrown blocks: let their second moment begin at its first estimate, not at 0.
+
+    Adam divides the average of squared gradients, begun at 0, by ``1 - beta2**step`` because it knows how few it has
+    seen; but the step count is the whole weight's. After thousands of steps nothing is corrected, the average of a
+    regrown weight is ``1 - beta2`` of one square, and its first updates are ``(1 - beta1) / sqrt(1 - beta2)`` (3.2 for
+    the default betas) and later up to 7 times the learning rate. Begun at the square of its first gradient, or at the
+    block's mean square where that is larger, no first update exceeds ``1 - beta1`` of the learning rate and the rate
+    then rises as the first moment fills, as for a weight that has been there for long. One element says too little of
+    its block if there are few: below blocks of 4 the mean is that of all blocks that grew. (The trouble is described
+    in SMET, arXiv 2606.00888.)
+
+    Args:
+        grown: bool ``[R, C]`` on the CPU, the blocks that grew at the last topology event.
+    """
+    if parameter.grad is None:
+        return
+    state = optimizer.state.get(parameter, {})
+    averages = {k: v for k, v in state.items() if k in _SECOND_MOMENTS and isinstance(v, Tensor)}
+    averages = {k: v for k, v in averages.items() if v.shape == parameter.shape}
+    if not averages:
+        return
+    scale = gradient_scale(optimizer)
+    gradient, first = local_rows(parameter.grad)
+    here = slice(first, first + gradient.shape[0])
+    means = block_mean_square(parameter.grad, grid)
+    if grid.block < _ENOUGH:
+        means = torch.full(means.shape, means[grown].mean().item())
+    mask = grid.expand(grown)[here].to(gradient.device)
+    least = grid.expand(means)[here].to(gradient.device)
+    square = torch.maximum(gradient.float().square(), least) / (scale * scale)
+    for key, average in averages.items():
+        begun = square * _correction(optimizer, parameter, state, key)
+        local = local_rows(average)[0]
+        local.copy_(torch.where(mask, begun.to(local.dtype), local))
+
+
+def _correction(optimizer: optim.Optimizer, parameter: Tensor, state: dict[str, Any], key: str) -> float:
+    """``1 - beta2**step`` of the coming step where the optimizer will divide by it, else 1."""
+    if _SECOND_MOMENTS[key] != "beta2" or "step" not in state:
+        return 1.0
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    return 1.0 - float(group["betas"][1]) ** (float(state["step"]) + 1.0) if "betas" in group else 1.0

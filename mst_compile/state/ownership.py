@@ -1,0 +1,41 @@
+"""Modules know their sparse weights, so that a checkpoint loaded into a module cannot fill their zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mst_compile.state import weight as weights
+from mst_compile.state.weight import SparseWeight
+
+_OWNED = "_mst_owned_weights"
+
+
+def remember_owner(module: nn.Module, attribute: str, weight: SparseWeight) -> None:
+    """Let ``module`` know that its parameter ``attribute`` is sparse."""
+    if _OWNED not in module.__dict__:
+        module.__dict__[_OWNED] = {}
+        module.register_load_state_dict_post_hook(_after_load)
+    module.__dict__[_OWNED][attribute] = weight
+
+
+def forget_owner(module: nn.Module) -> None:
+    """Undo :func:`remember_owner` for all of the module's parameters."""
+    if module.__dict__.pop(_OWNED, None) is not None:
+        hooks = module._load_state_dict_post_hooks
+        for key in [key for key, hook in hooks.items() if hook is _after_load]:
+            del hooks[key]
+
+
+def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    """``load_state_dict`` may bring other Parameter objects (``assign=True``) and values outside the active blocks."""
+    for attribute, weight in module.__dict__.get(_OWNED, {}).items():
+        parameter = module._parameters[attribute]
+        if parameter is not None:
+            weights.bind(parameter, weight)
+            whole = parameter.detach().clone()
+            weight.zero_inactive_(parameter)
+            if not torch.equal(whole, parameter):
+                weight.loaded = whole  # its masks may follow, with the optimizer's state or the sparsifier's

@@ -1,0 +1,252 @@
+"""Which weights of a model become sparse, at which density, on which block grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from mst_compile.blocks.grid import TILE_BLOCK, BlockGrid
+from mst_compile.errors import BlockSizeError, SelectionError, WeightError
+from mst_compile.rules.density import layer_densities
+from mst_compile.rules.schedule import Schedule, check_sparsity
+
+MAX_BLOCK = 128
+MIN_BLOCK = 4  # the finest block that kernels exist for; block 1 means unstructured masks on dense products
+DEFAULT_BLOCK = {"cpu": 8}
+DEFAULT_BLOCK_ACCELERATOR = 32
+
+
+@dataclass(frozen=True)
+class Override:
+    """What is special about some weights: ``sparsify(..., overrides={"*.attn.*": Override(sparsity=0.5, block=4)})``.
+
+    Args:
+        sparsity: share of zeros when the schedule is at its highest sparsity, in [0, 1); it rises and falls in
+            proportion to the schedule's. 0 keeps the weights dense. Default: the layer distribution decides.
+        block: edge of their blocks, a power of two. Default: that of ``sparsify``.
+
+    Raises:
+        ScheduleError, BlockSizeError: a value is out of range.
+    """
+
+    sparsity: float | None = None
+    block: int | None = None
+
+    def __post_init__(self) -> None:
+        check_block(self.block)
+        if self.sparsity is not None:
+            check_sparsity("sparsity of an override", self.sparsity)
+
+
+@dataclass
+class Candidate:
+    """A weight that will be sparse. ``owners`` are all (module, attribute) pairs that hold the Parameter."""
+
+    name: str
+    parameter: nn.Parameter
+    owners: list[tuple[nn.Module, str]]
+    tied: bool = False
+    density: float = 1.0
+    grid: BlockGrid | None = None
+    note: str = ""
+    override: Override = field(default_factory=Override)
+
+
+@dataclass
+class Selection:
+    """The outcome: what becomes sparse, and why the other weights of linear modules do not."""
+
+    candidates: list[Candidate]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer."""
+    # Hugging Face's Conv1D is a linear layer that stores [in, out]. It is known by its name and attribute so that
+    # transformers need not be imported.
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and hasattr(module, "nf"))
+
+
+def _is_projection(module: nn.Module, attribute: str) -> bool:
+    """Whether a parameter projects the inputs of multi-head attention, packed or one by one."""
+    return isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight")
+
+
+def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    found = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not found or not all(isinstance(p, str) for p in found):
+        raise SelectionError(f"{name} must be a pattern or a non-empty list of patterns, got {patterns!r}")
+    return found
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Shell-style match of a parameter name, with or without its last part ("blocks.0.fc" names its weight)."""
+    return any(fnmatchcase(name, p) or fnmatchcase(name.rpartition(".")[0], p) for p in patterns)
+
+
+def select(
+    model: nn.Module,
+    schedule: Schedule,
+    block: int | None,
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+    overrides: Mapping[str, Override] | None = None,
+    backbone: bool = True,
+) -> Selection:
+    """Find the weights to make sparse and lay block grids over them. Changes nothing."""
+    check_block(block)
+    selection = _find(model, _patterns("include", include), _patterns("exclude", exclude))
+    candidates = selection.candidates
+    shapes = [(c.parameter.shape[0], c.parameter.shape[1]) for c in candidates]
+    _take_overrides(candidates, overrides)
+    highest = schedule.max_sparsity
+    special = [c.override.sparsity for c in candidates]
+    densities = layer_densities(shapes, highest, schedule.distribution, special, highest)
+    too_small = []
+    for candidate, shape, density in zip(candidates, shapes, densities, strict=True):
+        candidate.density = density
+        wanted = candidate.override.block or block
+        candidate.grid, candidate.note = _grid(candidate.parameter.device, shape, density, wanted, backbone)
+        if wanted is not None and wanted > min(shape):
+            too_small.append(candidate.name)
+    if block is not None and len(too_small) == len(candidates):
+        sizes = ", ".join(f"{r}x{c}" for r, c in sorted(set(shapes)))
+        raise BlockSizeError(f"block={block} is larger than every eligible weight ({sizes}); pass a smaller block")
+    return selection
+
+
+def _take_overrides(candidates: list[Candidate], overrides: Mapping[str, Override] | None) -> None:
+    """Give each candidate the override of the first pattern that its name matches."""
+    if overrides is None:
+        return
+    for pattern, override in overrides.items():
+        if not isinstance(pattern, str) or not isinstance(override, Override):
+            raise SelectionError(f"overrides maps patterns to Override(...), got {pattern!r}: {override!r}")
+        if not any(_matches(c.name, [pattern]) for c in candidates):
+            names = ", ".join(repr(c.name) for c in candidates)[:200]
+            raise SelectionError(f"override {pattern!r} matches no sparse weight; their names look like {names}")
+    for candidate in candidates:
+        found = (override for pattern, override in overrides.items() if _matches(candidate.name, [pattern]))
+        candidate.override = next(found, candidate.override)
+
+
+def check_block(block: object) -> None:
+    """Raise :class:`BlockSizeError` unless ``block`` is None or a power of two up to 128."""
+    if block is None:
+        return
+    power = isinstance(block, int) and not isinstance(block, bool) and block >= 1 and block & (block - 1) == 0
+    if not power or block > MAX_BLOCK:  # type: ignore[operator]
+        raise BlockSizeError(
+            f"block must be a power of two from 1 to {MAX_BLOCK}, got {block!r}; 8 suits a CPU, 32 or 64 a GPU, and "
+            "1 gives unstructured masks on dense products"
+        )
+
+
+def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None) -> Selection:
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    linear: set[int] = set()
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((module, attribute))
+                if (attribute == "weight" and is_linear(module)) or _is_projection(module, attribute):
+                    linear.add(id(parameter))
+    selection = Selection([], _parametrized(model))
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    hit: set[str] = set()
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise WeightError(f"{name} is not initialised yet (lazy module): run one forward pass before sparsify")
+        aliases = names[id(parameter)]
+        for pattern in (include or []) + (exclude or []):
+            if any(_matches(alias, [pattern]) for alias in aliases):
+                hit.add(pattern)
+        named = include is not None and any(_matches(alias, include) for alias in aliases)
+        if not (named if include is not None else id(parameter) in linear) or parameter.dim() != 2:
+            if id(parameter) in linear:
+                selection.skipped[name] = "not in include"
+            continue
+        if exclude is not None and any(_matches(alias, exclude) for alias in aliases):
+            selection.skipped[name] = "in exclude"
+            continue
+        if min(parameter.shape) < MIN_BLOCK:
+            selection.skipped[name] = f"shape {tuple(parameter.shape)} is narrower than the finest block, {MIN_BLOCK}"
+            continue
+        _check_weight(name, parameter)
+        holders = owners[id(parameter)]
+        selection.candidates.append(Candidate(name, parameter, holders, tied=len(holders) > 1))
+    lost = [p for p in (include or []) + (exclude or []) if p not in hit]
+    if lost:
+        raise SelectionError(
+            f"pattern{'s' * (len(lost) > 1)} {', '.join(map(repr, lost))} match no parameter; names look like "
+            f"{', '.join(repr(n) for n, p in model.named_parameters() if p.dim() == 2)[:200]}"
+        )
+    if not selection.candidates:
+        raise SelectionError(
+            "the model has no weight that can be made sparse: nn.Linear and Hugging Face Conv1D weights are found by "
+            f"themselves, any 2-D parameter can be named by include; skipped: {selection.skipped or 'none'}"
+        )
+    return selection
+
+
+def _parametrized(model: nn.Module) -> dict[str, str]:
+    """Linear modules whose weight is computed, not held as a Parameter."""
+    return {
+        f"{name}.weight": "its weight is computed (parametrized), not a Parameter"
+        for name, module in model.named_modules()
+        if is_linear(module) and not isinstance(module._parameters.get("weight"), nn.Parameter)
+    }
+
+
+def _check_weight(name: str, parameter: nn.Parameter) -> None:
+    if parameter.is_meta:
+        raise WeightError(
+            f"{name} is on the meta device: it has no values yet. Materialise the model first (model.to_empty(...), "
+            "then initialise it) or leave the weight out with exclude"
+        )
+    if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
+        raise WeightError(
+            f"{name} has dtype {parameter.dtype}: only floating-point weights of 16 bits or more can be trained "
+            "sparse; sparsify before quantising, or leave the weight out with exclude"
+        )
+
+
+def _grid(
+    device: torch.device, shape: tuple[int, int], density: float, block: int | None, backbone: bool = True
+) -> tuple[BlockGrid, str]:
+    """The block grid of a weight; shrunk where the weight or the backbone is too coarse for the asked block."""
+    wanted = block or DEFAULT_BLOCK.get(device.type, DEFAULT_BLOCK_ACCELERATOR)
+    if wanted < MIN_BLOCK:
+        return BlockGrid(*shape, wanted), ""
+    # A GPU has no kernels for finer blocks: there a coarse grid costs density, a fine one all that could be saved.
+    finest = min(wanted, TILE_BLOCK) if device.type == "cuda" else MIN_BLOCK
+    size = wanted
+    while size > finest and (
+        size > min(shape) or (backbone and _backbone_share(BlockGrid(*shape, size)) > density / 2)
+    ):
+        size //= 2
+    grid = BlockGrid(*shape, size)
+    note = ""
+    if size != wanted and not backbone:
+        note = f"block {wanted} -> {size}: the weight has only {min(shape)} rows or columns"
+    elif size != wanted:
+        share = _backbone_share(BlockGrid(*shape, wanted))
+        note = (
+            f"block {wanted} -> {size}: at {wanted} the backbone alone would take {share:.0%} of the weight, "
+            f"target density {density:.0%}"
+        )
+    if backbone and density < 1 and _backbone_share(grid) > density:
+        note += f"{'; ' * bool(note)}density cannot fall below the backbone's {_backbone_share(grid):.0%}"
+    return grid, note
+
+
+def _backbone_share(grid: BlockGrid) -> float:
+    return 1.0 / min(grid.shape)

@@ -1,0 +1,392 @@
+"""Causal attention of whole models is found, rewritten exactly, and all else stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attention_backend import (
+    STRIDE,
+    WINDOW,
+    Backend,
+    Compiled,
+    T,
+    assert_close,
+    assert_same,
+    assert_same_training,
+    causal_mask,
+    compiled,
+    tensors,
+    training,
+)
+from attention_models import LENGTH, WIDTH, NanoAttention, cases, first_tensor
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+import mst_compile
+from mst_compile.graph.attention.sites import AttentionPass, is_causal, recover_causal
+from mst_compile.rules.patterns import allowed
+
+
+def graph_of(function: Callable[..., Tensor], *args: Tensor) -> fx.GraphModule:
+    """The graph that Dynamo hands to a backend."""
+    caught: list[fx.GraphModule] = []
+
+    def keep(graph_module: fx.GraphModule, _: object) -> Callable[..., object]:
+        caught.append(graph_module)
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=keep, fullgraph=True)(*args)
+    return caught[0]
+
+
+def additive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As transformers' eager code builds its mask."""
+    position = torch.arange(T)
+    mask = torch.where(position[None] <= position[:, None], 0.0, torch.finfo(torch.float32).min)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None], scale=0.3)
+
+
+def boolean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, torch.ones(T, T, dtype=torch.bool).tril())
+
+
+def strict(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Queries do not see themselves (the first sees only itself): looks causal, is not."""
+    mask = torch.ones(T, T, dtype=torch.bool).tril(-1) | (torch.arange(T)[:, None] + torch.arange(T) == 0)
+    return scaled_dot_product_attention(q, k, v, mask)
+
+
+def window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    keep = torch.ones(T, T, dtype=torch.bool)
+    return scaled_dot_product_attention(q, k, v, keep.tril() & keep.triu(-4))
+
+
+def random(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = (torch.rand(T, T) < 0.5) | torch.eye(T, dtype=torch.bool)
+    return scaled_dot_product_attention(q, k, v, mask)
+
+
+@pytest.mark.parametrize("attention", [additive, boolean])
+def test_causal_masks_are_recovered_and_results_stay(attention: Callable[..., Tensor]) -> None:
+    args = tensors()
+    graph_module = graph_of(attention, *args)
+    want = attention(*args)
+    want_grads = torch.autograd.grad(want.square().sum(), args)
+    assert recover_causal(graph_module) == 1
+    node = next(n for n in graph_module.graph.nodes if "attention" in str(n.target))
+    assert node.kwargs["is_causal"] is True
+    assert node.kwargs["attn_mask"] is None
+    (got,) = graph_module(*args)
+    # The order of summation may differ, no more: sums of T terms of size one
+    torch.testing.assert_close(got, want, rtol=0, atol=4 * T * torch.finfo(torch.float32).eps)
+    for a, b in zip(torch.autograd.grad(got.square().sum(), args), want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=4 * T * torch.finfo(torch.float32).eps * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("attention", [strict, window])
+def test_other_masks_stay(attention: Callable[..., Tensor]) -> None:
+    assert recover_causal(graph_of(attention, *tensors())) == 0
+
+
+def test_a_mask_that_depends_on_an_input_stays() -> None:
+    def padded(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        mask = torch.ones(T, T, dtype=torch.bool).tril() & keep[:, None, None, :]
+        return scaled_dot_product_attention(q, k, v, mask)
+
+    assert recover_causal(graph_of(padded, *tensors(), torch.ones(2, T, dtype=torch.bool))) == 0
+
+
+def test_a_random_mask_stays_and_the_users_generator_does_not_notice() -> None:
+    graph_module = graph_of(random, *tensors())
+    before = torch.get_rng_state()
+    assert recover_causal(graph_module) == 0
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@given(size=st.integers(2, 9), flip=st.booleans(), data=st.data())
+def test_is_causal_wants_every_entry_right(size: int, flip: bool, data: st.DataObject) -> None:
+    mask = torch.ones(2, 1, size, size, dtype=torch.bool).tril()
+    if flip:
+        where = data.draw(st.tuples(st.integers(0, 1), st.integers(0, size - 1), st.integers(0, size - 1)))
+        mask[where[0], 0, where[1], where[2]] ^= True
+    additive_mask = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    assert is_causal(mask) is (not flip)
+    assert is_causal(additive_mask) is (not flip)
+    assert not is_causal(additive_mask.clamp(min=-100.0))  # exp(-100) is small, not 0
+    assert not is_causal(mask[..., :-1])
+
+
+def test_a_sparse_model_with_an_explicit_mask_equals_eager() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(2, T, 3, 4, 8).permute(2, 0, 3, 1, 4)
+            return additive(q, k, v)
+
+    model = mst_compile.sparsify(Attention(), mst_compile.Constant(0.5, growth="none"), block=4)
+    x = torch.randn(2, T, 32)
+    got = torch.compile(model, backend="mst", options={"mst.inner": "aot_eager"})(x)
+    torch.testing.assert_close(got, model(x), rtol=0, atol=64 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_models_equal_eager(name: str) -> None:
+    """Every attention of every model is replaced or explained; the operator with the full pattern changes nothing."""
+    case, backend = cases()[name](), Backend()
+    case.model.train()
+    assert_same_training(case, backend)
+    assert len(backend.operators()) == sum(site.replaced for site in backend.sites) == case.replaced
+    assert len(backend.reasons()) == len(case.kept)
+    assert all(part in reason for part, reason in zip(case.kept, backend.reasons(), strict=True))
+    assert all(site.where for site in backend.sites)
+
+
+@pytest.mark.parametrize("name", ["nanoGPT-manual", "GPT-2-eager", "encoder-mask", "Llama-sdpa"])
+def test_full_keeps_the_models_own_kernels(name: str) -> None:
+    case, backend = cases()[name](), Backend(force=False)
+    compiled(case.model, backend)(*case.args, **case.kwargs)
+    assert [(s.causal, s.replaced, s.reason) for s in backend.sites] == [(True, False, "the pattern is full")] * 2
+    assert not backend.operators()
+    sdpa = torch._C._nn.scaled_dot_product_attention
+    flags = [n.kwargs["is_causal"] for n in backend.graphs[0].graph.nodes if n.target is sdpa]
+    assert flags == ([True] * 2 if name == "Llama-sdpa" else [False] * 2 if name == "encoder-mask" else [])
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """``scaled_dot_product_attention`` with a sparse pattern in its mask."""
+    pattern = allowed("sparse", q.shape[2], WINDOW, STRIDE)
+    keep = pattern if attn_mask is None else pattern & attn_mask
+    return scaled_dot_product_attention(q, k, v, attn_mask=keep, **kwargs | {"is_causal": False})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["nanoGPT-flash", "GPT-2-sdpa", "GPT-2-padded-sdpa", "Llama-sdpa", "Llama-padded-sdpa", "Mistral-sdpa"],
+)
+def test_sparse_sdpa_equals_eager_with_a_dense_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, backend = cases()[name](), Backend("sparse")
+    parameters = list(case.model.parameters())
+    got = training(case, compiled(case.model, backend), parameters)
+    assert len(backend.operators()) == 2
+    monkeypatch.setattr(F, "scaled_dot_product_attention", masked)
+    monkeypatch.setattr("attention_models.scaled_dot_product_attention", masked)
+    assert_same(got, training(case, case.model, parameters))
+
+
+@pytest.mark.parametrize("name", ["nanoGPT-manual", "encoder-mask"])
+def test_sparse_masks_of_buffers_equal_eager_with_another_buffer(name: str) -> None:
+    case, backend = cases()[name](), Backend("sparse")
+    eager = copy.deepcopy(case.model)
+    keep = allowed("sparse", LENGTH + 4, WINDOW, STRIDE)
+    for module in eager.modules():
+        if isinstance(module, NanoAttention):
+            module.bias = keep[None, None].float()  # type: ignore[assignment]
+        elif hasattr(module, "mask"):
+            module.mask = torch.zeros(LENGTH, LENGTH).masked_fill(~keep[:LENGTH, :LENGTH], -torch.inf)  # type: ignore[assignment]
+    got = training(case, compiled(case.model, backend), list(case.model.parameters()))
+    assert_same(got, training(case, eager, list(eager.parameters())))
+    assert len(backend.operators()) == 2
+
+
+def padded(mask: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, mask(keep))
+
+    return attention
+
+
+PADDING: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "bool": (lambda keep: causal_mask() & keep.bool()[:, None, None, :], ""),
+    "not zero": (lambda keep: causal_mask() & (keep != 0)[:, None, None, :], ""),
+    "additive": (
+        lambda keep: (
+            torch.zeros(T, T).masked_fill(~causal_mask(), -torch.inf)
+            + (1.0 - keep[:, None, None, :].float()) * torch.finfo(torch.float32).min
+        ),
+        "",
+    ),
+    "of queries": (lambda keep: causal_mask() & keep.bool()[:, None, :, None], "padding"),
+    "hidden keys": (lambda keep: causal_mask() & (keep == 0)[:, None, None, :], ""),
+    "documents": (lambda keep: causal_mask() & (keep[:, None, :, None] == keep[:, None, None, :]), "padding"),
+    "exactly one": (lambda keep: causal_mask() & (keep == 1)[:, None, None, :], "padding"),
+    "another number": (lambda keep: causal_mask() & (keep != 5)[:, None, None, :], "padding"),
+    "not causal": (lambda keep: keep.bool()[:, None, None, :].expand(2, 1, T, T), "not causal"),
+    "reversed": (lambda keep: causal_mask() & keep.bool().flip(1)[:, None, None, :], "padding"),
+    "other sequence": (lambda keep: causal_mask() & keep.bool().flip(0)[:, None, None, :], "padding"),
+}
+
+
+@pytest.mark.parametrize("name", PADDING)
+def test_padding_is_kept_as_a_key_mask_where_it_is_one(name: str) -> None:
+    mask, reason = PADDING[name]
+    torch.manual_seed(0)
+    keep = torch.ones(2, T, dtype=torch.long)
+    keep[1, -4:] = 0
+    hides = name == "hidden keys"
+    keep = 1 - keep if hides else keep
+    q, k, v = tensors()
+    backend = Backend()
+    got = compiled(padded(mask), backend)(q, k, v, keep)
+    assert len(backend.operators()) == (not reason)
+    assert reason in backend.sites[0].reason
+    seen = (keep.bool() != hides)[:, None, :, None]  # queries at padding have no defined result
+    assert_close(got * seen, padded(mask)(q, k, v, keep) * seen)
+    if not reason:
+        (node,) = backend.operators()
+        assert node.args[3] is not None
+
+
+def test_a_query_without_keys_gets_zero() -> None:
+    keep = torch.ones(2, T, dtype=torch.long)
+    keep[0, :3] = 0
+    backend = Backend()
+    got = compiled(padded(PADDING["bool"][0]), backend)(*tensors(), keep)
+    assert not bool(got[0, :, :3].any())
+    assert bool(got[0, :, 3:].all())
+
+
+def test_masks_that_are_inputs_stay() -> None:
+    mask = causal_mask()
+    backend = Backend()
+    compiled(lambda q, k, v, m: scaled_dot_product_attention(q, k, v, m[None]), backend)(*tensors(), mask[None])
+    assert not backend.operators()
+    assert "input" in backend.sites[0].reason
+
+
+@pytest.mark.parametrize("name", ["nanoGPT-manual", "Llama-padded-sdpa", "GPT-2-padded-eager", "encoder-hint"])
+def test_one_graph_serves_all_lengths(name: str) -> None:
+    case, backend = cases()[name](), Backend("local")
+    fast = compiled(case.model, backend, dynamic=True)
+    fast(*case.args, **case.kwargs)
+    assert len(backend.operators()) == case.replaced == 2
+    want = Backend("local")
+    shorter = [a[:, :9].contiguous() if name != "encoder-hint" else torch.cat([a, a[:1]]) for a in case.args]
+    kwargs = {k: v[:, :9].contiguous() for k, v in case.kwargs.items()}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = first_tensor(fast(*shorter, **kwargs))
+    assert_close(got, first_tensor(compiled(case.model, want, dynamic=False)(*shorter, **kwargs)))
+
+
+def test_a_window_longer_than_the_sequence_counts_where_sequences_may_grow() -> None:
+    def windowed(q: Tensor) -> Tensor:
+        position = torch.arange(q.shape[2])
+        distance = position[:, None] - position[None]
+        return scaled_dot_product_attention(q, q, q, attn_mask=(distance >= 0) & (distance < 100))
+
+    static, dynamic = Backend(), Backend()
+    q, _, _ = tensors()
+    compiled(windowed, static)(q)
+    torch._dynamo.mark_dynamic(q, 2)
+    compiled(windowed, dynamic)(q)
+    assert len(static.operators()) == 1
+    assert "fewer keys" in dynamic.sites[0].reason
+
+
+@pytest.mark.parametrize("name", ["nanoGPT-manual", "GPT-2-padded-eager", "GPT-2-sdpa"])
+def test_activation_checkpointing(name: str) -> None:
+    """The body of a checkpoint is rewritten; masks and paddings come from outside of it."""
+    case, backend = cases()[name](), Backend()
+    if name.startswith("GPT-2"):
+        case.model.train().gradient_checkpointing_enable()  # type: ignore[operator]
+    else:
+        for attention in case.model.attention:  # type: ignore[union-attr]
+            forward = attention.forward
+            attention.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
+    assert_same_training(case, backend)
+    assert len(backend.operators()) == 2
+
+
+@pytest.mark.parametrize("name", ["nanoGPT-manual", "GPT-2-eager", "Llama-eager", "encoder-mask", "GPT-2-upcast-eager"])
+@pytest.mark.parametrize("where", ["outside", "inside", "weights"])
+def test_bfloat16(name: str, where: str) -> None:
+    """The dtype of results stays, under autocast and without; errors are those of rounding."""
+    case, backend = cases()[name](), Backend()
+    if where == "weights":
+        case.model.bfloat16()
+        case.args = tuple(a.bfloat16() if a.is_floating_point() else a for a in case.args)
+
+    def run(model: Compiled) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=where != "weights"), torch.no_grad():
+            return first_tensor(model(*case.args, **case.kwargs))
+
+    function = (lambda *a, **k: run(case.model)) if where == "inside" else case.model
+    got, want = run(compiled(function, backend)), run(case.model)
+    assert len(backend.operators()) == 2
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=0, atol=2**-5 * float(want.abs().max()))
+
+
+def test_autograd_takes_the_rewritten_graph() -> None:
+    case, backend = cases()["GPT-2-padded-eager"](), Backend(inner="aot_eager")
+    assert_same_training(case, backend)
+    assert len(backend.operators()) == 2
+
+
+def test_buffers_that_were_relied_on_are_named_and_watched() -> None:
+    case, backend = cases()["nanoGPT-manual"](), Backend()
+    compiled(case.model, backend)(*case.args)
+    buffers = [attention.bias for attention in case.model.attention]  # type: ignore[union-attr]
+    placeholders = [n for n in backend.nodes() if n.op == "placeholder"]
+    assert len(backend.constants) == 2
+    for constant, buffer in zip(backend.constants, buffers, strict=True):
+        assert placeholders[constant.position].meta["example_value"].shape == buffer.shape
+        assert constant.holds(buffer)
+        assert constant.holds(buffer.clone())  # another layer's
+        buffer.copy_(buffer.clone())  # a checkpoint was loaded
+        assert constant.holds(buffer)
+        buffer[..., 0, 1] = 1
+        assert not constant.holds(buffer)
+        assert not constant.holds(buffer[..., 1:])
+
+
+def test_inputs_can_be_given_when_dynamo_has_forgotten_them() -> None:
+    case = cases()["nanoGPT-manual"]()
+    caught: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def late(graph_module: fx.GraphModule, inputs: list[Any]) -> Compiled:
+        def call(*args: Any) -> Any:
+            caught.append((graph_module, list(args)))
+            return graph_module.forward(*args)
+
+        return call
+
+    torch._dynamo.reset()
+    torch.compile(case.model, backend=late)(*case.args)
+    graph_module, inputs = caught[0]
+    for node in graph_module.graph.nodes:
+        node.meta.pop("grapharg", None)
+    assert [s.replaced for s in AttentionPass("local", 4, 4, None).run(copy.deepcopy(graph_module))] == [False] * 2
+    assert [s.replaced for s in AttentionPass("local", 4, 4, None).run(graph_module, inputs)] == [True] * 2
+
+
+def test_a_buffer_that_the_graph_writes_to_is_not_relied_on() -> None:
+    class Writes(NanoAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            self.bias.mul_(1.0)  # type: ignore[operator]
+            return y
+
+    backend = Backend()
+    compiled(Writes(flash=False), backend)(torch.randn(2, T, WIDTH))
+    assert not backend.operators()
+    assert "written to" in backend.sites[0].reason
+
+
+def test_the_table_of_models_is_made_of_the_same_cases() -> None:
+    from benchmarks.attention_coverage import table
+
+    lines = table(["nanoGPT-manual", "T5-sdpa"]).splitlines()
+    assert lines[2].startswith("| nanoGPT | manual | 2 | 2 |")
+    assert lines[3].startswith("| T5 | sdpa | 3 | 0 |")

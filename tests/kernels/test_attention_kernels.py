@@ -1,0 +1,425 @@
+"""CPU kernels of ``mst::attention`` and its gradient against formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mst_compile.kernels import cpu
+from mst_compile.kernels.cpu import build
+from mst_compile.kernels.cpu.library import Library
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from mst_compile.ops import attention as attention_op
+from mst_compile.rules.patterns import PATTERNS, allowed, pairs
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.why_unavailable()}")
+
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+EPS = torch.finfo(F32).eps
+ISAS = [isa for isa in build.supported_isas() if isa != "baseline"] or ["baseline"]
+LAYOUTS = ["heads first", "tokens first", "part of a wider row", "every other"]
+_libraries: dict[str, Library] = {}
+
+
+def library(isa: str) -> Library:
+    if isa not in _libraries:
+        _libraries[isa] = Library(isa)
+    return _libraries[isa]
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+class Case(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    key_mask: Tensor | None
+    blocks: Tensor | None
+    pattern: str
+    window: int
+    stride: int
+    scale: float
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        return self[4:]
+
+
+def laid_out(t: Tensor, how: str) -> Tensor:
+    """The same values, NaN all around them."""
+    if how == "tokens first":
+        return t.transpose(1, 2).contiguous().transpose(1, 2)
+    if how == "part of a wider row":
+        wide = torch.full((*t.shape[:3], t.shape[3] + 5), torch.nan, dtype=t.dtype).transpose(1, 2).contiguous()
+        wide = wide.transpose(1, 2)[..., 3:-2]
+        return wide.copy_(t)
+    if how == "every other":
+        return torch.full((*t.shape[:3], 2 * t.shape[3]), torch.nan, dtype=t.dtype)[..., ::2].copy_(t)
+    return t
+
+
+@st.composite
+def cases(draw: st.DrawFn, layouts: tuple[str, ...] = tuple(LAYOUTS), dtypes: tuple[torch.dtype, ...] = (F32, BF16)):
+    pattern = draw(st.sampled_from(PATTERNS))
+    batch = draw(st.integers(1, 3))
+    heads, key_heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1), (6, 2), (9, 9)]))
+    length = draw(st.one_of(st.sampled_from([1, 2, 31, 32, 33, 64, 128, 129, 160]), st.integers(1, 200)))
+    size = draw(st.one_of(st.sampled_from([32, 64, 64, 128, 256]), st.integers(4, 32).map(lambda n: 8 * n)))
+    some = st.one_of(st.sampled_from([1, 2, 16, 32, 64, 100]), st.integers(1, length + 3), st.just(2**40))
+    window, stride = draw(some), draw(some)
+    dtype = draw(st.sampled_from(dtypes))
+    gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    spread = draw(st.sampled_from([1.0, 1.0, 4.0]))  # wider scores move the maximum about
+
+    def normal(heads: int, factor: float = 1.0) -> Tensor:
+        values = torch.randn(batch, heads, length, size, generator=gen) * factor
+        return laid_out(values.to(dtype), draw(st.sampled_from(layouts)))
+
+    def some_true(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=gen) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+
+    chunks = -(-length // stride)
+    q, k, v, grad = normal(heads, spread), normal(key_heads), normal(key_heads), normal(heads)
+    if "every other" in layouts and draw(st.integers(0, 5)) == 0:
+        grad = grad[:, :, :1, :1].expand(grad.shape)  # what sum().backward() sends
+    return Case(
+        q, k, v, grad,
+        some_true(batch, length) if draw(st.booleans()) else None,
+        some_true(chunks, chunks) if pattern == "blocks" else None,
+        pattern, window, stride, draw(st.sampled_from([size**-0.5, 0.3, -0.1, 0.0])),
+    )  # fmt: skip
+
+
+def dense_mask(case: Case) -> Tensor:
+    window, stride = (min(n, 2**30) for n in (case.window, case.stride))
+    mask = allowed(case.pattern, case.q.shape[2], window, stride, case.blocks)
+    return mask if case.key_mask is None else mask & case.key_mask[:, None, None, :]
+
+
+class Exact(NamedTuple):
+    """float64 results, each with the error that float32 arithmetic and the rounding to the dtype allow."""
+
+    out: tuple[Tensor, Tensor]
+    lse: tuple[Tensor, Tensor]
+    dq: tuple[Tensor, Tensor]
+    dk: tuple[Tensor, Tensor]
+    dv: tuple[Tensor, Tensor]
+
+
+def exact(case: Case) -> Exact:
+    """By the formulas, first-order errors beside them.
+
+    A sum of n products errs by at most (n + 2) eps times the sum of their absolute values; a probability errs,
+    relatively, by what its score and its row's log-sum err by, and by a few roundings in the exponential and in its
+    argument.
+    """
+    _, heads, length, size = case.q.shape
+    group = heads // case.k.shape[1]
+    q, g = case.q.double(), case.grad.double()
+    k, v = (t.double().repeat_interleave(group, 1) for t in (case.k, case.v))
+    rounding = torch.finfo(case.q.dtype).eps
+    mask = dense_mask(case)
+
+    scores = (q @ k.mT * case.scale).masked_fill(~mask, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    of_score = ((size + 4) * EPS * abs(case.scale) * (q.abs() @ k.abs().mT)).masked_fill(~mask, 0)
+    largest = scores.masked_fill(~mask, 0).abs().amax(-1)
+    of_lse = (
+        of_score.amax(-1) + (length + 8 + 4 * largest) * EPS + 2 * EPS * lse.masked_fill(lse == -torch.inf, 0).abs()
+    )
+    of_p = (of_score.amax(-1) + of_lse + (8 + 8 * largest) * EPS)[..., None]  # relative
+    out = p @ v
+    of_out = (of_p + (length + 4) * EPS) * (p @ v.abs()) + rounding * out.abs()
+
+    dp, magnitude_dp = g @ v.mT, g.abs() @ v.abs().mT
+    delta, magnitude_delta = (g * out).sum(-1, keepdim=True), (g * out).abs().sum(-1, keepdim=True)
+    ds = p * (dp - delta)
+    of_ds = of_p * (dp.abs() + delta.abs()) + (size + 4) * EPS * (magnitude_dp + magnitude_delta)
+    of_ds = p * (of_ds + (g.abs() * of_out).sum(-1, keepdim=True))
+
+    def product(a: Tensor, of_a: Tensor, b: Tensor, factor: float, to_keys: bool) -> tuple[Tensor, Tensor]:
+        exact, magnitude = a @ b * factor, (of_a + (length * group + 4) * EPS * a.abs()) @ b.abs() * abs(factor)
+        if to_keys:
+            exact, magnitude = (t.unflatten(1, (-1, group)).sum(2) for t in (exact, magnitude))
+        return exact, magnitude + rounding * exact.abs()
+
+    return Exact(
+        (out, of_out),
+        (lse, of_lse),
+        product(ds, of_ds, k, case.scale, False),
+        product(ds.mT, of_ds.mT, q, case.scale, True),
+        product(p.mT, (of_p * p).mT, g, 1.0, True),
+    )
+
+
+def assert_within(actual: Tensor, want: tuple[Tensor, Tensor], what: str) -> None:
+    exact, bound = want
+    error = (actual.double() - exact).abs()
+    error = error.masked_fill(actual.double() == exact, 0)  # equal infinities
+    wrong = ~(error <= bound + torch.finfo(F32).tiny)  # also catches NaN
+    assert not wrong.any(), f"{what}: {error[wrong].max():.2e}, allowed {bound.expand_as(error)[wrong].min():.2e}"
+
+
+def assert_exact(case: Case, results: dict[str, Tensor]) -> None:
+    for name, want in exact(case)._asdict().items():
+        assert results[name].shape == want[0].shape
+        assert results[name].dtype == (F32 if name == "lse" else case.q.dtype)
+        assert_within(results[name], want, name)
+
+
+def canvas(like: Tensor, how: str) -> Tensor:
+    """Where a kernel writes: the middle of sentinels."""
+    return laid_out(torch.full(like.shape, 7.0, dtype=like.dtype), how)
+
+
+def run_kernels(case: Case, isa: str | None = None, outputs: str = "tokens first") -> dict[str, Tensor]:
+    """All results, straight from one library."""
+    lib = None if isa is None else library(isa)
+    q, k, v, grad = (t if t.stride(-1) == 1 else t.contiguous() for t in case[:4])
+    out, lse = canvas(q, outputs), torch.full(q.shape[:3], 7.0)
+    cpu.attention(q, k, v, *case.settings, out=out, lse=lse, library=lib)
+    dq, dk, dv = canvas(q, outputs), canvas(k, outputs), canvas(k, outputs)
+    cpu.attention_backward(grad, q, k, v, out, lse, *case.settings, dq=dq, dk=dk, dv=dv, library=lib)
+    if outputs == "part of a wider row":
+        for t in (out, dq, dk, dv):
+            whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+            assert whole.isnan().sum() == whole.numel() - t.numel(), "written beside a row"
+    return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def run_operator(case: Case) -> dict[str, Tensor]:
+    leaves = [t.detach().requires_grad_() for t in case[:3]]
+    out, lse = torch.ops.mst.attention(*leaves, *case.settings)
+    dq, dk, dv = torch.autograd.grad(out, leaves, case.grad)
+    return {"out": out.detach(), "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+@settings(max_examples=120)
+@given(cases(), st.sampled_from(ISAS), st.sampled_from(LAYOUTS[:3]), st.sampled_from([1, 2]))
+def test_kernels(case: Case, isa: str, outputs: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    assert_exact(case, run_kernels(case, isa, outputs))
+
+
+@settings(max_examples=40)
+@given(cases())
+def test_operator(case: Case) -> None:
+    assert_exact(case, run_operator(case))
+
+
+def make(pattern: str, length: int = 100, size: int = 64, window: int = 20, stride: int = 24, **kwargs: Any) -> Case:
+    batch, heads, key_heads, dtype = (kwargs.get(n, d) for n, d in zip(_NAMES, (2, 4, 2, F32), strict=True))
+    q, k, v, grad = (torch.randn(batch, h, length, size, dtype=dtype) for h in (heads, key_heads, key_heads, heads))
+    chunks = -(-length // stride)
+    blocks = torch.rand(chunks, chunks) < 0.5 if pattern == "blocks" else None
+    return Case(q, k, v, grad, kwargs.get("key_mask"), blocks, pattern, window, stride, size**-0.5)
+
+
+_NAMES = ("batch", "heads", "key_heads", "dtype")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_several_steps_and_residues(pattern: str, isa: str) -> None:
+    """More keys than a step holds, tiles taken out of order, several shares of one head, window off the tiles."""
+    for case in (
+        make(pattern, 700, 32, 130, 64, batch=1, heads=1, key_heads=1),
+        make(pattern, 430, 40, 45, 2, batch=1, heads=2, key_heads=1),
+    ):
+        assert_exact(case, run_kernels(case, isa))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_as_accurate_as_the_reference(pattern: str) -> None:
+    """Worst-case bounds leave room for small mistakes; the errors of float32 products and libm's functions do not."""
+    case = make(pattern, 200)
+    ours, bounds = run_operator(case), exact(case)
+    out, lse = attention_op.attention_reference(*case[:3], *case.settings)
+    theirs = attention_op.attention_backward_reference(case.grad, *case[:3], out, lse, *case.settings)
+    for name, reference in zip(Exact._fields, (out, lse, *theirs), strict=True):
+        want = getattr(bounds, name)[0]
+        known = want.isfinite()
+        error, usual = ((t.double() - want)[known].square().mean().sqrt() for t in (ours[name], reference))
+        assert error <= 3 * usual, f"{name}: {error:.2e}, the reference's {usual:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_as_pytorch_does_with_the_dense_mask(pattern: str, dtype: torch.dtype) -> None:
+    case = make(pattern, dtype=dtype, key_heads=4)
+    if case.blocks is not None:
+        case.blocks.fill_diagonal_(True)  # PyTorch gives NaN for a query without keys
+    results = run_operator(case)
+    leaves = [t.detach().requires_grad_() for t in case[:3]]
+    out = scaled_dot_product_attention(*leaves, attn_mask=dense_mask(case), scale=case.scale)
+    gradients = torch.autograd.grad(out, leaves, case.grad)
+    bounds = exact(case)
+    for name, theirs in zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True):
+        error = (results[name].double() - theirs.double()).abs()
+        limit = getattr(bounds, name)[1]
+        if dtype == BF16:  # PyTorch also rounds probabilities and slopes to bf16
+            limit = limit + 8 * torch.finfo(BF16).eps * theirs.abs().max()
+        assert (error <= 2 * limit).all(), name
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_query_without_keys_gives_zero(pattern: str) -> None:
+    mask = torch.ones(2, 100, dtype=torch.bool)
+    mask[0] = False
+    mask[1, :7] = False
+    case = make(pattern, key_mask=mask)
+    results = run_operator(case)
+    assert not results["out"][0].any()
+    assert (results["lse"][0] == -torch.inf).all()
+    assert (results["lse"][1, :, :7] == -torch.inf).all()
+    for name in ("dq", "dk", "dv"):
+        assert not results[name][0].any()
+    assert not results["dk"][1, :, :7].any()
+    assert_exact(case, results)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (9, 9)])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_same_bits_whatever_the_threads(pattern: str, heads: tuple[int, int]) -> None:
+    case = make(pattern, 333, batch=1, heads=heads[0], key_heads=heads[1])
+    runs = []
+    for threads in (1, 2, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(run_kernels(case))
+    for run in runs[1:]:
+        for name, value in run.items():
+            assert torch.equal(value, runs[0][name]), name
+
+
+@given(st.sampled_from([p for p in PATTERNS if p != "blocks"]), *[st.integers(1, 40)] * 3)
+def test_pairs_are_counted_without_the_mask(pattern: str, length: int, window: int, stride: int) -> None:
+    assert pairs(pattern, length, window, stride) == int(allowed(pattern, length, window, stride).sum())
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_nothing_looks_ahead(pattern: str) -> None:
+    """Bits of the first half do not change with the keys of the second."""
+    case = make(pattern)
+    other = case._replace(k=case.k.clone(), v=case.v.clone())
+    other.k[:, :, 50:], other.v[:, :, 50:] = 99, -99
+    assert torch.equal(run_kernels(case)["out"][:, :, :50], run_kernels(other)["out"][:, :, :50])
+
+
+def test_large_scores_do_not_overflow() -> None:
+    case = make("sparse")
+    case = case._replace(q=case.q * 300, k=case.k * 300)
+    results = run_operator(case)
+    assert all(t.isfinite().all() for t in results.values())
+    assert_exact(case, results)
+
+
+def test_nan_is_not_hidden() -> None:
+    case = make("full")
+    case.k[0, 0, 3] = torch.nan
+    out = run_operator(case)["out"]
+    assert out[0, 0, 3:].isnan().all()
+    assert not out[1].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_layout_of_the_results(dtype: torch.dtype) -> None:
+    case = make("sparse", dtype=dtype)
+    results = run_operator(case)
+    for name in ("out", "dq", "dk", "dv"):
+        assert results[name].transpose(1, 2).is_contiguous()
+
+
+def reference_calls(monkeypatch: pytest.MonkeyPatch, case: Case) -> bool:
+    """Whether the operator runs the reference: it alone calls ``allowed``."""
+    calls = []
+    monkeypatch.setattr(attention_op, "allowed", lambda *args: calls.append(args) or allowed(*args))
+    torch.ops.mst.attention(*case[:3], *case.settings)
+    return bool(calls)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_which_operands_have_a_kernel(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not reference_calls(monkeypatch, make(pattern))
+    assert not reference_calls(monkeypatch, make(pattern, dtype=BF16))
+    assert reference_calls(monkeypatch, make(pattern, dtype=F64))
+    assert reference_calls(monkeypatch, make(pattern, size=36))
+    assert reference_calls(monkeypatch, make(pattern, size=264))
+    assert reference_calls(monkeypatch, make(pattern, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_opcheck(pattern: str) -> None:
+    case = make(pattern, 40, 32, 5, 6, batch=1, heads=2, key_heads=1)
+    leaves = [t.requires_grad_() for t in case[:3]]
+    torch.library.opcheck(torch.ops.mst.attention.default, (*leaves, *case.settings))
+    out, lse = torch.ops.mst.attention(*case[:3], *case.settings)
+    args = (case.grad, *(t.detach() for t in case[:3]), out.detach(), lse, *case.settings)
+    torch.library.opcheck(torch.ops.mst.attention_backward.default, args)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_gradcheck(pattern: str) -> None:
+    """In float64, which is to say the reference."""
+    case = make(pattern, 9, 4, 3, 4, batch=1, heads=2, key_heads=1, dtype=F64)
+    leaves = [t.requires_grad_() for t in case[:3]]
+    assert torch.autograd.gradcheck(lambda *t: torch.ops.mst.attention(*t, *case.settings)[0], leaves)
+
+
+BAD: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "float64": lambda a: a | {n: a[n].double() for n in ("q", "k", "v", "out")},
+    "mixed dtypes": lambda a: a | {"k": a["k"].bfloat16()},
+    "head size": lambda a: a | {n: a[n][..., :36] for n in ("q", "k", "v", "out")},
+    "key heads": lambda a: a | {n: a[n][:, :1].repeat(1, 3, 1, 1) for n in ("k", "v")},
+    "key length": lambda a: a | {n: a[n][:, :, :50] for n in ("k", "v")},
+    "value length": lambda a: a | {"v": a["v"][:, :, :50]},
+    "three dimensions": lambda a: a | {"q": a["q"][0]},
+    "unit stride": lambda a: a | {"q": laid_out(a["q"], "every other")},
+    "shape of out": lambda a: a | {"out": a["out"][:, :1]},
+    "dtype of out": lambda a: a | {"out": a["out"].bfloat16()},
+    "shape of lse": lambda a: a | {"lse": a["lse"][:1]},
+    "dtype of lse": lambda a: a | {"lse": a["lse"].double()},
+    "pattern": lambda a: a | {"pattern": "diagonal"},
+    "window": lambda a: a | {"window": 0},
+    "stride": lambda a: a | {"stride": -1},
+    "key mask's dtype": lambda a: a | {"key_mask": torch.ones(2, 100)},
+    "key mask's shape": lambda a: a | {"key_mask": torch.ones(100, 2, dtype=torch.bool)},
+    "blocks missing": lambda a: a | {"pattern": "blocks"},
+    "blocks too few": lambda a: a | {"pattern": "blocks", "blocks": torch.ones(4, 4, dtype=torch.bool)},
+    "blocks of another pattern": lambda a: a | {"blocks": torch.ones(5, 5, dtype=torch.bool)},
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_inputs_raise(what: str) -> None:
+    case = make("sparse")
+    good = case._asdict() | {"out": torch.empty_like(case.q), "lse": torch.empty(case.q.shape[:3])}
+    grad = good.pop("grad")
+    cpu.attention(**good)
+    bad = BAD[what](good)
+    with pytest.raises(ValueError, match="attention"):
+        cpu.attention(**bad)
+    with pytest.raises(ValueError, match="attention"):
+        cpu.attention_backward(grad, **bad, **{d: torch.empty_like(good[d[1]]) for d in ("dq", "dk", "dv")})
+
+
+@pytest.mark.parametrize("name", ["grad", "dq", "dk", "dv"])
+def test_bad_gradients_raise(name: str) -> None:
+    case = make("sparse")
+    args = case._asdict() | {"out": torch.empty_like(case.q), "lse": torch.zeros(case.q.shape[:3])}
+    args |= {d: torch.empty_like(args[d[1]]) for d in ("dq", "dk", "dv")}
+    cpu.attention_backward(**args)
+    with pytest.raises(ValueError, match=name):
+        cpu.attention_backward(**args | {name: args[name][:, :, 1:]})

@@ -1,0 +1,233 @@
+"""The GPU attention kernels, on a machine without a GPU; see test_gpu_kernels.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mst_compile.lowering.inductor  # noqa: F401  (registers the lowerings)
+import pytest
+import torch
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mst_compile.kernels.triton import attention as kernels
+from pretend_gpu import Generated, Interpreter, check, cross_compile, generate, kernels_of
+from torch import Tensor
+
+from mst_compile.ops.attention import attention_backward_reference, attention_reference
+from mst_compile.rules.patterns import PATTERNS, allowed
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter(preload=("mst_compile.lowering.inductor",)) as running:
+        yield running
+
+
+@dataclass
+class Case:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_mask: Tensor | None
+    blocks: Tensor | None
+    pattern: str
+    window: int
+    stride: int
+
+    @property
+    def settings(self) -> tuple[str, int, int, float]:
+        return self.pattern, self.window, self.stride, self.q.shape[-1] ** -0.5
+
+    def generate(self, choice: int = 0, **kwargs: Any) -> tuple[Generated, int]:
+        """The code with each kernel's ``choice``-th tile, and the largest number of tiles."""
+        asked: list[int] = []
+
+        def choose(name: str, choices: list[Any]) -> int:
+            asked.append(len(choices))
+            return min(choice, len(choices) - 1)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, blocks: Tensor | None) -> Tensor:
+            return torch.ops.mst.attention(q, k, v, key_mask, blocks, *self.settings)[0]
+
+        leaves = [t.detach().requires_grad_() for t in (self.q, self.k, self.v)]
+        return generate(attend, [*leaves, self.key_mask, self.blocks], choose=choose, **kwargs), max(asked, default=1)
+
+
+def case(
+    pattern: str,
+    batch: int = 1,
+    heads: int = 2,
+    group: int = 1,
+    length: int = 97,
+    size: int = 32,
+    dtype: torch.dtype = F32,
+    window: int = 40,
+    stride: int = 32,
+    padded: bool = False,
+    seed: int = 0,
+    by_position: bool = False,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(count: int) -> Tensor:
+        if by_position:  # as a model's projections leave it
+            return torch.randn(batch, length, count, size, generator=generator).to(dtype).transpose(1, 2)
+        return torch.randn(batch, count, length, size, generator=generator).to(dtype)
+
+    q, k, v = normal(heads * group), normal(heads), normal(heads)
+    key_mask = torch.rand(batch, length, generator=generator) < 0.8 if padded else None
+    chunks = -(-length // stride)
+    blocks = torch.rand(chunks, chunks, generator=generator) < 0.5 if pattern == "blocks" else None
+    return Case(q, k, v, key_mask, blocks, pattern, window, stride)
+
+
+# -- machine code ------------------------------------------------------------------------------------------------------
+
+SIZES = [
+    *((BF16, False, size) for size in (64, 128, 256)),
+    *((F32, tf32, size) for tf32, size in ((True, 64), (True, 128), (False, 128))),
+]
+# Triton 3.9 spills nothing; 3.8 one register of one fp32 tile, a store and a load.
+SPILLS = 2 if triton.__version__.startswith("3.8.") else 0
+# "sparse" and "fixed" hold the loops of the others.
+GATES = [(p, *size) for p in ("sparse", "fixed") for size in SIZES] + [(p, *SIZES[0]) for p in ("full", "blocks")]
+
+
+@pytest.mark.parametrize(("pattern", "dtype", "tf32", "size"), GATES, indirect=["tf32"])
+def test_every_tile_compiles_to_good_machine_code(pattern: str, dtype: torch.dtype, tf32: bool, size: int) -> None:
+    choice, count = 0, 1
+    while choice < count:
+        made, count = case(pattern, length=250, size=size, dtype=dtype, window=128, stride=128, padded=True).generate(
+            choice
+        )
+        for graph in made.graphs.values():
+            for kernel in kernels_of(graph.source):
+                if kernel.kind == "template":
+                    # Products of 32 keys are too narrow for wgmma; row-wise dots have none, IEEE ones no tensor core.
+                    products = "tl.dot(" in kernel.source and (dtype != F32 or tf32)
+                    facts = cross_compile(kernel)
+                    check(facts, wgmma=bool(facts.wgmma), spills=SPILLS, atomics=0)
+                    assert bool(facts.wgmma or facts.mma_v2) == products, "tensor cores do the products"
+                    assert not products or facts.wgmma or size > 64
+        choice += 1
+
+
+def test_tiles_of_every_kind_and_size() -> None:
+    for (which, kind), columns in kernels._TILES.items():
+        for size in (16, 64, 80, 128) + ((256,) if len(columns) == 3 else ()):
+            assert kernels.tiles(size, kind, which)
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def check_numbers(given_case: Case, made: Generated, interpreter: Interpreter) -> None:
+    """Results and gradients against the reference in float64.
+
+    Errors are bounded by what is rounded to the operands' dtype (probabilities, their gradients, the result), relative
+    to the sum of the absolute values of what is added up, and by float32's own error in sums and exponents.
+    """
+    c = given_case
+    q, k, v = (t.double() for t in (c.q, c.k, c.v))
+    masks = c.key_mask, c.blocks
+    out, lse = attention_reference(q, k, v, *masks, *c.settings)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(c.q.dtype).double()
+    exact = attention_backward_reference(grad, q, k, v, out, lse, *masks, *c.settings)
+
+    group, scale = c.q.shape[1] // c.k.shape[1], c.settings[-1]
+    wide_k, wide_v = (t.repeat_interleave(group, 1) for t in (k, v))
+    mask = allowed(c.pattern, q.shape[2], c.window, c.stride, c.blocks)
+    mask = mask if c.key_mask is None else mask & c.key_mask[:, None, None, :]
+    scores = (q @ wide_k.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
+    size_of_scores = (q.abs() @ wide_k.abs().transpose(-1, -2)).max() * scale
+    f32 = torch.finfo(F32).eps * (q.shape[2] + q.shape[3]) * (2 + size_of_scores)
+    eps = float(4 * torch.finfo(c.q.dtype).eps + f32)
+    ds = (
+        p
+        * (grad.abs() @ wide_v.abs().transpose(-1, -2) + (grad.abs() * (p @ wide_v.abs())).sum(-1, keepdim=True))
+        * scale
+    )
+
+    def per_key_head(t: Tensor) -> Tensor:
+        return t.unflatten(1, (-1, group)).sum(2)
+
+    sizes = [
+        p @ wide_v.abs(),
+        ds @ wide_k.abs(),
+        per_key_head(ds.transpose(-1, -2) @ q.abs()),
+        per_key_head(p.transpose(-1, -2) @ grad.abs()),
+    ]
+    results = [interpreter.run(made.forward)[0], *(t for t in interpreter.run(made.backward) if isinstance(t, Tensor))]
+    for name, actual, expected, bound in zip(("out", "dq", "dk", "dv"), results, (out, *exact), sizes, strict=True):
+        assert actual is not None
+        assert actual.dtype == c.q.dtype
+        error = (actual.double() - expected).abs()
+        # Parts of a gradient are rounded before they are added, and a saved result is rounded before delta is formed.
+        wrong = ~(error <= 2 * eps * bound + torch.finfo(F32).tiny)
+        assert not wrong.any(), f"{name}: {error[wrong].max():.2e}, allowed {(2 * eps * bound)[wrong].min():.2e}"
+
+
+@st.composite
+def cases(draw: st.DrawFn, pattern: str) -> Case:
+    return case(
+        pattern,
+        batch=draw(st.integers(1, 2)),
+        heads=draw(st.integers(1, 2)),
+        group=draw(st.sampled_from([1, 1, 3])),
+        length=draw(st.sampled_from([1, 2, 31, 64, 97, 150, 200])),
+        size=draw(st.sampled_from([16, 24, 32, 64, 80])),
+        dtype=draw(st.sampled_from([F32, BF16, F16])),
+        window=draw(st.sampled_from([1, 7, 32, 64, 100, 500])),
+        stride=draw(st.sampled_from([1, 5, 16, 32, 64, 300])),
+        padded=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+        by_position=draw(st.booleans()),
+    )
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_numbers_of_generated_code(pattern: str, interpreter: Interpreter, data: st.DataObject) -> None:
+    drawn = data.draw(cases(pattern))
+    made, _ = drawn.generate(data.draw(st.integers(0, 1)))
+    check_numbers(drawn, made, interpreter)
+
+
+def test_queries_that_see_no_key_give_zero(interpreter: Interpreter) -> None:
+    nothing = case("sparse", padded=True)
+    assert nothing.key_mask is not None
+    nothing.key_mask[:, :50] = False
+    made, _ = nothing.generate()
+    check_numbers(nothing, made, interpreter)
+    out, *_ = interpreter.run(made.forward)
+    assert out is not None
+    assert not out[:, :, :32].any()
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(8, F32), (160, F32), (32, torch.float64), (512, BF16)])
+def test_what_has_no_kernel_runs_the_reference(size: int, dtype: torch.dtype) -> None:
+    made, _ = case("local", size=size, dtype=dtype, length=20).generate()
+    assert "torch.ops.mst.attention.default(" in made.forward.source
+    assert not [k for k in kernels_of(made.forward.source) if k.kind == "template"]
+
+
+def test_one_code_serves_any_length(interpreter: Interpreter) -> None:
+    first = case("sparse", length=64)
+    leaves = [t.detach().requires_grad_() for t in (first.q, first.k, first.v)]
+    for leaf in leaves:
+        torch._dynamo.mark_dynamic(leaf, 2)
+    made = generate(lambda q, k, v: torch.ops.mst.attention(q, k, v, None, None, *first.settings)[0], leaves)
+    for length in (64, 33, 170):
+        other = case("sparse", length=length, seed=length)
+        tensors = [other.q, other.k, other.v]
+        inputs = [length if isinstance(old, int) else tensors.pop(0) for old in made.forward.inputs]
+        out, *_ = interpreter.run_on(made.forward.source, inputs).outputs
+        exact, _ = attention_reference(other.q, other.k, other.v, None, None, *other.settings)
+        torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)

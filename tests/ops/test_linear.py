@@ -1,0 +1,247 @@
+"""``mst::linear`` and its gradients against a masked dense product in float64."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import block_masks, expand, index_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mst_compile.ops.linear  # noqa: F401  (registers the operators)
+from mst_compile.ops.linear import grad_input_reference, grad_weight_reference, linear_reference
+
+linear = torch.ops.mst.linear
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+BLOCKS = (4, 8, 16, 32, 64)
+
+
+class Case(NamedTuple):
+    """One product. ``weight`` is stored ``[in, out]`` if ``transposed``; ``keep`` is its elementwise mask."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    mask: Tensor
+    keep: Tensor
+    block: int
+    transposed: bool
+    grad: Tensor
+
+    def index(self, dense_grad: bool = False) -> Tensor:
+        return index_of(self.mask, *self.weight.shape, self.block, dense_grad=dense_grad)
+
+
+def strided(t: Tensor, how: str) -> Tensor:
+    """The same values in another layout."""
+    if how == "transposed" and t.dim() >= 2:
+        return t.transpose(-1, -2).clone(memory_format=torch.contiguous_format).transpose(-1, -2)
+    if how == "every other":
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), torch.nan, dtype=t.dtype)
+        wide[..., ::2] = t
+        return wide[..., ::2]
+    if how == "rows of wider":
+        wide = torch.full((*t.shape[:-1], t.shape[-1] + 3), torch.nan, dtype=t.dtype)
+        wide[..., : t.shape[-1]] = t
+        return wide[..., : t.shape[-1]]
+    return t
+
+
+LAYOUTS = ["contiguous", "transposed", "every other", "rows of wider"]
+DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32), (F64, F64)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    block = draw(st.sampled_from(BLOCKS))
+    rows, cols = draw(st.integers(1, 80)), draw(st.integers(1, 80))
+    transposed = draw(st.booleans())
+    inputs, outputs = (rows, cols) if transposed else (cols, rows)
+    lead = draw(st.sampled_from([(), (1,), (2,), (7,), (33,), (3, 5), (1, 1), (2, 3, 4)]))
+    x_dtype, w_dtype = draw(st.sampled_from(DTYPES))
+    gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.randn(*shape, generator=gen).to(dtype)
+
+    mask = draw(block_masks(-(-rows // block), -(-cols // block)))
+    keep = expand(mask, rows, cols, block)
+    # Values outside the mask must not be read: the operator, not the storage, is what is tested here.
+    weight = normal(rows, cols, dtype=w_dtype)
+    bias_dtype = draw(st.sampled_from([None, x_dtype, w_dtype]))
+    bias = None if bias_dtype is None else normal(outputs, dtype=bias_dtype)
+    x = strided(normal(*lead, inputs, dtype=x_dtype), draw(st.sampled_from(LAYOUTS)))
+    grad = normal(*lead, outputs, dtype=x_dtype)
+    if draw(st.integers(0, 5)) == 0:
+        grad = normal(1, dtype=x_dtype).expand(grad.shape)  # what sum().backward() sends
+    else:
+        grad = strided(grad, draw(st.sampled_from(LAYOUTS)))
+    return Case(x, weight, bias, mask, keep, block, transposed, grad)
+
+
+def bound(magnitude: Tensor, terms: int, *dtypes: torch.dtype) -> Tensor:
+    """Error bound of a sum of ``terms`` products whose absolute values sum to ``magnitude``.
+
+    Sums run in float32 (float64 for float64): at most one rounding a term. Each dtype that a factor or the result is
+    rounded to adds its own rounding, twice where a result is rounded before and after a bias is added.
+    """
+    accumulate = F64 if dtypes[0] == F64 else F32
+    eps = (terms + 2) * torch.finfo(accumulate).eps + sum(2 * torch.finfo(d).eps for d in dtypes)
+    return eps * magnitude + torch.finfo(F32).tiny
+
+
+def assert_within(actual: Tensor, exact: Tensor, allowed: Tensor, what: str) -> None:
+    error = (actual.double() - exact).abs()
+    wrong = ~(error <= allowed)  # also catches NaN
+    assert not wrong.any(), f"{what}: {error[wrong].max():.2e}, allowed {allowed.expand_as(error)[wrong].min():.2e}"
+
+
+def check(case: Case, dense_grad: bool) -> None:
+    x, w, b = case.x.double(), case.weight.double() * case.keep, case.bias
+    W = w if case.transposed else w.t()  # [in, out]
+    g = case.grad.double()
+    rows, grad_rows = x.reshape(-1, W.shape[0]), g.reshape(-1, W.shape[1])
+    xd, wd = case.x.dtype, case.weight.dtype
+
+    leaves = [t.detach().requires_grad_() for t in (case.x, case.weight)]
+    bias = None if b is None else b.clone().requires_grad_()
+    y = linear(leaves[0], leaves[1], bias, case.index(dense_grad), case.block, case.transposed)
+    assert y.dtype == xd
+    assert y.shape == (*case.x.shape[:-1], W.shape[1])
+    exact = x @ W + (0 if b is None else b.double())
+    magnitude = x.abs() @ W.abs() + (0 if b is None else b.double().abs())
+    assert_within(y, exact, bound(magnitude, W.shape[0], xd, wd), "forward")
+
+    y.backward(case.grad)
+    gx, gw = leaves[0].grad, leaves[1].grad
+    assert gx is not None
+    assert gw is not None
+    assert (gx.dtype, gx.shape, gw.dtype, gw.shape) == (xd, case.x.shape, wd, case.weight.shape)
+    assert_within(gx, g @ W.t(), bound(g.abs() @ W.abs().t(), W.shape[1], xd, wd), "grad-input")
+    exact, magnitude = rows.t() @ grad_rows, rows.abs().t() @ grad_rows.abs()
+    if not case.transposed:
+        exact, magnitude = exact.t(), magnitude.t()
+    if not dense_grad:
+        assert not gw[~case.keep].any(), "the gradient is not exactly zero outside the active blocks"
+        exact = exact * case.keep
+    assert_within(gw, exact, bound(magnitude, len(rows), xd, wd), "grad-weight")
+    if bias is not None:
+        assert bias.grad is not None
+        assert bias.grad.dtype == bias.dtype
+        allowed = bound(grad_rows.abs().sum(0), len(rows), bias.dtype, wd)
+        assert_within(bias.grad, grad_rows.sum(0), allowed, "grad-bias")
+
+
+@settings(max_examples=300)
+@given(cases(), st.sampled_from([False, False, False, True]))
+def test_linear_and_gradients(case: Case, dense_grad: bool) -> None:
+    check(case, dense_grad)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_shapes_of_real_layers(block: int, transposed: bool) -> None:
+    """More rows than any tile, several panels in both directions."""
+    rows, cols, m = 200, 328, 131
+    mask = torch.rand(-(-rows // block), -(-cols // block)) < 0.3
+    inputs, outputs = (rows, cols) if transposed else (cols, rows)
+    case = Case(
+        torch.randn(m, inputs), torch.randn(rows, cols), torch.randn(outputs), mask, expand(mask, rows, cols, block),
+        block, transposed, torch.randn(m, outputs),
+    )  # fmt: skip
+    check(case, False)
+    for values in (case._replace(x=case.x.bfloat16(), grad=case.grad.bfloat16()),):
+        check(values, False)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_rows(dtype: torch.dtype, transposed: bool) -> None:
+    """An empty batch gives empty outputs and zero gradients."""
+    x = torch.randn(0, 3, 16, dtype=dtype, requires_grad=True)
+    w = torch.randn(16, 16, dtype=dtype, requires_grad=True)
+    y = linear(x, w, None, index_of(torch.eye(2, dtype=torch.bool), 16, 16, 8), 8, transposed)
+    assert y.shape == (0, 3, 16)
+    y.sum().backward()
+    assert w.grad is not None
+    assert x.grad is not None
+    assert not w.grad.any()
+    assert x.grad.shape == x.shape
+
+
+WANTS = [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
+
+
+@given(cases(), st.sampled_from(WANTS))
+def test_only_the_wanted_gradients(case: Case, wants: tuple[bool, bool, bool]) -> None:
+    """Each gradient is the same whichever others are asked for."""
+    bias = case.bias if case.bias is not None else torch.randn(case.grad.shape[-1]).to(case.x.dtype)
+
+    def run(wants: tuple[bool, ...]) -> list[Tensor | None]:
+        leaves = [t.detach().requires_grad_(w) for t, w in zip((case.x, case.weight, bias), wants, strict=True)]
+        linear(*leaves, case.index(), case.block, case.transposed).backward(case.grad)
+        return [t.grad for t in leaves]
+
+    every, some = run((True, True, True)), run(wants)
+    for full, part, wanted in zip(every, some, wants, strict=True):
+        assert (part is not None) == wanted
+        if part is not None:
+            torch.testing.assert_close(part, full, rtol=4 * torch.finfo(part.dtype).eps, atol=1e-6)
+
+
+@given(cases())
+def test_the_reference_is_what_other_devices_run(case: Case) -> None:
+    """The plain PyTorch reference agrees with what the dispatcher chose on this device."""
+    index, block, transposed = case.index(), case.block, case.transposed
+    x, w, g = case.x.double(), case.weight.double(), case.grad.double()
+    W = (w * case.keep) if transposed else (w * case.keep).t()
+    y = linear_reference(case.x, case.weight, case.bias, index, block, transposed)
+    magnitude = x.abs() @ W.abs() + (0 if case.bias is None else case.bias.double().abs())
+    dtypes = (case.x.dtype, case.x.dtype, case.weight.dtype)
+    exact = x @ W + (0 if case.bias is None else case.bias.double())
+    assert_within(y, exact, bound(magnitude, W.shape[0], *dtypes), "forward")
+    gx = grad_input_reference(case.grad, case.weight, index, block, transposed)
+    assert_within(gx, g @ W.t(), bound(g.abs() @ W.abs().t(), W.shape[1], *dtypes), "grad-input")
+    gw, gb = grad_weight_reference(case.grad, case.x, index, block, transposed, case.weight.dtype, True)
+    rows, grads = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    a, b = (rows, grads) if transposed else (grads, rows)
+    assert_within(gw, a.t() @ b * case.keep, bound(a.abs().t() @ b.abs(), len(a), *dtypes), "grad-weight")
+    assert_within(gb, grads.sum(0), bound(grads.abs().sum(0), len(a), *dtypes), "grad-bias")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradcheck(transposed: bool, with_bias: bool) -> None:
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    w = torch.randn(10, 12, dtype=F64, requires_grad=True)
+    x = torch.randn(2, 3, 10 if transposed else 12, dtype=F64, requires_grad=True)
+    b = torch.randn(12 if transposed else 10, dtype=F64, requires_grad=True) if with_bias else None
+    index = index_of(mask, 10, 12, 4)
+
+    def run(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return linear(x, w, b, index, 4, transposed)
+
+    assert torch.autograd.gradcheck(run, (x, w, b) if with_bias else (x, w))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F64])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck(dtype: torch.dtype, transposed: bool, with_bias: bool) -> None:
+    mask = torch.rand(4, 3) < 0.5
+    w = torch.randn(30, 20, dtype=dtype, requires_grad=True)
+    inputs, outputs = (30, 20) if transposed else (20, 30)
+    x = torch.randn(2, 5, inputs, dtype=dtype, requires_grad=True)
+    grad = torch.randn(2, 5, outputs, dtype=dtype)
+    b = torch.randn(outputs, dtype=dtype, requires_grad=True) if with_bias else None
+    index = index_of(mask, 30, 20, 8)
+
+    def opcheck(op: Any, *args: Any) -> None:
+        torch.library.opcheck(op, args, rtol=torch.finfo(dtype).eps * 16, atol=torch.finfo(dtype).eps * 16)
+
+    opcheck(torch.ops.mst.linear.default, x, w, b, index, 8, transposed)
+    opcheck(torch.ops.mst.linear_grad_input.default, grad, w.detach(), index, 8, transposed)
+    opcheck(torch.ops.mst.linear_grad_weight.default, grad, x.detach(), index, 8, transposed, dtype, with_bias)

@@ -1,0 +1,384 @@
+"""FSDP2: block operations on shards, training is that of one process, compiled too; other layouts are refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import compiled, element_masks
+from ranks import (
+    SCHEDULES,
+    STEPS,
+    assert_same_on_all_ranks,
+    batches,
+    mean_over_ranks,
+    mine,
+    net,
+    run,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from mst_compile import sparsifier, sparsify
+from mst_compile.blocks.bulk import block_mean_square, zero_blocks_, zero_inactive_
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.shards import check_placement, local_rows, stored
+from mst_compile.errors import ParallelismError
+from mst_compile.parallel.ranks import check_ranks
+from mst_compile.rules.schedule import Schedule
+from mst_compile.state import weight as weights
+
+mse = nn.functional.mse_loss
+
+
+pytestmark = pytest.mark.xdist_group("ranks")  # one group of processes at a time
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    fully_shard(model.first, **options)
+    fully_shard(model.second, **options)
+    return fully_shard(model, **options)
+
+
+def sharded_net(
+    schedule: Schedule, dtype: torch.dtype = torch.float64, *, before: bool, recompute: bool = False, **options: Any
+) -> nn.Module:
+    """A sparse model on shards, made sparse before or after it was sharded."""
+    model = net(dtype, recompute=recompute)
+    if before:
+        return shard(sparsify(model, schedule), **options)
+    return sparsify(shard(model, **options), schedule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def assert_zero_outside(model: nn.Module, optimizer: torch.optim.Optimizer, *, gradients: bool = False) -> None:
+    """Every rank looks at its own rows of weights, moments and gradients."""
+    masks = element_masks(model)
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            state = [v for v in optimizer.state[parameter].values() if v.shape == parameter.shape]
+            assert len(state) == 2
+            assert parameter.grad is not None or not gradients
+            for tensor in [parameter.detach(), *state, *([parameter.grad] if gradients else [])]:
+                assert isinstance(tensor, DTensor)
+                local, first = local_rows(tensor)
+                assert not local[~masks[name][first : first + local.shape[0]]].any(), name
+
+
+def assert_ranks_agree(model: nn.Module) -> None:
+    check_ranks(model)
+    assert_same_on_all_ranks(*map(whole, model.parameters()), *sparsifier(model).masks.values())
+
+
+def assert_same_run(model: nn.Module, alone: nn.Module) -> None:
+    """Same masks; weights up to rounding."""
+    for (name, mask), other in zip(sparsifier(model).masks.items(), sparsifier(alone).masks.values(), strict=True):
+        assert torch.equal(mask, other), name
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(whole(p), q.detach(), rtol=1e-6, atol=1e-8)
+
+
+# -- scenarios: every rank runs them -----------------------------------------------------------------------------------
+
+
+def layouts() -> Iterator[tuple[DeviceMesh, list[Any]]]:
+    yield init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)]
+    yield init_device_mesh("cpu", (dist.get_world_size(),)), [Replicate()]
+    if dist.get_world_size() == 4:
+        yield init_device_mesh("cpu", (2, 2)), [Replicate(), Shard(0)]
+
+
+def block_operations() -> None:
+    """On shards as on the whole tensor; shards cut through blocks, and some are empty."""
+    generator = torch.Generator().manual_seed(0)
+    for mesh, placements in layouts():
+        for rows, cols, block in (
+            (64, 32, 8),
+            (52, 30, 8),
+            (5, 30, 4),
+            (3, 7, 1),
+            (1, 9, 4),
+            (100, 20, 32),
+            (33, 16, 16),
+        ):
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                grid = BlockGrid(rows, cols, block)
+                plain = torch.randn(rows, cols, generator=generator, dtype=torch.float64).to(dtype)
+                mask = torch.rand(grid.shape, generator=generator) < 0.5
+                where = f"{rows}x{cols}, block {block}, {dtype}, {placements}"
+                spread = distribute_tensor(plain, mesh, placements)
+                scores = block_mean_square(spread, grid)
+                assert scores.dtype == torch.float32
+                torch.testing.assert_close(scores, block_mean_square(plain.double(), grid), rtol=1e-6, atol=0)
+                assert_same_on_all_ranks(scores)
+                for operation in (lambda t, g=grid, m=mask: zero_inactive_(t, g, m, None),
+                                  lambda t, g=grid, m=mask: zero_blocks_(t, g, m)):  # fmt: skip
+                    expected, actual = plain.clone(), distribute_tensor(plain, mesh, placements)
+                    operation(expected)
+                    operation(actual)
+                    assert torch.equal(whole(actual), expected), where
+        for bad in (float("nan"), float("inf")):
+            plain = torch.ones(52, 30)
+            plain[51, 29] = bad  # the last rank's
+            scores = block_mean_square(distribute_tensor(plain, mesh, placements), BlockGrid(52, 30, 8))
+            assert scores.isfinite().logical_not().nonzero().tolist() == [[6, 3]]
+
+
+def is_one_process() -> None:
+    """Shards train as one process does: made sparse before or after, recomputing, accumulating."""
+    cases = [(False, True, SCHEDULES[1], 1)]
+    if dist.get_world_size() == 2:
+        cases.append((True, False, SCHEDULES[0], 2))
+    for before, recompute, schedule, parts in cases:
+        alone = sparsify(net(), schedule)
+        model = sharded_net(schedule, before=before, recompute=recompute)
+        optimizers = [torch.optim.AdamW(m.parameters(), 0.01) for m in (alone, model)]
+        for step, (x, y) in enumerate(batches(), 1):
+            total = mse(alone(x), y)
+            total.backward()
+            losses = []
+            for part, (a, b) in enumerate(zip(mine(x).chunk(parts), mine(y).chunk(parts), strict=True), 1):
+                model.set_requires_gradient_sync(part == parts)
+                losses.append(mse(model(a), b) / parts)
+                losses[-1].backward()
+            optimizers[0].step()
+            optimizers[1].step()
+            if step % 5 < 2:  # after topology events, and a step later
+                assert mean_over_ranks(torch.stack(losses).sum()) == pytest.approx(float(total.detach()), rel=1e-6)
+                assert_zero_outside(model, optimizers[1], gradients=True)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            if step % 20 == 0:
+                assert_same_run(model, alone)
+        assert_ranks_agree(model)
+
+
+def masks_gradients_before_events_alone() -> None:
+    """Gradients arrive masked at the shards, except where growth needs them whole."""
+    schedule = SCHEDULES[0]
+    for before in (True, False):
+        model = sharded_net(schedule, before=before)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        for step, (x, y) in enumerate(batches(20), 1):
+            mse(model(mine(x)), mine(y)).backward()
+            for name, mask in element_masks(model).items():
+                if mask.all():
+                    continue
+                outside = whole(dict(model.named_parameters())[name].grad)[~mask]
+                assert bool(outside.any()) == schedule.is_topology_event(step), (step, name)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def compiles() -> None:
+    """torch.compile on top of FSDP2, and below it: the blocks run with sparse kernels."""
+
+    def on_top(model: nn.Module, inner: str) -> nn.Module:
+        return compiled(model, inner)
+
+    def below(model: nn.Module, inner: str) -> nn.Module:
+        for block in (model.first, model.second):
+            block.compile(backend="mst", options={"mst.inner": inner})
+        return model
+
+    ways: list[tuple[Callable[[nn.Module, str], nn.Module], str, bool, bool, Schedule, int]] = [
+        (on_top, "aot_eager", True, True, SCHEDULES[1], 40),
+        (below, "aot_eager", False, False, SCHEDULES[0], 20),
+        (on_top, "inductor", False, True, SCHEDULES[0], STEPS),
+    ]
+    for wrap, inner, before, recompute, schedule, steps in ways:
+        torch._dynamo.reset()
+        alone = sparsify(net(torch.float32), schedule)
+        model = sharded_net(schedule, torch.float32, before=before, recompute=recompute)
+        fast = wrap(model, inner)
+        optimizers = [torch.optim.AdamW(m.parameters(), 0.01) for m in (alone, model)]
+        for step, (x, y) in enumerate(batches(steps, torch.float32)):
+            loss = mse(fast(mine(x)), mine(y))
+            loss.backward()
+            optimizers[1].step()
+            if step % 5 < 2:
+                assert_zero_outside(model, optimizers[1], gradients=True)
+            optimizers[1].zero_grad()
+            if step < 10:
+                expected = mse(alone(x), y)
+                expected.backward()
+                optimizers[0].step()
+                optimizers[0].zero_grad()
+                assert mean_over_ranks(loss) == pytest.approx(float(expected.detach()), rel=1e-4), (wrap, inner, step)
+        assert_ranks_agree(model)
+        for name, weight in sparsifier(model).weights.items():
+            if not name.startswith("head"):
+                assert weight.uses.served, (wrap.__name__, inner, name, weight.uses)
+
+
+def mixed_precision_and_replicas() -> None:
+    """bfloat16 on shards of float32; and, on 4 ranks, shards over 2 that are replicated twice."""
+    options: list[dict[str, Any]] = [{"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}]
+    if dist.get_world_size() == 4:
+        options.append({"mesh": init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))})
+    for chosen in options:
+        model = sharded_net(SCHEDULES[0], torch.float32, before=True, **chosen)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                check_placement(name, parameter)
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        for x, y in batches(50, torch.float32):
+            mse(model(mine(x)), mine(y)).backward()
+            optimizer.step()
+            assert_zero_outside(model, optimizer, gradients=True)
+            optimizer.zero_grad()
+        assert_ranks_agree(model)
+
+
+def resumes() -> None:
+    """State dicts of model, optimizer and sparsifier continue a run on shards, bit for bit."""
+    schedule, data = SCHEDULES[1], list(batches(36))
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: slice) -> None:
+        for x, y in data[steps]:
+            mse(model(mine(x)), mine(y)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = sharded_net(schedule, before=True)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    train(model, optimizer, slice(18))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), sparsifier(model).state_dict()))
+    train(model, optimizer, slice(18, None))
+    for assign in (False, True):
+        again = shard(sparsify(net(), schedule, seed=9))
+        again.load_state_dict(copy.deepcopy(saved[0]), assign=assign)
+        other = torch.optim.AdamW(again.parameters(), 0.01)
+        other.load_state_dict(copy.deepcopy(saved[1]))
+        sparsifier(again).load_state_dict(saved[2])
+        train(again, other, slice(18, None))
+        assert_zero_outside(again, other)
+        assert_ranks_agree(again)
+        for p, q in zip(model.parameters(), again.parameters(), strict=True):
+            assert torch.equal(whole(p), whole(q))
+
+
+def follows_parameters() -> None:
+    """The state of a weight is on whatever Parameter stands for it, and leaves it with densify."""
+    model = sharded_net(SCHEDULES[0], before=True)
+    sharded = model.head.weight
+    weight = weights.of(sharded)
+    assert weight is sparsifier(model).weights["head.weight"]
+    x, y = next(batches())
+    with torch.no_grad():
+        model(mine(x))
+    standing_in = model.head.weight  # the root stays unsharded after forward
+    assert standing_in is not sharded
+    assert not isinstance(standing_in, DTensor)
+    assert weights.of(standing_in) is weight
+    assert stored(standing_in) is sharded
+    assert stored(sharded) is sharded
+    # What is zeroed in the shards is zeroed in the copy that the next forward pass uses.
+    blocks = torch.ones_like(weight.mask)
+    zero_blocks_(sharded, weight.grid, blocks)
+    assert not whole(sharded).any()
+    assert not standing_in.any()
+    sparsifier(model).release()
+    mse(model(mine(x)), mine(y)).backward()
+    assert weights.of(model.head.weight) is None
+    model.unshard()
+    assert weights.of(model.head.weight) is None
+    model.reshard()
+    plain = net()
+    assert stored(plain.head.weight) is plain.head.weight
+
+
+def other_layouts_are_refused() -> None:
+    """Tensor parallelism looks like FSDP2's shards (Shard(0)) when it is column-wise; and FSDP2 has other layouts."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for style in (ColwiseParallel(), RowwiseParallel(input_layouts=Replicate())):
+        model = parallelize_module(nn.Sequential(nn.Linear(32, 32)), mesh, {"0": style})
+        with pytest.raises(ParallelismError, match=r"0\.weight .*Shard\(dim=[01]\).*parallelize_module"):
+            check_placement("0.weight", model[0].weight)
+        with pytest.raises(ParallelismError, match="parallelize_module"):
+            sparsify(model, SCHEDULES[0])
+        later = parallelize_module(sparsify(nn.Sequential(nn.Linear(32, 32)), SCHEDULES[0]), mesh, {"0": style})
+        optimizer = torch.optim.SGD(later.parameters(), 0.1)
+        # The optimizer of another model does not mind.
+        torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1).step()
+        later(torch.ones(4, 32)).sum().backward()
+        with pytest.raises(ParallelismError, match="parallelize_module"):
+            optimizer.step()
+    by_hand = nn.Parameter(distribute_tensor(torch.ones(32, 32), mesh, [Shard(0)]))
+    with pytest.raises(ParallelismError, match="distribute_tensor"):
+        check_placement("w", by_hand)
+    other = {"shard_placement_fn": lambda p: Shard(p.dim() - 1)}
+    sideways = fully_shard(nn.Sequential(nn.Linear(32, 32)), **other)
+    with pytest.raises(ParallelismError, match="shard_placement_fn"):
+        sparsify(sideways, SCHEDULES[0])
+    with pytest.raises(ParallelismError, match="sharded by FSDP2"):
+        local_rows(sideways[0].weight)
+    with pytest.raises(ParallelismError, match="shard_placement_fn"):
+        fully_shard(sparsify(nn.Sequential(nn.Linear(32, 32)), SCHEDULES[0]), **other)
+    if dist.get_world_size() == 4:
+        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        model = parallelize_module(nn.Sequential(nn.Linear(32, 32)), both["tp"], {"0": ColwiseParallel()})
+        fully_shard(model, mesh=both["dp"])
+        with pytest.raises(ParallelismError, match="tensor-parallel"):
+            sparsify(model, SCHEDULES[0])
+    check_placement("w", nn.Parameter(torch.zeros(2, 2)))
+    good = shard(net())
+    for name, parameter in good.named_parameters():
+        if parameter.dim() == 2:
+            check_placement(name, parameter)
+
+
+def flattened_parameters_are_refused() -> None:
+    """FSDP1, with both of its ways to hold Parameters."""
+    for original in (True, False):
+        model = FullyShardedDataParallel(
+            sparsify(net(torch.float32), SCHEDULES[0]), device_id=torch.device("cpu"), use_orig_params=original
+        )
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        model(torch.ones(4, 30)).sum().backward()
+        with pytest.raises(ParallelismError, match="FSDP1"):
+            optimizer.step()
+
+
+TWO = [
+    block_operations,
+    is_one_process,
+    masks_gradients_before_events_alone,
+    follows_parameters,
+    resumes,
+    other_layouts_are_refused,
+    flattened_parameters_are_refused,
+    mixed_precision_and_replicas,
+    compiles,
+]
+FOUR = [block_operations, is_one_process, other_layouts_are_refused, mixed_precision_and_replicas]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run(TWO, 2, tmp_path_factory.mktemp("two"), limit=240)
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return run(FOUR, 4, tmp_path_factory.mktemp("four"), limit=240)
+
+
+@pytest.mark.parametrize("scenario", [s.__name__ for s in TWO])
+def test_two_ranks(two: dict[str, str], scenario: str) -> None:
+    assert not two[scenario], two[scenario]
+
+
+@pytest.mark.parametrize("scenario", [s.__name__ for s in FOUR])
+def test_four_ranks(four: dict[str, str], scenario: str) -> None:
+    assert not four[scenario], four[scenario]
