@@ -11,8 +11,9 @@ from torch import nn
 
 from mst_compile.blocks.grid import TILE_BLOCK, BlockGrid
 from mst_compile.errors import BlockSizeError, SelectionError, WeightError
+from mst_compile.rules.checks import check_sparsity
 from mst_compile.rules.density import layer_densities
-from mst_compile.rules.schedule import Schedule, check_sparsity
+from mst_compile.rules.schedule import Schedule
 
 MAX_BLOCK = 128
 MIN_BLOCK = 4  # the finest block that kernels exist for; block 1 means unstructured masks on dense products

@@ -299,7 +299,7 @@ def test_seconds_are_those_of_the_rates(schedule: Schedule, monkeypatch: pytest.
     model = sparsify(Blocks(), schedule)
     own, total = sparsifier(model), sum(w.numel for w in sparsifier(model).weights.values())
     rates = Rates(2.0, 3e-6, 1e-6, 5.0, 0.7, 0.25, 0.125, attention=0.5)
-    monkeypatch.setattr(sys.modules["mst_compile.forecast"], "measure", lambda *_: rates)
+    monkeypatch.setattr(sys.modules["mst_compile.cost.forecast"], "measure", lambda *_: rates)
     x = next(batches())
     options: dict[str, Any] = {"tokens": STEPS * ROWS, "tokens_per_step": ROWS, "loss": lambda: loss_of(model, x)}
     expected = mst_compile.forecast(model, **options)
@@ -323,7 +323,7 @@ def test_a_backbone_is_always_active() -> None:
     own = sparsifier(sparsify(Blocks(), Constant(0.7, growth="none")))
     before, first = timeline(own, 3), next(iter(own.weights.values()))
     share = first.active
-    first.spine.fill_(True)
+    first.backbone.fill_(True)
     assert timeline(own, 3).active.tolist() == (before.active + first.numel - share).tolist()
 
 

@@ -19,6 +19,7 @@ from mst_compile.blocks.grid import HEADER, BlockGrid
 from mst_compile.blocks.index import CHANGES, DENSE_GRAD, NNZ, new_index, read_mask, write_index
 from mst_compile.rules import masks
 from mst_compile.rules.density import active_count, erdos_renyi, uniform
+from mst_compile.rules.growth import Mixed
 from mst_compile.rules.guard import backbone, coverage
 
 Block = tuple[int, int]
@@ -125,7 +126,7 @@ def test_update_mask(
     def event() -> Tensor:
         g = masks.generator(0, 7, "w")
         return masks.update_mask(
-            mask, safe, magnitude, gradient if with_gradient else None, count, drop_fraction, share, g
+            mask, safe, magnitude, gradient if with_gradient else None, count, drop_fraction, Mixed(share), g
         )
 
     new = event()
@@ -173,7 +174,7 @@ def test_three_of_four_grow_by_gradient() -> None:
     magnitude = torch.arange(1.0, 257).view(16, 16)
     gradient = torch.arange(256.0, 0, -1).view(16, 16)
     mask = masks.random_mask(spine, 116, masks.generator(0, 0, "w"))
-    new = masks.update_mask(mask, spine, magnitude, gradient, 116, 40 / 116, 0.75, masks.generator(0, 1, "w"))
+    new = masks.update_mask(mask, spine, magnitude, gradient, 116, 40 / 116, Mixed(), masks.generator(0, 1, "w"))
     dropped = set(sorted(blocks(mask & ~spine), key=lambda b: magnitude[b].item())[:40])
     kept = blocks(mask) - dropped
     best = sorted(blocks(torch.ones_like(mask)) - kept, key=lambda b: -gradient[b].item())
