@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,18 @@ def block_masks(draw: st.DrawFn, block_rows: int, block_cols: int) -> Tensor:
     if kind == "empty column":
         mask[:, draw(st.integers(0, block_cols - 1))] = False
     return mask
+
+
+def active_blocks(mask: Tensor) -> set[tuple[int, int]]:
+    """Row and column of each active block."""
+    return {(int(r), int(c)) for r, c in zip(*np.nonzero(mask.numpy()), strict=True)}
+
+
+def scores_without_ties(rows: int, cols: int, data: st.DataObject) -> Tensor:
+    """A score for each block: the numbers from 1, shuffled."""
+    order = list(range(1, rows * cols + 1))
+    random.Random(data.draw(st.integers(0, 2**31))).shuffle(order)
+    return torch.tensor(order, dtype=torch.float32).view(rows, cols)
 
 
 def index_of(mask: Tensor, rows: int, cols: int, block: int, *, dense_grad: bool = False) -> Tensor:
