@@ -77,12 +77,21 @@ def plan_first_masks(weights: Iterable[SparseWeight], densities: Sequence[float]
     return Plan(masks)
 
 
-def apply(plan: Plan, parameters: Iterable[tuple[SparseWeight, nn.Parameter]], optimizers: Iterable[Optimizer]) -> None:
-    """Let the masks of a plan take effect."""
+def apply(
+    plan: Plan,
+    parameters: Iterable[tuple[SparseWeight, nn.Parameter]],
+    optimizers: Iterable[Optimizer],
+    *,
+    rescale: bool = False,
+) -> None:
+    """Let the masks of a plan take effect; with ``rescale`` the weights that stay grow by ``density ** -0.5``."""
     known = list(optimizers)
     for weight, parameter in parameters:
         if weight.name in plan.masks:
             change_mask(weight, parameter, plan.masks[weight.name], known)
+            if rescale:
+                with torch.no_grad():
+                    parameter.mul_(weight.density**-0.5)
 
 
 def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, optimizers: Iterable[Optimizer]) -> None:
