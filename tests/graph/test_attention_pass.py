@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 import mst_compile
 from mst_compile.graph import passes
 from mst_compile.graph.attention import causal, patterned
-from mst_compile.graph.attention.causality import is_causal
+from mst_compile.graph.attention.causality import hides_below, is_causal
 from mst_compile.graph.context import Context
 from mst_compile.rules.patterns import allowed
 
@@ -131,6 +131,59 @@ def test_is_causal_wants_every_entry_right(size: int, flip: bool, data: st.DataO
     assert is_causal(additive_mask) is (not flip)
     assert not is_causal(additive_mask.clamp(min=-100.0))  # exp(-100) is small, not 0
     assert not is_causal(mask[..., :-1])
+
+
+FILLS = {-torch.inf: True, "min": True, -1e9: True, -1e4: False, -100.0: False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fill", FILLS)
+def test_what_hides_a_key_is_the_same_for_all_forms(fill: float | str, dtype: torch.dtype) -> None:
+    number = torch.finfo(dtype).min if fill == "min" else fill
+    number = -torch.inf if number == -1e9 and dtype == torch.float16 else number  # as it is in that dtype
+
+    def mask() -> Tensor:
+        return torch.zeros(T, T, dtype=dtype).masked_fill(~causal_mask(), number)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, mask())
+
+    def added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.25 + mask()).softmax(-1) @ v
+
+    def put(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.25).masked_fill(~causal_mask(), number).softmax(-1) @ v
+
+    args = [t.detach().to(dtype) for t in tensors()]
+    assert is_causal(mask()) is FILLS[fill]
+    assert recovered(graph_of(sdpa, *args)) == FILLS[fill]
+    for form in (sdpa, added, put):
+        backend = Backend()
+        compiled(form, backend)(*args)
+        assert [site.replaced for site in backend.sites] == [FILLS[fill]], form
+
+
+@given(
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    added=st.booleans(),
+    near=st.booleans(),
+    data=st.data(),
+)
+def test_what_hides_a_key_leaves_it_no_weight(dtype: torch.dtype, added: bool, near: bool, data: st.DataObject) -> None:
+    lowest = torch.finfo(dtype).min
+    largest = min(2.0**16, -lowest / 4)
+    threshold = torch.tensor(hides_below(dtype), dtype=dtype)
+    fill = torch.nextafter(threshold, torch.tensor(-torch.inf, dtype=dtype)) if near else torch.tensor(lowest).to(dtype)
+    hidden, diagonal = (data.draw(st.floats(-largest, largest)) for _ in range(2))
+    row = torch.tensor([hidden, diagonal], dtype=dtype)
+    row[0] = row[0] + fill if added else fill
+    assert row.softmax(0).tolist() == [0.0, 1.0]
+
+
+def test_float16_masks_of_ten_thousand_do_not_hide_keys() -> None:
+    """Scores that float16 can hold lift them back."""
+    diagonal, hidden = torch.tensor([-6000.0, 6000.0], dtype=torch.float16)
+    assert torch.stack([hidden - 1e4, diagonal]).softmax(0)[0] == 1
 
 
 def test_a_sparse_model_with_an_explicit_mask_equals_eager() -> None:

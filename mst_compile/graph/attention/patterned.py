@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_compile.graph.attention import forms
 from mst_compile.graph.attention.causality import Finding, find
 from mst_compile.graph.attention.constant import Constant
 from mst_compile.graph.attention.evaluate import Evaluator
-from mst_compile.graph.attention.forms import FORMS
 from mst_compile.graph.attention.found import Attention
 from mst_compile.graph.attention.rewrite import replace, why_not
 from mst_compile.graph.context import Context, Site
@@ -24,7 +24,7 @@ def run(graph_module: fx.GraphModule, context: Context) -> int:
     """Rewrite attention in place; returns how many have the pattern now. Without a pattern, only say what is there."""
     rewrite = _Rewrite(context)
     for region, node in walk(graph_module):
-        found = next((f for f in (form(region, node) for form in FORMS) if f is not None), None)
+        found = next((f for f in (form(region, node) for form in forms.FORMS) if f is not None), None)
         if found is not None:
             rewrite.visit(region, found)
     context.constants += rewrite.constants()
