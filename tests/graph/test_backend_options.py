@@ -14,13 +14,14 @@ import pytest
 import torch
 from helpers import DEBUG, Blocks, static
 from mst_compile.kernels import cpu
+from mst_compile.lowering import crossover
 from mst_compile.lowering.compat import InferenceAwarePass
 from torch import fx, nn
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from mst_compile import sparsify
+from mst_compile import sparsifier, sparsify
 from mst_compile.errors import BackendOptionError
 from mst_compile.graph import backend, cachekey
 from mst_compile.graph.cachekey import SourceKey
@@ -82,6 +83,25 @@ def test_the_dense_threshold_chooses_the_variant(threshold: float, monkeypatch: 
     x = torch.randn(2, 64)
     torch.testing.assert_close(fast(x), model(x))
     assert bool(calls) == (threshold > 77 / 256)
+
+
+def test_weights_know_the_dense_threshold_of_their_graph() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.scaled = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.used(x), self.scaled.weight * 0.5)
+
+    for given, expected in (None, crossover.CPU), (0.6, 0.6), (0.0, 0.0):
+        torch._dynamo.reset()
+        model = sparsify(Half(), static())
+        weights = sparsifier(model).weights
+        assert weights["used.weight"].uses.dense_threshold is None
+        torch.compile(model, backend="mst", options={**DEBUG, "mst.dense_threshold": given})(torch.randn(2, 32))
+        assert weights["used.weight"].uses.dense_threshold == expected
+        assert weights["scaled.weight"].uses.dense_threshold is None
 
 
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager", "eager"])
