@@ -18,6 +18,7 @@ from mst_compile.graph.context import Context, Site
 from mst_compile.graph.fx import clone, placeholders, value
 from mst_compile.graph.linear import fake_index
 from mst_compile.graph.notes import note_attention, warn_unmatched
+from mst_compile.graph.passes import Stage
 from mst_compile.kernels import cpu
 from mst_compile.lowering import support, tuning
 from mst_compile.state import weight as weights
@@ -89,9 +90,9 @@ class Compiler:
             why_no_attention=functools.partial(support.why_no_attention, device),
         )
         self._inputs = [value(n) for n in placeholders(graph_module.graph)]
-        passes.apply(passes.GRAPH, graph_module, self._context)
+        passes.apply(passes.of(Stage.GRAPH), graph_module, self._context)
         sparse = clone(graph_module)
-        passes.apply(passes.PRODUCTS, sparse, self._context)
+        passes.apply(passes.of(Stage.PRODUCTS), sparse, self._context)
         self.slots = list(self._context.indices)
         self._note_weights(warn=device != "cpu" or cpu.available())  # else one warning has told already
         # Attention is rewritten when a variant with it is compiled: both graphs may be needed with either pattern.
@@ -139,7 +140,7 @@ class Compiler:
         """Give every attention that the pass understands its pattern."""
         state = self._attention
         context = replace(self._context, pattern=state.settings, inputs=inputs, sites=[], constants=[])
-        passes.apply(passes.PATTERN, graph_module, context)
+        passes.apply(passes.of(Stage.PATTERN), graph_module, context)
         note_attention(state, context.sites)
         return context.constants, context.sites
 

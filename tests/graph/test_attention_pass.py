@@ -369,6 +369,39 @@ def test_activation_checkpointing(name: str) -> None:
     assert len(backend.operators()) == 2
 
 
+def test_a_checkpoint_within_a_checkpoint_receives_its_padding() -> None:
+    def nested(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        def inner(q: Tensor) -> Tensor:
+            return padded(PADDING["bool"][0])(q, k, v, keep)
+
+        def outer(q: Tensor) -> Tensor:
+            return checkpoint(inner, q * 2.0, use_reentrant=False)  # type: ignore[return-value]
+
+        return checkpoint(outer, q, use_reentrant=False)  # type: ignore[return-value]
+
+    keep = torch.ones(2, T, dtype=torch.long)
+    keep[1, -4:] = 0
+    args, backend = tensors(), Backend(inner="aot_eager")
+    seen = keep.bool()[:, None, :, None]
+    got, want = compiled(nested, backend)(*args, keep) * seen, nested(*args, keep) * seen
+    assert [site.replaced for site in backend.sites] == [True]
+    assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got.sum(), args), torch.autograd.grad(want.sum(), args), strict=True):
+        assert_close(a, b, terms=256)
+
+
+def test_causal_masks_are_recovered_in_checkpoints() -> None:
+    def checkpointed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        outside = causal_mask()
+        x = checkpoint(lambda q: scaled_dot_product_attention(q, k, v, outside), q, use_reentrant=False)
+        return checkpoint(boolean, x, k, v, use_reentrant=False)  # type: ignore[return-value]
+
+    args = tensors()
+    graph_module = graph_of(checkpointed, *args)
+    assert recovered(graph_module) == 2
+    assert_close(graph_module(*args)[0], checkpointed(*args))
+
+
 @pytest.mark.parametrize("name", ["nanoGPT-manual", "GPT-2-eager", "Llama-eager", "encoder-mask", "GPT-2-upcast-eager"])
 @pytest.mark.parametrize("where", ["outside", "inside", "weights"])
 def test_bfloat16(name: str, where: str) -> None:

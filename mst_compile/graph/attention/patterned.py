@@ -13,7 +13,7 @@ from torch import fx
 from mst_compile.graph.attention import forms
 from mst_compile.graph.attention.causality import Finding, find
 from mst_compile.graph.attention.constant import Constant
-from mst_compile.graph.attention.evaluate import Evaluator
+from mst_compile.graph.attention.evaluate import Evaluator, Evaluators
 from mst_compile.graph.attention.found import Attention
 from mst_compile.graph.attention.rewrite import replace, why_not
 from mst_compile.graph.context import Context, Site
@@ -34,11 +34,11 @@ def run(graph_module: fx.GraphModule, context: Context) -> int:
 class _Rewrite:
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._evaluators: dict[Region, Evaluator] = {}
+        self._evaluators = Evaluators(actual=context.inputs)
         self._known: dict[Any, Finding] = {}
 
     def visit(self, region: Region, found: Attention) -> None:
-        evaluator = self._evaluator(region)
+        evaluator = self._evaluators[region]
         reason = found.reason or _why_dropout(found.dropout) or self._why_not(found)
         if reason is None and found.mask is not None:
             finding = self._finding(region, found, evaluator)
@@ -64,14 +64,6 @@ class _Rewrite:
             if region.outer is None
             for node, buffer in evaluator.relied.items()
         ]
-
-    def _evaluator(self, region: Region) -> Evaluator:
-        if region not in self._evaluators:
-            if region.outer is None:
-                self._evaluators[region] = Evaluator(region, actual=self._context.inputs)
-            else:
-                self._evaluators[region] = Evaluator(region, outer=self._evaluator(region.outer))
-        return self._evaluators[region]
 
     def _why_not(self, found: Attention) -> str | None:
         reason = why_not(found)
