@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -85,9 +84,7 @@ class Compiler:
         self._attention = found[next(iter(found))].attention
         device = example_inputs[next(iter(found))].device.type
         self._context = Context(
-            found,
-            why_unsupported=functools.partial(support.why_unsupported, device),
-            why_no_attention=functools.partial(support.why_no_attention, device),
+            found, why_unsupported=support.why_unsupported, why_no_attention=support.why_no_attention
         )
         self._inputs = [value(n) for n in placeholders(graph_module.graph)]
         passes.apply(passes.of(Stage.GRAPH), graph_module, self._context)

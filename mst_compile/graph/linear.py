@@ -145,7 +145,7 @@ class _Rewrite:
         if not is_one_cast(dtypes):
             rounds = next(n for n in way if not holds(value(n).dtype, w.dtype))
             return f"rounded by {describe(rounds)}"
-        return self._context.why_unsupported(out.dtype, w.dtype, weight.grid.block)
+        return self._context.why_unsupported(x.device.type, out.dtype, w.dtype, weight.grid.block)
 
     def _index(self, region: Region, key: int) -> fx.Node:
         """The placeholder of a weight's index in Dynamo's own graph, made at the first use."""

@@ -69,7 +69,8 @@ class _Rewrite:
         reason = why_not(found)
         if reason is not None:
             return reason
-        return self._context.why_no_attention(value(found.out).dtype, value(found.q).shape[-1])
+        out = value(found.out)
+        return self._context.why_no_attention(out.device.type, out.dtype, value(found.q).shape[-1])
 
     def _finding(self, region: Region, found: Attention, evaluator: Evaluator) -> Finding:
         at = found.out if found.reader is None else found.reader
