@@ -142,11 +142,13 @@ def test_the_lowering_falls_back_on_the_reference(block: int, dtype: torch.dtype
 
 
 def test_explain_says_what_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    why_unsupported = support.why_unsupported
+
     def as_on_gpu(device: str, *operands: Any) -> str | None:
         with pretend_h100():  # no longer: builds with CUDA would look for the device while they compile
-            return support.why_unsupported("cuda", *operands)
+            return why_unsupported("cuda", *operands)
 
-    monkeypatch.setattr("mst_compile.graph.linear.why_unsupported", as_on_gpu)
+    monkeypatch.setattr(support, "why_unsupported", as_on_gpu)
     model = mst_compile.sparsify(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), static(0.5), block=8)
     with pytest.warns(mst_compile.MSTWarning, match="no GPU kernel for block 8"):
         compiled(model)(torch.randn(2, 64))
