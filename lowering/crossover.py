@@ -1,6 +1,6 @@
 """The density above which a dense product is faster than ours.
 
-On a GPU it is measured: when Inductor tunes a product, it times our tiles and the dense product side by side on the
+It is measured: when Inductor tunes a product, it times our tiles and the dense product side by side on the
 user's machine, at the density that training will mostly run at (:mod:`mst_compile.lowering.tuning`). The time of a
 sparse product is at most proportional to its density, so ``density * dense time / sparse time`` is a density up to
 which sparse is certain to win. What was measured is kept on disk, since compiled code that comes out of Inductor's
@@ -25,7 +25,6 @@ from mst_compile.kernels.cpu.build import cache_dir
 
 from mst_compile.blocks.grid import BlockGrid
 
-CPU = 0.8  # a little below where the lines of benchmarks/layers.py meet
 _ESTIMATE = {128: 0.6, 64: 0.5, 32: 0.35}
 
 # (rows, cols, block) -> product, dtype and tokens -> (density, seconds dense, seconds of the fastest sparse tile)
@@ -55,10 +54,8 @@ def of_grid(grid: BlockGrid) -> float:
     return min(1.0, sum(dense for _, dense, _ in products) / at_one)
 
 
-def of_weights(grids: Iterable[BlockGrid], device: str) -> float:
-    """Crossover density of a graph with weights on ``grids``, by their sizes. ``device`` is a device type."""
-    if device == "cpu":
-        return CPU
+def of_weights(grids: Iterable[BlockGrid]) -> float:
+    """Crossover density of a graph with weights on ``grids``, by their sizes."""
     sizes = [(g.rows * g.cols, of_grid(g)) for g in grids]
     return sum(n * d for n, d in sizes) / max(1, sum(n for n, _ in sizes))
 

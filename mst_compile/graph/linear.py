@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from mst_compile.graph.notes import describe
-from mst_compile.lowering.support import why_unsupported
+from mst_compile.lowering import device
 from mst_compile.state.weight import SparseWeight
 
 _LINEARS = {torch.nn.functional.linear, torch._C._nn.linear}
@@ -164,7 +164,7 @@ class LinearPass:
             return f"{describe(node)}: its tensors are unknown"
         if weight.index is None:
             return "block 1: unstructured masks on dense products"
-        return why_unsupported(x.device.type, out.dtype, w.dtype, weight.grid.block)
+        return device.of(x.device.type).why_unsupported(out.dtype, w.dtype, weight.grid.block)
 
     def _index(self, graph: fx.Graph, key: int, index_of: dict[int, fx.Node]) -> fx.Node:
         """The placeholder of a weight's index, made at the first use, after all other placeholders."""

@@ -20,8 +20,7 @@ from mst_compile.graph.attention.evaluate import Constant
 from mst_compile.graph.attention.sites import AttentionPass
 from mst_compile.graph.linear import LinearPass, fake_index, value
 from mst_compile.graph.notes import note_attention, warn_unmatched
-from mst_compile.kernels import cpu
-from mst_compile.lowering import crossover, support, tuning
+from mst_compile.lowering import device, tuning
 from mst_compile.state import weight as weights
 from mst_compile.state.weight import SparseWeight
 
@@ -49,7 +48,7 @@ class Variants:
 
     Args:
         dense_threshold: the dense variant runs when the parameters' mean density is at least this; None: at the density
-            where dense products become faster, see :mod:`mst_compile.lowering.crossover`.
+            where dense products become faster on the weights' device.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Variants:
     ) -> None:
         self._compile_fn = compile_fn
         self._given_threshold = dense_threshold
-        self._device = example_inputs[next(iter(found))].device.type
+        self._device = device.of(example_inputs[next(iter(found))].device.type)
         placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
         sparse = clone(graph_module)
         sources = {n: i for i, n in enumerate(n for n in sparse.graph.nodes if n.op == "placeholder") if i in found}
@@ -70,7 +69,7 @@ class Variants:
         mode = next((v.fake_mode for v in map(value, placeholders) if isinstance(v, FakeTensor)), None)
         linear = LinearPass(found, mode)
         slots = linear.run(sparse, sources)
-        if self._device != "cpu" or cpu.available():  # else one warning has told already
+        if self._device.why_not_compiled() is None:  # else one warning has told already
             warn_unmatched([found[key] for key in linear.reasons if key not in slots])
         self._slots = [(i, found[i].signature) for i in slots]
         for weight in found.values():
@@ -183,7 +182,7 @@ class Variants:
         """Look the crossover up: before compiling an estimate, after it what tuning measured."""
         grids = [self._found[i].grid for i, _ in self._slots]
         given = self._given_threshold
-        self._threshold = crossover.of_weights(grids, self._device) if given is None else given
+        self._threshold = self._device.crossover(grids) if given is None else given
 
     def _compile(self, kind: Kind, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile a variant; ``inputs`` are those of the call that needs it."""
@@ -214,7 +213,7 @@ class Variants:
         if pattern == "full":
             return False
         attention = AttentionPass(
-            pattern, state.window, state.stride, self._mode, why_unsupported=support.why_no_attention
+            pattern, state.window, state.stride, self._mode, why_unsupported=_why_no_attention
         )
         sites = attention.run(graph_module, inputs)
         self._constants[kind] = attention.constants
@@ -247,6 +246,10 @@ class Variants:
                     x = mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
             out.append(x)
         return out
+
+
+def _why_no_attention(device_type: str, dtype: torch.dtype, size: int) -> str | None:
+    return device.of(device_type).why_no_attention(dtype, size)
 
 
 def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
