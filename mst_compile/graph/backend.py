@@ -18,10 +18,9 @@ from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 
 from mst_compile.errors import BackendOptionError, MSTWarning
-from mst_compile.graph.attention.sites import recover_causal
 from mst_compile.graph.cachekey import SourceKey
-from mst_compile.graph.multihead import expand_multihead
-from mst_compile.graph.variants import Variants, find_weights
+from mst_compile.graph.compiler import find_weights
+from mst_compile.graph.dispatch import Dispatch
 from mst_compile.lowering import device, inductor  # noqa: F401  (inductor registers the lowerings)
 
 _INNER = ("inductor", "aot_eager", "eager")
@@ -56,9 +55,7 @@ def mst(
     if own["mst.keep_memory"]:
         for used in devices:
             used.keep_memory()
-    expand_multihead(graph_module)
-    recover_causal(graph_module)
-    return Variants(graph_module, example_inputs, found, compile_fn, own["mst.dense_threshold"])
+    return Dispatch(graph_module, example_inputs, found, compile_fn, own["mst.dense_threshold"])
 
 
 def _split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
