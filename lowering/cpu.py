@@ -68,7 +68,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int, transposed: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int, transposed: bool, density: float = 0.0
 ) -> Tensor | None:
     """``mst::linear``; None where there is no kernel."""
     if not _supported(x, weight.dtype, index, block) or not weight.is_contiguous():
@@ -78,7 +78,9 @@ def linear(
     return out
 
 
-def grad_input(grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool) -> Tensor | None:
+def grad_input(
+    grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool, density: float = 0.0
+) -> Tensor | None:
     """``mst::linear_grad_input``; None where there is no kernel."""
     if not _supported(grad, weight.dtype, index, block) or not weight.is_contiguous():
         return None
@@ -88,16 +90,20 @@ def grad_input(grad: Tensor, weight: Tensor, index: Tensor, block: int, transpos
 
 
 def grad_weight(
-    grad: Tensor, x: Tensor, index: Tensor, block: int, transposed: bool, dtype: torch.dtype, bias: bool
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    block: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    bias: bool,
+    density: float = 0.0,
 ) -> tuple[Tensor, Tensor] | None:
-    """``mst::linear_grad_weight``; None where there is no kernel."""
-    if not _supported(grad, dtype, index, block) or grad.dtype != x.dtype:
+    """``mst::linear_grad_weight``; None where there is no kernel, and for a gradient on all blocks."""
+    if not _supported(grad, dtype, index, block) or grad.dtype != x.dtype or _wants_dense_grad(index):
         return None
     gy, x2 = _rows(grad), _rows(x)
     a, b = (x2, gy) if transposed else (gy, x2)
-    if _wants_dense_grad(index):
-        gw = (a.t() @ b).to(dtype)
-        return gw, gy.sum(0, dtype=torch.float32) if bias else gw.new_empty(0, dtype=torch.float32)
     gw = torch.empty(a.shape[1], b.shape[1], dtype=dtype)
     gb = torch.empty(gy.shape[1] if bias else 0, dtype=torch.float32)
     kernels.grad_weight(a, b, index, block, gw, gb if bias else None, not transposed)

@@ -30,7 +30,7 @@ def _unit_stride(x: Any) -> Any:
     return x if V.graph.sizevars.statically_known_equals(strides[-1], 1) else ir.ExternKernel.copy_input(x)
 
 
-def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool) -> Any:
+def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, *_: Any) -> Any:
     """``x W + bias`` as one extern kernel on ``x`` viewed as ``[M, in]``."""
     if cpu.why_unsupported(x.get_dtype(), weight.get_dtype(), block) is not None:
         return None
@@ -53,7 +53,7 @@ def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: 
     return out if len(lead) == 1 else view(out, [*lead, out_features])
 
 
-def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool) -> Any:
+def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool, *_: Any) -> Any:
     return _linear(grad, weight, None, index, block, not transposed)
 
 

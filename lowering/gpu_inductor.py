@@ -9,6 +9,8 @@ import torch
 from torch._inductor.lowering import lowerings, to_dtype
 from torch._inductor.virtualized import V
 
+from mst_compile.ops.linear import DENSITY
+
 from . import cuda, gpu, gpu_attention
 
 
@@ -19,25 +21,34 @@ def _takes(x: Any, weight_dtype: torch.dtype, block: int, out_features: Any) -> 
     return not all(V.graph.sizevars.statically_known_equals(s, 1) for s in (*x.get_size()[:-1], out_features))
 
 
-def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool) -> Any:
+def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, density: float = DENSITY) -> Any:
     if not _takes(x, weight.get_dtype(), block, weight.get_size()[1 if transposed else 0]):
         return None
-    out = gpu.linear(x, weight, index, block, not transposed)
+    out = gpu.linear(x, weight, index, block, not transposed, density)
     # Inductor fuses the bias into the store of the kernel, with whatever pointwise follows.
     return out if bias is None else lowerings[torch.ops.aten.add.Tensor](out, to_dtype(bias, out.get_dtype()))
 
 
-def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool) -> Any:
+def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool, density: float = DENSITY) -> Any:
     if not _takes(grad, weight.get_dtype(), block, weight.get_size()[0 if transposed else 1]):
         return None
-    return gpu.linear(grad, weight, index, block, transposed)
+    return gpu.linear(grad, weight, index, block, transposed, density)
 
 
-def _grad_weight(grad: Any, x: Any, index: Any, block: int, transposed: bool, dtype: torch.dtype, bias: bool) -> Any:
+def _grad_weight(
+    grad: Any,
+    x: Any,
+    index: Any,
+    block: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    bias: bool,
+    density: float = DENSITY,
+) -> Any:
     features = x.get_size()[-1] * grad.get_size()[-1]
     if features == 1 or x.get_dtype() != grad.get_dtype() or not _takes(grad, dtype, block, features):
         return None
-    return gpu.grad_weight(grad, x, index, block, transposed, dtype, bias)
+    return gpu.grad_weight(grad, x, index, block, transposed, dtype, bias, density)
 
 
 def _takes_attention(q: Any, k: Any, v: Any) -> bool:

@@ -17,7 +17,7 @@ from mst_compile.graph.context import Context, Site
 from mst_compile.graph.fx import clone, placeholders, value
 from mst_compile.graph.linear import fake_index
 from mst_compile.graph.notes import note_attention, warn_unmatched
-from mst_compile.lowering import device, tuning
+from mst_compile.lowering import device
 from mst_compile.state import weight as weights
 from mst_compile.state.weight import SparseWeight
 
@@ -125,7 +125,6 @@ class Compiler:
         said = self._context
         for key, weight in self._found.items():
             weight.uses.note(said.matched.get(key, ()), said.unmatched.get(key, ()))
-            tuning.expect(weight.grid, weight.density_target)
         if warn:
             warn_unmatched([self._found[key] for key in said.unmatched if key not in self.slots])
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import compiled, static
-from mst_compile.lowering import crossover, device, tuning
+from mst_compile.lowering import crossover, device
 from pretend_gpu import pretend_h100
 from torch import nn
 from torch._inductor.select_algorithm import get_algorithm_selector_cache
@@ -102,13 +102,3 @@ def test_the_backend_asks_for_the_crossover(threshold: float, sparse: bool, monk
     ran = [event.key for event in profile.key_averages()]
     assert any("mst::linear" in key for key in ran) == sparse
     assert [BlockGrid(64, 128, 16)] in seen
-
-
-def test_tuning_uses_the_density_that_training_will_have() -> None:
-    model = mst_compile.sparsify(nn.Linear(1024, 1024), static(0.9), block=32)
-    compiled(model)(torch.randn(2, 1024))
-    weight = mst_compile.sparsifier(model).weights["weight"]
-    assert tuning.expected_density(weight.grid) == weight.density_target == pytest.approx(0.1)
-    index = tuning.realistic_index(weight.grid, "cpu")
-    assert int(index[0]) == pytest.approx(0.1 * weight.grid.blocks, rel=0.2)
-    assert index.numel() == weight.grid.index_length
