@@ -157,7 +157,7 @@ device.register(
         "cpu",
         why_unsupported=why_unsupported,
         why_no_attention=why_no_attention,
-        crossover=lambda _: _CROSSOVER,
+        crossover=lambda *_: _CROSSOVER,
         default_block=8,
         implementations={
             "linear": linear,

@@ -32,7 +32,8 @@ class Device:
         why_unsupported: given the dtypes of input and weight and the block, why there is no kernel for such a product,
             or None if there is one.
         why_no_attention: the same of attention, given the dtype and the size of a head.
-        crossover: given the grids of a graph's weights, the mean density from which its dense products are faster.
+        crossover: given the grids of a graph's weights, and whether a variant with sparse products has been compiled
+            yet, the mean density from which its dense products are faster. The same on all ranks.
         default_block: block of weights for which the user names none.
         finest_block: finest block with kernels; a weight that the default suits badly gets no finer one.
         implementations: operator (``"linear"``, ...) -> what computes it; it may decline, see
@@ -50,7 +51,7 @@ class Device:
     type: str
     why_unsupported: Callable[[torch.dtype, torch.dtype, int], str | None]
     why_no_attention: Callable[[torch.dtype, int], str | None]
-    crossover: Callable[[Sequence[BlockGrid]], float]
+    crossover: Callable[[Sequence[BlockGrid], bool], float]
     default_block: int = _BLOCK
     finest_block: int = FINEST_BLOCK
     implementations: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -83,5 +84,5 @@ def of(device_type: str) -> Device:
         device_type,
         why_unsupported=lambda *_: f"no kernel for device {device_type}",
         why_no_attention=lambda *_: f"no attention kernel for device {device_type}",
-        crossover=lambda _: 0.0,  # all products are dense
+        crossover=lambda *_: 0.0,  # all products are dense
     )

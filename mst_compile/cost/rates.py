@@ -108,7 +108,7 @@ def _points(model: nn.Module) -> tuple[dict[str, tuple[float, bool, str]], float
     own = sparsifier(model)
     highest, lowest = own.schedule.max_sparsity, own.schedule.min_sparsity
     where = device.of(next(own.parameters())[1].device.type)
-    threshold = where.crossover([w.grid for w in own.weights.values()])
+    threshold = where.crossover([w.grid for w in own.weights.values()], False)
     middle = max((highest + max(lowest, 1 - 0.9 * threshold)) / 2, 1 - 0.9 * threshold)
     points = {
         "dense": (0.0, False, "full"),

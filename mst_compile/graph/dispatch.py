@@ -133,5 +133,5 @@ class Dispatch:
     def _set_threshold(self) -> None:
         """Look the crossover up: before compiling an estimate, after it what tuning measured."""
         grids = [self._found[i].grid for i, _ in self._slots]
-        given = self._given_threshold
-        self._threshold = self._device.crossover(grids) if given is None else given
+        given, tuned = self._given_threshold, any(sparse for sparse, _ in self._variants)
+        self._threshold = self._device.crossover(grids, tuned) if given is None else given

@@ -38,7 +38,7 @@ def toy(kind: str, **more: Any) -> device.Device:
         kind,
         why_unsupported=lambda x, weight, block: None if block == 16 else f"the toy has no block {block}",
         why_no_attention=lambda dtype, size: f"the toy has no heads of {size}",
-        crossover=lambda grids: 0.4,
+        crossover=lambda grids, tuned: 0.4,
         **{"default_block": 16, "finest_block": 16, **more},
     )
 
@@ -72,7 +72,7 @@ def test_an_unknown_device_runs_references_and_says_so() -> None:
     assert unknown.why_unsupported(F32, F32, 32) == "no kernel for device abacus"
     assert unknown.why_no_attention(F32, 64) == "no attention kernel for device abacus"
     assert (unknown.default_block, unknown.finest_block) == (32, 4)
-    assert unknown.crossover([BlockGrid(64, 64, 32)]) == 0, "its products are dense at any density"
+    assert unknown.crossover([BlockGrid(64, 64, 32)], False) == 0, "its products are dense at any density"
     assert not unknown.lowerings()
     assert unknown.why_not_compiled() is None
 
