@@ -85,7 +85,7 @@ def in_place_of_the_cpu(registered: dict[str, device.Device]) -> Iterator[list[s
     """A toy record for the CPU; what is asked of it is noted. It doubles products: nobody else would."""
     asked: list[str] = []
 
-    def linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool) -> Any:
+    def linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, density: float) -> Any:
         asked.append("declined" if bias is not None else "linear")
         if bias is not None:
             return None  # it declines
