@@ -8,8 +8,6 @@ from .api import densify, sparsifier, sparsify
 from .cost.forecast import Forecast, forecast
 from .cost.report import explain
 from .errors import MSTError, MSTWarning
-from .lowering import cpu as _cpu  # noqa: F401  (the CPU's kernels for the operators)
-from .lowering import cpu_attention as _cpu_attention  # noqa: F401
 from .rules.constant import Constant
 from .rules.mixed_sparsity import MixedSparsity
 from .rules.schedule import Schedule

@@ -16,7 +16,7 @@ from mst_compile.blocks.bulk import block_mean_square
 from mst_compile.blocks.index import new_index, write_index
 from mst_compile.cost.flops import attention_saving
 from mst_compile.errors import ForecastError
-from mst_compile.lowering import crossover
+from mst_compile.lowering import device
 from mst_compile.rules.masks import generator, random_mask
 from mst_compile.state.event import plan_event
 from mst_compile.state.sparsifier import sparsifier, sparsifier_of
@@ -112,7 +112,8 @@ def _points(model: nn.Module) -> tuple[dict[str, tuple[float, bool, str]], float
     """What to time: name -> sparsity, dense gradients, attention; and the density from which dense is faster."""
     own = sparsifier(model)
     highest, lowest = own.schedule.max_sparsity, own.schedule.min_sparsity
-    threshold = crossover.of_weights([w.grid for w in own.weights.values()], next(own.parameters())[1].device.type)
+    where = device.of(next(own.parameters())[1].device.type)
+    threshold = where.crossover([w.grid for w in own.weights.values()], False)
     middle = max((highest + max(lowest, 1 - 0.9 * threshold)) / 2, 1 - 0.9 * threshold)
     points = {
         "dense": (0.0, False, "full"),

@@ -18,8 +18,7 @@ from mst_compile.graph.fx import clone, placeholders, value
 from mst_compile.graph.linear import fake_index
 from mst_compile.graph.notes import note_attention, warn_unmatched
 from mst_compile.graph.passes import Stage
-from mst_compile.kernels import cpu
-from mst_compile.lowering import support, tuning
+from mst_compile.lowering import device
 from mst_compile.state import weight as weights
 from mst_compile.state.weight import SparseWeight
 
@@ -82,16 +81,18 @@ class Compiler:
         self._compile_fn = compile_fn
         self._found = found
         self._attention = found[next(iter(found))].attention
-        device = example_inputs[next(iter(found))].device.type
+        record = device.of(example_inputs[next(iter(found))].device.type)
         self._context = Context(
-            found, why_unsupported=support.why_unsupported, why_no_attention=support.why_no_attention
+            found,
+            why_unsupported=lambda where, *operands: device.of(where).why_unsupported(*operands),
+            why_no_attention=lambda where, *operands: device.of(where).why_no_attention(*operands),
         )
         self._inputs = [value(n) for n in placeholders(graph_module.graph)]
         passes.apply(passes.of(Stage.GRAPH), graph_module, self._context)
         sparse = clone(graph_module)
         passes.apply(passes.of(Stage.PRODUCTS), sparse, self._context)
         self.slots = list(self._context.indices)
-        self._note_weights(warn=device != "cpu" or cpu.available())  # else one warning has told already
+        self._note_weights(warn=record.why_not_compiled() is None)  # else one warning has told already
         # Attention is rewritten when a variant with it is compiled: both graphs may be needed with either pattern.
         self._graphs = {False: graph_module, True: sparse}
         self._made: dict[Kind, Variant] = {}
@@ -129,7 +130,6 @@ class Compiler:
         said = self._context
         for key, weight in self._found.items():
             weight.uses.note(said.matched.get(key, ()), said.unmatched.get(key, ()))
-            tuning.expect(weight.grid, weight.density_target)
         if warn:
             warn_unmatched([self._found[key] for key in said.unmatched if key not in self.slots])
 

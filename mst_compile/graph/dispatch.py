@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mst_compile.errors import TopologyChangedError
 from mst_compile.graph.compiler import CompileFn, Compiler, Kind, Variant
 from mst_compile.graph.linear import fake_index
-from mst_compile.lowering import crossover
+from mst_compile.lowering import device
 from mst_compile.state.weight import SparseWeight
 
 
@@ -26,7 +26,7 @@ class Dispatch:
     Args:
         found: position among the inputs -> state of the sparse parameter that came in there.
         dense_threshold: the dense variant runs when the parameters' mean density is at least this; None: at the density
-            where dense products become faster, see :mod:`mst_compile.lowering.crossover`.
+            where dense products become faster on the weights' device.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Dispatch:
         self._first = next(iter(found))
         self._attention = found[self._first].attention
         self._given_threshold = dense_threshold
-        self._device = example_inputs[self._first].device.type
+        self._device = device.of(example_inputs[self._first].device.type)
         self._compiler = Compiler(graph_module, example_inputs, found, compile_fn)
         self._slots = [(i, found[i].signature) for i in self._compiler.slots]
         self._variants: dict[tuple[bool, bool], Variant] = {}
@@ -133,5 +133,5 @@ class Dispatch:
     def _set_threshold(self) -> None:
         """Look the crossover up: before compiling an estimate, after it what tuning measured."""
         grids = [self._found[i].grid for i, _ in self._slots]
-        given = self._given_threshold
-        self._threshold = crossover.of_weights(grids, self._device) if given is None else given
+        given, tuned = self._given_threshold, any(sparse for sparse, _ in self._variants)
+        self._threshold = self._device.crossover(grids, tuned) if given is None else given

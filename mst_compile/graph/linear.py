@@ -169,7 +169,9 @@ class _Rewrite:
         if bias is not None and value(bias).dim() != 1:
             bias, extra = None, bias  # addmm adds any broadcastable tensor
         x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
-        new = emit(torch.ops.mst.linear.default, x, base, bias, index, weight.grid.block, transposed)
+        # Rounded, so that weights of nearly the same density share compiled code.
+        density = max(0.01, round(weight.density_target, 2))
+        new = emit(torch.ops.mst.linear.default, x, base, bias, index, weight.grid.block, transposed, density)
         if extra is not None:
             new = emit(operator.add, new, extra)
         new.meta["example_value"] = out
