@@ -75,14 +75,19 @@ class Parts:
         """The five numbers, in order: what ``mst::attention`` takes, and ``Parts(*numbers)`` reads."""
         return list(astuple(self))
 
+    def alone(self) -> list[Parts]:
+        """Each of the parts by itself."""
+        run = [Parts(window=self.window, chunk=self.chunk)] if self.window or self.chunk else []
+        distances = [Parts(first=self.first, step=self.step)] if self.step else []
+        summaries = [Parts(summary=self.summary)] if self.summary else []
+        return run + distances + summaries
+
 
 FULL = Parts(window=UNBOUNDED)
 
 
-def allowed(parts: Parts, length: int, device: str | torch.device = "cpu") -> Tensor:
-    """The dense mask of the parts: bool ``[length, length]``, True where the query (row) sees the key (column)."""
-    query = torch.arange(length, device=device)[:, None]
-    key = torch.arange(length, device=device)[None, :]
+def sees(parts: Parts, query: Tensor, key: Tensor) -> Tensor:
+    """Whether queries see keys: bool, of their positions as integers of shapes that broadcast."""
     distance = query - key
     mask = distance < parts.window
     if parts.chunk:
@@ -93,6 +98,12 @@ def allowed(parts: Parts, length: int, device: str | torch.device = "cpu") -> Te
         summary = parts.summary
         mask = mask | ((key % summary == summary - 1) & (key // summary < query // summary))
     return mask & (distance >= 0)
+
+
+def allowed(parts: Parts, length: int, device: str | torch.device = "cpu") -> Tensor:
+    """The dense mask of the parts: bool ``[length, length]``, True where the query (row) sees the key (column)."""
+    position = torch.arange(length, device=device)
+    return sees(parts, position[:, None], position[None, :])
 
 
 def pairs(parts: Parts, length: int) -> int:
