@@ -44,7 +44,7 @@ MST_API int mst_block_sumsq(int dtype, int block, const void* w, int64_t ldw, in
 
 // ---- attention -----------------------------------------------------------------------------------------------------
 
-// Which keys query i sees, never one behind it: a run of keys, keys at distances, summaries; 0 stands for no such part.
+// Which keys query i sees, none after it: a run of keys, keys at distances, summaries; 0 stands for no such part.
 // No key may be in two parts; any that keep to this may be combined. Numbers do not exceed the length.
 struct MstParts {
   int64_t window;              // a run: the last `window` keys, i included
