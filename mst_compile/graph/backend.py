@@ -18,11 +18,10 @@ from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 
 from mst_compile.errors import BackendOptionError, MSTWarning
-from mst_compile.graph.attention.sites import recover_causal
 from mst_compile.graph.cachekey import SourceKey
+from mst_compile.graph.compiler import find_weights
+from mst_compile.graph.dispatch import Dispatch
 from mst_compile.graph.memory import keep_freed_memory
-from mst_compile.graph.multihead import expand_multihead
-from mst_compile.graph.variants import Variants, find_weights
 from mst_compile.kernels import cpu
 from mst_compile.lowering import inductor  # noqa: F401  (registers the lowerings)
 from mst_compile.ops import linear as ops  # noqa: F401  (registers the operators)
@@ -57,9 +56,7 @@ def mst(
         return compile_fn(graph_module, example_inputs)
     if own["mst.keep_memory"] and _on_cpu(example_inputs):
         keep_freed_memory()
-    expand_multihead(graph_module)
-    recover_causal(graph_module)
-    return Variants(graph_module, example_inputs, found, compile_fn, own["mst.dense_threshold"])
+    return Dispatch(graph_module, example_inputs, found, compile_fn, own["mst.dense_threshold"])
 
 
 def _split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:

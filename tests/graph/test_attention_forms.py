@@ -278,7 +278,7 @@ def test_a_mask_that_is_written_to_after_it_was_made_counts_as_it_is_read() -> N
     backend = Backend()
     check_form(twice, backend)
     assert [site.replaced for site in backend.sites] == [True, False]
-    full = Backend(force=False)
+    full = Backend(None)
     check_form(twice, full)
     flags = [
         n.kwargs.get("is_causal", False) for n in full.nodes() if n.target is torch._C._nn.scaled_dot_product_attention

@@ -30,7 +30,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 import mst_compile
-from mst_compile.graph.attention.sites import AttentionPass, is_causal, recover_causal
+from mst_compile.graph import passes
+from mst_compile.graph.attention import causal, patterned
+from mst_compile.graph.attention.causality import is_causal
+from mst_compile.graph.context import Context
 from mst_compile.rules.patterns import Parts, allowed
 
 
@@ -45,6 +48,11 @@ def graph_of(function: Callable[..., Tensor], *args: Tensor) -> fx.GraphModule:
     torch._dynamo.reset()
     torch.compile(function, backend=keep, fullgraph=True)(*args)
     return caught[0]
+
+
+def recovered(graph_module: fx.GraphModule) -> int:
+    """How many attentions are told that they are causal."""
+    return passes.apply((causal.run,), graph_module, Context())
 
 
 def additive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -80,7 +88,7 @@ def test_causal_masks_are_recovered_and_results_stay(attention: Callable[..., Te
     graph_module = graph_of(attention, *args)
     want = attention(*args)
     want_grads = torch.autograd.grad(want.square().sum(), args)
-    assert recover_causal(graph_module) == 1
+    assert recovered(graph_module) == 1
     node = next(n for n in graph_module.graph.nodes if "attention" in str(n.target))
     assert node.kwargs["is_causal"] is True
     assert node.kwargs["attn_mask"] is None
@@ -93,7 +101,7 @@ def test_causal_masks_are_recovered_and_results_stay(attention: Callable[..., Te
 
 @pytest.mark.parametrize("attention", [strict, window])
 def test_other_masks_stay(attention: Callable[..., Tensor]) -> None:
-    assert recover_causal(graph_of(attention, *tensors())) == 0
+    assert recovered(graph_of(attention, *tensors())) == 0
 
 
 def test_a_mask_that_depends_on_an_input_stays() -> None:
@@ -101,13 +109,13 @@ def test_a_mask_that_depends_on_an_input_stays() -> None:
         mask = torch.ones(T, T, dtype=torch.bool).tril() & keep[:, None, None, :]
         return scaled_dot_product_attention(q, k, v, mask)
 
-    assert recover_causal(graph_of(padded, *tensors(), torch.ones(2, T, dtype=torch.bool))) == 0
+    assert recovered(graph_of(padded, *tensors(), torch.ones(2, T, dtype=torch.bool))) == 0
 
 
 def test_a_random_mask_stays_and_the_users_generator_does_not_notice() -> None:
     graph_module = graph_of(random, *tensors())
     before = torch.get_rng_state()
-    assert recover_causal(graph_module) == 0
+    assert recovered(graph_module) == 0
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -154,7 +162,7 @@ def test_models_equal_eager(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["nanoGPT-manual", "GPT-2-eager", "encoder-mask", "Llama-sdpa"])
 def test_full_keeps_the_models_own_kernels(name: str) -> None:
-    case, backend = cases()[name](), Backend(force=False)
+    case, backend = cases()[name](), Backend(None)
     compiled(case.model, backend)(*case.args, **case.kwargs)
     assert [(s.causal, s.replaced, s.reason) for s in backend.sites] == [(True, False, "the pattern is full")] * 2
     assert not backend.operators()
@@ -366,8 +374,10 @@ def test_inputs_can_be_given_when_dynamo_has_forgotten_them() -> None:
     graph_module, inputs = caught[0]
     for node in graph_module.graph.nodes:
         node.meta.pop("grapharg", None)
-    assert [s.replaced for s in AttentionPass(Parts(window=4), None).run(copy.deepcopy(graph_module))] == [False] * 2
-    assert [s.replaced for s in AttentionPass(Parts(window=4), None).run(graph_module, inputs)] == [True] * 2
+    for known, replaced in ([], False), (inputs, True):
+        context = Context(pattern=Parts(window=4), inputs=known)
+        passes.apply((patterned.run,), copy.deepcopy(graph_module), context)
+        assert [s.replaced for s in context.sites] == [replaced] * 2
 
 
 def test_a_buffer_that_the_graph_writes_to_is_not_relied_on() -> None:

@@ -183,7 +183,7 @@ CACHED = """
 def test_caches_serve_the_next_process_unless_the_sources_changed(tmp_path: Path) -> None:
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     first, second = (python(CACHED, **environment).split() for _ in range(2))
-    patch = "import mst_compile.cachekey as key; key.source_hash = lambda: 'other'\n"
+    patch = "import mst_compile.graph.cachekey as key; key.source_hash = lambda: 'other'\n"
     third = python(patch + textwrap.dedent(CACHED), **environment).split()
     assert [int(v) for v in first[:3]] == [0, 1, 0]
     assert [int(v) for v in second[:3]] == [1, 0, 0]
