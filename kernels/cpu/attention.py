@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from .library import _DTYPES, Library, _check, _dtype, _library
+from . import abi, table
+from .library import Library, code_of, loaded
 
 PATTERNS = ("full", "local", "strided", "sparse", "fixed", "blocks")  # the order of abi.h
 LSE_DTYPE = torch.float32
 
 
-class _Heads(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-        ("token", ctypes.c_int64),
-    )
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "length", "size", "window", "stride")),
-        *((name, ctypes.c_int32) for name in ("dtype", "pattern", "threads")),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("key_mask", "blocks", "lse")),
-        *((name, _Heads) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
-    )
-
-
 def supports_head(dtype: torch.dtype, size: int) -> bool:
     """Whether the kernels take heads of this size and dtype."""
-    return dtype in _DTYPES and size % 8 == 0 and 32 <= size <= 256
+    return dtype in table.CODES and size % 8 == 0 and 32 <= size <= 256
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -43,12 +23,12 @@ def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return same and q.numel() > 0 and k.numel() > 0
 
 
-def _heads(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> _Heads:
+def _heads(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> abi.Heads:
     if t.shape != shape or t.dtype != dtype:
         raise ValueError(f"attention: {name} must be {tuple(shape)} {dtype}, not {tuple(t.shape)} {t.dtype}")
     if t.device.type != "cpu" or t.stride(3) != 1:
         raise ValueError(f"attention: {name} must be on the CPU, with unit stride along its last dimension")
-    return _Heads(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
+    return abi.Heads(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
 
 
 def _bools(t: Tensor | None, shape: tuple[int, ...], name: str) -> int | None:
@@ -71,7 +51,7 @@ def _problem(
     window: int,
     stride: int,
     scale: float,
-) -> _Attention:
+) -> abi.Attention:
     if q.dim() != 4 or k.dim() != 4 or not supports_attention(q, k, v):
         raise ValueError(f"attention: no kernel for q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}")
     batch, heads, length, size = q.shape
@@ -85,8 +65,8 @@ def _problem(
         raise ValueError(f"attention: lse must be contiguous float32 {(batch, heads, length)}")
     chunks = -(-length // stride)
     longest = max(length, 1)  # a longer window or stride sees nothing else, and must not overflow
-    problem = _Attention(batch, heads, k.shape[1], length, size, min(window, longest), min(stride, longest))
-    problem.dtype, problem.pattern, problem.threads = _dtype(q), PATTERNS.index(pattern), torch.get_num_threads()
+    problem = abi.Attention(batch, heads, k.shape[1], length, size, min(window, longest), min(stride, longest))
+    problem.dtype, problem.pattern, problem.threads = code_of(q), PATTERNS.index(pattern), torch.get_num_threads()
     problem.scale = scale
     problem.key_mask = _bools(key_mask, (batch, length), "key_mask")
     problem.blocks = _bools(blocks, (chunks, chunks), "blocks")
@@ -119,7 +99,7 @@ def attention(
     bfloat16 (sums are float32). Raises ValueError if a shape, stride or dtype does not fit.
     """
     problem = _problem(q, k, v, out, lse, key_mask, blocks, pattern, window, stride, scale)
-    _check((library or _library()).attention_raw(ctypes.byref(problem)))  # type: ignore[attr-defined]
+    (library or loaded()).call("mst_attention", problem)
 
 
 def attention_backward(
@@ -147,4 +127,4 @@ def attention_backward(
     problem.dq = _heads(dq, q.shape, q.dtype, "dq")
     problem.dk = _heads(dk, k.shape, q.dtype, "dk")
     problem.dv = _heads(dv, k.shape, q.dtype, "dv")
-    _check((library or _library()).attention_backward_raw(ctypes.byref(problem)))  # type: ignore[attr-defined]
+    (library or loaded()).call("mst_attention_backward", problem)

@@ -212,7 +212,6 @@ inline std::vector<int64_t> tiles_of(const Geometry& g, int64_t split, int64_t s
 
 // An argument that no kernel takes.
 inline int check(const MstAttention& p) {
-  if (p.dtype != MST_F32 && p.dtype != MST_BF16) return MST_BAD_DTYPE;
   const bool heads = p.heads > 0 && p.key_heads > 0 && p.heads % p.key_heads == 0;
   if (!heads || p.batch < 1 || p.length < 1 || p.size < 8 || p.size > 256 || p.size % 8) return MST_BAD_SHAPE;
   if (p.window < 1 || p.stride < 1 || p.pattern < MST_FULL || p.pattern > MST_BLOCKS) return MST_BAD_SHAPE;
