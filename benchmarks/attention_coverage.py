@@ -20,6 +20,7 @@ from torch import fx
 import mst_compile  # noqa: F401 - registers the operator
 from mst_compile.graph.attention.sites import AttentionPass, Site
 from mst_compile.graph.multihead import expand_multihead
+from mst_compile.rules.patterns import Parts
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "attention.md"
@@ -32,7 +33,7 @@ def sites_of(case: Any) -> list[Site]:
 
     def backend(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         expand_multihead(graph_module)
-        found.extend(AttentionPass("sparse", 4, 4, None).run(graph_module))
+        found.extend(AttentionPass(Parts(window=4), None).run(graph_module))
         return graph_module.forward
 
     torch._dynamo.reset()

@@ -12,10 +12,11 @@ from torch import Tensor, fx, nn
 from mst_compile.graph.attention.evaluate import Constant
 from mst_compile.graph.attention.sites import AttentionPass, Site
 from mst_compile.graph.multihead import expand_multihead
+from mst_compile.rules.patterns import FULL, Parts
 
 T = 12
 SHAPE = (2, 3, T, 8)
-WINDOW, STRIDE = 3, 5
+SPARSE = Parts(window=3, first=5, step=5)
 Compiled = Callable[..., Any]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -23,8 +24,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Backend:
     """A backend that applies the passes and runs what comes out, eagerly unless told otherwise."""
 
-    def __init__(self, pattern: str = "full", force: bool = True, inner: str = "eager") -> None:
-        self.pattern, self.force = pattern, force
+    def __init__(self, parts: Parts = FULL, force: bool = True, inner: str = "eager") -> None:
+        self.parts, self.force = parts, force
         self.inner = torch._dynamo.lookup_backend(inner)
         self.graphs: list[fx.GraphModule] = []
         self.sites: list[Site] = []
@@ -33,7 +34,7 @@ class Backend:
 
     def __call__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         self.expanded += expand_multihead(graph_module)
-        attention = AttentionPass(self.pattern, WINDOW, STRIDE, None, force=self.force)
+        attention = AttentionPass(self.parts, None, force=self.force)
         self.sites += attention.run(graph_module)
         self.constants += attention.constants
         graph_module.graph.lint()

@@ -73,7 +73,14 @@ MST_API int mst_block_sumsq(const MstBlockSumsq* arguments);
 
 // ---- attention -----------------------------------------------------------------------------------------------------
 
-enum MstPattern { MST_FULL = 0, MST_LOCAL, MST_STRIDED, MST_SPARSE, MST_FIXED, MST_BLOCKS };
+// Which keys query i sees, never one behind it: a run of keys, keys at distances, summaries; 0 stands for no such part.
+// No key may be in two parts; any that keep to this may be combined. Numbers do not exceed the length.
+struct MstParts {
+  int64_t window;              // a run: the last `window` keys, i included
+  int64_t chunk;               // or a run: the keys of i's own chunk of `chunk` positions
+  int64_t first, step;         // distances first, first + step, ...; `first` counts if there is a step
+  int64_t summary;             // the last position of each chunk of `summary` positions before i's own
+};
 
 // A tensor [batch, heads, length, size]: unit stride along `size`, the others are given in elements.
 struct MstHeads {
@@ -85,17 +92,16 @@ struct MstHeads {
 struct MstAttention {
   int64_t batch, heads, key_heads, length;
   int64_t size;                // of a head: a multiple of 8 in [8, 256]
-  int64_t window, stride;      // positive
-  int32_t dtype, pattern, threads;
+  MstParts parts;
+  int32_t dtype, threads;
   float scale;
   const uint8_t* key_mask;     // [batch, length], 0 for keys that no query sees; or null
-  const uint8_t* blocks;       // [chunks, chunks] of MST_BLOCKS, chunks of `stride` positions; else null
   float* lse;                  // [batch, heads, length]
   MstHeads q, k, v, out;
   MstHeads grad, dq, dk, dv;   // of the backward pass
 };
 
-// out = softmax(scale q k^T, cut to the pattern) v; lse = log of each softmax's denominator, -inf where there is no key.
+// out = softmax(scale q k^T, cut to the parts) v; lse = log of each softmax's denominator, -inf where there is no key.
 MST_API int mst_attention(const MstAttention* problem);
 
 // dq, dk, dv out of grad, q, k, v, out and lse.

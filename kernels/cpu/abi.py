@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import fields
+
+from mst_compile.rules import patterns
 
 ERRORS = {-1: "unsupported block size", -2: "unsupported dtypes", -3: "out of memory", -4: "unsupported shape"}
 
@@ -84,17 +87,22 @@ class Heads(ctypes.Structure):
     _fields_ = (("data", _P), ("batch", _L), ("head", _L), ("token", _L))
 
 
+class Parts(ctypes.Structure):
+    _fields_ = tuple((part.name, _L) for part in fields(patterns.Parts))
+
+
 class Attention(ctypes.Structure):
     _fields_ = (
-        *((name, _L) for name in ("batch", "heads", "key_heads", "length", "size", "window", "stride")),
-        *((name, _I) for name in ("dtype", "pattern", "threads")),
+        *((name, _L) for name in ("batch", "heads", "key_heads", "length", "size")),
+        ("parts", Parts),
+        *((name, _I) for name in ("dtype", "threads")),
         ("scale", _F),
-        *((name, _P) for name in ("key_mask", "blocks", "lse")),
+        *((name, _P) for name in ("key_mask", "lse")),
         *((name, Heads) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
     )
 
 
-STRUCTURES = (Spmm, GradWeight, ZeroInactive, BlockSumsq, Heads, Attention)
+STRUCTURES = (Spmm, GradWeight, ZeroInactive, BlockSumsq, Heads, Parts, Attention)
 
 
 def _checks(structure: type[ctypes.Structure]) -> Iterator[str]:

@@ -140,9 +140,9 @@ class Variants:
         weight = getattr(parameter, "_mst_weight", None)
         if isinstance(parameter, FakeTensor):
             return self._attention.pattern  # DDP's first call
-        if weight is None or weight.attention.settings != self._attention.settings:
+        if weight is None or weight.attention.parts != self._attention.parts or weight.attention.pattern == "full":
             return "full"
-        return weight.attention.pattern
+        return self._attention.sparse
 
     def _guard_backward(self, args: Sequence[Any], out: Any) -> None:
         """Turn a topology change between this forward pass and its backward pass into a clear error."""
@@ -213,9 +213,7 @@ class Variants:
         state, pattern = self._attention, kind[1]
         if pattern == "full":
             return False
-        attention = AttentionPass(
-            pattern, state.window, state.stride, self._mode, why_unsupported=support.why_no_attention
-        )
+        attention = AttentionPass(state.parts, self._mode, why_unsupported=support.why_no_attention)
         sites = attention.run(graph_module, inputs)
         self._constants[kind] = attention.constants
         self._queries[kind] = [site.query for site in sites if site.replaced]

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from mst_compile.graph.attention.evaluate import Evaluator, UnknownError
 from mst_compile.graph.linear import value
 from mst_compile.graph.multihead import Emitter
+from mst_compile.rules.patterns import Parts
 
 _VIEWS = {"reshape", "view", "expand", "getitem", "unsqueeze", "repeat_interleave", "contiguous", "flatten", "repeat"}
 _LAYOUT = {"view", "transpose", "permute", "unsqueeze", "squeeze", "swapaxes"}
@@ -100,7 +101,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(expressions[0] == expressions[1])
 
 
-def replace(found: Attention, settings: tuple[str, int, int], evaluator: Evaluator, fake_mode: Any) -> None:
+def replace(found: Attention, parts: Parts, evaluator: Evaluator, fake_mode: Any) -> None:
     """Rewrite the graph around an attention that :func:`why_not` has nothing against."""
     emit = Emitter(found.out, fake_mode)
     out = value(found.out)
@@ -121,7 +122,7 @@ def replace(found: Attention, settings: tuple[str, int, int], evaluator: Evaluat
         keys = emit(torch.logical_not, keys)
     scale = value(found.scale) if isinstance(found.scale, fx.Node) else found.scale
     scale = value(found.q).shape[-1] ** -0.5 if scale is None else float(scale)
-    pair = emit(torch.ops.mst.attention.default, *operands, keys, None, *settings, scale)
+    pair = emit(torch.ops.mst.attention.default, *operands, keys, parts.numbers, scale)
     new = emit(operator.getitem, pair, 0)
     if flat:
         new = emit("squeeze", new, 1)

@@ -23,6 +23,7 @@ from mst_compile.graph.attention.rewrite import Attention, replace, why_not
 from mst_compile.graph.attention.softmax import Chain, dataflow, find_chain, is_softmax
 from mst_compile.graph.linear import value
 from mst_compile.graph.multihead import is_multihead, why_opaque
+from mst_compile.rules.patterns import FULL, Parts
 
 _ATTENTION = torch._C._nn.scaled_dot_product_attention
 _PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -107,8 +108,8 @@ class AttentionPass:
     """Rewrites the attention of one graph to ``mst::attention``.
 
     Args:
-        pattern, window, stride: see :mod:`mst_compile.rules.patterns`; with ``"full"`` the model's own kernels stay.
-        force: use the operator with ``"full"`` too.
+        parts: which keys a query shall see; with ``FULL`` the model's own kernels stay.
+        force: use the operator with ``FULL`` too.
         why_unsupported: given device type, dtype and head size, why there is no kernel, or None: what would run on the
             operator's reference stays with the model's own kernels.
 
@@ -117,17 +118,15 @@ class AttentionPass:
 
     def __init__(
         self,
-        pattern: str,
-        window: int,
-        stride: int,
+        parts: Parts,
         fake_mode: Any,
         force: bool = False,
         why_unsupported: Callable[[str, torch.dtype, int], str | None] | None = None,
     ) -> None:
-        self.settings = pattern, window, stride
+        self.parts = parts
         self.fake_mode = fake_mode
         self.why_unsupported = why_unsupported
-        self.rewrites = force or pattern != "full"
+        self.rewrites = force or parts != FULL
         self.sites: list[Site] = []
         self.constants: list[Constant] = []
         self._known: dict[Any, Finding] = {}
@@ -227,7 +226,7 @@ class AttentionPass:
         self._note(found.out, found.form, reason, causal, query)
         if reason is None:
             found.padding = self._inside(found)
-            replace(found, self.settings, evaluator, self.fake_mode)
+            replace(found, self.parts, evaluator, self.fake_mode)
 
     def _inside(self, found: Attention) -> fx.Node | None:
         """The padding as a node of the attention's own graph: a checkpoint's body receives it as one more input."""
