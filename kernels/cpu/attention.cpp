@@ -137,5 +137,5 @@ using namespace mst;
 MST_API int mst_attention(const MstAttention* problem) {
   const int status = check(*problem), threads = std::max(1, problem->threads);
   if (status != MST_OK) return status;
-  return problem->dtype == MST_F32 ? forward<float>(*problem, threads) : forward<bf16>(*problem, threads);
+  return by_dtype(problem->dtype, [&](auto e) { return forward<typename decltype(e)::type>(*problem, threads); });
 }

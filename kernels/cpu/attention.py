@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from mst_compile.rules.patterns import Parts
 
-from .library import _DTYPES, Library, _check, _dtype, _library
+from . import abi, table
+from .library import Library, code_of, loaded
 
 LSE_DTYPE = torch.float32
 
 
-class _Heads(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-        ("token", ctypes.c_int64),
-    )
-
-
-class _Parts(ctypes.Structure):
-    _fields_ = tuple((part.name, ctypes.c_int64) for part in fields(Parts))
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "length", "size")),
-        ("parts", _Parts),
-        *((name, ctypes.c_int32) for name in ("dtype", "threads")),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("key_mask", "lse")),
-        *((name, _Heads) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
-    )
-
-
 def supports_head(dtype: torch.dtype, size: int) -> bool:
     """Whether the kernels take heads of this size and dtype."""
-    return dtype in _DTYPES and size % 8 == 0 and 32 <= size <= 256
+    return dtype in table.CODES and size % 8 == 0 and 32 <= size <= 256
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -51,12 +26,12 @@ def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return same and q.numel() > 0 and k.numel() > 0
 
 
-def _heads(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> _Heads:
+def _heads(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> abi.Heads:
     if t.shape != shape or t.dtype != dtype:
         raise ValueError(f"attention: {name} must be {tuple(shape)} {dtype}, not {tuple(t.shape)} {t.dtype}")
     if t.device.type != "cpu" or t.stride(3) != 1:
         raise ValueError(f"attention: {name} must be on the CPU, with unit stride along its last dimension")
-    return _Heads(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
+    return abi.Heads(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
 
 
 def _key_mask(t: Tensor | None, shape: tuple[int, int]) -> int | None:
@@ -76,7 +51,7 @@ def _problem(
     key_mask: Tensor | None,
     parts: Sequence[int],
     scale: float,
-) -> _Attention:
+) -> abi.Attention:
     if q.dim() != 4 or k.dim() != 4 or not supports_attention(q, k, v):
         raise ValueError(f"attention: no kernel for q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}")
     batch, heads, length, size = q.shape
@@ -85,8 +60,8 @@ def _problem(
     if lse.shape != (batch, heads, length) or lse.dtype != torch.float32 or not lse.is_contiguous():
         raise ValueError(f"attention: lse must be contiguous float32 {(batch, heads, length)}")
     # A number that exceeds the length sees nothing else, and must not overflow.
-    numbers = _Parts(*(min(number, length) for number in Parts(*parts).numbers))
-    problem = _Attention(batch, heads, k.shape[1], length, size, numbers, _dtype(q), torch.get_num_threads(), scale)
+    numbers = abi.Parts(*(min(number, length) for number in Parts(*parts).numbers))
+    problem = abi.Attention(batch, heads, k.shape[1], length, size, numbers, code_of(q), torch.get_num_threads(), scale)
     problem.key_mask = _key_mask(key_mask, (batch, length))
     problem.lse = lse.data_ptr()
     problem.q = _heads(q, q.shape, q.dtype, "q")
@@ -115,7 +90,7 @@ def attention(
     dtype does not fit, or if the parts are none.
     """
     problem = _problem(q, k, v, out, lse, key_mask, parts, scale)
-    _check((library or _library()).attention_raw(ctypes.byref(problem)))  # type: ignore[attr-defined]
+    (library or loaded()).call("mst_attention", problem)
 
 
 def attention_backward(
@@ -140,4 +115,4 @@ def attention_backward(
     problem.dq = _heads(dq, q.shape, q.dtype, "dq")
     problem.dk = _heads(dk, k.shape, q.dtype, "dk")
     problem.dv = _heads(dv, k.shape, q.dtype, "dv")
-    _check((library or _library()).attention_backward_raw(ctypes.byref(problem)))  # type: ignore[attr-defined]
+    (library or loaded()).call("mst_attention_backward", problem)

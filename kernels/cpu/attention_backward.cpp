@@ -194,5 +194,5 @@ using namespace mst;
 MST_API int mst_attention_backward(const MstAttention* problem) {
   const int status = check(*problem), threads = std::max(1, problem->threads);
   if (status != MST_OK) return status;
-  return problem->dtype == MST_F32 ? backward<float>(*problem, threads) : backward<bf16>(*problem, threads);
+  return by_dtype(problem->dtype, [&](auto e) { return backward<typename decltype(e)::type>(*problem, threads); });
 }

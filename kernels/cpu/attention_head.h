@@ -9,17 +9,6 @@
 namespace mst {
 namespace {
 
-// Runs body, which throws nothing but that memory ran out; false if it did. Nothing may be thrown out of a loop of
-// threads, nor out of the library.
-template <class Body> bool within_memory(Body body) noexcept {
-  try {
-    body();
-    return true;
-  } catch (const std::bad_alloc&) {
-    return false;
-  }
-}
-
 template <class E> MST_INLINE E* row_of(const MstHeads& t, int64_t batch, int64_t head, int64_t token) {
   return static_cast<E*>(t.data) + batch * t.batch + head * t.head + token * t.token;
 }
@@ -214,7 +203,6 @@ inline std::vector<int64_t> tiles_of(const Geometry& g, int64_t split, int64_t s
 
 // An argument that no kernel takes.
 inline int check(const MstAttention& p) {
-  if (p.dtype != MST_F32 && p.dtype != MST_BF16) return MST_BAD_DTYPE;
   const bool heads = p.heads > 0 && p.key_heads > 0 && p.heads % p.key_heads == 0;
   if (!heads || p.batch < 1 || p.length < 1 || p.size < 8 || p.size > 256 || p.size % 8) return MST_BAD_SHAPE;
   const MstParts& s = p.parts;
