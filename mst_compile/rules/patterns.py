@@ -191,6 +191,6 @@ def as_pattern(pattern: object) -> Pattern:
     if not isinstance(pattern, Pattern):
         names = ", ".join(map(repr, PATTERNS))
         raise ScheduleError(f"attention must be one of {names} or a Pattern, got {pattern!r}")
-    if PATTERNS.get(pattern.name, pattern) is not pattern:
+    if not isinstance(pattern, type(PATTERNS.get(pattern.name, pattern))):  # a copy of a known one will do
         raise ScheduleError(f"attention: {pattern!r} needs a name of its own, {pattern.name!r} is taken")
     return pattern

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,7 @@ def test_a_pattern_of_a_name_or_of_a_users_own() -> None:
     for name, pattern in PATTERNS.items():
         assert as_pattern(name) is pattern
         assert as_pattern(pattern) is pattern
+        assert as_pattern(copy.deepcopy(pattern)).parts(3, 4) == pattern.parts(3, 4)
     assert as_pattern("full").parts(1, 1) == FULL
     own = Diagonals()
     assert as_pattern(own) is own
