@@ -97,13 +97,6 @@ tl.load({{pointer}} + {{position}}[None, :] * {{row_stride}} + d[:, None]
 {%- else -%} ({{n}} <= {{q}}) & ({{n}} // CHUNK == {{q}} // CHUNK)
 {%- endif -%}
 {%- endmacro %}
-{# The first key of the run that query q sees, and the end of the queries that see key n of it. #}
-{% macro run_from(q) -%}
-{{ "max(" ~ q ~ " - WINDOW + 1, 0)" if WINDOW else q ~ " // CHUNK * CHUNK" }}
-{%- endmacro %}
-{% macro run_until(n) -%}
-{{ "min(" ~ n ~ " + WINDOW, LENGTH)" if WINDOW else "min((" ~ n ~ " // CHUNK + 1) * CHUNK, LENGTH)" }}
-{%- endmacro %}
 {% macro key_visible(n) -%}
 tl.load(VISIBLE + batch * LENGTH + {{n}}, mask=({{n}} >= 0) & ({{n}} < LENGTH), other=0) != 0
 {%- endmacro %}
@@ -115,13 +108,18 @@ _OVER_KEYS = r"""
 {% macro over_keys(tile, row) %}
     first = pid * BLOCK_M
     last = min(first + BLOCK_M, LENGTH)
-{% if WINDOW or CHUNK %}
+{% if CHUNK %}
+    # All masked, as few tiles are not: further loops would cost registers.
+    for start in range(first // CHUNK * CHUNK // BLOCK_N * BLOCK_N, last, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+{{tile("run")}}
+{% elif WINDOW %}
 {% if UNBOUNDED %}
     whole = 0
 {% else %}
-    low = {{run_from("first")}} // BLOCK_N * BLOCK_N
+    low = max(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     # From here to the first query every query sees every key.
-    whole = max(min(tl.cdiv({{run_from("(last - 1)")}}, BLOCK_N) * BLOCK_N, first), low)
+    whole = max(min(tl.cdiv(max(last - WINDOW, 0), BLOCK_N) * BLOCK_N, first), low)
     for start in range(low, whole, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
 {{tile("run")}}
@@ -347,7 +345,8 @@ GRAD_KEY_VALUE = (
         for start in range(border, LENGTH, BLOCK_M):
 {{tile("")}}
 {% else %}
-        for start in range(first // BLOCK_M * BLOCK_M, {{run_until("(last - 1)")}}, BLOCK_M):
+{% set until = "last + WINDOW - 1" if WINDOW else "((last - 1) // CHUNK + 1) * CHUNK" %}
+        for start in range(first // BLOCK_M * BLOCK_M, min({{until}}, LENGTH), BLOCK_M):
 {{tile("run")}}
 {% endif %}
     dk = dk * SCALE
