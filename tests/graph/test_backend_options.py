@@ -141,10 +141,10 @@ def test_the_cache_key_follows_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_
 
     seen = {first}
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    for name in ("ops.py", "linear.py", "inductor.py", "cpu.py", "library.py"):
+    for name in ("ops.py", "linear.py", "inductor.py", "cpu.py", "library.py", "spmm.cpp", "vector.h"):
         changed["file"] = name
         seen.add(fresh_hash())
-    assert len(seen) == 6
+    assert len(seen) == 8
     changed["file"] = ""
     assert fresh_hash() == first
 
