@@ -52,6 +52,16 @@ class Kernels:
         self.library.spmm(self.x, self.w, torch.ones(200), self.index, 8, True, y)
         return [y]
 
+    def in_pieces(self) -> list[Tensor]:
+        """A weight whose later pieces wait for all threads to be through with the earlier ones."""
+        grid = BlockGrid(2100, 1100, 64)
+        index, y = new_index(grid), torch.empty(300, 2100)
+        write_index(index, grid, torch.ones(grid.shape, dtype=torch.bool))
+        self.library.spmm(
+            self.x[:, :1].expand(300, 1100).contiguous(), torch.ones(2100, 1100), None, index, 64, True, y
+        )
+        return [y]
+
     def grad_input(self) -> list[Tensor]:
         dx = torch.empty(300, 330)
         self.library.spmm(self.dy, self.w, None, self.index, 8, False, dx)
@@ -117,6 +127,7 @@ def main() -> None:
     kernels = Kernels(library)
     for call in (
         kernels.forward,
+        kernels.in_pieces,
         kernels.grad_input,
         kernels.grad_weight,
         kernels.attention,

@@ -170,7 +170,7 @@ def test_supports():
     dtypes = [(F32, F32), (BF16, BF16), (BF16, F32)]
     assert all(cpu.supports(b, x, w) for b in (4, 8, 16, 32, 64) for x, w in dtypes)
     assert not cpu.supports(8, F32, BF16)
-    assert not cpu.supports(8, torch.float16, torch.float16)
+    assert not cpu.supports(8, torch.float64, torch.float64)
     assert not cpu.supports(12, F32, F32)
 
 
