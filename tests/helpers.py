@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from oracles import assert_all_as_good_as
 from torch import Tensor, nn
 
 import mst_compile
@@ -124,25 +125,6 @@ def oracle(model: nn.Module, build: Callable[[], nn.Module], args: tuple[Any, ..
     return found
 
 
-def assert_as_good_as(
-    actual: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
-) -> None:
-    """``actual`` is as near to the fp64 truth as eager mode is, up to a few roundings of ``dtype``.
-
-    Eager mode's own error, measured, says how the model's condition amplifies roundings; the factor of four is for sums
-    that run in another order. The floor is for results that eager mode happens to get exactly right.
-    """
-    assert actual.keys() == eager.keys() == truth.keys()
-    eps = torch.finfo(dtype).eps
-    for name, right in truth.items():
-        assert actual[name].dtype == eager[name].dtype
-        assert actual[name].shape == eager[name].shape
-        error = (actual[name].double() - right).abs().max().item() if right.numel() else 0.0
-        usual = (eager[name].double() - right).abs().max().item() if right.numel() else 0.0
-        allowed = 4 * usual + 8 * eps * right.abs().max().item() + torch.finfo(dtype).tiny
-        assert error <= allowed, f"{name}: error {error:.2e}, eager mode's {usual:.2e}, allowed {allowed:.2e}"
-
-
 def check_model(
     build: Callable[[], nn.Module],
     *args: Any,
@@ -169,7 +151,7 @@ def check_model(
     with context():
         eager = loss_and_grads(model, function, args, kwargs)
         actual = loss_and_grads(model, fast, args, kwargs)
-    assert_as_good_as(actual, eager, truth, precision)
+    assert_all_as_good_as(actual, eager, truth, precision)
     for name, mask in element_masks(model).items():
         for found in (eager, actual):
             assert not found[f"grad {name}"][~mask].any(), name

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mst_compile.kernels import cpu
 from mst_compile.kernels.cpu import build
 from mst_compile.kernels.cpu.library import Library
+from oracles import Exact, assert_as_good_as, assert_within, block_sums, of_rounding, of_sum, product, total
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
@@ -78,17 +79,10 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def assert_close(got: Tensor, want: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype) -> None:
-    """A float32 sum of ``terms`` products, rounded to ``dtype``; ``magnitude`` is the sum of the absolute products.
-
-    Recursive summation errs by at most terms * eps * magnitude (Higham, Accuracy and Stability, section 4.2), the final
-    rounding by eps(dtype) / 2 * |want| (taken whole, as a value between two roundings may go to the farther one).
-    """
-    bound = (terms + 2) * torch.finfo(F32).eps * magnitude + torch.finfo(dtype).eps * want.abs() + 1e-30
-    excess = (got.double() - want).abs() - bound
+def assert_summed(got: Tensor, exact: Exact, terms: int, dtype: torch.dtype) -> None:
+    """A float32 sum of ``terms`` products, rounded to ``dtype``."""
     assert got.dtype == dtype
-    assert not got.isnan().any()
-    assert excess.numel() == 0 or excess.max() <= 0, f"error exceeds its bound by {excess.max()}"
+    assert_within(got, exact.value, of_sum(terms) * exact.magnitude + of_rounding(dtype) * exact.value.abs())
 
 
 def check_spmm(lib: Library, case: Case, dtypes: tuple[torch.dtype, torch.dtype], by_rows: bool, bias_dtype) -> Tensor:
@@ -99,11 +93,8 @@ def check_spmm(lib: Library, case: Case, dtypes: tuple[torch.dtype, torch.dtype]
     buffer, out = case.canvas(case.m, outputs, dtypes[0])
     lib.spmm(x, w, bias, case.index, case.block, by_rows, out)
 
-    weight = (w.to(dtypes[0]) * case.elements).double()
-    weight = weight.t() if by_rows else weight
-    shift = torch.zeros(outputs).double() if bias is None else bias.double()
-    magnitude = x.double().abs() @ weight.abs() + shift.abs()
-    assert_close(out, x.double() @ weight + shift, magnitude, reduction + 1, dtypes[0])
+    weight = w.to(dtypes[0]) * case.elements
+    assert_summed(out, product(x, weight.t() if by_rows else weight, bias), reduction + 1, dtypes[0])
     assert (buffer[:, outputs:] == 7).all()
     return out
 
@@ -118,12 +109,12 @@ def check_grad_weight(
     colsum = None if summed is None else torch.full((summed.shape[1],), 7.0)
     lib.grad_weight(a, b, case.index, case.block, out, colsum, colsum_of == "a")
 
-    want = (a.double().t() @ b.double()) * case.elements
-    assert_close(out, want, a.double().abs().t() @ b.double().abs(), case.m, out_dtype)
+    exact = product(a.t(), b)
+    assert_summed(out, Exact(exact.value * case.elements, exact.magnitude), case.m, out_dtype)
     assert (out[~case.elements] == 0).all()
     assert (buffer[:, case.cols :] == 7).all()
     if summed is not None:
-        assert_close(colsum, summed.double().sum(0), summed.double().abs().sum(0), case.m, F32)
+        assert_summed(colsum, total(summed), case.m, F32)
     return out
 
 
@@ -181,10 +172,8 @@ def test_weight_passes(lib, case, dtype, threads):
     w = case.randn(case.rows, case.cols, dtype, case.pad)
     before = w.clone()
     sums = lib.block_sumsq(w, case.block)
-    padded = torch.zeros(case.grid.block_rows * case.block, case.grid.block_cols * case.block).double()
-    padded[: case.rows, : case.cols] = w.double().square()
-    want = padded.view(case.grid.block_rows, case.block, case.grid.block_cols, case.block).sum((1, 3))
-    assert_close(sums, want, want, case.block**2, F32)
+    exact = block_sums(w.double().square(), case.block)
+    assert_summed(sums, Exact(exact, exact), case.block**2, F32)
 
     buffer = w._base if w._base is not None else w
     beyond = buffer[:, case.cols :].clone()
@@ -247,13 +236,16 @@ def test_public_functions_use_the_best_library():
     case = Case(70, 90, 33, 8, 0.5, seed=4)
     x, w, y = case.randn(33, 90, F32), case.randn(70, 90, F32), torch.empty(33, 70)
     cpu.spmm(x, w, None, case.index, 8, True, y)
-    torch.testing.assert_close(y, x @ (w * case.elements).t(), rtol=1e-4, atol=1e-4)
+    kept = w * case.elements
+    assert_as_good_as(y, x @ kept.t(), product(x, kept.t()).value, F32)
     dw, colsum = torch.empty(70, 90), torch.empty(70)
     cpu.grad_weight(y, x, case.index, 8, dw, colsum, True)
-    torch.testing.assert_close(dw, y.t() @ x * case.elements, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(colsum, y.sum(0), rtol=1e-4, atol=1e-3)
+    assert_as_good_as(dw, y.t() @ x * case.elements, product(y.t(), x).value * case.elements, F32)
+    assert_as_good_as(colsum, y.sum(0), total(y).value, F32)
     cpu.zero_inactive_(w, case.index, 8)
-    torch.testing.assert_close(cpu.block_sumsq(w, 8).sum(), w.square().sum(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(w, kept)
+    energy = kept.double().square().sum()
+    assert_within(cpu.block_sumsq(w, 8).sum(), energy, of_sum(64 + case.mask.numel()) * energy)
     assert len(cpu.source_hash()) == 64
 
 
