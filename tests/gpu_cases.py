@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mst_compile.lowering.inductor  # noqa: F401  (registers the lowerings)
 import torch
-from helpers import expand, index_of
+from mask_cases import expand, index_of
 from oracles import Exact, assert_within, of_rounding, of_sum, smallest
 from oracles import product as exact_product
 from torch import Tensor

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from helpers import block_masks, expand, index_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mask_cases import block_masks, expand, index_of
 from oracles import assert_same_bits, assert_within, block_sums, of_rounding
 
 from mst_compile.blocks.bulk import block_mean_square, zero_blocks_, zero_inactive_

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import block_masks, expand, index_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mask_cases import block_masks, expand, index_of
 from oracles import Exact, assert_within, of_rounding, of_sum, product, total
 from torch import Tensor
 

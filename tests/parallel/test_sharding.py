@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import compiled, element_masks
+from helpers import compiled
+from mask_cases import element_masks
 from oracles import assert_same_course, assert_within, block_sums, of_rounding
 from ranks import (
     SCHEDULES,

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Blocks, element_masks
+from helpers import Blocks
+from mask_cases import element_masks
 from oracles import assert_within, of_rounding
 from torch import Tensor, nn
 from training import OPTIMIZERS, STEPS, assert_zero_outside, batches, fresh, loss_of, runner, train

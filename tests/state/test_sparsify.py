@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Blocks, element_masks, static, statuses, unchanged
+from helpers import Blocks, static, statuses, unchanged
+from mask_cases import element_masks
 from oracles import assert_within, of_rounding
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Blocks, element_masks, expand
+from helpers import Blocks
+from mask_cases import element_masks, expand
 from oracles import assert_same_course
 from torch import Tensor
 from torch._dynamo.utils import counters
