@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 from mst_compile.kernels.cpu import table
 from mst_compile.kernels.cpu.library import Library
+from oracles import Exact, assert_within, of_rounding, of_sum, product, total
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
@@ -50,17 +51,10 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def assert_close(got: Tensor, want: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype) -> None:
-    """A float32 sum of ``terms`` products, rounded to ``dtype``; ``magnitude`` is the sum of the absolute products.
-
-    Recursive summation errs by at most terms * eps * magnitude (Higham, Accuracy and Stability, section 4.2), the final
-    rounding by eps(dtype) / 2 * |want| (taken whole, as a value between two roundings may go to the farther one).
-    """
-    bound = (terms + 2) * torch.finfo(F32).eps * magnitude + torch.finfo(dtype).eps * want.abs() + 1e-30
-    excess = (got.double() - want).abs() - bound
+def assert_summed(got: Tensor, exact: Exact, terms: int, dtype: torch.dtype) -> None:
+    """A float32 sum of ``terms`` products, rounded to ``dtype``."""
     assert got.dtype == dtype
-    assert not got.isnan().any()
-    assert excess.numel() == 0 or excess.max() <= 0, f"error exceeds its bound by {excess.max()}"
+    assert_within(got, exact.value, of_sum(terms) * exact.magnitude + of_rounding(dtype) * exact.value.abs())
 
 
 def check_spmm(lib: Library, case: Case, dtypes: tuple[torch.dtype, torch.dtype], by_rows: bool, bias_dtype) -> Tensor:
@@ -71,11 +65,8 @@ def check_spmm(lib: Library, case: Case, dtypes: tuple[torch.dtype, torch.dtype]
     buffer, out = case.canvas(case.m, outputs, dtypes[0])
     lib.spmm(x, w, bias, case.index, case.block, by_rows, out)
 
-    weight = (w.to(dtypes[0]) * case.elements).double()
-    weight = weight.t() if by_rows else weight
-    shift = torch.zeros(outputs).double() if bias is None else bias.double()
-    magnitude = x.double().abs() @ weight.abs() + shift.abs()
-    assert_close(out, x.double() @ weight + shift, magnitude, reduction + 1, dtypes[0])
+    weight = w.to(dtypes[0]) * case.elements
+    assert_summed(out, product(x, weight.t() if by_rows else weight, bias), reduction + 1, dtypes[0])
     assert (buffer[:, outputs:] == 7).all()
     return out
 
@@ -90,10 +81,10 @@ def check_grad_weight(
     colsum = None if summed is None else torch.full((summed.shape[1],), 7.0)
     lib.grad_weight(a, b, case.index, case.block, out, colsum, colsum_of == "a")
 
-    want = (a.double().t() @ b.double()) * case.elements
-    assert_close(out, want, a.double().abs().t() @ b.double().abs(), case.m, out_dtype)
+    exact = product(a.t(), b)
+    assert_summed(out, Exact(exact.value * case.elements, exact.magnitude), case.m, out_dtype)
     assert (out[~case.elements] == 0).all()
     assert (buffer[:, case.cols :] == 7).all()
     if summed is not None:
-        assert_close(colsum, summed.double().sum(0), summed.double().abs().sum(0), case.m, F32)
+        assert_summed(colsum, total(summed), case.m, F32)
     return out

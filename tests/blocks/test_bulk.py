@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from helpers import block_masks, expand, index_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mask_cases import block_masks, expand, index_of
+from oracles import assert_same_bits, assert_within, block_sums, of_rounding
 
 from mst_compile.blocks.bulk import block_mean_square, zero_blocks_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
@@ -26,7 +26,7 @@ def test_zero_inactive(rows: int, cols: int, block: int, dtype: torch.dtype, dat
     keep, around = expand(mask, rows, cols, block), wide[:, cols:].clone()
     expected = torch.where(keep, tensor, 0)
     zero_inactive_(tensor, grid, mask, index_of(mask, rows, cols, block) if data.draw(st.booleans()) else None)
-    torch.testing.assert_close(tensor, expected, rtol=0, atol=0, equal_nan=True)
+    assert_same_bits(tensor, expected)
     assert torch.equal(wide[:, cols:], around)
 
 
@@ -39,12 +39,9 @@ def test_block_mean_square(rows: int, cols: int, block: int, dtype: torch.dtype,
     found = block_mean_square(tensor, grid)
     assert found.dtype == torch.float32
     assert found.shape == grid.shape
-    for r in range(grid.block_rows):
-        for c in range(grid.block_cols):
-            part = tensor[r * block : (r + 1) * block, c * block : (c + 1) * block].double()
-            # A sum of n squares in float32 is off by at most n roundings.
-            bound = (part.numel() + 3) * torch.finfo(torch.float32).eps
-            assert found[r, c].item() == pytest.approx(part.square().mean().item(), rel=bound)
+    size = block_sums(torch.ones(rows, cols), block)
+    exact = block_sums(tensor.double().square(), block) / size
+    assert_within(found, exact, of_rounding(torch.float32) * (size + 3) * exact)
 
 
 def test_large_weights_are_zeroed_in_parts() -> None:

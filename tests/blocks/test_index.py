@@ -6,9 +6,9 @@ import itertools
 import math
 
 import torch
-from helpers import active_blocks, block_masks, expand, index_of
 from hypothesis import given
 from hypothesis import strategies as st
+from mask_cases import active_blocks, block_masks, expand, index_of
 
 from mst_compile.blocks.bulk import mask_like
 from mst_compile.blocks.grid import HEADER, BlockGrid

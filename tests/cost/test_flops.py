@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Blocks, compiled, index_of
+from helpers import Blocks, compiled
+from mask_cases import index_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode

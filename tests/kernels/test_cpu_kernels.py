@@ -7,12 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cpu_cases import F32, Case, assert_close, cases, check_grad_weight, check_spmm
+from cpu_cases import F32, Case, cases, check_grad_weight, check_spmm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mst_compile.kernels import cpu
 from mst_compile.kernels.cpu import build, table
 from mst_compile.kernels.cpu.library import Library
+from oracles import Exact, assert_as_good_as, assert_within, block_sums, of_sum, product, total
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.why_unavailable()}")
@@ -90,10 +91,8 @@ def test_weight_passes(lib, case, dtype, threads):
     w = case.randn(case.rows, case.cols, dtype, case.pad)
     before = w.clone()
     sums = lib.block_sumsq(w, case.block)
-    padded = torch.zeros(case.grid.block_rows * case.block, case.grid.block_cols * case.block).double()
-    padded[: case.rows, : case.cols] = w.double().square()
-    want = padded.view(case.grid.block_rows, case.block, case.grid.block_cols, case.block).sum((1, 3))
-    assert_close(sums, want, want, case.block**2, F32)
+    exact = block_sums(w.double().square(), case.block)
+    assert_summed(sums, Exact(exact, exact), case.block**2, F32)
 
     buffer = w._base if w._base is not None else w
     beyond = buffer[:, case.cols :].clone()
@@ -156,13 +155,16 @@ def test_public_functions_use_the_best_library():
     case = Case(70, 90, 33, 8, 0.5, seed=4)
     x, w, y = case.randn(33, 90, F32), case.randn(70, 90, F32), torch.empty(33, 70)
     cpu.spmm(x, w, None, case.index, 8, True, y)
-    torch.testing.assert_close(y, x @ (w * case.elements).t(), rtol=1e-4, atol=1e-4)
+    kept = w * case.elements
+    assert_as_good_as(y, x @ kept.t(), product(x, kept.t()).value, F32)
     dw, colsum = torch.empty(70, 90), torch.empty(70)
     cpu.grad_weight(y, x, case.index, 8, dw, colsum, True)
-    torch.testing.assert_close(dw, y.t() @ x * case.elements, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(colsum, y.sum(0), rtol=1e-4, atol=1e-3)
+    assert_as_good_as(dw, y.t() @ x * case.elements, product(y.t(), x).value * case.elements, F32)
+    assert_as_good_as(colsum, y.sum(0), total(y).value, F32)
     cpu.zero_inactive_(w, case.index, 8)
-    torch.testing.assert_close(cpu.block_sumsq(w, 8).sum(), w.square().sum(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(w, kept)
+    energy = kept.double().square().sum()
+    assert_within(cpu.block_sumsq(w, 8).sum(), energy, of_sum(64 + case.mask.numel()) * energy)
     assert len(cpu.source_hash()) == 64
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from oracles import assert_same_bits
 from pretend_gpu import Interpreter
 from torch import Tensor
 
@@ -19,13 +20,6 @@ def bits(values: list[int], dtype: torch.dtype) -> Tensor:
     raw = {torch.bfloat16: torch.int16, torch.float32: torch.int32}[dtype]
     width = torch.iinfo(raw).bits
     return torch.tensor([v - (v >> (width - 1) << width) for v in values], dtype=raw).view(dtype)
-
-
-def assert_same(got: Tensor, want: Tensor) -> None:
-    """Bit for bit, any NaN for any NaN."""
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
-    nan = want.isnan() if want.is_floating_point() else torch.zeros_like(want, dtype=torch.bool)
-    assert torch.equal(got[~nan].signbit(), want[~nan].signbit())
 
 
 ELEMENTWISE: dict[str, tuple[str, Callable[[Tensor, Tensor], Tensor]]] = {
@@ -51,7 +45,7 @@ def test_bf16_arithmetic_is_that_of_torch(interpreter: Interpreter, op: str, a: 
     x, y = bits(a, torch.bfloat16), bits(b, torch.bfloat16)
     source = by_hand(f"x = tl.load(a + i)\ny = tl.load(b + i)\ntl.store(out + i, {expression})")
     got = interpreter.run_on(source, [x, y, torch.empty_like(x)]).outputs[0]
-    assert_same(got, reference(x, y))
+    assert_same_bits(got, reference(x, y))
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,7 +57,7 @@ def test_float32_is_rounded_to_the_nearest_bf16(interpreter: Interpreter, cast: 
     x = bits(a, torch.float32)
     out = torch.empty(16, dtype=torch.bfloat16)
     source = by_hand(f"x = tl.load(a + i)\ntl.store(out + i, {cast})")
-    assert_same(interpreter.run_on(source, [x, x, out]).outputs[0], x.bfloat16())
+    assert_same_bits(interpreter.run_on(source, [x, x, out]).outputs[0], x.bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -83,7 +77,7 @@ def test_casts_convert_numbers_and_not_bits(
     x = (torch.linspace(-2000, 2000, 16, dtype=torch.float64)).to(source_type)
     source = by_hand("tl.store(out + i, tl.load(a + i))")
     got = interpreter.run_on(source, [x, x, torch.empty(16, dtype=target_type)]).outputs[0]
-    assert_same(got, x.to(target_type))
+    assert_same_bits(got, x.to(target_type))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from helpers import active_blocks, scores_without_ties
 from hypothesis import given
 from hypothesis import strategies as st
+from mask_cases import active_blocks, scores_without_ties
 
 from mst_compile.rules import masks
 from mst_compile.rules.guard import backbone, coverage

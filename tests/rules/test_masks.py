@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from helpers import active_blocks, scores_without_ties
 from hypothesis import given
 from hypothesis import strategies as st
+from mask_cases import active_blocks, scores_without_ties
 from torch import Tensor
 
 from mst_compile.rules import masks
