@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from cpu_cases import F32, Case, cases, check_grad_weight, check_spmm
+from cpu_cases import F32, Case, assert_summed, cases, check_grad_weight, check_spmm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mst_compile.kernels import cpu
