@@ -18,8 +18,9 @@ import torch
 from torch import fx
 
 import mst_compile  # noqa: F401 - registers the operator
-from mst_compile.graph.attention.sites import AttentionPass, Site
-from mst_compile.graph.multihead import expand_multihead
+from mst_compile.graph import multihead, passes
+from mst_compile.graph.attention import patterned
+from mst_compile.graph.context import Context, Site
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "attention.md"
@@ -31,8 +32,9 @@ def sites_of(case: Any) -> list[Site]:
     found: list[Site] = []
 
     def backend(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        expand_multihead(graph_module)
-        found.extend(AttentionPass("sparse", 4, 4, None).run(graph_module))
+        context = Context(pattern=("sparse", 4, 4))
+        passes.apply((multihead.run, patterned.run), graph_module, context)
+        found.extend(context.sites)
         return graph_module.forward
 
     torch._dynamo.reset()

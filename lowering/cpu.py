@@ -1,22 +1,25 @@
-"""``mst::linear`` and its gradients on the CPU: which kernel runs, and how Inductor calls it.
+"""The record of the CPU, and ``mst::linear`` and its gradients there: which kernel runs.
 
 Eager mode and compiled code run the same functions. Inductor reaches them as *extern kernels* with an ``out``
-argument, so that it plans and reuses the memory of their results; see :mod:`mst_compile.lowering.inductor`.
+argument, so that it plans and reuses the memory of their results; see :mod:`mst_compile.lowering.cpu_inductor`.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from mst_compile.kernels import cpu as kernels
 from torch import Tensor
 
-from mst_compile.blocks import bulk
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.ops import linear as _operators  # noqa: F401  (defines what is implemented here)
-from mst_compile.ops.library import implement
 
+from . import cpu_attention, device
+from .memory import keep_freed_memory
+
+_CROSSOVER = 0.8  # a little below where the lines of benchmarks/layers.py meet
 # Layout of the packed index (mst_compile/blocks/index.py): [0] active blocks, [1] gradient wanted on all blocks.
 _DENSE_GRAD_OFFSET = 4
 
@@ -35,6 +38,21 @@ def why_unsupported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: int)
     return None
 
 
+def why_no_attention(dtype: torch.dtype, size: int) -> str | None:
+    """Why there is no CPU attention kernel for heads of ``size`` in ``dtype``, or None if there is one."""
+    reason = kernels.why_unavailable()
+    if reason is not None:
+        return f"no kernels: {reason}"
+    return None if kernels.supports_head(dtype, size) else f"no CPU attention kernel for heads of {size} in {dtype}"
+
+
+def _why_not_compiled() -> str | None:
+    reason = kernels.why_unavailable()
+    if reason is None:
+        return None
+    return f"no C++ compiler works here ({reason}). Install g++ or point CXX to a compiler"
+
+
 def _supported(x: Tensor, weight_dtype: torch.dtype, index: Tensor, block: int) -> bool:
     on_cpu = x.device.type == index.device.type == "cpu"
     return on_cpu and kernels.supports(block, x.dtype, weight_dtype) and kernels.available()
@@ -50,7 +68,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int, transposed: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int, transposed: bool, density: float = 0.0
 ) -> Tensor | None:
     """``mst::linear``; None where there is no kernel."""
     if not _supported(x, weight.dtype, index, block) or not weight.is_contiguous():
@@ -60,7 +78,9 @@ def linear(
     return out
 
 
-def grad_input(grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool) -> Tensor | None:
+def grad_input(
+    grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool, density: float = 0.0
+) -> Tensor | None:
     """``mst::linear_grad_input``; None where there is no kernel."""
     if not _supported(grad, weight.dtype, index, block) or not weight.is_contiguous():
         return None
@@ -70,16 +90,20 @@ def grad_input(grad: Tensor, weight: Tensor, index: Tensor, block: int, transpos
 
 
 def grad_weight(
-    grad: Tensor, x: Tensor, index: Tensor, block: int, transposed: bool, dtype: torch.dtype, bias: bool
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    block: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    bias: bool,
+    density: float = 0.0,
 ) -> tuple[Tensor, Tensor] | None:
-    """``mst::linear_grad_weight``; None where there is no kernel."""
-    if not _supported(grad, dtype, index, block) or grad.dtype != x.dtype:
+    """``mst::linear_grad_weight``; None where there is no kernel, and for a gradient on all blocks."""
+    if not _supported(grad, dtype, index, block) or grad.dtype != x.dtype or _wants_dense_grad(index):
         return None
     gy, x2 = _rows(grad), _rows(x)
     a, b = (x2, gy) if transposed else (gy, x2)
-    if _wants_dense_grad(index):
-        gw = (a.t() @ b).to(dtype)
-        return gw, gy.sum(0, dtype=torch.float32) if bias else gw.new_empty(0, dtype=torch.float32)
     gw = torch.empty(a.shape[1], b.shape[1], dtype=dtype)
     gb = torch.empty(gy.shape[1] if bias else 0, dtype=torch.float32)
     kernels.grad_weight(a, b, index, block, gw, gb if bias else None, not transposed)
@@ -105,7 +129,7 @@ def linear_out(
     return out
 
 
-# -- registration: the front knows operators and bulk operations, not kernels -----------------------------------------
+# -- the record -------------------------------------------------------------------------------------------------------
 
 
 class _Bulk:
@@ -122,7 +146,29 @@ class _Bulk:
         return kernels.block_sumsq(tensor, grid.block)
 
 
-bulk.register("cpu", _Bulk())
-implement("linear", "CPU", linear)
-implement("linear_grad_input", "CPU", grad_input)
-implement("linear_grad_weight", "CPU", grad_weight)
+def _lowerings() -> Mapping[str, Callable[..., Any]]:
+    from .cpu_inductor import LOWERINGS
+
+    return LOWERINGS
+
+
+device.register(
+    device.Device(
+        "cpu",
+        why_unsupported=why_unsupported,
+        why_no_attention=why_no_attention,
+        crossover=lambda *_: _CROSSOVER,
+        default_block=8,
+        implementations={
+            "linear": linear,
+            "linear_grad_input": grad_input,
+            "linear_grad_weight": grad_weight,
+            "attention": cpu_attention.attention,
+            "attention_backward": cpu_attention.attention_backward,
+        },
+        bulk=_Bulk(),
+        lowerings=_lowerings,
+        why_not_compiled=_why_not_compiled,
+        keep_memory=keep_freed_memory,
+    )
+)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from mst_compile.kernels import cpu as kernels
 from torch import Tensor
 
-from mst_compile.ops import attention as _operators  # noqa: F401  (defines what is implemented here)
-from mst_compile.ops.library import implement
-
 
 def _supported(q: Tensor, k: Tensor, v: Tensor, pattern: str, window: int, stride: int) -> bool:
     fits = pattern in kernels.PATTERNS and window >= 1 and stride >= 1
@@ -75,7 +72,3 @@ def attention_backward(
         pattern, window, stride, scale, dq=dq, dk=dk, dv=dv,
     )  # fmt: skip
     return dq, dk, dv
-
-
-implement("attention", "CPU", attention)
-implement("attention_backward", "CPU", attention_backward)

@@ -68,15 +68,15 @@ def precision(dtype: torch.dtype) -> str:
     return "'tf32'" if kind(dtype) != "ieee" else "'ieee'"
 
 
-def _index_generator(grid: BlockGrid) -> Any:
-    return lambda index: tuning.realistic_index(grid, index.get_device())
+def _index_generator(grid: BlockGrid, density: float) -> Any:
+    return lambda index: tuning.realistic_index(grid, density, index.get_device())
 
 
-def _mark(choices: list[Any], grid: BlockGrid, product: str, x: Any) -> None:
+def _mark(choices: list[Any], grid: BlockGrid, product: str, x: Any, density: float) -> None:
     """Let :func:`crossover.from_tuning` know our own choices again, and what they compute."""
     name = f"{product} {x.get_dtype()} {compat.hint(x.get_size()[0])}"
     for choice in choices:
-        choice.mst_product = grid, name, tuning.expected_density(grid)
+        choice.mst_product = grid, name, density
 
 
 # -- forward and grad-input --------------------------------------------------------------------------------------------
@@ -90,8 +90,8 @@ def _dense_linear(a: Tensor, weight: Tensor, index: Tensor, *, transpose: bool, 
 _DENSE_LINEAR = ExternKernelChoice(_dense_linear, name="mst_dense_linear", has_out_variant=True)
 
 
-def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool) -> Any:
-    """``a W^T`` if the output features are ``weight``'s rows (``by_rows``), else ``a W``."""
+def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool, density: float) -> Any:
+    """``a W^T`` if the output features are ``weight``'s rows (``by_rows``), else ``a W``; tuned for ``density``."""
     weight = ir.ExternKernel.require_contiguous(to_dtype(weight, a.get_dtype()))
     a, lead = _rows(a)
     index = ir.ExternKernel.realize_input(index)
@@ -126,9 +126,9 @@ def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool) -> Any:
         )
         if error is not None:
             raise error
-    _mark(choices, grid, "forward" if by_rows else "transposed", a)
+    _mark(choices, grid, "forward" if by_rows else "transposed", a, density)
     choices.append(_DENSE_LINEAR.bind(inputs, layout, transpose=by_rows))
-    out = compat.select("mst_linear", choices, inputs, layout, input_gen_fns={2: _index_generator(grid)})
+    out = compat.select("mst_linear", choices, inputs, layout, input_gen_fns={2: _index_generator(grid, density)})
     return _unflatten(out, lead)
 
 
@@ -154,9 +154,9 @@ def _dense_grad_weight(x: Tensor, dy: Tensor, index: Tensor, *rest: Tensor, out_
 _DENSE_GRAD_WEIGHT = ExternKernelChoice(_dense_grad_weight, name="mst_dense_grad_weight", has_out_variant=True)
 
 
-def _split(tokens: int, grid: BlockGrid, gather: int) -> int:
+def _split(tokens: int, grid: BlockGrid, gather: int, density: float) -> int:
     """Parts of the tokens, a power of two: enough programs to fill a GPU."""
-    programs = max(1.0, grid.blocks * tuning.expected_density(grid) / gather)
+    programs = max(1.0, grid.blocks * density / gather)
     split = 1
     while (
         programs * split < _PROGRAMS
@@ -167,14 +167,16 @@ def _split(tokens: int, grid: BlockGrid, gather: int) -> int:
     return split
 
 
-def grad_weight(grad: Any, x: Any, index: Any, block: int, transposed: bool, dtype: torch.dtype, bias: bool) -> Any:
+def grad_weight(
+    grad: Any, x: Any, index: Any, block: int, transposed: bool, dtype: torch.dtype, bias: bool, density: float
+) -> Any:
     """Gradients of the stored weight in ``dtype`` and of the bias in float32 (empty if ``bias`` is false)."""
     grad, _ = _rows(grad)
     x, _ = _rows(x)
     index = ir.ExternKernel.realize_input(index)
     out_features, in_features = static(grad.get_size()[1]), static(x.get_size()[1])
     grid = BlockGrid(*((in_features, out_features) if transposed else (out_features, in_features)), block)
-    partials, sums, split = _partials(grad, x, index, grid, not transposed, bias)
+    partials, sums, split = _partials(grad, x, index, grid, not transposed, bias, density)
     gw = _finish(partials, index, grid, split, dtype)
     if not bias:
         return gw, empty_strided([0], None, dtype=torch.float32, device=x.get_device())
@@ -190,12 +192,14 @@ def grad_weight(grad: Any, x: Any, index: Any, block: int, transposed: bool, dty
     return gw, total
 
 
-def _partials(grad: Any, x: Any, index: Any, grid: BlockGrid, out_first: bool, bias: bool) -> tuple[Any, Any, int]:
+def _partials(
+    grad: Any, x: Any, index: Any, grid: BlockGrid, out_first: bool, bias: bool, density: float
+) -> tuple[Any, Any, int]:
     """Float32 partials ``[split * rows, cols]``, column sums ``[split * out]`` or None, and ``split``."""
     lines = grid.lines(out_first)
     candidates = tiles.GRAD_WEIGHT[grid.block, kind(x.get_dtype())]
     m = x.get_size()[0]
-    split = _split(compat.hint(m), grid, candidates[0].gather)
+    split = _split(compat.hint(m), grid, candidates[0].gather, density)
     out_features, in_features = static(grad.get_size()[1]), static(x.get_size()[1])
     device = x.get_device()
     layout = ir.FixedLayout(device, torch.float32, [split * grid.rows, grid.cols])
@@ -233,7 +237,7 @@ def _partials(grad: Any, x: Any, index: Any, grid: BlockGrid, out_first: bool, b
         )
         if error is not None:
             raise error
-    _mark(choices, grid, "grad-weight", x)
+    _mark(choices, grid, "grad-weight", x, density)
     choices.append(_DENSE_GRAD_WEIGHT.bind(inputs, layout, out_first=out_first))
     # The caller must know which kind won: only the template fills the column sums.
     out = compat.select(
@@ -241,7 +245,7 @@ def _partials(grad: Any, x: Any, index: Any, grid: BlockGrid, out_first: bool, b
         choices,
         inputs,
         layout,
-        input_gen_fns={2: _index_generator(grid)},
+        input_gen_fns={2: _index_generator(grid, density)},
         return_multi_template=False,
     )
     # Nor may what follows be fused into the template, which stores nothing where no gradient is wanted.

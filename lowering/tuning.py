@@ -11,23 +11,11 @@ from torch import Tensor
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import new_index, write_index
 
-_DEFAULT_DENSITY = 0.2
-_expected: dict[BlockGrid, float] = {}
 
-
-def expect(grid: BlockGrid, density: float) -> None:
-    """Tune kernels of weights on ``grid`` for ``density``; the front tells it from the schedule."""
-    _expected[grid] = density
-
-
-def expected_density(grid: BlockGrid) -> float:
-    return _expected.get(grid, _DEFAULT_DENSITY)
-
-
-def realistic_index(grid: BlockGrid, device: torch.device | str) -> Tensor:
-    """An index of a random mask at the expected density, int32 ``[grid.index_length]``."""
+def realistic_index(grid: BlockGrid, density: float, device: torch.device | str) -> Tensor:
+    """An index of a random mask, int32 ``[grid.index_length]``."""
     generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(grid.shape, generator=generator) < expected_density(grid)
+    mask = torch.rand(grid.shape, generator=generator) < density
     index = new_index(grid)
     write_index(index, grid, mask)
     return index.to(device)

@@ -8,10 +8,10 @@ from .api import densify, sparsifier, sparsify
 from .cost.forecast import Forecast, forecast
 from .cost.report import explain
 from .errors import MSTError, MSTWarning
-from .lowering import cpu as _cpu  # noqa: F401  (the CPU's kernels for the operators)
-from .lowering import cpu_attention as _cpu_attention  # noqa: F401
-from .rules.schedule import Constant, MixedSparsity
-from .state.optimizers import param_groups
+from .rules.constant import Constant
+from .rules.mixed_sparsity import MixedSparsity
+from .rules.schedule import Schedule
+from .state.learning_rates import param_groups
 from .state.selection import Override
 from .state.sparsifier import Sparsifier
 from .state.weight import SparseWeight
@@ -23,6 +23,7 @@ __all__ = [
     "MSTWarning",
     "MixedSparsity",
     "Override",
+    "Schedule",
     "SparseWeight",
     "Sparsifier",
     "densify",

@@ -10,9 +10,10 @@ from attention_models import Case
 from oracles import assert_reordered
 from torch import Tensor, fx, nn
 
-from mst_compile.graph.attention.evaluate import Constant
-from mst_compile.graph.attention.sites import AttentionPass, Site
-from mst_compile.graph.multihead import expand_multihead
+from mst_compile.graph import multihead, passes
+from mst_compile.graph.attention import causal, patterned
+from mst_compile.graph.attention.constant import Constant
+from mst_compile.graph.context import Context, Site
 
 T = 12
 SHAPE = (2, 3, T, 8)
@@ -22,10 +23,14 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Backend:
-    """A backend that applies the passes and runs what comes out, eagerly unless told otherwise."""
+    """A backend that applies the passes and runs what comes out, eagerly unless told otherwise.
 
-    def __init__(self, pattern: str = "full", force: bool = True, inner: str = "eager") -> None:
-        self.pattern, self.force = pattern, force
+    Args:
+        pattern: what attention shall see; None: it stays as the model wrote it.
+    """
+
+    def __init__(self, pattern: str | None = "full", inner: str = "eager") -> None:
+        self.pattern = None if pattern is None else (pattern, WINDOW, STRIDE)
         self.inner = torch._dynamo.lookup_backend(inner)
         self.graphs: list[fx.GraphModule] = []
         self.sites: list[Site] = []
@@ -33,10 +38,11 @@ class Backend:
         self.expanded = 0
 
     def __call__(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
-        self.expanded += expand_multihead(graph_module)
-        attention = AttentionPass(self.pattern, WINDOW, STRIDE, None, force=self.force)
-        self.sites += attention.run(graph_module)
-        self.constants += attention.constants
+        context = Context(pattern=self.pattern)
+        self.expanded += passes.apply((multihead.run,), graph_module, context)
+        passes.apply((patterned.run, causal.run), graph_module, context)
+        self.sites += context.sites
+        self.constants += context.constants
         graph_module.graph.lint()
         self.graphs.append(graph_module)
         return self.inner(graph_module, list(inputs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from mst_compile.lowering import inductor, tuning  # noqa: F401  (registers the lowerings)
+from mst_compile.lowering import inductor  # noqa: F401  (registers the lowerings)
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -89,18 +89,18 @@ class Layer:
         return None
 
 
-def ours(layer: Layer) -> dict[str, Call]:
-    """The operators as Inductor compiles them, each by itself; compiled at their first call."""
+def ours(layer: Layer, tuned_for: float) -> dict[str, Call]:
+    """The operators as Inductor compiles them, each by itself, tuned for a density; compiled at their first call."""
     block, dtype = layer.block, layer.weight.dtype
 
     def linear(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        return torch.ops.mst.linear(x, weight, None, index, block, False)
+        return torch.ops.mst.linear(x, weight, None, index, block, False, tuned_for)
 
     def grad_input(grad: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-        return torch.ops.mst.linear_grad_input(grad, weight, index, block, False)
+        return torch.ops.mst.linear_grad_input(grad, weight, index, block, False, tuned_for)
 
     def grad_weight(grad: Tensor, x: Tensor, index: Tensor) -> Tensor:
-        return torch.ops.mst.linear_grad_weight(grad, x, index, block, False, dtype, False)[0]
+        return torch.ops.mst.linear_grad_weight(grad, x, index, block, False, dtype, False, tuned_for)[0]
 
     def compiled(function: Callable[..., Tensor], *args: Tensor) -> Call:
         run = torch.compile(function, fullgraph=True, backend="inductor", dynamic=False)
@@ -117,8 +117,7 @@ def ours(layer: Layer) -> dict[str, Call]:
 def measure(cell: LayerCell, run: Run) -> None:
     """Compile once, then time every density; rivals come after, so that a crash of theirs costs none of our rows."""
     layer = Layer(cell, run.device, run.dtype)
-    tuning.expect(layer.grid, cell.tuned_for)
-    calls = ours(layer)
+    calls = ours(layer, cell.tuned_for)
     points: dict[str, list[tuple[float, float]]] = {}
     dense_s: dict[str, float] = {}
     graphs = 0

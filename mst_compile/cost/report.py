@@ -10,7 +10,7 @@ from torch import nn
 
 from mst_compile.blocks.shards import is_sharded
 from mst_compile.cost.flops import linear_training
-from mst_compile.lowering.support import why_unsupported
+from mst_compile.lowering import device
 from mst_compile.state.sparsifier import sparsifier
 from mst_compile.state.weight import SparseWeight
 
@@ -100,7 +100,7 @@ def explain(model: nn.Module) -> Explanation:
 
 def _row(weight: SparseWeight, parameter: nn.Parameter) -> Row:
     seen = weight.uses
-    missing = why_unsupported(parameter.device.type, parameter.dtype, parameter.dtype, weight.grid.block)
+    missing = device.of(parameter.device.type).why_unsupported(parameter.dtype, parameter.dtype, weight.grid.block)
     if weight.grid.block == 1:
         kernel, status = "dense", "masked: block 1 gives unstructured masks on dense products"
     elif seen.matched or seen.served:

@@ -18,14 +18,10 @@ from torch._inductor import list_mode_options, list_options
 from torch._inductor.compile_fx import compile_fx
 
 from mst_compile.errors import BackendOptionError, MSTWarning
-from mst_compile.graph.attention.sites import recover_causal
 from mst_compile.graph.cachekey import SourceKey
-from mst_compile.graph.memory import keep_freed_memory
-from mst_compile.graph.multihead import expand_multihead
-from mst_compile.graph.variants import Variants, find_weights
-from mst_compile.kernels import cpu
-from mst_compile.lowering import inductor  # noqa: F401  (registers the lowerings)
-from mst_compile.ops import linear as ops  # noqa: F401  (registers the operators)
+from mst_compile.graph.compiler import find_weights
+from mst_compile.graph.dispatch import Dispatch
+from mst_compile.lowering import device, inductor  # noqa: F401  (inductor registers the lowerings)
 
 _INNER = ("inductor", "aot_eager", "eager")
 _DEFAULTS: dict[str, Any] = {"mst.dense_threshold": None, "mst.inner": "inductor", "mst.keep_memory": True}
@@ -44,22 +40,22 @@ def mst(
         mode: as for ``torch.compile(backend="inductor")``.
         options: Inductor's options, and our own: ``"mst.dense_threshold"`` (mean density from which the dense variant
             runs; by default 0.8 on a CPU, and on a GPU where dense products were measured to become faster),
-            ``"mst.keep_memory"`` (see :mod:`mst_compile.graph.memory`; default true) and ``"mst.inner"``
+            ``"mst.keep_memory"`` (see :mod:`mst_compile.lowering.memory`; default true) and ``"mst.inner"``
             (``"inductor"``, or ``"aot_eager"``/``"eager"`` for debugging).
 
     Raises:
         BackendOptionError: an option does not exist or has a bad value.
     """
     own, patches = _split_options(mode, options)
-    compile_fn = _inner(own["mst.inner"], patches, example_inputs)
+    devices = _devices(example_inputs)
+    compile_fn = _inner(own["mst.inner"], patches, devices)
     found = find_weights(graph_module, example_inputs)
     if not found:
         return compile_fn(graph_module, example_inputs)
-    if own["mst.keep_memory"] and _on_cpu(example_inputs):
-        keep_freed_memory()
-    expand_multihead(graph_module)
-    recover_causal(graph_module)
-    return Variants(graph_module, example_inputs, found, compile_fn, own["mst.dense_threshold"])
+    if own["mst.keep_memory"]:
+        for used in devices:
+            used.keep_memory()
+    return Dispatch(graph_module, example_inputs, found, compile_fn, own["mst.dense_threshold"])
 
 
 def _split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,14 +86,17 @@ def _split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[di
         raise BackendOptionError(f"mst.inner must be one of {', '.join(map(repr, _INNER))}, got {own['mst.inner']!r}")
     # Freezing would fold the weights of one step into the graph.
     patches["freezing"] = False
-    patches["post_grad_custom_post_pass"] = SourceKey(inductor_config.post_grad_custom_post_pass)
+    slot = "post_grad_custom_post_pass"
+    patches[slot] = SourceKey(patches.get(slot, inductor_config.post_grad_custom_post_pass))
     return own, patches
 
 
-def _inner(name: str, patches: dict[str, Any], example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    if name == "inductor" and _on_cpu(example_inputs) and cpu.why_unavailable() is not None:
-        _warn_no_compiler(cpu.why_unavailable())
-        name = "eager"
+def _inner(name: str, patches: dict[str, Any], devices: Sequence[device.Device]) -> Callable[..., Any]:
+    if name == "inductor":
+        reason = next((reason for reason in (used.why_not_compiled() for used in devices) if reason), None)
+        if reason is not None:
+            _warn_not_compiled(reason)
+            name = "eager"
     if name == "eager":
         return lambda graph_module, _: graph_module.forward
     if name == "aot_eager":
@@ -105,15 +104,14 @@ def _inner(name: str, patches: dict[str, Any], example_inputs: Sequence[Any]) ->
     return functools.partial(compile_fx, config_patches=patches)
 
 
-def _on_cpu(example_inputs: Sequence[Any]) -> bool:
-    return any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in example_inputs)
+def _devices(example_inputs: Sequence[Any]) -> list[device.Device]:
+    return [device.of(t) for t in sorted({x.device.type for x in example_inputs if isinstance(x, torch.Tensor)})]
 
 
 @functools.cache
-def _warn_no_compiler(reason: str | None) -> None:
+def _warn_not_compiled(reason: str) -> None:
     warnings.warn(
-        f"no C++ compiler works here ({reason}); the model runs in eager mode with dense products: correct, but no "
-        "time is saved. Install g++ or point CXX to a compiler",
+        f"the model runs in eager mode with dense products, which is correct but saves no time: {reason}",
         MSTWarning,
         stacklevel=2,
     )

@@ -7,94 +7,43 @@ definition; forms that few use (extra key and value biases, attention weights th
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import operator
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 
-from mst_compile.graph.linear import value
+from mst_compile.graph.context import Context
+from mst_compile.graph.fx import ATTENTION, LINEAR, MULTIHEAD, Emitter, calls, value, walk
 
-_MULTIHEAD = torch.nn.functional.multi_head_attention_forward
-_SIGNATURE = inspect.signature(_MULTIHEAD)
-_LINEAR = torch._C._nn.linear
-_ATTENTION = torch._C._nn.scaled_dot_product_attention
-_ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_SIGNATURE = inspect.signature(MULTIHEAD)
 
 
-class Emitter:
-    """Adds nodes in place of one node, each with the fake result that later passes and AOTAutograd's cache ask for."""
-
-    def __init__(self, node: fx.Node, fake_mode: Any = None) -> None:
-        self._graph, self._node = node.graph, node
-        fakes = (value(n) for n in node.graph.nodes)
-        self._mode = fake_mode or next((v.fake_mode for v in fakes if isinstance(v, FakeTensor)), None)
-
-    def __call__(self, target: str | Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        with self._graph.inserting_before(self._node):
-            if isinstance(target, str):
-                new = self._graph.call_method(target, args, kwargs)
-            else:
-                new = self._graph.call_function(target, args, kwargs)
-        values, named = fx.node.map_arg(args, value), fx.node.map_arg(kwargs, value)
-        with self._mode or contextlib.nullcontext(), torch.no_grad(), _autocast_at(self._node):
-            function = getattr(values[0], target) if isinstance(target, str) else target
-            new.meta["example_value"] = function(*(values[1:] if isinstance(target, str) else values), **named)
-        for name in ("nn_module_stack", "source_fn_stack", "stack_trace"):
-            if name in self._node.meta:
-                new.meta[name] = self._node.meta[name]
-        return new
-
-
-@contextlib.contextmanager
-def _autocast_at(node: fx.Node) -> Iterator[None]:
-    """The autocast regions of the graph that a node stands in: they decide on the dtype of results."""
-    open_regions: dict[fx.Node, tuple[Any, ...]] = {}
-    for n in node.graph.nodes:
-        if n is node:
-            break
-        if n.target is _ENTER:
-            open_regions[n] = n.args
-        elif n.target is _EXIT:
-            open_regions.pop(n.args[0], None)  # type: ignore[arg-type]
-    with contextlib.ExitStack() as stack:
-        for device, dtype, enabled, cache in open_regions.values():
-            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
-        yield
-
-
-def expand_multihead(graph_module: fx.GraphModule) -> int:
+def run(graph_module: fx.GraphModule, _: Context) -> int:
     """Write multi-head attentions out, in place; returns how many."""
-    # bodies of higher-order operators, such as activation checkpointing
-    changed = sum(expand_multihead(m) for _, m in graph_module.named_children() if isinstance(m, fx.GraphModule))
-    for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or node.target is not _MULTIHEAD:
-            continue
-        bound = _SIGNATURE.bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        if why_opaque(node, bound.arguments) is None:
-            _expand(node, bound.arguments)
+    changed = 0
+    for _region, node in walk(graph_module):
+        if is_multihead(node) and why_opaque(node) is None:
+            _expand(node, _arguments(node))
             changed += 1
-    if changed:
-        graph_module.recompile()
     return changed
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    bound = _SIGNATURE.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def is_multihead(node: fx.Node) -> bool:
     """Whether a node is a multi-head attention that was not written out."""
-    return node.op == "call_function" and node.target is _MULTIHEAD
+    return calls(node, {MULTIHEAD})
 
 
-def why_opaque(node: fx.Node, given: dict[str, Any] | None = None) -> str | None:
+def why_opaque(node: fx.Node) -> str | None:
     """Why a multi-head attention cannot be written out, or None."""
-    if given is None:
-        bound = _SIGNATURE.bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        given = bound.arguments
+    given = _arguments(node)
     if any(user.target is not operator.getitem for user in node.users):
         return "its result is used as a whole"
     if given["need_weights"] and any(user.args[1] != 0 for user in node.users):
@@ -113,9 +62,9 @@ def _expand(node: fx.Node, given: dict[str, Any]) -> None:
     causal = bool(given["is_causal"]) and given["key_padding_mask"] is None and not given["need_weights"]
     mask = None if causal else _mask(emit, given)
     dropout = given["dropout_p"] if given["training"] else 0.0
-    attended = emit(_ATTENTION, q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    attended = emit(ATTENTION, q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
     joined = emit("flatten", emit("permute", attended, 2, 0, 1, 3), -2)
-    out = emit(_LINEAR, joined, given["out_proj_weight"], given["out_proj_bias"])
+    out = emit(LINEAR, joined, given["out_proj_weight"], given["out_proj_bias"])
     for user in list(node.users):
         if user.args[1] == 0:
             user.replace_all_uses_with(out)
@@ -130,11 +79,11 @@ def _projections(emit: Emitter, given: dict[str, Any]) -> list[fx.Node]:
     if given["use_separate_proj_weight"]:
         weights = [given["q_proj_weight"], given["k_proj_weight"], given["v_proj_weight"]]
     elif inputs[0] is inputs[1] is inputs[2]:
-        return _thirds(emit, emit(_LINEAR, inputs[0], given["in_proj_weight"], bias), -1)
+        return _thirds(emit, emit(LINEAR, inputs[0], given["in_proj_weight"], bias), -1)
     else:
         weights = _thirds(emit, given["in_proj_weight"], 0)
     biases = [None] * 3 if bias is None else _thirds(emit, bias, 0)
-    return [emit(_LINEAR, x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
+    return [emit(LINEAR, x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)]
 
 
 def _thirds(emit: Emitter, node: fx.Node, dim: int) -> list[fx.Node]:

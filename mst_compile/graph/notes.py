@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
-
-from torch import fx
 
 from mst_compile.errors import MSTWarning
+from mst_compile.graph.context import Site
 from mst_compile.state.attention import AttentionState
 from mst_compile.state.weight import SparseWeight
 
 
-def describe(node: fx.Node) -> str:
-    """A short name of what ``node`` computes, with the module it stands in."""
-    target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    stack = node.meta.get("nn_module_stack")
-    where = next(reversed(stack.values()))[0] if stack else ""
-    return f"{target} in {where}" if where else str(target)
-
-
-def note_attention(state: AttentionState, sites: Sequence[Any]) -> None:
+def note_attention(state: AttentionState, sites: Sequence[Site]) -> None:
     """Keep what became of each attention for ``explain``, and warn once if none could be made sparse."""
     for site in sites:
         state.reasons[site.where] = f"{state.sparse} ({site.form})" if site.replaced else f"full: {site.reason}"

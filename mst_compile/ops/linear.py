@@ -3,6 +3,8 @@
 ``transposed`` says how the weight is stored: ``False`` for ``[out, in]`` (``nn.Linear``), ``True`` for ``[in, out]``
 (Hugging Face ``Conv1D``). ``index`` is the packed index of :mod:`mst_compile.blocks.index`, ``block`` its block edge.
 A weight is exactly 0 outside its active blocks, as the sparsifier keeps it: a kernel may skip those zeros or not.
+``density`` is the share of active blocks that kernels are tuned for; no result depends on it. It is an argument so that
+it belongs to the product: compiled code of another density is another graph, in every cache too.
 
 The reference below is plain PyTorch on the masked dense weight. It is the oracle of all kernels, and what runs on a
 device, dtype or block that has none.
@@ -24,6 +26,7 @@ from .library import define
 _LINEAR = "mst::linear"
 _GRAD_INPUT = "mst::linear_grad_input"
 _GRAD_WEIGHT = "mst::linear_grad_weight"
+DENSITY = 0.2  # what kernels are tuned for where nobody says; also in the schemas
 
 
 def masked(weight: Tensor, index: Tensor, block: int) -> Tensor:
@@ -33,26 +36,45 @@ def masked(weight: Tensor, index: Tensor, block: int) -> Tensor:
 
 
 def linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    block: int,
+    transposed: bool,
+    density: float = DENSITY,
 ) -> Tensor:
     """``y[..., out] = x[..., in] W + bias`` on the active blocks of ``weight``, in ``x``'s dtype."""
     w = masked(weight, index, block).to(x.dtype)
+    x = x.contiguous()  # PyTorch's bfloat16 product reads past the rows of strided ones on CPUs with AMX
     return torch.nn.functional.linear(x, w.t() if transposed else w, None if bias is None else bias.to(x.dtype))
 
 
-def grad_input_reference(grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool) -> Tensor:
+def grad_input_reference(
+    grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool, density: float = DENSITY
+) -> Tensor:
     """Gradient of :func:`linear_reference` with respect to ``x``, in ``grad``'s dtype."""
     w = masked(weight, index, block).to(grad.dtype)
-    return grad @ (w.t() if transposed else w)
+    return grad.contiguous() @ (w.t() if transposed else w)
 
 
 def grad_weight_reference(
-    grad: Tensor, x: Tensor, index: Tensor, block: int, transposed: bool, dtype: torch.dtype, bias: bool
+    grad: Tensor,
+    x: Tensor,
+    index: Tensor,
+    block: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    bias: bool,
+    density: float = DENSITY,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to ``weight`` (exact 0 outside the active blocks, unless the index asks for a dense one)
     in ``dtype``, and ``bias`` in at least float32 (empty if ``bias`` is false)."""
-    gy, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    gw = (x2.t() @ gy if transposed else gy.t() @ x2).to(dtype)
+    gy, x2 = grad.reshape(-1, grad.shape[-1]).contiguous(), x.reshape(-1, x.shape[-1]).contiguous()
+    # Of bfloat16 operands the product would come rounded to bfloat16, however precise the gradient shall be.
+    computed = torch.promote_types(gy.dtype, dtype)
+    a, b = (x2, gy) if transposed else (gy, x2)
+    gw = (a.t().to(computed) @ b.to(computed)).to(dtype)
     if not int(index[DENSE_GRAD]):
         gw = masked(gw, index, block)
     wide = torch.promote_types(gy.dtype, torch.float32)
@@ -60,33 +82,42 @@ def grad_weight_reference(
 
 
 define(
-    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor index, int block, bool transposed) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor index, int block, bool transposed,"
+    " float density=0.2) -> Tensor",
     linear_reference,
 )
 define(
-    "linear_grad_input(Tensor grad, Tensor weight, Tensor index, int block, bool transposed) -> Tensor",
+    "linear_grad_input(Tensor grad, Tensor weight, Tensor index, int block, bool transposed,"
+    " float density=0.2) -> Tensor",
     grad_input_reference,
 )
 define(
-    "linear_grad_weight(Tensor grad, Tensor x, Tensor index, int block, bool transposed, ScalarType dtype, bool bias)"
-    " -> (Tensor, Tensor)",
+    "linear_grad_weight(Tensor grad, Tensor x, Tensor index, int block, bool transposed, ScalarType dtype, bool bias,"
+    " float density=0.2) -> (Tensor, Tensor)",
     grad_weight_reference,
 )
 
 
 @torch.library.register_fake(_LINEAR)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int, transposed: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Any, index: Any, block: int, transposed: bool, density: Any = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
 
 
 @torch.library.register_fake(_GRAD_INPUT)
-def _(grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool) -> Tensor:
+def _(grad: Tensor, weight: Tensor, index: Any, block: int, transposed: bool, density: Any = None) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], weight.shape[0 if transposed else 1]))
 
 
 @torch.library.register_fake(_GRAD_WEIGHT)
 def _(
-    grad: Tensor, x: Tensor, index: Tensor, block: int, transposed: bool, dtype: torch.dtype, bias: bool
+    grad: Tensor,
+    x: Tensor,
+    index: Any,
+    block: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    bias: bool,
+    density: Any = None,
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[-1], grad.shape[-1]) if transposed else (grad.shape[-1], x.shape[-1])
     wide = torch.promote_types(grad.dtype, torch.float32)
@@ -94,7 +125,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, index, ctx.block, ctx.transposed = inputs
+    x, weight, bias, index, ctx.block, ctx.transposed, ctx.density = inputs
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, index)
     ctx.weight_dtype = weight.dtype
@@ -106,15 +137,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_x = grad_w = grad_b = None
     if needs_x:
-        grad_x = torch.ops.mst.linear_grad_input(grad, weight, index, ctx.block, ctx.transposed)
+        grad_x = torch.ops.mst.linear_grad_input(grad, weight, index, ctx.block, ctx.transposed, ctx.density)
     if needs_weight:
         grad_w, fused = torch.ops.mst.linear_grad_weight(
-            grad, x, index, ctx.block, ctx.transposed, ctx.weight_dtype, needs_bias
+            grad, x, index, ctx.block, ctx.transposed, ctx.weight_dtype, needs_bias, ctx.density
         )
         grad_b = fused.to(ctx.bias_dtype) if needs_bias else None
     elif needs_bias:
         grad_b = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, grad_w, grad_b, None, None, None
+    return grad_x, grad_w, grad_b, None, None, None, None
 
 
 torch.library.register_autograd(_LINEAR, _backward, setup_context=_save)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mst_compile.rules.schedule import Schedule, attention_pattern
+from mst_compile.rules.schedule import Schedule
 
 
 @dataclass
@@ -29,10 +29,9 @@ class AttentionState:
 
     @classmethod
     def create(cls, schedule: Schedule) -> AttentionState:
-        """The state before the first step. A schedule may lack what attention needs: then it stays full."""
-        stride = getattr(schedule, "stride", 128)
-        window = getattr(schedule, "span", None) or stride
-        return cls(attention_pattern(schedule, 0), getattr(schedule, "attention", "full"), window, stride)
+        """The state before the first step."""
+        value = schedule.attention_value
+        return cls(schedule.attention_at(0), value.pattern, value.positions, value.stride)
 
     @property
     def settings(self) -> tuple[str, int, int]:

@@ -9,15 +9,15 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from mst_compile.blocks.grid import TILE_BLOCK, BlockGrid
+from mst_compile.blocks.grid import BlockGrid
 from mst_compile.errors import BlockSizeError, SelectionError, WeightError
+from mst_compile.lowering import device as devices
+from mst_compile.rules.checks import check_sparsity
 from mst_compile.rules.density import layer_densities
-from mst_compile.rules.schedule import Schedule, check_sparsity
+from mst_compile.rules.schedule import Schedule
 
 MAX_BLOCK = 128
-MIN_BLOCK = 4  # the finest block that kernels exist for; block 1 means unstructured masks on dense products
-DEFAULT_BLOCK = {"cpu": 8}
-DEFAULT_BLOCK_ACCELERATOR = 32
+MIN_BLOCK = devices.FINEST_BLOCK  # block 1 means unstructured masks on dense products
 
 
 @dataclass(frozen=True)
@@ -223,13 +223,12 @@ def _grid(
     device: torch.device, shape: tuple[int, int], density: float, block: int | None, backbone: bool = True
 ) -> tuple[BlockGrid, str]:
     """The block grid of a weight; shrunk where the weight or the backbone is too coarse for the asked block."""
-    wanted = block or DEFAULT_BLOCK.get(device.type, DEFAULT_BLOCK_ACCELERATOR)
+    record = devices.of(device.type)
+    wanted = block or record.default_block
     if wanted < MIN_BLOCK:
         return BlockGrid(*shape, wanted), ""
-    # A GPU has no kernels for finer blocks: there a coarse grid costs density, a fine one all that could be saved.
-    finest = min(wanted, TILE_BLOCK) if device.type == "cuda" else MIN_BLOCK
     size = wanted
-    while size > finest and (
+    while size > record.finest_block and (
         size > min(shape) or (backbone and _backbone_share(BlockGrid(*shape, size)) > density / 2)
     ):
         size //= 2

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from mask_cases import block_masks, expand, index_of
 from oracles import Exact, assert_within, of_rounding, of_sum, product, total
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mst_compile.ops.linear  # noqa: F401  (registers the operators)
+from mst_compile.blocks.grid import BlockGrid
 from mst_compile.ops.linear import grad_input_reference, grad_weight_reference, linear_reference
 
 linear = torch.ops.mst.linear
@@ -199,6 +201,56 @@ def test_the_reference_is_what_other_devices_run(case: Case) -> None:
     exact = product(a.t(), b)
     assert_summed(gw, Exact(exact.value * case.keep, exact.magnitude), len(a), "grad-weight", *dtypes)
     assert_summed(gb, total(grads), len(a), "grad-bias", *dtypes)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_dense_gradients_are_as_precise_as_ordinary_ones(transposed: bool) -> None:
+    """Under autocast: of bfloat16 operands, the gradient of a float32 weight is summed and stored in float32."""
+    x, grad = torch.randn(64, 48).bfloat16(), torch.randn(64, 40).bfloat16()
+    stored = (48, 40) if transposed else (40, 48)
+    mask = torch.ones(BlockGrid(*stored, 8).shape, dtype=torch.bool)
+    a, b = (x, grad) if transposed else (grad, x)
+    exact = product(a.t(), b)
+    for dense in (False, True):
+        index = index_of(mask, *stored, 8, dense_grad=dense)
+        for compute in (torch.ops.mst.linear_grad_weight, grad_weight_reference):
+            gw, _ = compute(grad, x, index, 8, transposed, F32, False)
+            assert gw.dtype == F32
+            assert_summed(gw, exact, len(x), f"dense {dense}", F32)
+
+
+class Operands(TorchDispatchMode):
+    """Checks that the matrices which PyTorch's products get have rows without gaps, or are transposes of such."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            for matrix in args[-2:]:
+                assert matrix.is_contiguous() or matrix.t().is_contiguous(), f"{func}: strides {matrix.stride()}"
+            self.products += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", ["rows of wider", "every other", "every other row"])
+def test_products_of_the_reference_get_rows_without_gaps(layout: str) -> None:
+    """PyTorch's bfloat16 product reads into the gaps on CPUs with AMX, and a NaN there becomes a NaN in the result."""
+
+    def gaps(t: Tensor) -> Tensor:
+        return t.repeat_interleave(2, 0)[::2] if layout == "every other row" else strided(t, layout)
+
+    x, grad = gaps(torch.randn(6, 199).bfloat16()), gaps(torch.randn(6, 57).bfloat16())
+    weight = torch.randn(57, 199).bfloat16()
+    mask = torch.ones(BlockGrid(57, 199, 8).shape, dtype=torch.bool)
+    index = index_of(mask, 57, 199, 8, dense_grad=True)
+    with Operands() as seen:
+        linear_reference(x, weight, None, index, 8, False)
+        grad_input_reference(grad, weight, index, 8, False)
+        grad_weight_reference(grad, x, index, 8, False, BF16, True)
+        torch.ops.mst.linear_grad_weight(grad, x, index, 8, False, BF16, True)
+    assert seen.products >= 3, "the operator's own runs below the mode"
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -11,6 +11,7 @@ from mask_cases import active_blocks, scores_without_ties
 from torch import Tensor
 
 from mst_compile.rules import masks
+from mst_compile.rules.growth import Mixed
 from mst_compile.rules.guard import backbone, coverage
 
 
@@ -51,7 +52,7 @@ def test_update_mask(
     def event() -> Tensor:
         g = masks.generator(0, 7, "w")
         return masks.update_mask(
-            mask, safe, magnitude, gradient if with_gradient else None, count, drop_fraction, share, g
+            mask, safe, magnitude, gradient if with_gradient else None, count, drop_fraction, Mixed(share), g
         )
 
     new = event()
@@ -80,7 +81,7 @@ def test_three_of_four_grow_by_gradient() -> None:
     magnitude = torch.arange(1.0, 257).view(16, 16)
     gradient = torch.arange(256.0, 0, -1).view(16, 16)
     mask = masks.random_mask(spine, 116, masks.generator(0, 0, "w"))
-    new = masks.update_mask(mask, spine, magnitude, gradient, 116, 40 / 116, 0.75, masks.generator(0, 1, "w"))
+    new = masks.update_mask(mask, spine, magnitude, gradient, 116, 40 / 116, Mixed(), masks.generator(0, 1, "w"))
     dropped = set(sorted(active_blocks(mask & ~spine), key=lambda b: magnitude[b].item())[:40])
     kept = active_blocks(mask) - dropped
     best = sorted(active_blocks(torch.ones_like(mask)) - kept, key=lambda b: -gradient[b].item())

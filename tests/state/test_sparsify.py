@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import Blocks, static, statuses, unchanged
 from mask_cases import element_masks
+from mst_compile.lowering import device
 from oracles import assert_within, of_rounding
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -20,7 +21,6 @@ from mst_compile import Constant, MixedSparsity, Sparsifier, densify, explain, s
 from mst_compile.errors import MaskError, NotSparseError, SelectionError
 from mst_compile.rules.density import DISTRIBUTIONS
 from mst_compile.state import selection
-from mst_compile.state.selection import DEFAULT_BLOCK
 
 SPARSE = static(0.7)
 
@@ -133,7 +133,7 @@ def test_density_is_the_schedules(distribution: Any, block: int | None) -> None:
         count = int(weight.mask.sum())
         assert count == max(int(weight.backbone.sum()), round(target * weight.grid.blocks))
         assert bool((weight.mask | ~weight.backbone).all())
-        assert weight.grid.block == (block or DEFAULT_BLOCK["cpu"])
+        assert weight.grid.block == (block or device.of("cpu").default_block)
     # Rounding to blocks, and ragged edges whose blocks hold fewer elements.
     assert own.density == pytest.approx(0.4, abs=0.01)
     zeros_follow_masks(model)

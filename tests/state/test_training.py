@@ -30,6 +30,7 @@ from training import (
 import mst_compile.graph.backend
 from mst_compile import Constant, MixedSparsity, sparsifier
 from mst_compile.rules import masks
+from mst_compile.rules.growth import Mixed
 from mst_compile.rules.guard import coverage
 from mst_compile.rules.schedule import Schedule
 
@@ -100,7 +101,7 @@ def test_the_topology_event_is_the_rule(growth: Any) -> None:
                 slope,
                 int(mask.sum()),
                 schedule.drop_fraction,
-                share,
+                Mixed(share),
                 generator,
             )
             assert torch.equal(own.masks[name], expected)

@@ -14,8 +14,36 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mst_compile.graph.attention.evaluate import MAX_ELEMENTS, Evaluator, Product, UnknownError
-from mst_compile.graph.linear import value
+from mst_compile.graph.attention.evaluate import MAX_ELEMENTS, Evaluator, UnknownError
+from mst_compile.graph.attention.found import Product
+from mst_compile.graph.fx import value
+
+# Scores of either sign are taken to be smaller: float16 holds none that are larger, and the scores of runs that are
+# about to diverge have been seen to come near it.
+_LARGEST_SCORE = 2.0**16
+_EXP_IS_ZERO = -746.0  # exp() of this is exactly 0, in float64 too
+
+
+def hides_below(dtype: torch.dtype) -> float:
+    """The number up to which a mask's entries hide their keys, in scores of ``dtype``.
+
+    A hidden key's weight has to be exactly 0 beside the diagonal's, which is finite, whether the entry is added to the
+    score or takes its place. That is what -inf, the dtype's lowest number and -1e9 do. A -1e4, which models of the days
+    of float16 use, does it only as long as scores stay below 5e3; such masks count as biases, and are left alone. In
+    float16, where the lowest number is -65504, scores are taken to be below a quarter of that.
+    """
+    score = min(_LARGEST_SCORE, -torch.finfo(dtype).min / 4)
+    return _EXP_IS_ZERO - 2 * score
+
+
+def is_causal(mask: Tensor) -> bool:
+    """Whether ``mask`` (bool "keep", or added to the scores) keeps exactly the keys up to the query, in every batch and
+    head."""
+    try:
+        _check_causal(_read(mask, None, mask.dtype)[0], None)
+    except UnknownError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -125,8 +153,7 @@ def _read(mask: Tensor, scores: Tensor | None, dtype: torch.dtype) -> tuple[Tens
         raise UnknownError("its mask is neither bool nor floating point")
     if bool(mask.isnan().any()):
         raise UnknownError("its mask holds NaN")
-    # exp() of anything this far below the diagonal's finite score is exactly 0
-    keep = mask > max(torch.finfo(dtype).min / 2, -1e9)
+    keep = mask > hides_below(dtype)
     if scores is None:
         if not bool((mask[keep] == 0).all()):
             raise UnknownError("its mask adds a bias to the scores")

@@ -2,26 +2,22 @@
 
 Constants and buffers are as they are, integer inputs of two dimensions (padding masks) at chosen values, symbolic sizes
 at their hints and at other sizes. Names play no part; what cannot run on its own is not known.
-
-Buffers enter a graph as inputs, and Dynamo does not guard their values: :class:`Constant` tells at run time whether a
-buffer still holds what was relied on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
-from torch.utils.weak import WeakIdKeyDictionary
 
-from mst_compile.graph.linear import value
+from mst_compile.graph.attention.found import Product
+from mst_compile.graph.fx import Region, computes, placeholders, storage, value, written
 
 _MAX_NODES = 300
 MAX_ELEMENTS = 1 << 27
@@ -29,75 +25,38 @@ _NO_VALUE = object()
 # These read the shape of their first argument, not its numbers.
 _SHAPE_METHODS = {"size", "dim", "new_ones", "new_zeros", "new_full", "new_empty", "new_tensor"}
 _SHAPE_FUNCTIONS = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like}
-_IN_PLACE = {
-    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
-    operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
-}  # fmt: skip
 
 
 class UnknownError(Exception):
     """A value that cannot be computed without the graph's inputs; the message says why."""
 
 
-class Constant:
-    """A buffer whose value a rewrite relies on: ``position`` among the graph's placeholders, and the value."""
-
-    def __init__(self, position: int, buffer: Tensor) -> None:
-        self.position = position
-        self._value = buffer.detach().cpu().clone()
-        self._versions = WeakIdKeyDictionary()  # other modules may share the graph, each with a buffer of its own
-        self._versions[buffer] = buffer._version
-
-    def holds(self, buffer: Tensor) -> bool:
-        """Whether this input has the value that was relied on; compares numbers only where it was written to."""
-        if self._versions.get(buffer) != buffer._version:
-            same = buffer.shape == self._value.shape and buffer.dtype == self._value.dtype
-            if not same or not torch.equal(buffer.detach().cpu(), self._value):
-                return False
-            self._versions[buffer] = buffer._version
-        return True
-
-
-@dataclass(frozen=True)
-class Product:
-    """Scores that enter a mask: ``node`` holds ``alpha q k^T + beta extra``; ``pointwise`` up to the softmax."""
-
-    node: fx.Node
-    alpha: float = 1.0
-    beta: float = 0.0
-    extra: fx.Node | None = None
-    pointwise: bool = False
-
-
 class Evaluator:
     """Runs slices of one graph.
 
     Args:
-        inputs: whether buffers, padding masks and sizes among the placeholders may be used; else only constants.
-        outer: for the body of a higher-order operator: the evaluator of the graph around it, and where each of the
-            body's placeholders comes from.
+        inputs: whether buffers and padding masks among the placeholders may be used; else only constants.
+        outer: for the body of a checkpoint: the evaluator of the graph around it.
         actual: what the placeholders stand for, if that is known; Dynamo forgets it when the backend returns.
+
+    ``relied`` holds the buffers that were read so far.
     """
 
     def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        inputs: bool = True,
-        outer: tuple[Evaluator, Mapping[fx.Node, fx.Node]] | None = None,
-        actual: Sequence[Any] = (),
+        self, region: Region, inputs: bool = True, outer: Evaluator | None = None, actual: Sequence[Any] = ()
     ) -> None:
-        self._module = graph_module
+        self._region = region
         self._inputs = inputs
         self._outer = outer
-        self.placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+        self.placeholders = placeholders(region.graph)
         self._actual = dict(zip(self.placeholders, actual, strict=False))
         self.relied: dict[fx.Node, Tensor] = {}
         self._mutators: dict[int, list[fx.Node]] = {}
-        for node in graph_module.graph.nodes:
-            key = _storage(_mutated(node))
+        for node in region.graph.nodes:
+            key = storage(written(node))
             if key is not None:
                 self._mutators.setdefault(key, []).append(node)
-        self.hints: dict[Any, int] = {} if outer is None else dict(outer[0].hints)
+        self.hints: dict[Any, int] = {} if outer is None else dict(outer.hints)
         for node in self.placeholders:
             size = value(node)
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.has_hint():
@@ -134,7 +93,7 @@ class Evaluator:
         """Evaluate at these values of the symbolic sizes from now on."""
         self._sizes = sizes
         if self._outer is not None:
-            self._outer[0].use(sizes)
+            self._outer.use(sizes)
 
     def concrete(self, item: Any) -> Any:
         """A size, or a tuple of sizes, as numbers."""
@@ -158,8 +117,8 @@ class Evaluator:
             nodes += self._slice(product.extra, {}, {}, product.node)
         found: set[fx.Node] = set()
         for n in nodes:
-            if self._outer is not None and n in self._outer[1]:
-                found |= self._outer[0].padding(self._outer[1][n])
+            if self._outer is not None and n in self._region.sources:
+                found |= self._outer.padding(self._region.sources[n])
             elif n.op == "placeholder" and is_padding(n):
                 found.add(n)
         return found
@@ -167,7 +126,7 @@ class Evaluator:
     @torch.no_grad()
     def evaluate(self, node: fx.Node, given: Mapping[fx.Node, Any], at: fx.Node | None = None) -> Tensor:
         """The value of a node as ``at`` reads it, with some nodes' values given; raises UnknownError."""
-        values: dict[fx.Node, Any] = {}
+        leaves: dict[fx.Node, Any] = {}
         try:
             # Outside of Dynamo's fake mode: these are real, small tensors. Should one be random, the user's generator
             # must not notice. Autocast would be the caller's, not the graph's.
@@ -176,44 +135,21 @@ class Evaluator:
                 torch.random.fork_rng(devices=[]),
                 torch.autocast("cpu", enabled=False),
             ):
-                self._run(self._slice(node, given, values, at), node, values)
+                order = self._slice(node, given, leaves, at)
+                result = _Slice(self, order, node, leaves).run()
         except UnknownError:
             raise
         except Exception as error:
             raise UnknownError("its mask cannot be computed on its own") from error
-        result = values[node]
         if not isinstance(result, Tensor):
             raise UnknownError("its mask is no tensor")
         return result
 
-    def _run(self, order: list[fx.Node], last: fx.Node, values: dict[fx.Node, Any]) -> None:
-        uses = Counter(i for n in order for i in n.all_input_nodes)
-        for n in order:
-            if n not in values:
-                args = [values[a] if isinstance(a, fx.Node) else fx.node.map_arg(a, values.get) for a in n.args]
-                kwargs = {k: fx.node.map_arg(a, values.get) for k, a in n.kwargs.items()}
-                if _reads_shape(n):
-                    args[0] = self._stand_in(n.args[0]) if args[0] is None else args[0]
-                args = [_to_cpu(a) for a in args]
-                kwargs = {k: _to_cpu(a) for k, a in kwargs.items()}
-                function: Any = getattr(type(args[0]), str(n.target)) if n.op == "call_method" else n.target
-                values[n] = _to_cpu(function(*args, **kwargs))
-                if isinstance(values[n], Tensor) and values[n].numel() > MAX_ELEMENTS:
-                    raise UnknownError("its mask is too large to compute")
-            for i in n.all_input_nodes:
-                uses[i] -= 1
-                if not uses[i] and i is not last:
-                    values[i] = None  # a mask of every sequence of a batch is large: hold no more than needed
-
-    def _stand_in(self, node: Any) -> Tensor:
-        example = value(node)
-        return torch.empty(self.concrete(tuple(example.shape)), dtype=example.dtype)
-
     def version(self, nodes: Iterable[fx.Node], at: fx.Node) -> tuple[int, ...]:
         """How often each node's memory was written to before ``at``."""
-        order = {n: i for i, n in enumerate(self._module.graph.nodes)}
+        order = {n: i for i, n in enumerate(self._region.graph.nodes)}
         return tuple(
-            sum(order.get(writer, -1) < order[at] for writer in self._mutators.get(_storage(n) or 0, ())) for n in nodes
+            sum(order.get(writer, -1) < order[at] for writer in self._mutators.get(storage(n) or 0, ())) for n in nodes
         )
 
     def _slice(
@@ -221,7 +157,7 @@ class Evaluator:
     ) -> list[fx.Node]:
         """What ``node`` depends on as ``at`` reads it, in executable order; ``values`` receives the leaves'."""
         found: set[fx.Node] = set()
-        stack, order = [node], list(self._module.graph.nodes)
+        stack, order = [node], list(self._region.graph.nodes)
         before = {n: i for i, n in enumerate(order)}
         limit = before[node if at is None else at]
         while stack:
@@ -234,12 +170,12 @@ class Evaluator:
             leaf = self._leaf(n, given)
             if leaf is not _NO_VALUE:
                 values[n] = leaf
-            elif n.op not in ("call_function", "call_method"):
+            elif not computes(n):
                 raise UnknownError("its mask depends on an input or a parameter")
             else:
                 first = n.args[0] if _reads_shape(n) else None
                 stack.extend(i for i in n.all_input_nodes if i is not first)
-            for writer in self._mutators.get(_storage(n) or 0, ()):
+            for writer in self._mutators.get(storage(n) or 0, ()):
                 if n.op in ("placeholder", "get_attr") and n not in given:
                     raise UnknownError("its mask depends on a buffer that is written to")
                 if before.get(writer, limit) < limit:
@@ -254,13 +190,13 @@ class Evaluator:
         if isinstance(example, int | float | torch.SymInt | torch.SymFloat | torch.Size):
             return self.concrete(example)
         if node.op == "get_attr":
-            constant = operator.attrgetter(str(node.target))(self._module)
+            constant = operator.attrgetter(str(node.target))(self._region.module)
             if isinstance(constant, Tensor) and not constant.requires_grad:
                 return constant.detach().cpu().clone()
+        if self._outer is not None and node in self._region.sources:
+            return self._outer.evaluate(self._region.sources[node], given)
         if node.op != "placeholder" or not self._inputs:
             return _NO_VALUE
-        if self._outer is not None and node in self._outer[1]:
-            return self._outer[0].evaluate(self._outer[1][node], given)
         buffer = _buffer(node, self._actual.get(node))
         if buffer is not None:
             self.relied[node] = buffer
@@ -268,6 +204,72 @@ class Evaluator:
         if is_padding(node):
             return torch.ones(self.concrete(tuple(example.shape)), dtype=example.dtype)
         return _NO_VALUE
+
+
+class Evaluators(dict[Region, Evaluator]):
+    """The evaluator of each region of a graph, made when it is asked for; arguments as for :class:`Evaluator`."""
+
+    def __init__(self, inputs: bool = True, actual: Sequence[Any] = ()) -> None:
+        super().__init__()
+        self._inputs, self._actual = inputs, actual
+
+    def __missing__(self, region: Region) -> Evaluator:
+        outer, actual = (None, self._actual) if region.outer is None else (self[region.outer], ())
+        self[region] = Evaluator(region, self._inputs, outer, actual)
+        return self[region]
+
+
+class _Slice(fx.Interpreter):
+    """Runs some nodes of a graph, in their order, on the CPU.
+
+    A mask of every sequence of a batch is large: no value is held longer than needed, which the interpreter sees to.
+
+    Args:
+        leaves: values of the nodes that are not computed; used up.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, order: Iterable[fx.Node], result: fx.Node, leaves: dict[fx.Node, Any]
+    ) -> None:
+        self._concrete = evaluator.concrete
+        self._given: dict[str, Callable[[], Any]] = {}
+        graph = fx.Graph()
+        copies: dict[fx.Node, fx.Node] = {}
+
+        def copy_of(node: fx.Node) -> fx.Node:
+            if node not in copies:  # only its shape is read
+                return self._leaf(graph, node, functools.partial(self._stand_in, node))
+            return copies[node]
+
+        for node in order:
+            if node in leaves:
+                copies[node] = self._leaf(graph, node, functools.partial(_same, leaves.pop(node)))
+            else:
+                copies[node] = graph.node_copy(node, copy_of)
+        graph.output(copies[result])
+        super().__init__(torch.nn.Module(), graph=graph)
+        self.extra_traceback = False
+
+    def _leaf(self, graph: fx.Graph, node: fx.Node, make: Callable[[], Any]) -> fx.Node:
+        leaf = graph.placeholder(node.name)
+        self._given[leaf.name] = make
+        return leaf
+
+    def _stand_in(self, node: fx.Node) -> Tensor:
+        example = value(node)
+        return torch.empty(self._concrete(tuple(example.shape)), dtype=example.dtype)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "placeholder":
+            return self._given.pop(n.name)()
+        result = _to_cpu(super().run_node(n))
+        if isinstance(result, Tensor) and result.numel() > MAX_ELEMENTS:
+            raise UnknownError("its mask is too large to compute")
+        return result
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(map(_to_cpu, args)), {k: _to_cpu(a) for k, a in kwargs.items()}
 
 
 def _buffer(node: fx.Node, tensor: Any) -> Tensor | None:
@@ -301,26 +303,8 @@ def _reads_shape(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target in _SHAPE_FUNCTIONS
 
 
-def _mutated(node: fx.Node) -> Any:
-    """The node that an in-place operation writes to."""
-    if node.kwargs.get("out") is not None:
-        return node.kwargs["out"]
-    if not node.args or node.op not in ("call_function", "call_method"):
-        return None
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    written = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
-    return node.args[0] if written or node.target in _IN_PLACE or node.kwargs.get("inplace") is True else None
-
-
-def _storage(node: Any) -> int | None:
-    """What identifies the memory of a node's fake tensor; views share it."""
-    tensor = value(node)
-    if not isinstance(tensor, Tensor):
-        return None
-    try:
-        return tensor.untyped_storage()._cdata
-    except Exception:
-        return None  # a tensor subclass without memory of its own
+def _same(item: Any) -> Any:
+    return item
 
 
 def _to_cpu(item: Any) -> Any:

@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from mst_compile.graph.attention.evaluate import Evaluator, UnknownError
-from mst_compile.graph.linear import value
-from mst_compile.graph.multihead import Emitter
+from mst_compile.graph.attention.found import Attention
+from mst_compile.graph.fx import Emitter, before_cast, computes, holds, name, same_size, value
 
 _VIEWS = {"reshape", "view", "expand", "getitem", "unsqueeze", "repeat_interleave", "contiguous", "flatten", "repeat"}
 _LAYOUT = {"view", "transpose", "permute", "unsqueeze", "squeeze", "swapaxes"}
-_CASTS = {"to", "float", "type", "type_as"}
 _MAX_VIEWS = 6
-
-
-@dataclass
-class Attention:
-    """An attention on its way to being replaced.
-
-    Attributes:
-        out: the node that holds its result.
-        scale: of the scores; None is one over the root of the head size.
-        padding: the input ``[batch, length]`` that is not 0 for keys that may be seen; with ``hides``, for the others.
-        flipped: whether ``k`` is ``[..., head size, length]``.
-        grouped: whether several heads of ``q`` may share one of ``k``.
-        inner: nodes that nothing else needs, in order.
-    """
-
-    form: str
-    out: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    scale: Any = None
-    padding: fx.Node | None = None
-    hides: bool = False
-    flipped: bool = False
-    grouped: bool = False
-    inner: list[fx.Node] = field(default_factory=list)
 
 
 def why_not(found: Attention) -> str | None:
@@ -52,20 +25,20 @@ def why_not(found: Attention) -> str | None:
     q, k, v = (tuple(value(n).shape) for n in (found.q, found.k, found.v))
     k = (*k[:-2], k[-1], k[-2]) if found.flipped and len(k) >= 2 else k
     dims = (len(q), len(k), len(v))
-    if dims != (4, 4, 4) and (found.form == "sdpa" or dims not in ((3, 3, 3), (3, 3, 4))):
+    if dims != (4, 4, 4) and (found.product is None or dims not in ((3, 3, 3), (3, 3, 4))):
         return f"its operands have {dims[0]}, {dims[1]} and {dims[2]} dimensions"
-    if not (_same(q[-2], k[-2]) and _same(k[-2], v[-2])):
+    if not (same_size(q[-2], k[-2]) and same_size(k[-2], v[-2])):
         return "queries and keys differ in length"
-    if not (_same(q[-1], k[-1]) and _same(k[-1], v[-1]) and isinstance(q[-1], int)):
+    if not (same_size(q[-1], k[-1]) and same_size(k[-1], v[-1]) and isinstance(q[-1], int)):
         return "queries and values differ in size"
     batch = v[0]
     if dims == (3, 3, 4):
         batch = v[0] * v[1]
-    if not (_same(q[0], batch) and _same(k[0], batch)):
+    if not (same_size(q[0], batch) and same_size(k[0], batch)):
         return "queries, keys and values differ in batch"
-    if dims == (4, 4, 4) and not (_same(k[1], v[1]) and _heads_fit(q[1], k[1], found.grouped)):
+    if dims == (4, 4, 4) and not (same_size(k[1], v[1]) and _heads_fit(q[1], k[1], found.grouped)):
         return "its heads do not fit"
-    if found.padding is not None and not all(map(_same, value(found.padding).shape, (v[0], v[-2]))):
+    if found.padding is not None and not all(map(same_size, value(found.padding).shape, (v[0], v[-2]))):
         return "its padding has another shape"
     return _precision(found)
 
@@ -78,9 +51,9 @@ def _heads_fit(heads: Any, key_heads: Any, grouped: bool) -> bool:
 
 def _precision(found: Attention) -> str | None:
     """Scores of higher precision than the result are the operator's own habit, if they come from narrow operands."""
-    if found.form == "sdpa":
+    if found.product is None:
         return None
-    out, scores = value(found.out).dtype, value(found.inner[0]).dtype
+    out, scores = value(found.out).dtype, value(found.product.node).dtype
     if out == scores or torch.promote_types(out, scores) == out:
         return None
     if all(value(_uncast(n)).dtype == out for n in (found.q, found.k)):
@@ -89,20 +62,16 @@ def _precision(found: Attention) -> str | None:
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    while node.op == "call_method" and node.target in _CASTS and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    """The node before all casts that changed no value."""
+    while (source := before_cast(node)) is not None and holds(value(node).dtype, value(source).dtype):
+        node = source
     return node
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Equal for all values of symbolic sizes; asks no guard."""
-    expressions = [x.node.expr if isinstance(x, torch.SymInt) else x for x in (a, b)]
-    return bool(expressions[0] == expressions[1])
-
-
-def replace(found: Attention, settings: tuple[str, int, int], evaluator: Evaluator, fake_mode: Any) -> None:
-    """Rewrite the graph around an attention that :func:`why_not` has nothing against."""
-    emit = Emitter(found.out, fake_mode)
+def replace(found: Attention, pattern: Sequence[Any], evaluator: Evaluator) -> None:
+    """Rewrite the graph around an attention that :func:`why_not` has nothing against; ``pattern`` as the operator takes
+    it."""
+    emit = Emitter(found.out)
     out = value(found.out)
     k, v = found.k, found.v
     if not found.flipped:
@@ -121,7 +90,7 @@ def replace(found: Attention, settings: tuple[str, int, int], evaluator: Evaluat
         keys = emit(torch.logical_not, keys)
     scale = value(found.scale) if isinstance(found.scale, fx.Node) else found.scale
     scale = value(found.q).shape[-1] ** -0.5 if scale is None else float(scale)
-    pair = emit(torch.ops.mst.attention.default, *operands, keys, None, *settings, scale)
+    pair = emit(torch.ops.mst.attention.default, *operands, keys, None, *pattern, scale)
     new = emit(operator.getitem, pair, 0)
     if flat:
         new = emit("squeeze", new, 1)
@@ -158,7 +127,7 @@ def _views_fit(node: fx.Node, tensor: Tensor) -> bool:
 def _unrepeated(found: Attention, evaluator: Evaluator) -> tuple[fx.Node, fx.Node]:
     """Keys and values before they were repeated for each head of a group, if that is what was done to both."""
     k, v = _before_repeat(found.k, evaluator), _before_repeat(found.v, evaluator)
-    if k is None or v is None or not _same(value(k).shape[1], value(v).shape[1]):
+    if k is None or v is None or not same_size(value(k).shape[1], value(v).shape[1]):
         return found.k, found.v
     return k, v
 
@@ -168,8 +137,7 @@ def _before_repeat(node: fx.Node, evaluator: Evaluator) -> fx.Node | None:
     shape = value(node).shape
     source = node
     for _ in range(_MAX_VIEWS):
-        name = source.target if isinstance(source.target, str) else getattr(source.target, "__name__", "")
-        if source.op not in ("call_function", "call_method") or name not in _VIEWS:
+        if not computes(source) or name(source) not in _VIEWS:
             return None
         source = source.args[0]  # type: ignore[assignment]
         before = value(source)

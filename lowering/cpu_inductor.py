@@ -1,0 +1,60 @@
+"""Inductor lowerings of the ``mst::`` operators on the CPU.
+
+Forward and grad-input become calls of an extern kernel with an ``out`` argument: Inductor allocates and reuses their
+results like those of a matrix product. grad-weight and attention have several results and stay calls of the operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._inductor import ir
+from torch._inductor.lowering import lowerings
+from torch._inductor.select_algorithm import extern_kernels
+from torch._inductor.virtualized import V
+
+from . import cpu
+
+_KERNEL = "mst_linear_out"
+
+# Generated wrappers call extern_kernels.mst_linear_out(...), also those that come out of Inductor's cache.
+setattr(extern_kernels, _KERNEL, cpu.linear_out)
+
+
+def _unit_stride(x: Any) -> Any:
+    """Realize ``x``, copied only if its features do not lie side by side."""
+    x = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(x))
+    strides = x.get_stride()
+    return x if V.graph.sizevars.statically_known_equals(strides[-1], 1) else ir.ExternKernel.copy_input(x)
+
+
+def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, *_: Any) -> Any:
+    """``x W + bias`` as one extern kernel on ``x`` viewed as ``[M, in]``."""
+    if cpu.why_unsupported(x.get_dtype(), weight.get_dtype(), block) is not None:
+        return None
+    view = lowerings[torch.ops.aten.view.default]
+    *lead, features = x.get_size()
+    out_features = weight.get_size()[1 if transposed else 0]
+    rows = x if len(lead) == 1 else view(x, [-1, features])
+    operands = [_unit_stride(rows), ir.ExternKernel.require_contiguous(weight), ir.ExternKernel.realize_input(index)]
+    if bias is not None:
+        operands.append(ir.ExternKernel.require_contiguous(bias))
+    layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [rows.get_size()[0], out_features])
+    out = ir.TensorBox.create(
+        ir.ExternKernelOut(
+            layout,
+            operands,
+            kwargs={"block": block, "transposed": transposed},
+            python_kernel_name=f"extern_kernels.{_KERNEL}",
+        )
+    )
+    return out if len(lead) == 1 else view(out, [*lead, out_features])
+
+
+def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool, *_: Any) -> Any:
+    return _linear(grad, weight, None, index, block, not transposed)
+
+
+LOWERINGS: Mapping[str, Callable[..., Any]] = {"linear": _linear, "linear_grad_input": _grad_input}

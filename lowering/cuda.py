@@ -1,0 +1,71 @@
+"""The record of NVIDIA GPUs. They have no kernels in eager mode: Inductor generates all from templates."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from mst_compile.blocks.grid import TILE_BLOCK
+
+from . import crossover, device
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MIN_HEAD, _MAX_HEAD, _MAX_HEAD_FLOAT32 = 16, 256, 128  # accumulators of larger ones do not fit the registers
+_MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
+
+
+def why_unsupported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: int) -> str | None:
+    """Why there is no GPU kernel for these operands, or None if there is one."""
+    reason = _why_no_kernels()
+    if reason is not None:
+        return f"no kernels: {reason}"
+    if x_dtype not in _DTYPES or weight_dtype not in _DTYPES:
+        return f"no GPU kernel for input {x_dtype}, weight {weight_dtype}"
+    if block < TILE_BLOCK:
+        return f"no GPU kernel for block {block}: the finest is {TILE_BLOCK}"
+    return None
+
+
+def why_no_attention(dtype: torch.dtype, size: int) -> str | None:
+    """Why there is no GPU attention kernel for heads of ``size`` in ``dtype``, or None if there is one."""
+    reason = _why_no_kernels()
+    if reason is not None:
+        return f"no kernels: {reason}"
+    largest = _MAX_HEAD_FLOAT32 if dtype == torch.float32 else _MAX_HEAD
+    if dtype not in _DTYPES or not _MIN_HEAD <= size <= largest:
+        return f"no GPU attention kernel for heads of {size} in {dtype}"
+    return None
+
+
+@functools.cache
+def _why_no_kernels() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.hip is not None:
+        return "the GPU kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability()
+    if capability < _MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below {_MIN_CAPABILITY[0]}.{_MIN_CAPABILITY[1]}"
+    return None
+
+
+def _lowerings() -> Mapping[str, Callable[..., Any]]:
+    from .gpu_inductor import LOWERINGS
+
+    return LOWERINGS
+
+
+device.register(
+    device.Device(
+        "cuda",
+        why_unsupported=why_unsupported,
+        why_no_attention=why_no_attention,
+        crossover=crossover.of_weights,
+        finest_block=TILE_BLOCK,  # a coarse grid costs density, a finer one all that could be saved
+        lowerings=_lowerings,
+    )
+)

@@ -1,0 +1,88 @@
+"""What this package knows of a device type, in one record each.
+
+Whoever asks what a device can do asks its record: the selection of weights for its default block, the graph passes for
+what has kernels, the dispatch between dense and sparse products for where dense ones take over, Inductor for its
+lowerings. A device is added by one file that registers one record; nothing else names devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mst_compile.blocks.bulk import Kernels
+from mst_compile.blocks.bulk import register as register_bulk
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.ops import attention, linear  # noqa: F401  (define what devices implement)
+from mst_compile.ops.library import implement
+
+FINEST_BLOCK = 4  # that any device has kernels for
+_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device type.
+
+    Attributes:
+        type: as in ``torch.device.type``.
+        why_unsupported: given the dtypes of input and weight and the block, why there is no kernel for such a product,
+            or None if there is one.
+        why_no_attention: the same of attention, given the dtype and the size of a head.
+        crossover: given the grids of a graph's weights, and whether a variant with sparse products has been compiled
+            yet, the mean density from which its dense products are faster. The same on all ranks.
+        default_block: block of weights for which the user names none.
+        finest_block: finest block with kernels; a weight that the default suits badly gets no finer one.
+        implementations: operator (``"linear"``, ...) -> what computes it; it may decline, see
+            :func:`mst_compile.ops.library.implement`.
+        bulk: passes over whole weights, where the device has something better than PyTorch.
+        lowerings: returns operator -> its Inductor lowering, which takes the operator's arguments as Inductor's IR and
+            may decline (return None), as if it were absent: then the operator itself is called. A function, because
+            Inductor is imported when something is compiled, not before; whatever generated code calls by name must
+            exist once it has returned.
+        why_not_compiled: why nothing can be compiled for the device on this machine, and what to do, or None. The
+            model then runs in eager mode.
+        keep_memory: asks the device's allocator to keep what it frees in the process.
+    """
+
+    type: str
+    why_unsupported: Callable[[torch.dtype, torch.dtype, int], str | None]
+    why_no_attention: Callable[[torch.dtype, int], str | None]
+    crossover: Callable[[Sequence[BlockGrid], bool], float]
+    default_block: int = _BLOCK
+    finest_block: int = FINEST_BLOCK
+    implementations: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    bulk: Kernels | None = None
+    lowerings: Callable[[], Mapping[str, Callable[..., Any]]] = dict
+    why_not_compiled: Callable[[], str | None] = lambda: None
+    keep_memory: Callable[[], object] = lambda: None
+
+
+_records: dict[str, Device] = {}
+
+
+def register(device: Device) -> None:
+    """Make ``device`` the record of its type, and its implementations those of the operators. Once a type."""
+    key = torch._C._dispatch_key_for_device(device.type)
+    for name, function in device.implementations.items():
+        implement(name, key, function)
+    if device.bulk is not None:
+        register_bulk(device.type, device.bulk)
+    _records[device.type] = device
+
+
+def registered() -> list[Device]:
+    return list(_records.values())
+
+
+def of(device_type: str) -> Device:
+    """The record of a device type; of one that nobody has registered, a record that says that it has no kernels."""
+    return _records.get(device_type) or Device(
+        device_type,
+        why_unsupported=lambda *_: f"no kernel for device {device_type}",
+        why_no_attention=lambda *_: f"no attention kernel for device {device_type}",
+        crossover=lambda *_: 0.0,  # all products are dense
+    )

@@ -1,0 +1,74 @@
+"""Inductor lowerings of the ``mst::`` operators on NVIDIA GPUs: which operands go to our Triton templates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch._inductor.lowering import lowerings, to_dtype
+from torch._inductor.virtualized import V
+
+from mst_compile.ops.linear import DENSITY
+
+from . import cuda, gpu, gpu_attention
+
+
+def _takes(x: Any, weight_dtype: torch.dtype, block: int, out_features: Any) -> bool:
+    if cuda.why_unsupported(x.get_dtype(), weight_dtype, block) is not None:
+        return False
+    # Inductor drops the mask of a template's store where the result has a single element.
+    return not all(V.graph.sizevars.statically_known_equals(s, 1) for s in (*x.get_size()[:-1], out_features))
+
+
+def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, density: float = DENSITY) -> Any:
+    if not _takes(x, weight.get_dtype(), block, weight.get_size()[1 if transposed else 0]):
+        return None
+    out = gpu.linear(x, weight, index, block, not transposed, density)
+    # Inductor fuses the bias into the store of the kernel, with whatever pointwise follows.
+    return out if bias is None else lowerings[torch.ops.aten.add.Tensor](out, to_dtype(bias, out.get_dtype()))
+
+
+def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool, density: float = DENSITY) -> Any:
+    if not _takes(grad, weight.get_dtype(), block, weight.get_size()[0 if transposed else 1]):
+        return None
+    return gpu.linear(grad, weight, index, block, transposed, density)
+
+
+def _grad_weight(
+    grad: Any,
+    x: Any,
+    index: Any,
+    block: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    bias: bool,
+    density: float = DENSITY,
+) -> Any:
+    features = x.get_size()[-1] * grad.get_size()[-1]
+    if features == 1 or x.get_dtype() != grad.get_dtype() or not _takes(grad, dtype, block, features):
+        return None
+    return gpu.grad_weight(grad, x, index, block, transposed, dtype, bias, density)
+
+
+def _takes_attention(q: Any, k: Any, v: Any) -> bool:
+    dtype = q.get_dtype()
+    same = {k.get_dtype(), v.get_dtype()} == {dtype}
+    return same and cuda.why_no_attention(dtype, gpu.static(q.get_size()[-1])) is None
+
+
+def _attention(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    return gpu_attention.attention(q, k, v, *rest) if _takes_attention(q, k, v) else None
+
+
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
+    return gpu_attention.attention_backward(grad, q, k, v, *rest) if _takes_attention(q, k, v) else None
+
+
+LOWERINGS: Mapping[str, Callable[..., Any]] = {
+    "linear": _linear,
+    "linear_grad_input": _grad_input,
+    "linear_grad_weight": _grad_weight,
+    "attention": _attention,
+    "attention_backward": _attention_backward,
+}

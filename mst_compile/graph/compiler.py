@@ -1,0 +1,182 @@
+"""Make the variants of one Dynamo graph: rewritten, with the inputs and in the context that Inductor asks for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from mst_compile.graph import passes
+from mst_compile.graph.attention.constant import Constant
+from mst_compile.graph.context import Context, Site
+from mst_compile.graph.fx import clone, placeholders, value
+from mst_compile.graph.linear import fake_index
+from mst_compile.graph.notes import note_attention, warn_unmatched
+from mst_compile.graph.passes import Stage
+from mst_compile.lowering import device
+from mst_compile.state import weight as weights
+from mst_compile.state.weight import SparseWeight
+
+CompileFn = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+class Kind(NamedTuple):
+    """Which variant of a graph: with sparse products, and with the pattern in its attention."""
+
+    sparse: bool
+    patterned: bool
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A compiled graph.
+
+    Attributes:
+        run: takes the graph's inputs, and the index tensors after them if products are sparse.
+        constants: buffers whose values it relies on.
+        queries: shapes of the queries in attentions with the pattern; sizes may be symbolic.
+    """
+
+    run: Callable[..., Any]
+    constants: Sequence[Constant] = ()
+    queries: Sequence[tuple[Any, ...]] = ()
+
+
+def find_weights(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, SparseWeight]:
+    """Position of each input that is a sparse parameter -> its state."""
+    found = {}
+    for i, (node, example) in enumerate(zip(placeholders(graph_module.graph), example_inputs, strict=False)):
+        # Under DDP's graph splitting the example is fake; the graph argument still knows the Parameter.
+        argument = node.meta.get("grapharg")
+        with contextlib.suppress(Exception):
+            example = argument.example if argument is not None else example
+        weight = weights.of(example)
+        if weight is not None:
+            found[i] = weight
+    return found
+
+
+class Compiler:
+    """Compiles variants of one graph when they are asked for, and forgets the graph when all exist.
+
+    Args:
+        found: position among the inputs -> state of the sparse parameter that came in there.
+
+    Attributes:
+        slots: positions of the sparse parameters whose index a variant with sparse products takes, in this order.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        found: Mapping[int, SparseWeight],
+        compile_fn: CompileFn,
+    ) -> None:
+        self._compile_fn = compile_fn
+        self._found = found
+        self._attention = found[next(iter(found))].attention
+        record = device.of(example_inputs[next(iter(found))].device.type)
+        self._context = Context(
+            found,
+            why_unsupported=lambda where, *operands: device.of(where).why_unsupported(*operands),
+            why_no_attention=lambda where, *operands: device.of(where).why_no_attention(*operands),
+        )
+        self._inputs = [value(n) for n in placeholders(graph_module.graph)]
+        passes.apply(passes.of(Stage.GRAPH), graph_module, self._context)
+        sparse = clone(graph_module)
+        passes.apply(passes.of(Stage.PRODUCTS), sparse, self._context)
+        self.slots = list(self._context.indices)
+        self._note_weights(warn=record.why_not_compiled() is None)  # else one warning has told already
+        # Attention is rewritten when a variant with it is compiled: both graphs may be needed with either pattern.
+        self._graphs = {False: graph_module, True: sparse}
+        self._made: dict[Kind, Variant] = {}
+        self._tracing = torch._guards.TracingContext.try_get()
+        self._compile_context = torch._guards.CompileContext.try_get()
+        self._examples = list(example_inputs)  # Dynamo's own for the first variant
+        self._late_examples = self._fakes(example_inputs)
+
+    def variant(self, kind: Kind, inputs: Sequence[Any]) -> Variant:
+        """The variant of a kind; ``inputs`` are those of the call that needs it."""
+        if kind in self._made:
+            return self._made[kind]
+        graph_module = clone(self._graphs[kind.sparse])
+        constants, sites = self._give_pattern(graph_module, inputs) if kind.patterned else ([], [])
+        queries = [site.query for site in sites if site.replaced]
+        plain = kind._replace(patterned=False)
+        if kind.patterned and not queries:  # no attention here that could be sparse
+            self._made[kind] = self.variant(plain, inputs)
+        else:
+            self._made[kind] = Variant(self._compile(graph_module, kind.sparse), constants, queries)
+        self._forget_what_no_variant_needs()
+        return self._made[kind]
+
+    def sizes(self, shape: tuple[Any, ...], args: Sequence[Any]) -> tuple[int, ...]:
+        """A shape in the graph, symbolic where Dynamo made it so, as it is in the call with ``args``."""
+        symbolic = next((size for size in shape if isinstance(size, torch.SymInt)), None)
+        if symbolic is None:
+            return shape
+        inputs = [x if isinstance(x, Tensor | torch.SymInt) else None for x in self._inputs]
+        bound = symbolic.node.shape_env.bind_symbols(inputs, args)
+        return tuple(int(s.node.expr.xreplace(bound)) if isinstance(s, torch.SymInt) else s for s in shape)
+
+    def _note_weights(self, warn: bool) -> None:
+        """Tell the weights what became of their products."""
+        said = self._context
+        for key, weight in self._found.items():
+            weight.uses.note(said.matched.get(key, ()), said.unmatched.get(key, ()))
+        if warn:
+            warn_unmatched([self._found[key] for key in said.unmatched if key not in self.slots])
+
+    def _give_pattern(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Constant], list[Site]]:
+        """Give every attention that the pass understands its pattern."""
+        state = self._attention
+        context = replace(self._context, pattern=state.settings, inputs=inputs, sites=[], constants=[])
+        passes.apply(passes.of(Stage.PATTERN), graph_module, context)
+        note_attention(state, context.sites)
+        return context.constants, context.sites
+
+    def _compile(self, graph_module: fx.GraphModule, sparse: bool) -> Callable[..., Any]:
+        tracing, examples = self._tracing, self._examples
+        if sparse:
+            mode = tracing.fake_mode if tracing is not None else None
+            examples = [*examples, *(fake_index(self._found[i], mode) for i in self.slots)]
+        with contextlib.ExitStack() as stack:
+            if tracing is not None and torch._guards.TracingContext.try_get() is None:
+                stack.enter_context(torch._guards.compile_context(self._compile_context))  # type: ignore[arg-type]
+                stack.enter_context(torch._guards.tracing(tracing))
+            run = self._compile_fn(graph_module, examples)
+        self._examples = self._late_examples
+        return run
+
+    def _forget_what_no_variant_needs(self) -> None:
+        products = (False, True) if self.slots else (False,)
+        patterns = (False, True) if self._attention.sparse != "full" else (False,)
+        if {Kind(sparse, patterned) for sparse in products for patterned in patterns} <= self._made.keys():
+            self._graphs, self._examples, self._late_examples = {}, [], []
+            self._tracing = self._compile_context = None
+
+    def _fakes(self, example_inputs: Sequence[Any]) -> list[Any]:
+        """Fake example inputs for a variant that is compiled later.
+
+        Made now, because Dynamo forgets how it made its inputs symbolic once the backend returns: real tensors would
+        then all become dynamic. Fakes also keep no batch alive.
+        """
+        tracing = self._tracing
+        if tracing is None or tracing.fake_mode is None:
+            return list(example_inputs)
+        mode, out = tracing.fake_mode, []
+        for x in example_inputs:
+            if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+                symbolic = tracing.tensor_to_context.get(x, None)
+                if symbolic is None:
+                    x = mode.from_tensor(x, static_shapes=True)
+                else:
+                    x = mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+            out.append(x)
+        return out

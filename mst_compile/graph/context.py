@@ -1,0 +1,74 @@
+"""What graph passes are told and what they say: one small object that goes through all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from mst_compile.graph.attention.constant import Constant
+from mst_compile.state.weight import SparseWeight
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of a graph.
+
+    Attributes:
+        where: path of the module it stands in.
+        form: which of :data:`mst_compile.graph.attention.forms.FORMS` it has, such as ``"sdpa"``.
+        causal: whether it is causal self-attention that the pass understands.
+        replaced: whether it runs on ``mst::attention`` now.
+        reason: why not, else empty.
+        query: if replaced, shape of the queries ``[..., length, head size]``; sizes may be symbolic.
+    """
+
+    where: str
+    form: str
+    causal: bool
+    replaced: bool
+    reason: str
+    query: tuple[Any, ...] = ()
+
+
+def _nothing_against(*_: Any) -> str | None:
+    return None
+
+
+@dataclass
+class Context:
+    """What the passes may know of a graph, and what they report of it.
+
+    Attributes:
+        weights: position among the graph's placeholders -> state of the sparse parameter that comes in there.
+        pattern: the keys that queries shall see, as ``mst::attention`` takes them; None: what the model says.
+        inputs: the graph's real inputs, if they are known; for masks in buffers once Dynamo has forgotten its own.
+        why_unsupported: given a device type, the dtypes of input and weight and the block, why the device has no kernel
+            for such a product, or None if it has one.
+        why_no_attention: the same of attention, given a device type, its dtype and head size.
+
+        indices: keys of ``weights`` whose index became an input of the graph, after all others and in this order.
+        matched: keys of ``weights`` -> the places in the model's code where a product with it became sparse.
+        unmatched: keys of ``weights`` -> why products with it stay dense.
+        sites: what became of each attention.
+        constants: buffers whose values the rewritten graph relies on.
+    """
+
+    weights: Mapping[int, SparseWeight] = field(default_factory=dict)
+    pattern: Sequence[Any] | None = None
+    inputs: Sequence[Any] = ()
+    why_unsupported: Callable[[str, torch.dtype, torch.dtype, int], str | None] = _nothing_against
+    why_no_attention: Callable[[str, torch.dtype, int], str | None] = _nothing_against
+
+    indices: list[int] = field(default_factory=list)
+    matched: dict[int, list[str]] = field(default_factory=dict)
+    unmatched: dict[int, list[str]] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    constants: list[Constant] = field(default_factory=list)
+
+
+Pass = Callable[[fx.GraphModule, Context], int]
+"""A pass rewrites a graph in place, says in the context what it could not do, and returns at how many places it did."""

@@ -1,0 +1,137 @@
+"""Choose one of a graph's variants at every call: with dense or sparse products, with full or sparse attention.
+
+Which one runs is decided from the densities of the parameters that come in and from the attention pattern of the
+moment; a variant is compiled when it is first needed. Nothing recompiles when topology, sparsity or attention change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from mst_compile.errors import TopologyChangedError
+from mst_compile.graph.compiler import CompileFn, Compiler, Kind, Variant
+from mst_compile.graph.linear import fake_index
+from mst_compile.lowering import device
+from mst_compile.state.weight import SparseWeight
+
+
+class Dispatch:
+    """The callable that Dynamo runs in place of a graph that holds sparse parameters.
+
+    Args:
+        found: position among the inputs -> state of the sparse parameter that came in there.
+        dense_threshold: the dense variant runs when the parameters' mean density is at least this; None: at the density
+            where dense products become faster on the weights' device.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        found: Mapping[int, SparseWeight],
+        compile_fn: CompileFn,
+        dense_threshold: float | None,
+    ) -> None:
+        self._found = found
+        self._first = next(iter(found))
+        self._attention = found[self._first].attention
+        self._given_threshold = dense_threshold
+        self._device = device.of(example_inputs[self._first].device.type)
+        self._compiler = Compiler(graph_module, example_inputs, found, compile_fn)
+        self._slots = [(i, found[i].signature) for i in self._compiler.slots]
+        self._variants: dict[tuple[bool, bool], Variant] = {}
+        self._set_threshold()
+        indices = self._indices(example_inputs)
+        inputs = [*example_inputs, *(indices or [])]
+        self._make((indices is not None, self._patterned(example_inputs)), inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        indices = self._indices(args)
+        kind = indices is not None, self._patterned(args)
+        inputs = args if indices is None else (*args, *indices)
+        variant = self._variants.get(kind) or self._make(kind, inputs)
+        if variant.constants and not all(constant.holds(args[constant.position]) for constant in variant.constants):
+            kind = kind[0], False  # another mask than the one that was found causal
+            variant = self._variants.get(kind) or self._make(kind, inputs)
+        out = variant.run(*inputs)
+        if torch.is_grad_enabled():
+            self._guard_backward(args, out)
+            self._note_queries(args, variant)
+        return out
+
+    def _make(self, kind: tuple[bool, bool], inputs: Sequence[Any]) -> Variant:
+        self._variants[kind] = self._compiler.variant(Kind(*kind), inputs)
+        self._set_threshold()
+        return self._variants[kind]
+
+    def _indices(self, args: Sequence[Any]) -> list[Tensor] | None:
+        """The index tensors of the parameters that came in, or None if the dense variant shall run."""
+        if not self._slots:
+            return None
+        indices = []
+        active = total = 0
+        threshold = self._threshold
+        for i, signature in self._slots:
+            parameter = args[i]
+            weight = getattr(parameter, "_mst_weight", None)
+            if weight is None and isinstance(parameter, FakeTensor):
+                weight = self._found[i]  # DDP's first call
+            # Another layer may share this graph: one that is not sparse, or on another grid, runs dense.
+            if weight is None or weight.signature != signature:
+                return None
+            weight.uses.dense_threshold = threshold
+            index = weight.index
+            if index.device != parameter.device:
+                weight.to_device(parameter.device)
+                index = weight.index
+            indices.append(index if not isinstance(parameter, FakeTensor) else fake_index(weight, parameter.fake_mode))
+            active += weight.active
+            total += weight.numel
+        return indices if active < threshold * total else None
+
+    def _patterned(self, args: Sequence[Any]) -> bool:
+        """Whether attention is sparse in the model that is running: another may share this graph."""
+        parameter = args[self._first]
+        weight = getattr(parameter, "_mst_weight", None)
+        if isinstance(parameter, FakeTensor):
+            return self._attention.pattern != "full"  # DDP's first call
+        if weight is None or weight.attention.settings != self._attention.settings:
+            return False
+        return weight.attention.pattern != "full"
+
+    def _guard_backward(self, args: Sequence[Any], out: Any) -> None:
+        """Turn a topology change between this forward pass and its backward pass into a clear error."""
+        outputs = out if isinstance(out, list | tuple) else (out,)
+        node = next((o.grad_fn for o in outputs if isinstance(o, Tensor) and o.grad_fn is not None), None)
+        if node is None:
+            return
+        used = [w for w in (getattr(args[i], "_mst_weight", None) for i in self._found) if w is not None]
+        before = [w.changes for w in used]
+
+        def check(_: Any) -> None:
+            if before != [w.changes for w in used]:
+                changed = next(w.name for w, b in zip(used, before, strict=True) if w.changes != b)
+                raise TopologyChangedError(
+                    f"the topology of {changed} changed between the forward pass and this backward pass, so the "
+                    "gradients would belong to another model. Call optimizer.step() or sparsifier(model).step() only "
+                    "after backward(), and run the forward pass again"
+                )
+
+        node.register_prehook(check)
+
+    def _note_queries(self, args: Sequence[Any], variant: Variant) -> None:
+        """Note the attentions of this pass that have a pattern, if someone counts."""
+        weight = getattr(args[self._first], "_mst_weight", None)
+        if weight is not None and weight.attention.queries is not None:
+            weight.attention.queries += [self._compiler.sizes(query, args) for query in variant.queries]
+
+    def _set_threshold(self) -> None:
+        """Look the crossover up: before compiling an estimate, after it what tuning measured."""
+        grids = [self._found[i].grid for i, _ in self._slots]
+        given, tuned = self._given_threshold, any(sparse for sparse, _ in self._variants)
+        self._threshold = self._device.crossover(grids, tuned) if given is None else given

@@ -1,0 +1,326 @@
+"""The vocabulary of all graph passes: what a node is, what it computes, where it stands, and how to add another.
+
+The passes work on the graphs that Dynamo hands over. Operators appear there in many guises (functions, methods,
+operators of Python); the tables below say once which of them are the same. Results are known as fake tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import networkx
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+# What a node calls: functions as they are, methods by name.
+LINEARS = {torch.nn.functional.linear, torch._C._nn.linear}
+PRODUCTS = {torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm", "__matmul__"}
+EINSUMS = {torch.einsum, torch.functional.einsum}
+SOFTMAXES = {torch.softmax, torch.nn.functional.softmax, "softmax"}
+DROPOUTS = {torch.dropout, torch.nn.functional.dropout}
+LINEAR = torch._C._nn.linear
+ATTENTION = torch._C._nn.scaled_dot_product_attention
+MULTIHEAD = torch.nn.functional.multi_head_attention_forward
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+_SWAPS = {torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"}
+_PERMUTES = {torch.permute, "permute"}
+_OF_MATRICES = {torch.t, "t", torch.ops.aten.t.default, torch.ops.aten.numpy_T.default}  # .T as torch 2.14 traces it
+_OF_LAST = {torch.ops.aten.mT.default}
+
+# By the name of either.
+CASTS = {"to", "float", "type", "type_as", "bfloat16", "half", "double", "contiguous", "clone"}
+RESHAPES = {"view", "reshape", "unflatten", "flatten"}
+POINTWISE = {
+    "add", "add_", "iadd", "sub", "sub_", "isub", "mul", "mul_", "imul", "div", "div_", "truediv", "itruediv",
+    "true_divide", "neg", "where", "masked_fill", "masked_fill_", "maximum", "minimum", "clamp", "tanh", "abs", "pow",
+    "relu", "exp",
+}  # fmt: skip
+
+_IN_PLACE = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
+    operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
+}  # fmt: skip
+_ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_STACKS = ("nn_module_stack", "source_fn_stack", "stack_trace")
+
+
+def computes(node: fx.Node) -> bool:
+    """Whether a node is the call of a function or method."""
+    return node.op in ("call_function", "call_method")
+
+
+def calls(node: fx.Node, targets: Collection[Any]) -> bool:
+    """Whether a node is the call of one of these functions or methods."""
+    return computes(node) and node.target in targets
+
+
+def name(node: fx.Node) -> str:
+    """What a node calls: ``"matmul"`` for the function as for the method."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
+    """A node's arguments by name; ``names`` are those of positional ones."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def value(node: Any) -> Any:
+    """The fake result that Dynamo recorded for a node."""
+    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+
+
+def fake_mode(graph: fx.Graph) -> Any:
+    """The mode of the graph's own fakes, or None; ``detect_fake_mode()`` would return the tracing context's."""
+    return next((v.fake_mode for v in map(value, graph.nodes) if isinstance(v, FakeTensor)), None)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for all values of symbolic ones; asks no guard."""
+    expressions = [x.node.expr if isinstance(x, torch.SymInt) else x for x in (a, b)]
+    return bool(expressions[0] == expressions[1])
+
+
+def storage(node: Any) -> int | None:
+    """What identifies the memory of a node's fake tensor; views share it."""
+    tensor = value(node)
+    if not isinstance(tensor, Tensor):
+        return None
+    try:
+        return tensor.untyped_storage()._cdata
+    except Exception:
+        return None  # a tensor subclass without memory of its own
+
+
+def written(node: fx.Node) -> Any:
+    """The node that an in-place operation writes to, or None."""
+    if node.kwargs.get("out") is not None:
+        return node.kwargs["out"]
+    if not node.args or not computes(node):
+        return None
+    called = name(node)
+    in_place = (called.endswith("_") and not called.endswith("__")) or called.startswith("__i")
+    writes = in_place or called == "__setitem__" or node.target in _IN_PLACE or node.kwargs.get("inplace") is True
+    return node.args[0] if writes else None
+
+
+def before_cast(node: Any) -> fx.Node | None:
+    """The node of which ``node`` is a copy in perhaps another dtype or layout, or None if it is something else."""
+    if not isinstance(node, fx.Node) or node.op != "call_method" or node.target not in CASTS:
+        return None
+    source = node.args[0]
+    new, old = value(node), value(source)
+    if not (isinstance(new, Tensor) and isinstance(old, Tensor)) or new.device != old.device:
+        return None
+    if any(written(user) is node for user in node.users):
+        return None  # a copy that changes afterwards
+    return source  # type: ignore[return-value]
+
+
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of ``narrow`` is one of ``wide``: a cast to ``wide`` then changes no value."""
+    return torch.promote_types(wide, narrow) == wide
+
+
+def is_one_cast(dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether numbers of the first dtype that are cast to the others in turn become what a cast to the last one alone
+    makes of them."""
+    rounds = next((i for i, dtype in enumerate(dtypes) if not holds(dtype, dtypes[0])), len(dtypes))
+    return all(dtype == dtypes[-1] for dtype in dtypes[rounds:])
+
+
+def before_swap(node: Any) -> fx.Node | None:
+    """The node whose last two dimensions ``node`` exchanges, or None if it does something else."""
+    if not isinstance(node, fx.Node) or not computes(node) or not node.args:
+        return None
+    source, rest = node.args[0], node.args[1:]
+    tensor = value(source)
+    if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+        return None
+    dims = tensor.dim()
+    if node.target is getattr:
+        swaps = rest == ("mT",) or (rest == ("T",) and dims == 2)
+    elif calls(node, _SWAPS | _PERMUTES):
+        given = rest[0] if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
+        order = [d % dims for d in given if isinstance(d, int)]  # type: ignore[union-attr]
+        last = [dims - 2, dims - 1]
+        swaps = order == [*range(dims - 2), *last[::-1]] if node.target in _PERMUTES else sorted(order) == last
+    else:
+        swaps = node.target in _OF_LAST or (node.target in _OF_MATRICES and dims == 2)
+    return source if swaps else None  # type: ignore[return-value]
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+def where(node: fx.Node) -> str:
+    """Path of the module that a node stands in, or the empty string."""
+    stack = node.meta.get("nn_module_stack")
+    return next(reversed(stack.values()))[0] if stack else ""
+
+
+def describe(node: fx.Node) -> str:
+    """A short name of what ``node`` computes, with the module it stands in."""
+    return f"{name(node)} in {where(node)}" if where(node) else name(node)
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    return [n for n in graph.nodes if n.op == "placeholder"]
+
+
+def add_placeholder(graph: fx.Graph, called: str, example: Any) -> fx.Node:
+    """One more input, after all others."""
+    with graph.inserting_after(placeholders(graph)[-1]):
+        node = graph.placeholder(called)
+    node.meta["example_value"] = example
+    return node
+
+
+class Region:
+    """Dynamo's graph, or the body of an activation checkpoint in it.
+
+    Attributes:
+        module, graph: what holds the nodes.
+        outer: the region that calls this one; None for Dynamo's own graph.
+        sources: placeholder of a body -> the node of ``outer`` that it stands for.
+    """
+
+    def __init__(self, module: fx.GraphModule, outer: Region | None = None, call: fx.Node | None = None) -> None:
+        self.module, self.graph = module, module.graph
+        self.outer, self._call = outer, call
+        given: Any = () if call is None else call.args[1:]
+        pairs = zip(placeholders(self.graph), given, strict=False)
+        self.sources: dict[fx.Node, fx.Node] = {inside: o for inside, o in pairs if isinstance(o, fx.Node)}
+
+    def origin(self, node: Any) -> Any:
+        """The node of the outermost graph that a body's placeholder stands for; others are their own."""
+        if self.outer is None or node not in self.sources:
+            return node
+        return self.outer.origin(self.sources[node])
+
+    def receive(self, node: fx.Node) -> fx.Node:
+        """A node of this graph, or of one around it, as a node of this one; bodies get one more input."""
+        if node.graph is self.graph or self.outer is None or self._call is None:
+            return node
+        outside = self.outer.receive(node)
+        for inside, source in self.sources.items():
+            if source is outside:
+                return inside
+        inside = add_placeholder(self.graph, f"mst_{outside.name}", value(outside))
+        self.sources[inside] = outside
+        self._call.args = (*self._call.args, outside)
+        return inside
+
+
+def walk(graph_module: fx.GraphModule) -> Iterator[tuple[Region, fx.Node]]:
+    """All nodes in the order in which they run, those of checkpoints' bodies where these are called.
+
+    Nodes may be added and erased meanwhile; added ones are not visited.
+    """
+    yield from _walk(Region(graph_module))
+
+
+def _walk(region: Region) -> Iterator[tuple[Region, fx.Node]]:
+    for node in list(region.graph.nodes):
+        if calls(node, {CHECKPOINT}):
+            body = getattr(region.module, str(node.args[0].target))  # type: ignore[union-attr]
+            yield from _walk(Region(body, region, node))
+        elif not node._erased:
+            yield region, node
+
+
+def between(graph: fx.Graph, start: fx.Node, end: fx.Node) -> set[fx.Node]:
+    """The nodes on all ways from ``start`` to ``end``, without the two."""
+    flow = networkx.DiGraph()
+    flow.add_nodes_from((start, end))
+    inside = False
+    for node in graph.nodes:
+        inside = inside or node is start
+        if inside:
+            flow.add_edges_from((node, user) for user in node.users)
+        if node is end:
+            break
+    return networkx.descendants(flow, start) & networkx.ancestors(flow, end)
+
+
+# ---- new nodes -------------------------------------------------------------------------------------------------------
+
+
+class Emitter:
+    """Adds nodes in front of one node, each with the fake result that later passes and AOTAutograd's cache ask for."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self._graph, self._node = node.graph, node
+        self._mode = fake_mode(node.graph)
+        self._autocast = _open_regions(node)
+
+    def __call__(self, target: str | Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        with self._graph.inserting_before(self._node):
+            if isinstance(target, str):
+                new = self._graph.call_method(target, args, kwargs)
+            else:
+                new = self._graph.call_function(target, args, kwargs)
+        values, named = fx.node.map_arg(args, value), fx.node.map_arg(kwargs, value)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._mode or contextlib.nullcontext())
+            stack.enter_context(torch.no_grad())
+            for device, dtype, enabled, cache in self._autocast:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            function = getattr(values[0], target) if isinstance(target, str) else target
+            new.meta["example_value"] = function(*(values[1:] if isinstance(target, str) else values), **named)
+        for key in _STACKS:
+            if key in self._node.meta:
+                new.meta[key] = self._node.meta[key]
+        return new
+
+
+def _open_regions(node: fx.Node) -> list[tuple[Any, ...]]:
+    """The autocast regions of the graph that a node stands in: they decide on the dtype of results."""
+    regions: dict[fx.Node, tuple[Any, ...]] = {}
+    for n in node.graph.nodes:
+        if n is node:
+            break
+        if n.target is _ENTER:
+            regions[n] = n.args
+        elif n.target is _EXIT:
+            regions.pop(n.args[0], None)  # type: ignore[arg-type]
+    return list(regions.values())
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a Dynamo graph that keeps all that AOTAutograd and Inductor read off it."""
+    new = fx.GraphModule(graph_module, fx.Graph())
+    copies: dict[fx.Node, fx.Node] = {}
+    output = new.graph.graph_copy(graph_module.graph, copies)
+    if output is not None:
+        new.graph.output(output)
+    for old, copy in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            copy._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    new.meta = dict(graph_module.meta)
+    for attribute in ("_param_name_to_source", "_backend_id", "compile_subgraph_reason"):
+        if hasattr(graph_module, attribute):
+            setattr(new, attribute, getattr(graph_module, attribute))
+    for child_name, child in graph_module.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(new, child_name, clone(child))
+    new.recompile()
+    return new
+
+
+def recompile(graph_module: fx.GraphModule) -> None:
+    """Make a changed graph, and the bodies in it, run as changed."""
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            module.recompile()

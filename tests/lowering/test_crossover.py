@@ -1,0 +1,184 @@
+"""Where dense products take over: measured by Inductor's tuning, kept on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from helpers import compiled, static
+from mst_compile.lowering import crossover, device, inductor  # noqa: F401  (inductor listens to the tuner)
+from pretend_gpu import pretend_h100
+from torch import nn
+from torch._inductor.select_algorithm import get_algorithm_selector_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import mst_compile
+from mst_compile.blocks.grid import BlockGrid
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """No crossover measured yet, on a pretend GPU; yields the folder where measurements are kept."""
+    monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(crossover, "_measured", {})
+    crossover._folder.cache_clear()
+    with pretend_h100():
+        yield tmp_path
+    crossover._folder.cache_clear()
+
+
+GRID = BlockGrid(256, 512, 64)
+
+
+def test_crossover_is_measured_by_tuning(fresh: Path) -> None:
+    estimate = crossover.of_grid(GRID)
+    assert 0 < estimate < 1
+
+    class Choice:
+        def __init__(self, product: str | None = None) -> None:
+            if product:
+                self.mst_product = GRID, product, 0.2
+
+    # At density 0.2 sparse takes 1 + 2 against 2 + 4 dense: with twice the density they would be as fast.
+    crossover.from_tuning({Choice("forward"): 1.0, Choice("forward"): 1.5, Choice(): 2.0}, "mst_linear")
+    crossover.from_tuning({Choice("grad-weight"): 2.0, Choice(): 4.0}, "mst_grad_weight")
+    assert crossover.of_grid(GRID) == pytest.approx(0.4)
+    # A foreign question, and one where a side failed, change nothing.
+    crossover.from_tuning({Choice(): 1.0}, "mm")
+    crossover.from_tuning({Choice("forward"): float("inf"), Choice(): 2.0}, "mst_linear")
+    assert crossover.of_grid(GRID) == pytest.approx(0.4)
+    # Another process reads what this one has measured.
+    crossover._measured.clear()
+    assert crossover.of_grid(GRID) == pytest.approx(0.4)
+    # Sparse so slow that dense always wins, sparse so fast that it never does.
+    crossover.record(BlockGrid(64, 64, 32), "forward", 0.2, dense=1.0, sparse=100.0)
+    assert crossover.of_grid(BlockGrid(64, 64, 32)) == pytest.approx(0.002)
+    crossover.record(BlockGrid(64, 128, 32), "forward", 0.2, dense=100.0, sparse=1.0)
+    assert crossover.of_grid(BlockGrid(64, 128, 32)) == 1.0
+
+
+def test_crossover_of_several_weights_counts_their_sizes(fresh: Path) -> None:
+    small, large = BlockGrid(64, 64, 32), BlockGrid(64, 192, 32)
+    crossover.record(small, "forward", 0.5, dense=1.0, sparse=1.0)
+    crossover.record(large, "forward", 0.5, dense=1.0, sparse=2.5)
+    assert device.of("cuda").crossover([small, large], False) == pytest.approx((0.5 + 3 * 0.2) / 4)
+    assert device.of("cpu").crossover([small, large], False) == 0.8
+
+
+def test_a_broken_record_is_no_error(fresh: Path) -> None:
+    crossover.record(GRID, "forward", 0.1, dense=1.0, sparse=1.0)
+    crossover._measured.clear()
+    (broken,) = crossover._folder().iterdir()
+    broken.write_text("[0.1, ")
+    estimate = crossover.of_grid(GRID)
+    assert estimate == crossover._estimate(GRID)
+    crossover.record(GRID, "forward", 0.1, dense=2.0, sparse=1.0)
+    assert crossover.of_grid(GRID) == pytest.approx(0.2) != estimate
+    assert [json.loads(p.read_text()) for p in crossover._folder().iterdir()] == [[0.1, 2.0, 1.0]], "and no drafts stay"
+
+
+def test_a_cache_that_cannot_be_written_costs_no_more_than_measuring_again(fresh: Path) -> None:
+    crossover._folder().parent.joinpath(crossover._folder().name).write_text("in the way of the folder")
+    crossover.record(GRID, "forward", 0.1, dense=2.0, sparse=1.0)
+    assert crossover.of_grid(GRID) == pytest.approx(0.2)
+
+
+def test_processes_that_measure_at_the_same_time_lose_nothing_of_each_other(fresh: Path) -> None:
+    """This one has looked before the other writes, and writes after it."""
+    crossover.of_grid(GRID)
+    mine = crossover._measured
+    crossover._measured = {}
+    crossover.record(GRID, "forward", 0.2, dense=2.0, sparse=1.0)  # the other
+    crossover._measured = mine
+    crossover.record(GRID, "grad-weight", 0.2, dense=4.0, sparse=2.0)
+    assert crossover.of_grid(GRID) == pytest.approx(0.4)
+    crossover._measured = {}
+    assert sorted(crossover._times(GRID)) == [(0.2, 2.0, 1.0), (0.2, 4.0, 2.0)]
+
+
+def test_times_of_one_grid_are_not_taken_for_anothers(fresh: Path) -> None:
+    crossover.record(BlockGrid(256, 512, 64), "forward", 0.2, dense=1.0, sparse=1.0)
+    for other in (BlockGrid(56, 512, 64), BlockGrid(256, 512, 6), BlockGrid(256, 51, 64)):
+        assert not crossover._times(other)
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+def ranks_agree() -> None:
+    """Each rank has a cache of its own, with other times in it, as on other machines."""
+    rank = dist.get_rank()
+    torch.cuda.get_device_name = lambda: "H100"  # type: ignore[assignment]
+    small, large = BlockGrid(64, 64, 32), BlockGrid(64, 192, 32)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MST_COMPILE_CACHE_DIR"] = folder
+        crossover.record(small, "forward", 0.5, dense=1.0, sparse=1.0 + rank)
+        crossover.record(large, "forward", 0.5, dense=1.0, sparse=2.0 + rank)
+        grids = [small, large]
+        answers = [crossover.of_weights(grids)]  # nothing is tuned yet
+        # One rank alone compiles a graph: nobody waits for the others.
+        answers += [crossover.of_weights([large], tuned=True)] if rank == 1 else []
+        alone = crossover.of_weights([large]) if rank == 1 else None
+        answers = [answers[0], crossover.of_weights(grids, tuned=True)]
+        # Times that come later, and a graph of the same weights that is compiled later.
+        crossover.record(small, "forward", 0.5, dense=1.0, sparse=9.0 + rank)
+        answers += [crossover.of_weights(grids, tuned=True), crossover.of_weights(grids)]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, answers)
+    assert every[0] == every[1]
+    estimate, agreed, *later = answers
+    assert estimate == crossover._estimate(small)
+    own = [(1 / (1 + r) / 2 + 3 / (2 + r) / 2) / 4 for r in range(2)]
+    assert agreed in [pytest.approx(x) for x in own], "what one of them has measured"
+    assert later == [agreed, agreed]
+    assert alone in (None, pytest.approx(1 / 3 / 2)), "its own: it has asked first"
+
+
+def test_ranks_agree_and_none_waits_for_another(tmp_path: Path) -> None:
+    assert ranks.run([ranks_agree], 2, tmp_path) == {"ranks_agree": ""}
+
+
+def test_ranks_whose_store_keeps_nothing_take_the_estimate(fresh: Path) -> None:
+    """As where ranks are pretended: what cannot be agreed on must not differ."""
+    crossover.record(GRID, "forward", 0.2, dense=2.0, sparse=1.0)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        assert crossover.of_weights([GRID], tuned=True) == crossover._estimate(GRID)
+    finally:
+        dist.destroy_process_group()
+    assert crossover.of_weights([GRID], tuned=True) == pytest.approx(0.4)
+
+
+# -- the backend -------------------------------------------------------------------------------------------------------
+
+
+def test_inductor_tells_us_what_it_has_tuned() -> None:
+    assert crossover.from_tuning in get_algorithm_selector_cache().feedback_saver_fns
+
+
+@pytest.mark.parametrize(("threshold", "sparse"), [(0.45, False), (0.55, True)])
+def test_the_backend_asks_for_the_crossover(threshold: float, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[BlockGrid], bool]] = []
+
+    def of_weights(grids: Any, tuned: bool) -> float:
+        seen.append((list(grids), tuned))
+        return threshold
+
+    monkeypatch.setitem(device._records, "cpu", dataclasses.replace(device.of("cpu"), crossover=of_weights))
+    model = mst_compile.sparsify(nn.Linear(128, 64), static(0.5), block=16)
+    fast = compiled(model)
+    fast(torch.randn(2, 128))  # while it compiles both kinds are seen
+    with torch.profiler.profile() as profile:
+        fast(torch.randn(2, 128))
+    ran = [event.key for event in profile.key_averages()]
+    assert any("mst::linear" in key for key in ran) == sparse
+    assert seen == [([BlockGrid(64, 128, 16)], False), ([BlockGrid(64, 128, 16)], sparse)]
