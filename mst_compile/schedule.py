@@ -4,6 +4,19 @@ from .rules.attention import Attention
 from .rules.constant import Constant
 from .rules.growth import SET, Growth, Mixed, NoGrowth, RigL
 from .rules.mixed_sparsity import MixedSparsity
+from .rules.patterns import Parts, Pattern
 from .rules.schedule import Schedule
 
-__all__ = ["SET", "Attention", "Constant", "Growth", "Mixed", "MixedSparsity", "NoGrowth", "RigL", "Schedule"]
+__all__ = [
+    "SET",
+    "Attention",
+    "Constant",
+    "Growth",
+    "Mixed",
+    "MixedSparsity",
+    "NoGrowth",
+    "Parts",
+    "Pattern",
+    "RigL",
+    "Schedule",
+]

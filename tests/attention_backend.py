@@ -14,10 +14,11 @@ from mst_compile.graph import multihead, passes
 from mst_compile.graph.attention import causal, patterned
 from mst_compile.graph.attention.constant import Constant
 from mst_compile.graph.context import Context, Site
+from mst_compile.rules.patterns import FULL, Parts
 
 T = 12
 SHAPE = (2, 3, T, 8)
-WINDOW, STRIDE = 3, 5
+SPARSE = Parts(window=3, first=5, step=5)
 Compiled = Callable[..., Any]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,8 +30,8 @@ class Backend:
         pattern: what attention shall see; None: it stays as the model wrote it.
     """
 
-    def __init__(self, pattern: str | None = "full", inner: str = "eager") -> None:
-        self.pattern = None if pattern is None else (pattern, WINDOW, STRIDE)
+    def __init__(self, pattern: Parts | None = FULL, inner: str = "eager") -> None:
+        self.pattern = pattern
         self.inner = torch._dynamo.lookup_backend(inner)
         self.graphs: list[fx.GraphModule] = []
         self.sites: list[Site] = []

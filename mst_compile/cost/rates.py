@@ -104,7 +104,7 @@ def measure(
         _median(taken[len(points) :]) if taken else 0.0,
         event,
         median["top"] - median.get("pattern", median["top"]),
-        sum(attention_saving(query, *own.attention.settings) for query in queries),
+        sum(attention_saving(query, own.attention.parts) for query in queries),
     )
 
 

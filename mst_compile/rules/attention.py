@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from mst_compile.errors import ScheduleError
 
-from .checks import check_choice, check_positions, is_moment
-
-ATTENTIONS = ("full", "local", "strided", "sparse", "fixed")
+from .checks import check_positions, is_moment
+from .patterns import Parts, Pattern, as_pattern
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,8 @@ class Attention:
     """A pattern for causal self-attention, from one step to another; outside of them attention is full.
 
     Args:
-        pattern: one of those in :mod:`mst_compile.rules.patterns`.
+        pattern: a name of :mod:`mst_compile.rules.patterns`, or a
+            :class:`~mst_compile.rules.patterns.Pattern` of your own.
         window: number of last keys that ``"local"`` and ``"sparse"`` attend to, in positions; default ``stride``.
         stride: of the patterns, in positions.
         start, end: first step with the pattern, and first step without it again, each a share of the run if a float, a
@@ -26,14 +26,13 @@ class Attention:
         ScheduleError: a value is out of range.
     """
 
-    pattern: str = "full"
+    pattern: str | Pattern = "full"
     window: int | None = None
     stride: int = 128
     start: float | int | None = None
     end: float | int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("attention", self.pattern, ATTENTIONS)
         check_positions("stride", self.stride)
         if self.window is not None:
             check_positions("window", self.window)
@@ -44,17 +43,20 @@ class Attention:
                     f"run as floats in [0, 1] or numbers of steps, got {(self.start, self.end)!r}"
                 )
 
+        _ = self.parts  # of a pattern that there is, and of numbers that it takes
+
     @property
-    def positions(self) -> int:
-        """The window in positions."""
-        return self.window or self.stride
+    def name(self) -> str:
+        """Name of the pattern."""
+        return as_pattern(self.pattern).name
 
-    def pattern_at(self, step: int, start: int, end: int) -> str:
-        """Pattern of the forward pass after ``step`` steps, where the pattern's own edges come to these steps."""
-        return self.pattern if start <= step < end else "full"
+    @property
+    def parts(self) -> Parts:
+        """What queries see under the pattern."""
+        return as_pattern(self.pattern).parts(self.window or self.stride, self.stride)
 
 
-def as_attention(attention: str | Attention, window: object, stride: int, span: int | None) -> Attention:
+def as_attention(attention: str | Pattern | Attention, window: object, stride: int, span: int | None) -> Attention:
     """The attention of a schedule's single arguments, or the value that was given whole.
 
     Args:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .attention import Attention
 from .checks import check_share, check_sparsity, check_steps
 from .growth import Growth
+from .patterns import Pattern
 from .schedule import Schedule, check_parts, cosine
 
 
@@ -38,7 +39,7 @@ class Constant(Schedule):
     gradient_steps: int = 1
     distribution: str = "erdos-renyi"
     total_steps: int | None = None
-    attention: str | Attention = "full"
+    attention: str | Pattern | Attention = "full"
     attention_window: tuple[int, int] | None = None
     stride: int = 128
     span: int | None = None

@@ -10,6 +10,7 @@ from mst_compile.errors import ScheduleError
 from .attention import Attention
 from .checks import check_choice, check_length, check_share, check_sparsity, check_steps
 from .growth import Growth
+from .patterns import Pattern
 from .schedule import Schedule, check_parts, cosine
 
 RAMPS = ("mirrored", "early")
@@ -48,7 +49,8 @@ class MixedSparsity(Schedule):
         restoration_ramp: ``"mirrored"`` (the paper's: most weights return late) or ``"early"`` (most return early;
             costs more FLOPs, lets them train longer).
         attention: pattern of causal self-attention inside ``attention_window``; outside it attention is full ("Hybrid
-            Sparse Attention"). A name of :mod:`mst_compile.rules.patterns`, or an
+            Sparse Attention"). A name of :mod:`mst_compile.rules.patterns`, a pattern of
+            your own, or an
             :class:`~mst_compile.rules.attention.Attention`, which holds the next three too. Takes effect under
             ``backend="mst"``.
         attention_window: first step with the sparse pattern and first step without it again, each a share of
@@ -74,7 +76,7 @@ class MixedSparsity(Schedule):
     distribution: str = "erdos-renyi"
     initial_sparsity: float | None = None
     restoration_ramp: str = "mirrored"
-    attention: str | Attention = "full"
+    attention: str | Pattern | Attention = "full"
     attention_window: tuple[float | int, float | int] | None = None
     stride: int = 128
     span: int | None = None

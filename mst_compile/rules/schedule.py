@@ -16,6 +16,7 @@ from .attention import Attention, as_attention
 from .checks import check_choice, check_sparsity
 from .density import DISTRIBUTIONS
 from .growth import Growth, as_growth
+from .patterns import Pattern
 
 _NEVER = 2**63 - 1
 _REQUIRED = ("max_sparsity", "sparsity_at", "is_topology_event")
@@ -32,7 +33,7 @@ class Schedule:
             :class:`~mst_compile.rules.growth.Growth`.
         gradient_share, gradient_steps: of a growth that is given by name.
         distribution: ``"erdos-renyi"`` or ``"uniform"`` densities over the layers.
-        attention: name of a pattern or an :class:`~mst_compile.rules.attention.Attention`.
+        attention: a pattern, by name or your own, or an :class:`~mst_compile.rules.attention.Attention`.
         attention_window, stride, span: of an attention that is given by name.
     """
 
@@ -42,7 +43,7 @@ class Schedule:
     gradient_share: float = 0.75
     gradient_steps: int = 1
     distribution: str = "erdos-renyi"
-    attention: str | Attention = "full"
+    attention: str | Pattern | Attention = "full"
     attention_window: tuple[float | int, float | int] | None = None
     stride: int = 128
     span: int | None = None
@@ -62,7 +63,7 @@ class Schedule:
     def attention_at(self, step: int) -> str:
         """Attention pattern of the forward pass after ``step`` optimizer steps."""
         start, end = self.attention_steps()
-        return self.attention_value.pattern_at(step, start, end)
+        return self.attention_value.name if start <= step < end else "full"
 
     def attention_steps(self) -> tuple[int, int]:
         """First step with the attention pattern, and first step without it again."""
@@ -115,7 +116,7 @@ def check_parts(schedule: Schedule, interval: int) -> None:
         raise ScheduleError(f"gradient_steps={steps} is more than the {interval} steps between topology events")
     check_choice("distribution", schedule.distribution, DISTRIBUTIONS)
     start, end = schedule.attention_steps()
-    if schedule.attention_value.pattern != "full" and start >= end:
+    if schedule.attention_value.name != "full" and start >= end:
         raise ScheduleError(
             f"attention {schedule.attention!r} would never be on: its first step is {start}, and its first step "
             f"without the pattern is {end} (attention_window={schedule.attention_window!r})"

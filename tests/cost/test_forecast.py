@@ -18,7 +18,7 @@ from mst_compile.cost.flops import CompiledFlopCounter, Meter
 from mst_compile.cost.forecast import SPARSE, timeline
 from mst_compile.cost.rates import Rates, measure
 from mst_compile.errors import ForecastError
-from mst_compile.rules.patterns import allowed
+from mst_compile.rules.patterns import Parts, allowed
 from mst_compile.rules.schedule import Schedule
 
 ROWS = 16
@@ -125,7 +125,7 @@ def test_a_pattern_saves_the_share_of_the_causal_pairs_that_it_leaves_out(dynami
     found = mst_compile.forecast(model, **options, loss=lambda: loss(run))
     by_hand = 0.0
     for batch, length in ((2, 12), (2, 6), (3, 24), (3, 12)):
-        mask = allowed("local", length, 4, 4)
+        mask = allowed(Parts(window=4), length)
         share = 1 - int(mask.sum()) / (length * (length + 1) / 2)
         by_hand += 12 * batch * 32 * length * length * share
     assert found.attention_saved == pytest.approx(by_hand)

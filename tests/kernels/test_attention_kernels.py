@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from attention_parts import COMBINATIONS, combine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mst_compile.kernels import cpu
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mst_compile.ops import attention as attention_op
-from mst_compile.rules.patterns import PATTERNS, allowed, pairs
+from mst_compile.rules.patterns import Parts, allowed
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.why_unavailable()}")
 
@@ -46,10 +47,7 @@ class Case(NamedTuple):
     v: Tensor
     grad: Tensor
     key_mask: Tensor | None
-    blocks: Tensor | None
-    pattern: str
-    window: int
-    stride: int
+    parts: list[int]
     scale: float
 
     @property
@@ -72,13 +70,13 @@ def laid_out(t: Tensor, how: str) -> Tensor:
 
 @st.composite
 def cases(draw: st.DrawFn, layouts: tuple[str, ...] = tuple(LAYOUTS), dtypes: tuple[torch.dtype, ...] = (F32, BF16)):
-    pattern = draw(st.sampled_from(PATTERNS))
+    combination = draw(st.sampled_from(COMBINATIONS))
     batch = draw(st.integers(1, 3))
     heads, key_heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1), (6, 2), (9, 9)]))
     length = draw(st.one_of(st.sampled_from([1, 2, 31, 32, 33, 64, 128, 129, 160]), st.integers(1, 200)))
     size = draw(st.one_of(st.sampled_from([32, 64, 64, 128, 256]), st.integers(4, 32).map(lambda n: 8 * n)))
     some = st.one_of(st.sampled_from([1, 2, 16, 32, 64, 100]), st.integers(1, length + 3), st.just(2**40))
-    window, stride = draw(some), draw(some)
+    parts = combine(combination, draw(some), draw(some), draw(st.integers(0, 40)), draw(st.integers(1, 3)))
     dtype = draw(st.sampled_from(dtypes))
     gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     spread = draw(st.sampled_from([1.0, 1.0, 4.0]))  # wider scores move the maximum about
@@ -90,21 +88,18 @@ def cases(draw: st.DrawFn, layouts: tuple[str, ...] = tuple(LAYOUTS), dtypes: tu
     def some_true(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=gen) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
 
-    chunks = -(-length // stride)
     q, k, v, grad = normal(heads, spread), normal(key_heads), normal(key_heads), normal(heads)
     if "every other" in layouts and draw(st.integers(0, 5)) == 0:
         grad = grad[:, :, :1, :1].expand(grad.shape)  # what sum().backward() sends
     return Case(
         q, k, v, grad,
         some_true(batch, length) if draw(st.booleans()) else None,
-        some_true(chunks, chunks) if pattern == "blocks" else None,
-        pattern, window, stride, draw(st.sampled_from([size**-0.5, 0.3, -0.1, 0.0])),
+        parts.numbers, draw(st.sampled_from([size**-0.5, 0.3, -0.1, 0.0])),
     )  # fmt: skip
 
 
 def dense_mask(case: Case) -> Tensor:
-    window, stride = (min(n, 2**30) for n in (case.window, case.stride))
-    mask = allowed(case.pattern, case.q.shape[2], window, stride, case.blocks)
+    mask = allowed(Parts(*case.parts), case.q.shape[2])
     return mask if case.key_mask is None else mask & case.key_mask[:, None, None, :]
 
 
@@ -212,32 +207,31 @@ def test_operator(case: Case) -> None:
     assert_exact(case, run_operator(case))
 
 
-def make(pattern: str, length: int = 100, size: int = 64, window: int = 20, stride: int = 24, **kwargs: Any) -> Case:
+def make(what: str, length: int = 100, size: int = 64, window: int = 20, stride: int = 24, **kwargs: Any) -> Case:
     batch, heads, key_heads, dtype = (kwargs.get(n, d) for n, d in zip(_NAMES, (2, 4, 2, F32), strict=True))
     q, k, v, grad = (torch.randn(batch, h, length, size, dtype=dtype) for h in (heads, key_heads, key_heads, heads))
-    chunks = -(-length // stride)
-    blocks = torch.rand(chunks, chunks) < 0.5 if pattern == "blocks" else None
-    return Case(q, k, v, grad, kwargs.get("key_mask"), blocks, pattern, window, stride, size**-0.5)
+    parts = combine(what, window, stride, gap=3, times=2)
+    return Case(q, k, v, grad, kwargs.get("key_mask"), parts.numbers, size**-0.5)
 
 
 _NAMES = ("batch", "heads", "key_heads", "dtype")
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_several_steps_and_residues(pattern: str, isa: str) -> None:
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_several_steps_and_residues(what: str, isa: str) -> None:
     """More keys than a step holds, tiles taken out of order, several shares of one head, window off the tiles."""
     for case in (
-        make(pattern, 700, 32, 130, 64, batch=1, heads=1, key_heads=1),
-        make(pattern, 430, 40, 45, 2, batch=1, heads=2, key_heads=1),
+        make(what, 700, 32, 130, 64, batch=1, heads=1, key_heads=1),
+        make(what, 430, 40, 45, 2, batch=1, heads=2, key_heads=1),
     ):
         assert_exact(case, run_kernels(case, isa))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_as_accurate_as_the_reference(pattern: str) -> None:
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_as_accurate_as_the_reference(what: str) -> None:
     """Worst-case bounds leave room for small mistakes; the errors of float32 products and libm's functions do not."""
-    case = make(pattern, 200)
+    case = make(what, 200)
     ours, bounds = run_operator(case), exact(case)
     out, lse = attention_op.attention_reference(*case[:3], *case.settings)
     theirs = attention_op.attention_backward_reference(case.grad, *case[:3], out, lse, *case.settings)
@@ -249,15 +243,16 @@ def test_as_accurate_as_the_reference(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_as_pytorch_does_with_the_dense_mask(pattern: str, dtype: torch.dtype) -> None:
-    case = make(pattern, dtype=dtype, key_heads=4)
-    if case.blocks is not None:
-        case.blocks.fill_diagonal_(True)  # PyTorch gives NaN for a query without keys
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_as_pytorch_does_with_the_dense_mask(what: str, dtype: torch.dtype) -> None:
+    case = make(what, dtype=dtype, key_heads=4)
+    blind = ~dense_mask(case).any(-1)
+    case.grad[:, :, blind] = 0  # PyTorch averages where a query sees no key
     results = run_operator(case)
     leaves = [t.detach().requires_grad_() for t in case[:3]]
     out = scaled_dot_product_attention(*leaves, attn_mask=dense_mask(case), scale=case.scale)
     gradients = torch.autograd.grad(out, leaves, case.grad)
+    out = out.detach().masked_fill(blind[:, None], 0)
     bounds = exact(case)
     for name, theirs in zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True):
         error = (results[name].double() - theirs.double()).abs()
@@ -267,12 +262,12 @@ def test_as_pytorch_does_with_the_dense_mask(pattern: str, dtype: torch.dtype) -
         assert (error <= 2 * limit).all(), name
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_query_without_keys_gives_zero(pattern: str) -> None:
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_a_query_without_keys_gives_zero(what: str) -> None:
     mask = torch.ones(2, 100, dtype=torch.bool)
     mask[0] = False
     mask[1, :7] = False
-    case = make(pattern, key_mask=mask)
+    case = make(what, key_mask=mask)
     results = run_operator(case)
     assert not results["out"][0].any()
     assert (results["lse"][0] == -torch.inf).all()
@@ -284,9 +279,9 @@ def test_a_query_without_keys_gives_zero(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2), (9, 9)])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_same_bits_whatever_the_threads(pattern: str, heads: tuple[int, int]) -> None:
-    case = make(pattern, 333, batch=1, heads=heads[0], key_heads=heads[1])
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_same_bits_whatever_the_threads(what: str, heads: tuple[int, int]) -> None:
+    case = make(what, 333, batch=1, heads=heads[0], key_heads=heads[1])
     runs = []
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
@@ -296,22 +291,17 @@ def test_same_bits_whatever_the_threads(pattern: str, heads: tuple[int, int]) ->
             assert torch.equal(value, runs[0][name]), name
 
 
-@given(st.sampled_from([p for p in PATTERNS if p != "blocks"]), *[st.integers(1, 40)] * 3)
-def test_pairs_are_counted_without_the_mask(pattern: str, length: int, window: int, stride: int) -> None:
-    assert pairs(pattern, length, window, stride) == int(allowed(pattern, length, window, stride).sum())
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_nothing_looks_ahead(pattern: str) -> None:
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_nothing_looks_ahead(what: str) -> None:
     """Bits of the first half do not change with the keys of the second."""
-    case = make(pattern)
+    case = make(what)
     other = case._replace(k=case.k.clone(), v=case.v.clone())
     other.k[:, :, 50:], other.v[:, :, 50:] = 99, -99
     assert torch.equal(run_kernels(case)["out"][:, :, :50], run_kernels(other)["out"][:, :, :50])
 
 
 def test_large_scores_do_not_overflow() -> None:
-    case = make("sparse")
+    case = make("window and distances")
     case = case._replace(q=case.q * 300, k=case.k * 300)
     results = run_operator(case)
     assert all(t.isfinite().all() for t in results.values())
@@ -319,7 +309,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 def test_nan_is_not_hidden() -> None:
-    case = make("full")
+    case = make("everything")
     case.k[0, 0, 3] = torch.nan
     out = run_operator(case)["out"]
     assert out[0, 0, 3:].isnan().all()
@@ -328,7 +318,7 @@ def test_nan_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_layout_of_the_results(dtype: torch.dtype) -> None:
-    case = make("sparse", dtype=dtype)
+    case = make("window and distances", dtype=dtype)
     results = run_operator(case)
     for name in ("out", "dq", "dk", "dv"):
         assert results[name].transpose(1, 2).is_contiguous()
@@ -342,19 +332,19 @@ def reference_calls(monkeypatch: pytest.MonkeyPatch, case: Case) -> bool:
     return bool(calls)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_which_operands_have_a_kernel(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not reference_calls(monkeypatch, make(pattern))
-    assert not reference_calls(monkeypatch, make(pattern, dtype=BF16))
-    assert reference_calls(monkeypatch, make(pattern, dtype=F64))
-    assert reference_calls(monkeypatch, make(pattern, size=36))
-    assert reference_calls(monkeypatch, make(pattern, size=264))
-    assert reference_calls(monkeypatch, make(pattern, dtype=torch.float16))
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_which_operands_have_a_kernel(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not reference_calls(monkeypatch, make(what))
+    assert not reference_calls(monkeypatch, make(what, dtype=BF16))
+    assert reference_calls(monkeypatch, make(what, dtype=F64))
+    assert reference_calls(monkeypatch, make(what, size=36))
+    assert reference_calls(monkeypatch, make(what, size=264))
+    assert reference_calls(monkeypatch, make(what, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_opcheck(pattern: str) -> None:
-    case = make(pattern, 40, 32, 5, 6, batch=1, heads=2, key_heads=1)
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_opcheck(what: str) -> None:
+    case = make(what, 40, 32, 5, 6, batch=1, heads=2, key_heads=1)
     leaves = [t.requires_grad_() for t in case[:3]]
     torch.library.opcheck(torch.ops.mst.attention.default, (*leaves, *case.settings))
     out, lse = torch.ops.mst.attention(*case[:3], *case.settings)
@@ -362,10 +352,10 @@ def test_opcheck(pattern: str) -> None:
     torch.library.opcheck(torch.ops.mst.attention_backward.default, args)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_gradcheck(pattern: str) -> None:
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_gradcheck(what: str) -> None:
     """In float64, which is to say the reference."""
-    case = make(pattern, 9, 4, 3, 4, batch=1, heads=2, key_heads=1, dtype=F64)
+    case = make(what, 9, 4, 3, 4, batch=1, heads=2, key_heads=1, dtype=F64)
     leaves = [t.requires_grad_() for t in case[:3]]
     assert torch.autograd.gradcheck(lambda *t: torch.ops.mst.attention(*t, *case.settings)[0], leaves)
 
@@ -383,20 +373,17 @@ BAD: dict[str, Callable[[dict[str, Any]], Any]] = {
     "dtype of out": lambda a: a | {"out": a["out"].bfloat16()},
     "shape of lse": lambda a: a | {"lse": a["lse"][:1]},
     "dtype of lse": lambda a: a | {"lse": a["lse"].double()},
-    "pattern": lambda a: a | {"pattern": "diagonal"},
-    "window": lambda a: a | {"window": 0},
-    "stride": lambda a: a | {"stride": -1},
+    "no parts": lambda a: a | {"parts": [0, 0, 0, 0, 0]},
+    "a negative number": lambda a: a | {"parts": [20, 0, 0, -1, 0]},
+    "overlapping parts": lambda a: a | {"parts": [20, 0, 19, 5, 0]},
     "key mask's dtype": lambda a: a | {"key_mask": torch.ones(2, 100)},
     "key mask's shape": lambda a: a | {"key_mask": torch.ones(100, 2, dtype=torch.bool)},
-    "blocks missing": lambda a: a | {"pattern": "blocks"},
-    "blocks too few": lambda a: a | {"pattern": "blocks", "blocks": torch.ones(4, 4, dtype=torch.bool)},
-    "blocks of another pattern": lambda a: a | {"blocks": torch.ones(5, 5, dtype=torch.bool)},
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_inputs_raise(what: str) -> None:
-    case = make("sparse")
+    case = make("window and distances")
     good = case._asdict() | {"out": torch.empty_like(case.q), "lse": torch.empty(case.q.shape[:3])}
     grad = good.pop("grad")
     cpu.attention(**good)
@@ -409,7 +396,7 @@ def test_bad_inputs_raise(what: str) -> None:
 
 @pytest.mark.parametrize("name", ["grad", "dq", "dk", "dv"])
 def test_bad_gradients_raise(name: str) -> None:
-    case = make("sparse")
+    case = make("window and distances")
     args = case._asdict() | {"out": torch.empty_like(case.q), "lse": torch.zeros(case.q.shape[:3])}
     args |= {d: torch.empty_like(args[d[1]]) for d in ("dq", "dk", "dv")}
     cpu.attention_backward(**args)
