@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Blocks, element_masks
+from helpers import Blocks
 from hypothesis import given
 from hypothesis import strategies as st
+from mask_cases import element_masks
 from torch import Tensor
 
 from mst_compile import Constant, MixedSparsity, Schedule, sparsifier, sparsify
