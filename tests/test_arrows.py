@@ -100,7 +100,6 @@ def test_the_rooms_that_the_design_names_exist() -> None:
     assert not {name for name in names if not (ROOT / name).is_dir()}
 
 
-@pytest.mark.xfail(strict=True, reason="the table still describes the tree before it had rooms")
 def test_the_design_names_every_room_and_only_files_that_exist() -> None:
     missing = [f"{name}/{file}" for name, files in rows() for file in files if not (ROOT / name / file).exists()]
     assert not missing
