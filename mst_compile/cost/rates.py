@@ -73,13 +73,15 @@ def measure(
         ForecastError: an optimizer steps within the backward pass. It is stopped before it changes anything.
     """
     own = sparsifier(model)
-    points, threshold = _points(model)
-    times: dict[str, list[float]] = {name: [] for name in points}
     active: dict[str, int] = {}
     queries: list[tuple[int, ...]] = []
     twin, taken = None if optimizer is None else _copy(optimizer), list[float]()
     with kept(model):
-        for turn in range(rounds + 1):  # the first compiles
+        _set_masks(model, own.schedule.max_sparsity, False)
+        _pass(model, loss)  # compiles: only then do the weights know where the backend turns to dense products
+        points, threshold = _points(model)
+        times: dict[str, list[float]] = {name: [] for name in points}
+        for turn in range(rounds + 1):  # the first compiles the other variants
             for name, (sparsity, dense_grad, pattern) in points.items():
                 active[name] = _set_masks(model, sparsity, dense_grad)
                 own.attention.pattern, own.attention.queries = pattern, []
@@ -112,8 +114,7 @@ def _points(model: nn.Module) -> tuple[dict[str, tuple[float, bool, str]], float
     """What to time: name -> sparsity, dense gradients, attention; and the density from which dense is faster."""
     own = sparsifier(model)
     highest, lowest = own.schedule.max_sparsity, own.schedule.min_sparsity
-    where = device.of(next(own.parameters())[1].device.type)
-    threshold = where.crossover([w.grid for w in own.weights.values()], False)
+    threshold = _threshold(model)
     middle = max((highest + max(lowest, 1 - 0.9 * threshold)) / 2, 1 - 0.9 * threshold)
     points = {
         "dense": (0.0, False, "full"),
@@ -124,6 +125,17 @@ def _points(model: nn.Module) -> tuple[dict[str, tuple[float, bool, str]], float
     if own.attention.sparse != "full":
         points["pattern"] = (highest, False, own.attention.sparse)
     return points, threshold
+
+
+def _threshold(model: nn.Module) -> float:
+    """Mean density from which dense products run: as the compiled graphs have it, ``mst.dense_threshold`` included;
+    else where they become faster on the model's device."""
+    own = sparsifier(model)
+    known = [(w.numel, w.uses.dense_threshold) for w in own.weights.values() if w.uses.dense_threshold is not None]
+    if known:
+        return sum(n * threshold for n, threshold in known) / sum(n for n, _ in known)
+    where = device.of(next(own.parameters())[1].device.type)
+    return where.crossover([w.grid for w in own.weights.values()], False)
 
 
 @contextmanager

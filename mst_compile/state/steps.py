@@ -18,7 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch._dynamo.decorators import skip
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    _global_optimizer_pre_hooks,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 _GUARDED = "_mst_guarded"
 
@@ -93,7 +97,7 @@ def refusing_steps(refuse: Callable[[Optimizer], None]) -> Iterator[None]:
     """Call ``refuse`` before anything else when a step begins; it raises to stop the step."""
     handle = register_optimizer_step_pre_hook(lambda optimizer, *_: refuse(optimizer))
     # Before the hook that tells the watchers: a step that is refused has not begun.
-    torch.optim.optimizer._global_optimizer_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    _global_optimizer_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
     try:
         yield
     finally:

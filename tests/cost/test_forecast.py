@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Blocks, compiled, unchanged
+from helpers import DEBUG, Blocks, compiled, unchanged
 from torch import Tensor, nn
 from training import STEPS, batches, fresh, loss_of
 
@@ -299,7 +299,7 @@ def test_seconds_are_those_of_the_rates(schedule: Schedule, monkeypatch: pytest.
     model = sparsify(Blocks(), schedule)
     own, total = sparsifier(model), sum(w.numel for w in sparsifier(model).weights.values())
     rates = Rates(2.0, 3e-6, 1e-6, 5.0, 0.7, 0.25, 0.125, attention=0.5)
-    monkeypatch.setattr(sys.modules["mst_compile.cost.forecast"], "measure", lambda *_: rates)
+    monkeypatch.setattr(sys.modules["mst_compile.cost.forecast"], "measure", lambda *_, **__: rates)
     x = next(batches())
     options: dict[str, Any] = {"tokens": STEPS * ROWS, "tokens_per_step": ROWS, "loss": lambda: loss_of(model, x)}
     expected = mst_compile.forecast(model, **options)
@@ -426,3 +426,18 @@ def test_steps_that_run_dense_products_do_more_than_the_forecast_counts() -> Non
     with CompiledFlopCounter(display=False) as counter:
         loss_of(run, x).backward()
     assert meter.flops < counter.get_total_flops() == 6 * ROWS * sum(w.numel for w in own.weights.values())
+
+
+@pytest.mark.parametrize("given", [0.0, 0.35, 1.0])
+def test_the_users_threshold_is_forecast(given: float) -> None:
+    """Steps above the density from which the compiled model runs dense products are forecast as dense ones."""
+    model = sparsify(Blocks(), MixedSparsity.published(STEPS, 0.8))
+    fast = torch.compile(model, backend="mst", options={**DEBUG, "mst.dense_threshold": given})
+    x = next(batches())
+    found = mst_compile.forecast(model, tokens=STEPS * ROWS, tokens_per_step=ROWS, loss=lambda: loss_of(fast, x))
+    assert found.rates is not None
+    assert found.rates.threshold == given
+    total = sum(w.numel for w in sparsifier(model).weights.values())
+    expected = int((timeline(sparsifier(model), STEPS).active < given * total).sum())
+    assert sum(p.values[SPARSE] for p in found.phases) == expected
+    assert given in (0.0, 1.0) or 0 < expected < STEPS
