@@ -6,8 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._inductor import custom_graph_pass
 from torch._inductor.select_algorithm import add_feedback_saver, autotune_select_algorithm
 from torch._inductor.virtualized import V
+
+# The class of passes that are told whether they compile for inference; 2.11 tells none.
+InferenceAwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
 
 
 def hint(size: Any) -> int:

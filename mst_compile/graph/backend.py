@@ -86,7 +86,8 @@ def _split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[di
         raise BackendOptionError(f"mst.inner must be one of {', '.join(map(repr, _INNER))}, got {own['mst.inner']!r}")
     # Freezing would fold the weights of one step into the graph.
     patches["freezing"] = False
-    patches["post_grad_custom_post_pass"] = SourceKey(inductor_config.post_grad_custom_post_pass)
+    slot = "post_grad_custom_post_pass"
+    patches[slot] = SourceKey(patches.get(slot, inductor_config.post_grad_custom_post_pass))
     return own, patches
 
 

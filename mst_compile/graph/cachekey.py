@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch import fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from mst_compile.kernels import cpu
+import mst_compile.kernels
+import mst_compile.lowering
+from mst_compile.lowering.compat import InferenceAwarePass
+
+_SUFFIXES = (".py", ".cpp", ".h", ".jinja")
 
 
 @functools.cache
 def source_hash() -> str:
-    """Hash of all our Python sources and of the kernels' sources."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256(cpu.source_hash().encode())
-    import mst_compile.kernels
-    import mst_compile.lowering
-
-    folders = [package, *(Path(p) for m in (mst_compile.kernels, mst_compile.lowering) for p in m.__path__)]
-    for file in sorted({f for folder in folders for f in folder.rglob("*.py")}):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
+    """Hash of all our sources: Python, and those of the kernels."""
+    folders = [p for m in (mst_compile, mst_compile.kernels, mst_compile.lowering) for p in m.__path__]
+    files = {f for folder in folders for f in Path(folder).rglob("*") if f.suffix in _SUFFIXES}
+    return get_hash_for_files(tuple(map(str, sorted(files)))).hex()
 
 
-class SourceKey(CustomGraphPass):
+class SourceKey(InferenceAwarePass):
     """A pass that leaves the graph alone: its ``uuid`` enters the cache keys of Inductor and AOTAutograd.
 
-    Inductor has one slot for such a pass; a pass that the user put there is run and its key kept.
+    Inductor has one slot for such a pass, and versions differ in what they take there: what the user put there,
+    ``given``, is run, and its keys are kept. A user's pass without a key turns caching off, as it does without us.
     """
 
-    def __init__(self, inner: Any = None) -> None:
-        self.inner = inner
+    def __init__(self, given: Any = None) -> None:
+        self._passes = () if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
 
-    def __call__(self, graph: torch.fx.Graph) -> None:
-        if self.inner is not None:
-            self.inner(graph)
+    def __call__(self, graph: fx.Graph, **inference: bool) -> None:
+        for users in self._passes:
+            users(graph, **inference if isinstance(users, InferenceAwarePass) else {})
 
     def uuid(self) -> Any:
-        inner = self.inner.uuid() if isinstance(self.inner, CustomGraphPass) else repr(self.inner)
-        return f"mst-{source_hash()}-{inner}"
+        keys = [users.uuid() if isinstance(users, CustomGraphPass) else None for users in self._passes]
+        return None if None in keys else f"mst-{source_hash()}-{keys}"

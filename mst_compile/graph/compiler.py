@@ -17,6 +17,7 @@ from mst_compile.graph.context import Context, Site
 from mst_compile.graph.fx import clone, placeholders, value
 from mst_compile.graph.linear import fake_index
 from mst_compile.graph.notes import note_attention, warn_unmatched
+from mst_compile.graph.passes import Stage
 from mst_compile.lowering import device
 from mst_compile.state import weight as weights
 from mst_compile.state.weight import SparseWeight
@@ -81,11 +82,15 @@ class Compiler:
         self._found = found
         self._attention = found[next(iter(found))].attention
         record = device.of(example_inputs[next(iter(found))].device.type)
-        self._context = Context(found, why_unsupported=record.why_unsupported, why_no_attention=record.why_no_attention)
+        self._context = Context(
+            found,
+            why_unsupported=lambda where, *operands: device.of(where).why_unsupported(*operands),
+            why_no_attention=lambda where, *operands: device.of(where).why_no_attention(*operands),
+        )
         self._inputs = [value(n) for n in placeholders(graph_module.graph)]
-        passes.apply(passes.GRAPH, graph_module, self._context)
+        passes.apply(passes.of(Stage.GRAPH), graph_module, self._context)
         sparse = clone(graph_module)
-        passes.apply(passes.PRODUCTS, sparse, self._context)
+        passes.apply(passes.of(Stage.PRODUCTS), sparse, self._context)
         self.slots = list(self._context.indices)
         self._note_weights(warn=record.why_not_compiled() is None)  # else one warning has told already
         # Attention is rewritten when a variant with it is compiled: both graphs may be needed with either pattern.
@@ -132,7 +137,7 @@ class Compiler:
         """Give every attention that the pass understands its pattern."""
         state = self._attention
         context = replace(self._context, pattern=state.settings, inputs=inputs, sites=[], constants=[])
-        passes.apply(passes.PATTERN, graph_module, context)
+        passes.apply(passes.of(Stage.PATTERN), graph_module, context)
         note_attention(state, context.sites)
         return context.constants, context.sites
 

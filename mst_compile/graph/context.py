@@ -46,9 +46,9 @@ class Context:
         weights: position among the graph's placeholders -> state of the sparse parameter that comes in there.
         pattern: the keys that queries shall see, as ``mst::attention`` takes them; None: what the model says.
         inputs: the graph's real inputs, if they are known; for masks in buffers once Dynamo has forgotten its own.
-        why_unsupported: given the dtypes of input and weight and the block, why the device has no kernel for such a
-            product, or None if it has one.
-        why_no_attention: the same of attention, given its dtype and head size.
+        why_unsupported: given a device type, the dtypes of input and weight and the block, why the device has no kernel
+            for such a product, or None if it has one.
+        why_no_attention: the same of attention, given a device type, its dtype and head size.
 
         indices: keys of ``weights`` whose index became an input of the graph, after all others and in this order.
         matched: keys of ``weights`` -> the places in the model's code where a product with it became sparse.
@@ -60,8 +60,8 @@ class Context:
     weights: Mapping[int, SparseWeight] = field(default_factory=dict)
     pattern: Sequence[Any] | None = None
     inputs: Sequence[Any] = ()
-    why_unsupported: Callable[[torch.dtype, torch.dtype, int], str | None] = _nothing_against
-    why_no_attention: Callable[[torch.dtype, int], str | None] = _nothing_against
+    why_unsupported: Callable[[str, torch.dtype, torch.dtype, int], str | None] = _nothing_against
+    why_no_attention: Callable[[str, torch.dtype, int], str | None] = _nothing_against
 
     indices: list[int] = field(default_factory=list)
     matched: dict[int, list[str]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import networkx
@@ -120,7 +120,21 @@ def before_cast(node: Any) -> fx.Node | None:
     new, old = value(node), value(source)
     if not (isinstance(new, Tensor) and isinstance(old, Tensor)) or new.device != old.device:
         return None
+    if any(written(user) is node for user in node.users):
+        return None  # a copy that changes afterwards
     return source  # type: ignore[return-value]
+
+
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of ``narrow`` is one of ``wide``: a cast to ``wide`` then changes no value."""
+    return torch.promote_types(wide, narrow) == wide
+
+
+def is_one_cast(dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether numbers of the first dtype that are cast to the others in turn become what a cast to the last one alone
+    makes of them."""
+    rounds = next((i for i, dtype in enumerate(dtypes) if not holds(dtype, dtypes[0])), len(dtypes))
+    return all(dtype == dtypes[-1] for dtype in dtypes[rounds:])
 
 
 def before_swap(node: Any) -> fx.Node | None:

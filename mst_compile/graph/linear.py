@@ -32,6 +32,8 @@ from mst_compile.graph.fx import (
     calls,
     describe,
     fake_mode,
+    holds,
+    is_one_cast,
     placeholders,
     value,
     walk,
@@ -120,11 +122,12 @@ class _Rewrite:
         found = match(node)
         if found is None:
             return
-        base, flipped = strip_views(found.weight)
+        way, flipped = _way_from_source(found.weight)
+        base = way[0]
         key = self._keys.get(region.origin(base))
         if key is None:
             return
-        reason = self._why_not(node, found, base, self._context.weights[key])
+        reason = self._why_not(node, found, way, self._context.weights[key])
         if reason is not None:
             self._context.unmatched.setdefault(key, []).append(reason)
             return
@@ -132,13 +135,17 @@ class _Rewrite:
         self._replace(node, found, base, index, self._context.weights[key], found.rows_are_out == flipped)
         self._context.matched.setdefault(key, []).append(node.meta.get("stack_trace") or "")
 
-    def _why_not(self, node: fx.Node, found: Match, base: fx.Node, weight: SparseWeight) -> str | None:
-        out, x, w = value(node), value(found.x), value(base)
+    def _why_not(self, node: fx.Node, found: Match, way: list[Any], weight: SparseWeight) -> str | None:
+        out, x, w = value(node), value(found.x), value(way[0])
         if not all(isinstance(v, torch.Tensor) for v in (out, x, w)):
             return f"{describe(node)}: its tensors are unknown"
         if weight.index is None:
             return "block 1: unstructured masks on dense products"
-        return self._context.why_unsupported(out.dtype, w.dtype, weight.grid.block)
+        dtypes = [value(n).dtype for n in way] + [out.dtype]  # the operator casts the parameter to its result's dtype
+        if not is_one_cast(dtypes):
+            rounds = next(n for n in way if not holds(value(n).dtype, w.dtype))
+            return f"rounded by {describe(rounds)}"
+        return self._context.why_unsupported(x.device.type, out.dtype, w.dtype, weight.grid.block)
 
     def _index(self, region: Region, key: int) -> fx.Node:
         """The placeholder of a weight's index in Dynamo's own graph, made at the first use."""
@@ -181,19 +188,20 @@ class _Rewrite:
                     self._context.unmatched.setdefault(key, [f"used by {describe(user)}"])  # type: ignore[arg-type]
 
 
-def strip_views(node: Any) -> tuple[Any, bool]:
-    """Follow transposes and casts of a 2-D tensor back; returns (source, whether it enters transposed)."""
-    transposed = False
-    while isinstance(node, fx.Node):
-        swapped = before_swap(node)
+def _way_from_source(node: Any) -> tuple[list[Any], bool]:
+    """Follow transposes and casts of a 2-D tensor back; returns the nodes from its source on, and whether it enters
+    transposed."""
+    way, transposed = [node], False
+    while True:
+        swapped = before_swap(way[0])
         if swapped is not None and value(swapped).dim() != 2:
             break
-        source = before_cast(node) if swapped is None else swapped
+        source = before_cast(way[0]) if swapped is None else swapped
         if source is None:
             break
         transposed ^= swapped is not None
-        node = source
-    return node, transposed
+        way.insert(0, source)
+    return way, transposed
 
 
 def fake_index(weight: SparseWeight, mode: Any) -> torch.Tensor:

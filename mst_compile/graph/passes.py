@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Iterable
+
 from torch import fx
 
 from mst_compile.graph import linear, multihead
@@ -9,14 +12,31 @@ from mst_compile.graph.attention import causal, patterned
 from mst_compile.graph.context import Context, Pass
 from mst_compile.graph.fx import recompile
 
-# A graph is rewritten in up to three stages, each on a copy of what the one before it made: both kinds of product start
-# from the same graph, and a pattern is given to the attention of each.
-GRAPH: tuple[Pass, ...] = (multihead.run, causal.run)
-PRODUCTS: tuple[Pass, ...] = (linear.run,)
-PATTERN: tuple[Pass, ...] = (patterned.run,)
+
+class Stage(enum.Enum):
+    """A graph is rewritten in up to three stages, each on a copy of what an earlier one made.
+
+    Both kinds of product start from the same graph, and attention is given its pattern in either.
+    """
+
+    GRAPH = "every variant"
+    PRODUCTS = "variants with sparse products"
+    PATTERN = "variants with a pattern in their attention"
 
 
-def apply(passes: tuple[Pass, ...], graph_module: fx.GraphModule, context: Context) -> int:
+PASSES: list[tuple[Stage, Pass]] = [
+    (Stage.GRAPH, multihead.run),
+    (Stage.GRAPH, causal.run),
+    (Stage.PRODUCTS, linear.run),
+    (Stage.PATTERN, patterned.run),
+]
+
+
+def of(stage: Stage) -> list[Pass]:
+    return [rewrite for at, rewrite in PASSES if at is stage]
+
+
+def apply(passes: Iterable[Pass], graph_module: fx.GraphModule, context: Context) -> int:
     """Run passes one after the other, in place; returns at how many places they rewrote the graph."""
     changed = sum(rewrite(graph_module, context) for rewrite in passes)
     if changed:

@@ -200,6 +200,7 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "weights returned": (with_weights, "used elsewhere"),
     "softcap": (softcapped, "not just scaled"),
     "bias": (biased, "not just scaled"),
+    "weak mask": (lambda q, k, v: scores(q, k).masked_fill(~causal_mask(), -1e4).softmax(-1) @ v, "not just scaled"),
     "bias in the product": (alibi, "not just scaled"),
     "einsum": (einsum, "einsums"),
     "soft mask": (soft_mask, "not just scaled"),
@@ -233,6 +234,26 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         "float64",
     ),
 }
+
+
+def test_queries_that_were_rounded_on_their_way_stay_so() -> None:
+    """Scores in float32 of float16 operands are the operator's own habit, those of operands without their last bits
+    are not."""
+
+    def upcast(between: torch.dtype) -> Attention:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            att = scores(q.to(between).float(), k.to(between).float()).masked_fill(~causal_mask(), -torch.inf)
+            return att.softmax(-1).to(v.dtype) @ v
+
+        return attention
+
+    halves = [t.detach().half() for t in tensors()]
+    for between, replaced in (torch.float32, True), (torch.bfloat16, False):
+        backend = Backend()
+        got = compiled(upcast(between), backend)(*halves)
+        torch.testing.assert_close(got, upcast(between)(*halves), rtol=0, atol=2**-9)
+        assert [site.replaced for site in backend.sites] == [replaced]
+    assert "scores are torch.float32" in backend.reasons()[0]
 
 
 @pytest.mark.parametrize("name", NEAR_MISSES)

@@ -58,6 +58,8 @@ OUT_IN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "einsum": lambda x, w, b: torch.einsum("btk,nk->btn", x, w),
     "einsum dots": lambda x, w, b: torch.einsum("...k,nk->...n", x, w),
     "cast": lambda x, w, b: F.linear(x.bfloat16(), w.to(BF16)).float(),
+    "cast and back": lambda x, w, b: F.linear(x, w.double().type_as(x)),
+    "copied": lambda x, w, b: F.linear(x, w.t().contiguous().clone().t()),
 }
 IN_OUT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "@": lambda x, w, b: x @ w,
@@ -195,6 +197,31 @@ def test_graph_breaks() -> None:
     assert all("matched" in s for s in statuses(model).values())
 
 
+def test_uses_are_those_of_the_model_however_often_it_is_compiled() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.b(self.a(self.a(x)))
+            torch._dynamo.graph_break()
+            for _ in range(2):
+                x = self.a(x)
+            return x
+
+    model = sparsify(Twice(), static())
+    fast = compiled(model)
+    for size in (2, 3, 4):
+        fast(torch.randn(size, 8, 32)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 4, "the batch becomes dynamic in both graphs"
+    torch._dynamo.reset()
+    compiled(model.eval())(torch.randn(5, 8, 32))
+    shown = statuses(model)
+    assert shown["a.weight"].startswith("matched (4 uses)")
+    assert shown["b.weight"].startswith("matched (1 use)")
+
+
 class Region(nn.Module):
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -281,6 +308,13 @@ def test_frozen_weights() -> None:
 
 # -- near misses -----------------------------------------------------------------------------------------------------
 
+
+def changed_copy(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    copied = w.clone()
+    copied.mul_(2.0)
+    return F.linear(x, copied)
+
+
 NEAR_MISSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] = {
     "chunk": (lambda x, w, b: sum(F.linear(x, p) for p in w.chunk(3, 0)), "used by chunk"),  # type: ignore[arg-type,return-value]
     "slice": (lambda x, w, b: F.linear(x, w[:64]), "used by getitem"),
@@ -290,6 +324,9 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] =
     "einsum diagonal": (lambda x, w, b: torch.einsum("btk,nk->btnk", x, w), "used by einsum"),
     "norm": (lambda x, w, b: x * w.square().mean(), "used by square"),
     "tanh": (lambda x, w, b: F.linear(x, torch.tanh(w)), "used by tanh"),
+    "rounded": (lambda x, w, b: F.linear(x, w.bfloat16().to(x.dtype)), "rounded by bfloat16"),
+    "rounded twice": (lambda x, w, b: x @ w.t().half().bfloat16().to(x.dtype), "rounded by half"),
+    "changed copy": (changed_copy, "used by clone"),
 }
 
 

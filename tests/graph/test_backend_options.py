@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -13,11 +14,14 @@ import pytest
 import torch
 from helpers import DEBUG, Blocks, static
 from mst_compile.kernels import cpu
+from mst_compile.lowering import crossover
+from mst_compile.lowering.compat import InferenceAwarePass
 from torch import fx, nn
 from torch._inductor import config as inductor_config
+from torch._inductor import custom_graph_pass
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from mst_compile import sparsify
+from mst_compile import sparsifier, sparsify
 from mst_compile.errors import BackendOptionError
 from mst_compile.graph import backend, cachekey
 from mst_compile.graph.cachekey import SourceKey
@@ -81,6 +85,25 @@ def test_the_dense_threshold_chooses_the_variant(threshold: float, monkeypatch: 
     assert bool(calls) == (threshold > 77 / 256)
 
 
+def test_weights_know_the_dense_threshold_of_their_graph() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.scaled = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.used(x), self.scaled.weight * 0.5)
+
+    for given, expected in (None, crossover.CPU), (0.6, 0.6), (0.0, 0.0):
+        torch._dynamo.reset()
+        model = sparsify(Half(), static())
+        weights = sparsifier(model).weights
+        assert weights["used.weight"].uses.dense_threshold is None
+        torch.compile(model, backend="mst", options={**DEBUG, "mst.dense_threshold": given})(torch.randn(2, 32))
+        assert weights["used.weight"].uses.dense_threshold == expected
+        assert weights["scaled.weight"].uses.dense_threshold is None
+
+
 @pytest.mark.parametrize("inner", ["inductor", "aot_eager", "eager"])
 def test_a_model_that_is_not_sparse(inner: str) -> None:
     """Without sparse weights the backend is the inner one, bitwise."""
@@ -114,6 +137,7 @@ def test_the_backend_is_found_by_name() -> None:
 
 def fresh_hash() -> str:
     cachekey.source_hash.cache_clear()
+    custom_graph_pass.get_hash_for_files.cache_clear()
     return cachekey.source_hash()
 
 
@@ -121,27 +145,24 @@ def fresh_hash() -> str:
 def _forget_hash() -> Any:
     yield
     cachekey.source_hash.cache_clear()
+    custom_graph_pass.get_hash_for_files.cache_clear()
 
 
 @pytest.mark.usefixtures("_forget_hash")
-def test_the_cache_key_follows_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_key_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     first = fresh_hash()
     assert SourceKey().uuid() == SourceKey().uuid()
     assert first in SourceKey().uuid()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(cpu, "source_hash", lambda: "other kernels")
-        assert fresh_hash() != first
-
     changed = {"file": ""}
-    read = Path.read_bytes
 
-    def read_bytes(self: Path) -> bytes:
-        return read(self) + b"#" * (self.name == changed["file"])
+    def changed_file(path: str, mode: str) -> io.BytesIO:
+        return io.BytesIO(Path(path).read_bytes() + b"#" * path.endswith(changed["file"] or "nothing"))
 
     seen = {first}
-    monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    for name in ("ops.py", "linear.py", "inductor.py", "cpu.py", "library.py", "spmm.cpp", "vector.h"):
+    monkeypatch.setattr(custom_graph_pass, "open", changed_file, raising=False)
+    names = ("ops/linear.py", "graph/linear.py", "inductor.py", "cpu.py", "cpu/library.py", "spmm.cpp", "vector.h")
+    for name in names:
         changed["file"] = name
         seen.add(fresh_hash())
     assert len(seen) == 8
@@ -149,23 +170,58 @@ def test_the_cache_key_follows_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_
     assert fresh_hash() == first
 
 
+class Own(CustomGraphPass):
+    """A user's pass that sees graphs."""
+
+    def __init__(self, key: Any = "mine") -> None:
+        self.key, self.graphs = key, []
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.graphs.append(graph)
+
+    def uuid(self) -> Any:
+        return self.key
+
+
+class Aware(InferenceAwarePass):
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:
+        self.told.append(is_inference)
+
+    def uuid(self) -> Any:
+        return "aware"
+
+
+def key_of(given: Any) -> Any:
+    return backend._split_options(None, {"post_grad_custom_post_pass": given})[1]["post_grad_custom_post_pass"].uuid()
+
+
 def test_a_users_own_pass_is_run_and_kept_in_the_key() -> None:
-    graphs = []
-
-    class Own(CustomGraphPass):
-        def __call__(self, graph: fx.Graph) -> None:
-            graphs.append(graph)
-
-        def uuid(self) -> Any:
-            return "mine"
-
-    with inductor_config.patch(post_grad_custom_post_pass=Own()):
+    own = Own()
+    with inductor_config.patch(post_grad_custom_post_pass=own):
         key = backend._split_options(None, None)[1]["post_grad_custom_post_pass"]
     assert key.uuid() != SourceKey().uuid()
     assert "mine" in key.uuid()
     key(fx.Graph())
-    assert len(graphs) == 1
+    assert len(own.graphs) == 1
     SourceKey()(fx.Graph())
+
+
+def test_a_pass_in_the_options_is_run_and_kept_in_the_key() -> None:
+    assert cachekey.source_hash() in key_of(Own())
+    assert len({SourceKey().uuid(), key_of(Own()), key_of(Own("another")), key_of([Own(), Own("another")])}) == 4
+    # Without a key of its own nothing may be cached.
+    assert key_of(Own(None)) is key_of(lambda graph: None) is None
+
+    passes = Own(), Aware()
+    model = sparsify(nn.Linear(32, 32), static())
+    fast = torch.compile(model, backend="mst", options={"post_grad_custom_post_pass": list(passes)})
+    torch.testing.assert_close(fast(torch.ones(2, 32)), model(torch.ones(2, 32)))
+    assert any("mst.linear" in str(n.target) for graph in passes[0].graphs for n in graph.nodes)
+    assert len(passes[0].graphs) == len(passes[1].told)
+    assert set(passes[1].told) == ({False} if InferenceAwarePass is not CustomGraphPass else {None})
 
 
 CACHED = """

@@ -12,24 +12,24 @@ from typing import Any
 from torch import fx
 
 from mst_compile.graph.attention.causality import find
-from mst_compile.graph.attention.evaluate import Evaluator
+from mst_compile.graph.attention.evaluate import Evaluators
 from mst_compile.graph.attention.forms import sdpa_arguments
 from mst_compile.graph.context import Context
-from mst_compile.graph.fx import ATTENTION, Region, calls
+from mst_compile.graph.fx import ATTENTION, calls, walk
 
 
 def run(graph_module: fx.GraphModule, _: Context) -> int:
     """Replace constant causal masks in place; returns how many attentions changed."""
-    evaluator: Evaluator | None = None
+    evaluators = Evaluators(inputs=False)
     known: dict[Any, bool] = {}
     changed = 0
-    for node in graph_module.graph.nodes:
+    for region, node in walk(graph_module):
         given = sdpa_arguments(node) if calls(node, {ATTENTION}) else {}
         mask = given.get("attn_mask")
         if not isinstance(mask, fx.Node) or given.get("is_causal"):
             continue
-        evaluator = evaluator or Evaluator(Region(graph_module), inputs=False)
-        key = (mask, evaluator.version([mask], node))
+        evaluator = evaluators[region]
+        key = (region, mask, evaluator.version([mask], node))
         if key not in known:
             known[key] = find(evaluator, mask, node).reason is None
         if known[key]:

@@ -35,7 +35,7 @@ class Evaluator:
     """Runs slices of one graph.
 
     Args:
-        inputs: whether buffers, padding masks and sizes among the placeholders may be used; else only constants.
+        inputs: whether buffers and padding masks among the placeholders may be used; else only constants.
         outer: for the body of a checkpoint: the evaluator of the graph around it.
         actual: what the placeholders stand for, if that is known; Dynamo forgets it when the backend returns.
 
@@ -193,10 +193,10 @@ class Evaluator:
             constant = operator.attrgetter(str(node.target))(self._region.module)
             if isinstance(constant, Tensor) and not constant.requires_grad:
                 return constant.detach().cpu().clone()
-        if node.op != "placeholder" or not self._inputs:
-            return _NO_VALUE
         if self._outer is not None and node in self._region.sources:
             return self._outer.evaluate(self._region.sources[node], given)
+        if node.op != "placeholder" or not self._inputs:
+            return _NO_VALUE
         buffer = _buffer(node, self._actual.get(node))
         if buffer is not None:
             self.relied[node] = buffer
@@ -204,6 +204,19 @@ class Evaluator:
         if is_padding(node):
             return torch.ones(self.concrete(tuple(example.shape)), dtype=example.dtype)
         return _NO_VALUE
+
+
+class Evaluators(dict[Region, Evaluator]):
+    """The evaluator of each region of a graph, made when it is asked for; arguments as for :class:`Evaluator`."""
+
+    def __init__(self, inputs: bool = True, actual: Sequence[Any] = ()) -> None:
+        super().__init__()
+        self._inputs, self._actual = inputs, actual
+
+    def __missing__(self, region: Region) -> Evaluator:
+        outer, actual = (None, self._actual) if region.outer is None else (self[region.outer], ())
+        self[region] = Evaluator(region, self._inputs, outer, actual)
+        return self[region]
 
 
 class _Slice(fx.Interpreter):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_compile.graph.attention import forms
 from mst_compile.graph.attention.causality import Finding, find
 from mst_compile.graph.attention.constant import Constant
-from mst_compile.graph.attention.evaluate import Evaluator
-from mst_compile.graph.attention.forms import FORMS
+from mst_compile.graph.attention.evaluate import Evaluator, Evaluators
 from mst_compile.graph.attention.found import Attention
 from mst_compile.graph.attention.rewrite import replace, why_not
 from mst_compile.graph.context import Context, Site
@@ -24,7 +24,7 @@ def run(graph_module: fx.GraphModule, context: Context) -> int:
     """Rewrite attention in place; returns how many have the pattern now. Without a pattern, only say what is there."""
     rewrite = _Rewrite(context)
     for region, node in walk(graph_module):
-        found = next((f for f in (form(region, node) for form in FORMS) if f is not None), None)
+        found = next((f for f in (form(region, node) for form in forms.FORMS) if f is not None), None)
         if found is not None:
             rewrite.visit(region, found)
     context.constants += rewrite.constants()
@@ -34,11 +34,11 @@ def run(graph_module: fx.GraphModule, context: Context) -> int:
 class _Rewrite:
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._evaluators: dict[Region, Evaluator] = {}
+        self._evaluators = Evaluators(actual=context.inputs)
         self._known: dict[Any, Finding] = {}
 
     def visit(self, region: Region, found: Attention) -> None:
-        evaluator = self._evaluator(region)
+        evaluator = self._evaluators[region]
         reason = found.reason or _why_dropout(found.dropout) or self._why_not(found)
         if reason is None and found.mask is not None:
             finding = self._finding(region, found, evaluator)
@@ -65,19 +65,12 @@ class _Rewrite:
             for node, buffer in evaluator.relied.items()
         ]
 
-    def _evaluator(self, region: Region) -> Evaluator:
-        if region not in self._evaluators:
-            if region.outer is None:
-                self._evaluators[region] = Evaluator(region, actual=self._context.inputs)
-            else:
-                self._evaluators[region] = Evaluator(region, outer=self._evaluator(region.outer))
-        return self._evaluators[region]
-
     def _why_not(self, found: Attention) -> str | None:
         reason = why_not(found)
         if reason is not None:
             return reason
-        return self._context.why_no_attention(value(found.out).dtype, value(found.q).shape[-1])
+        out = value(found.out)
+        return self._context.why_no_attention(out.device.type, out.dtype, value(found.q).shape[-1])
 
     def _finding(self, region: Region, found: Attention, evaluator: Evaluator) -> Finding:
         at = found.out if found.reader is None else found.reader

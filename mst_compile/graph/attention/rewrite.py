@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from mst_compile.graph.attention.evaluate import Evaluator, UnknownError
 from mst_compile.graph.attention.found import Attention
-from mst_compile.graph.fx import Emitter, before_cast, computes, name, same_size, value
+from mst_compile.graph.fx import Emitter, before_cast, computes, holds, name, same_size, value
 
 _VIEWS = {"reshape", "view", "expand", "getitem", "unsqueeze", "repeat_interleave", "contiguous", "flatten", "repeat"}
 _LAYOUT = {"view", "transpose", "permute", "unsqueeze", "squeeze", "swapaxes"}
@@ -62,7 +62,8 @@ def _precision(found: Attention) -> str | None:
 
 
 def _uncast(node: fx.Node) -> fx.Node:
-    while (source := before_cast(node)) is not None:
+    """The node before all casts that changed no value."""
+    while (source := before_cast(node)) is not None and holds(value(node).dtype, value(source).dtype):
         node = source
     return node
 
