@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mst_compile.ops import attention as attention_op  # noqa: F401  (registers the operator)
+from mst_compile.rules.patterns import PATTERNS
 
 from .ledger import interleave, medians, print_table, record
 
@@ -27,9 +28,8 @@ def _step(forward: Callable[[], Tensor], grad: Tensor, leaves: tuple[Tensor, ...
 
 
 def _mst(q: Tensor, k: Tensor, v: Tensor, pattern: str, window: int, stride: int) -> Tensor:
-    chunks = -(-q.shape[2] // stride)
-    blocks = torch.ones(chunks, chunks, dtype=torch.bool) if pattern == "blocks" else None
-    return torch.ops.mst.attention(q, k, v, None, blocks, pattern, window, stride, q.shape[-1] ** -0.5)[0]
+    parts = PATTERNS[pattern].parts(window, stride)
+    return torch.ops.mst.attention(q, k, v, None, parts.numbers, q.shape[-1] ** -0.5)[0]
 
 
 def measure(args: argparse.Namespace, length: int, dtype: torch.dtype) -> list[tuple[str, ...]]:
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lengths", default="1024,4096,8192")
-    parser.add_argument("--patterns", default="full,local,strided,sparse,fixed")
+    parser.add_argument("--patterns", default=",".join(PATTERNS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=12)

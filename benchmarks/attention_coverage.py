@@ -21,6 +21,7 @@ import mst_compile  # noqa: F401 - registers the operator
 from mst_compile.graph import multihead, passes
 from mst_compile.graph.attention import patterned
 from mst_compile.graph.context import Context, Site
+from mst_compile.rules.patterns import Parts
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "attention.md"
@@ -32,7 +33,7 @@ def sites_of(case: Any) -> list[Site]:
     found: list[Site] = []
 
     def backend(graph_module: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        context = Context(pattern=("sparse", 4, 4))
+        context = Context(pattern=Parts(window=4))
         passes.apply((multihead.run, patterned.run), graph_module, context)
         found.extend(context.sites)
         return graph_module.forward

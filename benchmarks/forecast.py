@@ -20,7 +20,7 @@ from torch import nn
 import mst_compile
 from mst_compile.cost.flops import Meter
 from mst_compile.cost.forecast import timeline
-from mst_compile.rules.schedule import ATTENTIONS
+from mst_compile.rules.attention import ATTENTIONS
 
 from .ledger import record
 from .schedule import _compilations, build

@@ -136,8 +136,8 @@ class _Bulk:
     """Passes over a whole weight, see :mod:`mst_compile.blocks.bulk`."""
 
     def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
-        supported = tensor.dtype in (torch.float32, torch.bfloat16) and tensor.stride(-1) == 1
-        return supported and kernels.supports(grid.block, tensor.dtype, tensor.dtype) and kernels.available()
+        supported = kernels.supports(grid.block, tensor.dtype, tensor.dtype) and tensor.stride(-1) == 1
+        return supported and kernels.available()
 
     def zero_inactive_(self, tensor: Tensor, index: Tensor, grid: BlockGrid) -> None:
         kernels.zero_inactive_(tensor, index, grid.block)

@@ -12,6 +12,8 @@ from torch._inductor.lowering import empty_strided, lowerings, to_dtype
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
+from mst_compile.rules.patterns import Parts
+
 from . import compat, gpu
 
 _aten = torch.ops.aten
@@ -34,37 +36,28 @@ def _bytes(mask: Any) -> Any:
 class _Call:
     """Operands and constants that the three kernels of one attention share."""
 
-    def __init__(
-        self, q: Any, k: Any, v: Any, key_mask: Any, blocks: Any, pattern: str, window: int, stride: int, scale: float
-    ) -> None:
+    def __init__(self, q: Any, k: Any, v: Any, key_mask: Any, parts: Sequence[int], scale: float) -> None:
         self.q, self.k, self.v = _operand(q), _operand(k), _operand(v)
         self.names, self.inputs = ["Q", "K", "V"], [self.q, self.k, self.v]
-        for name, mask in (("VISIBLE", key_mask), ("ALLOWED", blocks)):
-            if mask is not None:
-                self.names.append(name)
-                self.inputs.append(_bytes(mask))
+        if key_mask is not None:
+            self.names.append("VISIBLE")
+            self.inputs.append(_bytes(key_mask))
         heads, size = gpu.static(self.q.get_size()[1]), gpu.static(self.q.get_size()[3])
-        self.pattern, self.stride = pattern, stride
+        self.parts = Parts(*parts)
         self.kind, self.size = gpu.kind(self.q.get_dtype()), size
         self.constants = {
-            "PATTERN": repr(pattern),
-            "WINDOW": window,
-            "STRIDE": stride,
             "SCALE": scale,
             "HEADS": heads,
             "GROUP": heads // gpu.static(self.k.get_size()[1]),
             "SIZE": size,
             "BLOCK_D": max(16, 1 << (size - 1).bit_length()),
-            "CHUNKS": gpu.static(blocks.get_size()[1]) if blocks is not None else 1,
             "KEY_MASK": key_mask is not None,
-            "SUMMARY": False,
-            "FROM": -(-window // stride) * stride if pattern == "sparse" else 0,
             "PRECISION": gpu.precision(self.q.get_dtype()),
         }
 
-    def run(self, which: str, size: Sequence[Any], more: dict[str, Any], mutated: str | None, **constants: Any) -> Any:
-        """One kernel, tuned; its result has ``size`` and positions side by side in memory. ``mutated`` of ``more`` is
-        written too. ``constants`` replace those of the call."""
+    def run(self, which: str, size: Sequence[Any], more: dict[str, Any], parts: Parts, mutated: str | None) -> Any:
+        """One kernel on some parts, tuned; its result has ``size`` and positions side by side in memory. ``mutated`` of
+        ``more`` is written too."""
         _, heads, length, features = size
         layout = ir.FixedLayout(
             self.q.get_device(),
@@ -78,11 +71,10 @@ class _Call:
             for n, x in zip(names, inputs, strict=True)
             if n in ("Q", "K", "V", "DO")
         }
-        constants = self.constants | strides | constants
-        rows_alone = which != "forward" and constants["PATTERN"] == "'strided'"
+        constants = self.constants | strides | kernels.constants(parts)
         template = getattr(kernels, which)
         choices: list[Any] = []
-        for tile in kernels.tiles(self.size, self.kind, "rows" if rows_alone else which):
+        for tile in kernels.tiles(self.size, self.kind, which, parts):
             error = template.maybe_append_choice(
                 choices,
                 input_nodes=tuple(inputs),
@@ -98,7 +90,7 @@ class _Call:
             if error is not None:
                 raise error
         # Random values serve as operands, but masks must not be empty.
-        masks = {i: _all_seen for i, n in enumerate(names) if n in ("VISIBLE", "ALLOWED")}
+        masks = {i: _all_seen for i, n in enumerate(names) if n == "VISIBLE"}
         return compat.select(template.name, choices, inputs, layout, input_gen_fns=masks, return_multi_template=False)
 
 
@@ -116,7 +108,7 @@ def attention(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
     """Lowering of ``mst::attention``: the result and the log-denominators."""
     call = _Call(q, k, v, *rest)
     lse = _new(call.q.get_size()[:3], torch.float32, call.q.get_device())
-    out = call.run("forward", call.q.get_size(), {"LSE": lse}, "LSE")
+    out = call.run("forward", call.q.get_size(), {"LSE": lse}, call.parts, "LSE")
     return out, lse
 
 
@@ -127,18 +119,17 @@ def attention_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *r
     product = lowerings[_aten.mul.Tensor](to_dtype(grad, torch.float32), to_dtype(out, torch.float32))
     delta = _contiguous(lowerings[_aten.sum.dim_IntList](product, [-1]))
     saved = {"DO": grad, "LSE": _contiguous(lse), "DELTA": delta}
-    # Row-wise dots want other tiles than products: "sparse" takes a launch for each part.
-    parts = ["local", "strided"] if call.pattern == "sparse" else [call.pattern]
     dq = dk = dv = None
-    for part in parts:
-        dq = _sum(dq, call.run("grad_query", call.q.get_size(), saved, None, PATTERN=repr(part)))
-        dk_part, dv_part = _key_value(call, saved, call.k.get_size()[2], PATTERN=repr(part))
+    # Row-wise dots want other tiles than products.
+    for parts in call.parts.alone() if call.parts.step else [call.parts]:
+        dq = _sum(dq, call.run("grad_query", call.q.get_size(), saved, parts, None))
+    for parts in call.parts.alone():
+        count = FloorDiv(call.k.get_size()[2], parts.summary) if parts.summary else call.k.get_size()[2]
+        if V.graph.sizevars.statically_known_equals(count, 0):
+            continue
+        dk_part, dv_part = _key_value(call, saved, count, parts)
         dk, dv = _sum(dk, dk_part), _sum(dv, dv_part)
-    chunks = FloorDiv(call.k.get_size()[2], call.stride)
-    if call.pattern == "fixed" and not V.graph.sizevars.statically_known_equals(chunks, 0):
-        dk_part, dv_part = _key_value(call, saved, chunks, SUMMARY=True)
-        dk, dv = (_add_summary(*pair, call.stride, chunks) for pair in ((dk, dk_part), (dv, dv_part)))
-    return dq, dk, dv
+    return dq, _or_zeros(dk, call.k), _or_zeros(dv, call.v)
 
 
 def _contiguous(x: Any) -> Any:
@@ -149,26 +140,38 @@ def _sum(a: Any, b: Any) -> Any:
     return b if a is None else lowerings[_aten.add.Tensor](a, b)
 
 
-def _key_value(call: _Call, saved: dict[str, Any], length: Any, **constants: Any) -> tuple[Any, Any]:
-    batch, kv_heads, _, size = call.k.get_size()
-    by_position = _new([batch, length, kv_heads, size], call.q.get_dtype(), call.q.get_device())
-    dk = call.run("grad_key_value", [batch, kv_heads, length, size], saved | {"DV": by_position}, "DV", **constants)
-    return dk, lowerings[_aten.permute.default](by_position, [0, 2, 1, 3])
+def _or_zeros(gradient: Any, like: Any) -> Any:
+    """A gradient, or zeros where no query sees any key."""
+    return lowerings[_aten.full_like.default](like, 0) if gradient is None else gradient
 
 
-def _add_summary(whole: Any, summary: Any, stride: int, chunks: Any) -> Any:
-    """Add what later chunks owe to the last position of each chunk."""
-    ours, theirs = whole.make_loader(), summary.make_loader()
+def _key_value(call: _Call, saved: dict[str, Any], count: Any, parts: Parts) -> tuple[Any, Any]:
+    """The share of one launch, over ``count`` keys, in the gradients of keys and values."""
+    batch, kv_heads, length, size = call.k.get_size()
+    by_position = _new([batch, count, kv_heads, size], call.q.get_dtype(), call.q.get_device())
+    dk = call.run("grad_key_value", [batch, kv_heads, count, size], saved | {"DV": by_position}, parts, "DV")
+    dv = lowerings[_aten.permute.default](by_position, [0, 2, 1, 3])
+    if not parts.summary:
+        return dk, dv
+    return _spread(dk, parts.summary, count, length), _spread(dv, parts.summary, count, length)
+
+
+def _spread(of_summaries: Any, summary: int, count: Any, length: Any) -> Any:
+    """The gradients of ``count`` summaries at their positions, the last one of each chunk, and 0 between them."""
+    load = of_summaries.make_loader()
+    batch, heads, _, size = of_summaries.get_size()
 
     def inner(position: Any) -> Any:
         batch, head, t, d = position
-        chunk = FloorDiv(t, stride)
-        where = ops.index_expr(ModularIndexing(t, 1, stride), torch.int32)
-        last = ops.eq(where, ops.constant(stride - 1, torch.int32))
-        inside = ops.lt(ops.index_expr(chunk, torch.int32), ops.index_expr(chunks, torch.int32))
-        seen = ops.logical_and(last, inside)
-        share = ops.masked(seen, lambda: theirs([batch, head, chunk, d]), 0.0)
-        return ops.add(ours(position), share)
+        chunk = FloorDiv(t, summary)
+        where = ops.index_expr(ModularIndexing(t, 1, summary), torch.int32)
+        last = ops.eq(where, ops.constant(summary - 1, torch.int32))
+        inside = ops.lt(ops.index_expr(chunk, torch.int32), ops.index_expr(count, torch.int32))
+        return ops.masked(ops.logical_and(last, inside), lambda: load([batch, head, chunk, d]), 0.0)
 
-    dtype = whole.get_dtype()
-    return ir.Pointwise.create(device=whole.get_device(), dtype=dtype, inner_fn=inner, ranges=list(whole.get_size()))
+    return ir.Pointwise.create(
+        device=of_summaries.get_device(),
+        dtype=of_summaries.get_dtype(),
+        inner_fn=inner,
+        ranges=[batch, heads, length, size],
+    )

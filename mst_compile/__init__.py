@@ -8,8 +8,10 @@ from .api import densify, sparsifier, sparsify
 from .cost.forecast import Forecast, forecast
 from .cost.report import explain
 from .errors import MSTError, MSTWarning
-from .rules.schedule import Constant, MixedSparsity
-from .state.optimizers import param_groups
+from .rules.constant import Constant
+from .rules.mixed_sparsity import MixedSparsity
+from .rules.schedule import Schedule
+from .state.learning_rates import param_groups
 from .state.selection import Override
 from .state.sparsifier import Sparsifier
 from .state.weight import SparseWeight
@@ -21,6 +23,7 @@ __all__ = [
     "MSTWarning",
     "MixedSparsity",
     "Override",
+    "Schedule",
     "SparseWeight",
     "Sparsifier",
     "densify",

@@ -10,7 +10,7 @@ from mst_compile.blocks.shards import check_placement
 from mst_compile.errors import AlreadySparseError, SelectionError
 from mst_compile.parallel import fsdp
 from mst_compile.rules.guard import GUARDS, Guard
-from mst_compile.rules.schedule import Schedule, check_schedule
+from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.state import weight as weights
 from mst_compile.state.selection import Override, select
 from mst_compile.state.sparsifier import Sparsifier, attach, detach, sparsifier, sparsifier_of
@@ -38,7 +38,7 @@ def sparsify(
     Args:
         model: any module. Weights of ``nn.Linear`` and Hugging Face ``Conv1D`` are eligible, a tied LM head included;
             embeddings, norms and biases stay dense.
-        schedule: :class:`MixedSparsity`, :class:`Constant` or anything with their methods.
+        schedule: :class:`MixedSparsity`, :class:`Constant` or an own one derived from :class:`Schedule`.
         block: edge of the square blocks, a power of two; default 8 on a CPU, 32 elsewhere. It shrinks for a weight
             whose backbone would take more than half of the target density (:func:`explain` says so). ``1`` gives
             unstructured masks on dense matrix products.
@@ -66,7 +66,7 @@ def sparsify(
     """
     if not isinstance(model, nn.Module):
         raise SelectionError(f"sparsify takes an nn.Module, got {type(model).__name__}")
-    check_schedule(schedule)
+    schedule = as_schedule(schedule)
     if sparsifier_of(model) is not None or any(weights.of(p) is not None for p in model.parameters()):
         raise AlreadySparseError(
             "the model (or a part of it) is sparse already; call densify(model) first to start again with another "

@@ -1,5 +1,22 @@
-"""Public door to schedules; see :mod:`mst_compile.rules.schedule`."""
+"""Public door to schedules and what they are made of; see :mod:`mst_compile.rules`."""
 
-from .rules.schedule import Constant, MixedSparsity, Schedule
+from .rules.attention import Attention
+from .rules.constant import Constant
+from .rules.growth import SET, Growth, Mixed, NoGrowth, RigL
+from .rules.mixed_sparsity import MixedSparsity
+from .rules.patterns import Parts, Pattern
+from .rules.schedule import Schedule
 
-__all__ = ["Constant", "MixedSparsity", "Schedule"]
+__all__ = [
+    "SET",
+    "Attention",
+    "Constant",
+    "Growth",
+    "Mixed",
+    "MixedSparsity",
+    "NoGrowth",
+    "Parts",
+    "Pattern",
+    "RigL",
+    "Schedule",
+]

@@ -7,16 +7,18 @@ from typing import Any
 
 import torch
 from attention_models import Case
+from oracles import assert_reordered
 from torch import Tensor, fx, nn
 
 from mst_compile.graph import multihead, passes
 from mst_compile.graph.attention import causal, patterned
 from mst_compile.graph.attention.constant import Constant
 from mst_compile.graph.context import Context, Site
+from mst_compile.rules.patterns import FULL, Parts
 
 T = 12
 SHAPE = (2, 3, T, 8)
-WINDOW, STRIDE = 3, 5
+SPARSE = Parts(window=3, first=5, step=5)
 Compiled = Callable[..., Any]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -28,8 +30,8 @@ class Backend:
         pattern: what attention shall see; None: it stays as the model wrote it.
     """
 
-    def __init__(self, pattern: str | None = "full", inner: str = "eager") -> None:
-        self.pattern = None if pattern is None else (pattern, WINDOW, STRIDE)
+    def __init__(self, pattern: Parts | None = FULL, inner: str = "eager") -> None:
+        self.pattern = pattern
         self.inner = torch._dynamo.lookup_backend(inner)
         self.graphs: list[fx.GraphModule] = []
         self.sites: list[Site] = []
@@ -65,8 +67,7 @@ def compiled(function: Compiled, backend: Backend, dynamic: bool | None = None) 
 
 def assert_close(got: Tensor, want: Tensor, terms: int = 64) -> None:
     """Equal up to the order of summation of ``terms`` terms in a dozen layers."""
-    eps = torch.finfo(want.dtype).eps
-    torch.testing.assert_close(got, want, rtol=0, atol=terms * eps * max(float(want.detach().abs().max()), 1e-3))
+    assert_reordered(got, want, terms)
 
 
 def training(case: Case, model: Compiled, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, list[Tensor | None]]:
@@ -84,7 +85,7 @@ def assert_same(got: Trained, want: Trained) -> None:
     for a, b in zip(got[1], want[1], strict=True):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
-            torch.testing.assert_close(a, b, rtol=0, atol=256 * torch.finfo(b.dtype).eps * scale)
+            assert_reordered(a, b, 256, size=scale)
 
 
 def assert_same_training(case: Case, backend: Backend) -> None:

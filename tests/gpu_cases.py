@@ -1,4 +1,4 @@
-"""Block-sparse products as the GPU would run them, and bounds on their error derived from float64."""
+"""Block-sparse products as the GPU would run them, held against float64."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import mst_compile.lowering.inductor  # noqa: F401  (registers the lowerings)
 import torch
-from helpers import expand, index_of
+from mask_cases import expand, index_of
+from oracles import Exact, assert_within, of_rounding, of_sum, smallest
+from oracles import product as exact_product
 from torch import Tensor
 
-F32 = torch.float32
 BLOCKS = (32, 64, 128)
 # Each epilogue with a bound on its first derivative; second derivatives stay below 1.
 EPILOGUES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
@@ -89,17 +90,10 @@ def product(
     return Product(x, weight, b, mask, block, transposed, epilogue, dense_grad)
 
 
-def _eps(dtype: torch.dtype, terms: int, *roundings: torch.dtype) -> float:
-    """Relative error of a sum of ``terms`` products in float32, and of each rounding to a dtype, twice for a result
-    that is rounded before and after something is added."""
-    return (terms + 8) * torch.finfo(F32).eps + sum(2 * torch.finfo(d).eps for d in (dtype, *roundings))
-
-
-def _assert_within(actual: Tensor, exact: Tensor, allowed: Tensor, what: str) -> None:
-    assert actual.shape == exact.shape, what
-    error = (actual.double() - exact).abs()
-    wrong = ~(error <= allowed + torch.finfo(torch.float16).tiny)  # also catches NaN
-    assert not wrong.any(), f"{what}: {error[wrong].max():.2e}, allowed {allowed.expand_as(error)[wrong].min():.2e}"
+def _error(terms: int, *dtypes: torch.dtype) -> float:
+    """Relative error of a sum of ``terms`` products with an epilogue in float32, and of each rounding to a dtype,
+    twice for a result that is rounded before and after something is added."""
+    return of_sum(terms, beside=8) + of_rounding(*dtypes, times=2)
 
 
 def check_forward(case: Product, outputs: list[Tensor | None], precision: float = 0.0) -> None:
@@ -108,18 +102,16 @@ def check_forward(case: Product, outputs: list[Tensor | None], precision: float 
     z, size = _preactivation(case)
     (y,) = [t for t in outputs[:1] if t is not None]
     assert y.dtype == case.x.dtype
-    error = _eps(case.x.dtype, case.x.shape[-1], case.weight.dtype) + 2 * precision
+    error = _error(case.x.shape[-1], case.x.dtype, case.weight.dtype) + 2 * precision
     exact = after(z).view(*case.x.shape[:-1], -1)
-    allowed = slope * error * size + 2 * torch.finfo(y.dtype).eps * after(z).abs()
-    _assert_within(y, exact, allowed.view(exact.shape), "y")
+    allowed = slope * error * size + of_rounding(y.dtype, times=2) * after(z).abs() + smallest(y.dtype)
+    assert_within(y, exact, allowed.view(exact.shape), "y")
 
 
-def _preactivation(case: Product) -> tuple[Tensor, Tensor]:
-    """``x W + b`` in float64 as ``[M, out]``, and the sum of the terms' absolute values."""
-    x, w = case.x.reshape(-1, case.x.shape[-1]).double(), case.weight.double()
-    w = w if case.transposed else w.t()
-    b = torch.zeros(()) if case.bias is None else case.bias.double()
-    return x @ w + b, x.abs() @ w.abs() + b.abs()
+def _preactivation(case: Product) -> Exact:
+    """``x W + b`` as ``[M, out]``."""
+    x, w = case.x.reshape(-1, case.x.shape[-1]), case.weight
+    return exact_product(x, w if case.transposed else w.t(), case.bias)
 
 
 def check_backward(case: Product, outputs: list[Tensor | None], upstream: Tensor, precision: float = 0.0) -> None:
@@ -135,15 +127,16 @@ def check_backward(case: Product, outputs: list[Tensor | None], upstream: Tensor
     w = w if case.transposed else w.t()
     gradients = [t for t in outputs if isinstance(t, Tensor)]
     dtype, stored = case.x.dtype, case.weight.dtype
-    exact = {"dx": (dz @ w.t(), dz_size @ w.t().abs(), _eps(dtype, w.shape[1], stored, dtype), dtype)}
+    exact = {"dx": (dz @ w.t(), dz_size @ w.t().abs(), _error(w.shape[1], dtype, stored, dtype), dtype)}
     dw, dw_size = x.t() @ dz, x.abs().t() @ dz_size
     if not case.transposed:
         dw, dw_size = dw.t(), dw_size.t()
-    exact["dw"] = dw * case.keep, dw_size * case.keep, _eps(dtype, len(x), stored, dtype), stored
+    exact["dw"] = dw * case.keep, dw_size * case.keep, _error(len(x), dtype, stored, dtype), stored
     if case.bias is not None:
-        exact["db"] = dz.sum(0), dz_size.sum(0), _eps(dtype, len(x), case.bias.dtype, dtype), case.bias.dtype
+        exact["db"] = dz.sum(0), dz_size.sum(0), _error(len(x), dtype, case.bias.dtype, dtype), case.bias.dtype
     assert len(gradients) == len(exact)
-    for (name, (value, magnitude, eps, returned)), actual in zip(exact.items(), gradients, strict=True):
+    for (name, (value, magnitude, error, returned)), actual in zip(exact.items(), gradients, strict=True):
         assert actual.dtype == returned, name
-        _assert_within(actual.reshape(value.shape), value, (eps + 2 * precision) * magnitude, name)
+        allowed = (error + 2 * precision) * magnitude + smallest(returned)
+        assert_within(actual.reshape(value.shape), value, allowed, name)
     assert not gradients[1][~case.keep].any(), "inactive blocks have no gradient"

@@ -1,4 +1,4 @@
-"""What several test files share: oracles that know nothing of the code under test, and small models."""
+"""Small models, ways to run them, and what is compared: with float64, with what was before."""
 
 from __future__ import annotations
 
@@ -6,56 +6,30 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
-from hypothesis import strategies as st
+from mask_cases import element_masks
+from oracles import assert_all_as_good_as
 from torch import Tensor, nn
 
 import mst_compile
-from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.index import new_index, write_index
 
 DEBUG = {"mst.inner": "aot_eager"}
 
 
-# -- masks -------------------------------------------------------------------------------------------------------------
+class Blocks(nn.Module):
+    """A small residual network: two layers a block, of which the first widens."""
 
+    def __init__(self, width: int = 32, depth: int = 2, hidden: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+            for _ in range(depth)
+        )
 
-def expand(mask: Tensor, rows: int, cols: int, block: int) -> Tensor:
-    """Elementwise mask of a block mask, by numpy's Kronecker product."""
-    return torch.from_numpy(np.kron(mask.numpy(), np.ones((block, block), dtype=bool))[:rows, :cols].copy())
-
-
-def element_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Parameter name -> elementwise mask, of each sparse weight of a model."""
-    own = mst_compile.sparsifier(model)
-    return {n: expand(own.masks[n], w.grid.rows, w.grid.cols, w.grid.block) for n, w in own.weights.items()}
-
-
-@st.composite
-def block_masks(draw: st.DrawFn, block_rows: int, block_cols: int) -> Tensor:
-    """Empty, one block, full, random, and random with empty rows or columns."""
-    kind = draw(st.sampled_from(["empty", "one", "full", "random", "empty row", "empty column"]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    mask = torch.rand(block_rows, block_cols, generator=generator) < draw(st.sampled_from([0.1, 0.3, 0.7]))
-    if kind in ("empty", "one"):
-        mask.zero_()
-    if kind == "one":
-        mask[draw(st.integers(0, block_rows - 1)), draw(st.integers(0, block_cols - 1))] = True
-    if kind == "full":
-        mask.fill_(True)
-    if kind == "empty row":
-        mask[draw(st.integers(0, block_rows - 1))] = False
-    if kind == "empty column":
-        mask[:, draw(st.integers(0, block_cols - 1))] = False
-    return mask
-
-
-def index_of(mask: Tensor, rows: int, cols: int, block: int, *, dense_grad: bool = False) -> Tensor:
-    grid = BlockGrid(rows, cols, block)
-    index = new_index(grid)
-    write_index(index, grid, mask, dense_grad=dense_grad)
-    return index
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
 
 
 # -- running models ----------------------------------------------------------------------------------------------------
@@ -111,25 +85,6 @@ def oracle(model: nn.Module, build: Callable[[], nn.Module], args: tuple[Any, ..
     return found
 
 
-def assert_as_good_as(
-    actual: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor], dtype: torch.dtype
-) -> None:
-    """``actual`` is as near to the fp64 truth as eager mode is, up to a few roundings of ``dtype``.
-
-    Eager mode's own error, measured, says how the model's condition amplifies roundings; the factor of four is for sums
-    that run in another order. The floor is for results that eager mode happens to get exactly right.
-    """
-    assert actual.keys() == eager.keys() == truth.keys()
-    eps = torch.finfo(dtype).eps
-    for name, right in truth.items():
-        assert actual[name].dtype == eager[name].dtype
-        assert actual[name].shape == eager[name].shape
-        error = (actual[name].double() - right).abs().max().item() if right.numel() else 0.0
-        usual = (eager[name].double() - right).abs().max().item() if right.numel() else 0.0
-        allowed = 4 * usual + 8 * eps * right.abs().max().item() + torch.finfo(dtype).tiny
-        assert error <= allowed, f"{name}: error {error:.2e}, eager mode's {usual:.2e}, allowed {allowed:.2e}"
-
-
 def check_model(
     build: Callable[[], nn.Module],
     *args: Any,
@@ -156,7 +111,7 @@ def check_model(
     with context():
         eager = loss_and_grads(model, function, args, kwargs)
         actual = loss_and_grads(model, fast, args, kwargs)
-    assert_as_good_as(actual, eager, truth, precision)
+    assert_all_as_good_as(actual, eager, truth, precision)
     for name, mask in element_masks(model).items():
         for found in (eager, actual):
             assert not found[f"grad {name}"][~mask].any(), name
@@ -189,19 +144,3 @@ def unchanged(*modules: nn.Module) -> Iterator[None]:
     for module, old in zip(modules, values, strict=True):
         now = dict(module.named_parameters())
         assert all(torch.equal(now[n], v) for n, v in old.items())
-
-
-class Blocks(nn.Module):
-    """A small residual network: two layers a block, of which the first widens."""
-
-    def __init__(self, width: int = 32, depth: int = 2, hidden: int = 64) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-            for _ in range(depth)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x

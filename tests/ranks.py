@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers import element_masks
+from mask_cases import element_masks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from helpers import Blocks, compiled, element_masks
+from helpers import Blocks, compiled
+from mask_cases import element_masks
 from torch import Tensor, nn
 
 from mst_compile import MixedSparsity, sparsifier, sparsify

@@ -10,7 +10,7 @@ from mst_compile.lowering import inductor  # noqa: F401  (registers the lowering
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mst_compile.rules.patterns import allowed
+from mst_compile.rules.patterns import PATTERNS, Parts, allowed, sees
 
 from .plan import AttentionCell
 from .report import Run
@@ -22,11 +22,15 @@ _ALLOWED = {torch.float32: 400.0, torch.bfloat16: 8.0, torch.float16: 8.0}
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def _parts(cell: AttentionCell) -> Parts:
+    return PATTERNS[cell.pattern].parts(cell.window, cell.stride)
+
+
 def _ours(cell: AttentionCell) -> Attend:
-    settings = cell.pattern, cell.window, cell.stride, cell.size**-0.5
+    settings = _parts(cell).numbers, cell.size**-0.5
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.ops.mst.attention(q, k, v, None, None, *settings)[0]
+        return torch.ops.mst.attention(q, k, v, None, *settings)[0]
 
     return torch.compile(attend, fullgraph=True, backend="inductor", dynamic=False)
 
@@ -35,16 +39,10 @@ def _flex(cell: AttentionCell, device: torch.device) -> Attend:
     """The same mask as a ``mask_mod``; FlexAttention skips blocks of 128 x 128 that it empties."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    window, stride, pattern = cell.window, cell.stride, cell.pattern
+    parts = _parts(cell)
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        distance = query - key
-        causal = distance >= 0
-        if pattern == "full":
-            return causal
-        if pattern == "fixed":
-            return causal & ((query // stride == key // stride) | (key % stride == stride - 1))
-        return causal & ((distance < window) | (distance % stride == 0))
+        return sees(parts, query, key)
 
     blocks = create_block_mask(mask, None, None, cell.length, cell.length, device=device)
     compiled: Any = torch.compile(flex_attention, dynamic=False)
@@ -68,7 +66,7 @@ def _complaint(cell: AttentionCell, attend: Attend, operands: tuple[Tensor, ...]
     """What is wrong with the result or a gradient for one head in float32, or None."""
     few = [t[:1, :1].detach().requires_grad_() for t in operands]
     wide = [t.detach().float().requires_grad_() for t in few]
-    mask = allowed(cell.pattern, cell.length, cell.window, cell.stride, device=grad.device)
+    mask = allowed(_parts(cell), cell.length, grad.device)
     exact = scaled_dot_product_attention(*wide, attn_mask=mask)
     exact.backward(grad[:1, :1].float())
     gradients = [t.grad for t in wide]

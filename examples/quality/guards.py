@@ -31,13 +31,13 @@ class Side:
     Attributes:
         weight: sparse state of the weight that this is a part of.
         values: the weights, ``[units, others]``, a view.
-        mask, spine: the part of the block mask and of the blocks safe from being dropped, bool ``[pairs, others]``.
+        mask, backbone: the part of the block mask and of the blocks safe from being dropped, bool ``[pairs, others]``.
     """
 
     weight: SparseWeight
     values: Tensor
     mask: Tensor
-    spine: Tensor
+    backbone: Tensor
 
     @property
     def magnitude(self) -> Tensor:
@@ -85,7 +85,7 @@ class Guard:
             best, place = both.max(1)
             for side, shift in ((one, 0), (other, one.mask.shape[1])):
                 here = (best > 0) & (place >= shift) & (place < shift + side.mask.shape[1])
-                side.spine[here, place[here] - shift] = True
+                side.backbone[here, place[here] - shift] = True
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -126,5 +126,5 @@ class Guard:
 
 
 def _ranges(start: int, length: int, block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Start and length of the same rows in a weight, its mask and its spine."""
+    """Start and length of the same rows in a weight, its mask and its backbone."""
     return (start, start // block, start // block), (length, length // block, length // block)

@@ -1,6 +1,6 @@
 """CPU kernels: block-sparse products and sparse attention in C++, compiled at first use and called through ctypes."""
 
-from .attention import LSE_DTYPE, PATTERNS, attention, attention_backward, supports_attention, supports_head
+from .attention import LSE_DTYPE, attention, attention_backward, supports_attention, supports_head
 from .library import (
     available,
     block_sumsq,
@@ -14,7 +14,6 @@ from .library import (
 
 __all__ = [
     "LSE_DTYPE",
-    "PATTERNS",
     "attention",
     "attention_backward",
     "available",

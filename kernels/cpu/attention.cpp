@@ -1,4 +1,4 @@
-// Attention over a causal pattern, forward: out = softmax(scale q k^T, cut to the pattern) v.
+// Attention over the parts of a causal pattern, forward: out = softmax(scale q k^T, cut to the parts) v.
 //
 // Loop nest:
 //
@@ -15,8 +15,6 @@
 // products run from registers at 16 multiply-adds for 10 loads with AVX-512 (8 rows by 2 vectors); a tile of 32 queries
 // does 64 multiply-adds per float that it reads of a packed key or value, enough for L2 and L3 alike. Rowwise steps do
 // one multiply-add per float read: they are bound by the cache, which the order of the tiles is chosen for.
-#include <memory>
-
 #include "attention_head.h"
 
 namespace mst {
@@ -63,8 +61,9 @@ template <class E> struct Forward {
     const int64_t width = head.width;
     if (step.kind == ROWWISE) {
       for (int64_t r = 0; r < tile; r++)
-        row_sums(scores + r * step_keys, head.keys.v + head.rowwise_at(step, i0 + r), -head.row_step(),
-                 head.rowwise_count(step, i0 + r), width, sums + r * width);
+        if (const int64_t count = head.rowwise_count(step, i0 + r))
+          row_sums(scores + r * step_keys, head.keys.v + head.rowwise_at(step, i0 + r), -head.row_step(), count, width,
+                   sums + r * width);
       return;
     }
     const float* values = head.of(step.kind).v;
@@ -110,18 +109,20 @@ template <class E> int forward(const MstAttention& p, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Scratch memory;
-    const auto worker = std::make_unique<Forward<E>>(p);
-    const bool ready = worker->head.allocate(memory);
-    if (!ready) {
-#pragma omp atomic write
-      status = MST_NO_MEMORY;
-    }
+    const std::unique_ptr<Forward<E>> worker(new (std::nothrow) Forward<E>(p));
+    bool ready = worker && worker->head.allocate(memory);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < heads * splits; item++) {
       if (!ready) continue;
       const int64_t b = item / splits / p.heads, h = item / splits % p.heads;
-      worker->head.bind(b, h / (p.heads / p.key_heads));
-      for (const int64_t i0 : tiles_of(worker->head.geometry, item % splits, splits)) worker->tile(b, h, i0);
+      ready = within_memory([&] {
+        worker->head.bind(b, h / (p.heads / p.key_heads));
+        for (const int64_t i0 : tiles_of(worker->head.geometry, item % splits, splits)) worker->tile(b, h, i0);
+      });
+    }
+    if (!ready) {
+#pragma omp atomic write
+      status = MST_NO_MEMORY;
     }
     memory.trim();
   }
@@ -136,5 +137,5 @@ using namespace mst;
 MST_API int mst_attention(const MstAttention* problem) {
   const int status = check(*problem), threads = std::max(1, problem->threads);
   if (status != MST_OK) return status;
-  return problem->dtype == MST_F32 ? forward<float>(*problem, threads) : forward<bf16>(*problem, threads);
+  return by_dtype(problem->dtype, [&](auto e) { return forward<typename decltype(e)::type>(*problem, threads); });
 }

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .library import _DTYPES, Library, _check, _dtype, _library
+from mst_compile.rules.patterns import Parts
 
-PATTERNS = ("full", "local", "strided", "sparse", "fixed", "blocks")  # the order of abi.h
+from . import abi, table
+from .library import Library, code_of, loaded
+
 LSE_DTYPE = torch.float32
-
-
-class _Heads(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-        ("token", ctypes.c_int64),
-    )
-
-
-class _Attention(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "key_heads", "length", "size", "window", "stride")),
-        *((name, ctypes.c_int32) for name in ("dtype", "pattern", "threads")),
-        ("scale", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("key_mask", "blocks", "lse")),
-        *((name, _Heads) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
-    )
 
 
 def supports_head(dtype: torch.dtype, size: int) -> bool:
     """Whether the kernels take heads of this size and dtype."""
-    return dtype in _DTYPES and size % 8 == 0 and 32 <= size <= 256
+    return dtype in table.CODES and size % 8 == 0 and 32 <= size <= 256
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -43,19 +26,19 @@ def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return same and q.numel() > 0 and k.numel() > 0
 
 
-def _heads(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> _Heads:
+def _heads(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> abi.Heads:
     if t.shape != shape or t.dtype != dtype:
         raise ValueError(f"attention: {name} must be {tuple(shape)} {dtype}, not {tuple(t.shape)} {t.dtype}")
     if t.device.type != "cpu" or t.stride(3) != 1:
         raise ValueError(f"attention: {name} must be on the CPU, with unit stride along its last dimension")
-    return _Heads(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
+    return abi.Heads(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
 
 
-def _bools(t: Tensor | None, shape: tuple[int, ...], name: str) -> int | None:
+def _key_mask(t: Tensor | None, shape: tuple[int, int]) -> int | None:
     if t is None:
         return None
     if t.shape != shape or t.dtype != torch.bool or not t.is_contiguous() or t.device.type != "cpu":
-        raise ValueError(f"attention: {name} must be contiguous bool {shape}, not {tuple(t.shape)} {t.dtype}")
+        raise ValueError(f"attention: key_mask must be contiguous bool {shape}, not {tuple(t.shape)} {t.dtype}")
     return t.data_ptr()
 
 
@@ -66,30 +49,20 @@ def _problem(
     out: Tensor,
     lse: Tensor,
     key_mask: Tensor | None,
-    blocks: Tensor | None,
-    pattern: str,
-    window: int,
-    stride: int,
+    parts: Sequence[int],
     scale: float,
-) -> _Attention:
+) -> abi.Attention:
     if q.dim() != 4 or k.dim() != 4 or not supports_attention(q, k, v):
         raise ValueError(f"attention: no kernel for q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype}")
     batch, heads, length, size = q.shape
     if heads % k.shape[1] or k.shape != (batch, k.shape[1], length, size):
         raise ValueError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} do not fit")
-    if pattern not in PATTERNS or window < 1 or stride < 1:
-        raise ValueError(f"attention: pattern {pattern!r}, window {window}, stride {stride}")
-    if (pattern == "blocks") != (blocks is not None):
-        raise ValueError('attention: blocks belong to the pattern "blocks", and to no other')
     if lse.shape != (batch, heads, length) or lse.dtype != torch.float32 or not lse.is_contiguous():
         raise ValueError(f"attention: lse must be contiguous float32 {(batch, heads, length)}")
-    chunks = -(-length // stride)
-    longest = max(length, 1)  # a longer window or stride sees nothing else, and must not overflow
-    problem = _Attention(batch, heads, k.shape[1], length, size, min(window, longest), min(stride, longest))
-    problem.dtype, problem.pattern, problem.threads = _dtype(q), PATTERNS.index(pattern), torch.get_num_threads()
-    problem.scale = scale
-    problem.key_mask = _bools(key_mask, (batch, length), "key_mask")
-    problem.blocks = _bools(blocks, (chunks, chunks), "blocks")
+    # A number that exceeds the length sees nothing else, and must not overflow.
+    numbers = abi.Parts(*(min(number, length) for number in Parts(*parts).numbers))
+    problem = abi.Attention(batch, heads, k.shape[1], length, size, numbers, code_of(q), torch.get_num_threads(), scale)
+    problem.key_mask = _key_mask(key_mask, (batch, length))
     problem.lse = lse.data_ptr()
     problem.q = _heads(q, q.shape, q.dtype, "q")
     problem.k = _heads(k, k.shape, q.dtype, "k")
@@ -103,10 +76,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
-    blocks: Tensor | None,
-    pattern: str,
-    window: int,
-    stride: int,
+    parts: Sequence[int],
     scale: float,
     *,
     out: Tensor,
@@ -115,11 +85,12 @@ def attention(
 ) -> None:
     """Writes ``mst::attention``'s two results to ``out`` and ``lse``.
 
-    Tensors have unit stride along their last dimension and any other strides; masks are contiguous bool; float32 or
-    bfloat16 (sums are float32). Raises ValueError if a shape, stride or dtype does not fit.
+    Tensors have unit stride along their last dimension and any other strides; the mask is contiguous bool; float32 or
+    bfloat16 (sums are float32). All combinations of :class:`Parts` are taken. Raises ValueError if a shape, stride or
+    dtype does not fit, or if the parts are none.
     """
-    problem = _problem(q, k, v, out, lse, key_mask, blocks, pattern, window, stride, scale)
-    _check((library or _library()).attention_raw(ctypes.byref(problem)))  # type: ignore[attr-defined]
+    problem = _problem(q, k, v, out, lse, key_mask, parts, scale)
+    (library or loaded()).call("mst_attention", problem)
 
 
 def attention_backward(
@@ -130,10 +101,7 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     key_mask: Tensor | None,
-    blocks: Tensor | None,
-    pattern: str,
-    window: int,
-    stride: int,
+    parts: Sequence[int],
     scale: float,
     *,
     dq: Tensor,
@@ -142,9 +110,9 @@ def attention_backward(
     library: Library | None = None,
 ) -> None:
     """Writes ``mst::attention_backward``'s results to ``dq``, ``dk`` and ``dv``. Operands as in :func:`attention`."""
-    problem = _problem(q, k, v, out, lse, key_mask, blocks, pattern, window, stride, scale)
+    problem = _problem(q, k, v, out, lse, key_mask, parts, scale)
     problem.grad = _heads(grad, q.shape, q.dtype, "grad")
     problem.dq = _heads(dq, q.shape, q.dtype, "dq")
     problem.dk = _heads(dk, k.shape, q.dtype, "dk")
     problem.dv = _heads(dv, k.shape, q.dtype, "dv")
-    _check((library or _library()).attention_backward_raw(ctypes.byref(problem)))  # type: ignore[attr-defined]
+    (library or loaded()).call("mst_attention_backward", problem)

@@ -1,4 +1,4 @@
-// Attention over a causal pattern, backward: dq, dk, dv out of grad, q, k, v, out and lse.
+// Attention over the parts of a causal pattern, backward: dq, dk, dv out of grad, q, k, v, out and lse.
 //
 // Loop nest:
 //
@@ -16,8 +16,6 @@
 // dk and dv belong to one thread at a time, so nothing is atomic. How many shares a head has depends on the shapes
 // alone, and so do the results, bit by bit. Five products, each from registers at 16 multiply-adds for 10 loads with
 // AVX-512; a tile of 32 queries does 27 multiply-adds per float moved, of k, v (both ways) and dk, dv (in and out).
-#include <memory>
-
 #include "attention_head.h"
 
 namespace mst {
@@ -58,7 +56,9 @@ template <class E> struct Backward {
       return;
     }
     for (int64_t r = 0; r < tile; r++) {
-      const int64_t count = head.rowwise_count(step, i0 + r), key = head.rowwise_at(step, i0 + r);
+      const int64_t count = head.rowwise_count(step, i0 + r);
+      if (!count) continue;
+      const int64_t key = head.rowwise_at(step, i0 + r);
       const float *prob = probabilities + r * step_keys, *slope = slopes + r * step_keys;
       row_updates(prob, grad + r * width, set.dv + key, -head.row_step(), count, width);
       row_updates(slope, query + r * width, set.dk + key, -head.row_step(), count, width);
@@ -114,7 +114,7 @@ template <class E> struct Backward {
     for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
       for (const int64_t i0 : tiles) tile(b, h, i0);
     for (int64_t m = 0; m < head.geometry.summaries(); m++) {
-      const int64_t to = head.layout.at((m + 1) * p.stride - 1), from = head.layout.at(m);
+      const int64_t to = head.layout.at((m + 1) * p.parts.summary - 1), from = head.layout.at(m);
       for (int64_t d = 0; d < width; d++) {
         head.keys.dk[to + d] += head.summaries.dk[from + d];
         head.keys.dv[to + d] += head.summaries.dv[from + d];
@@ -156,20 +156,16 @@ template <class E> int backward(const MstAttention& p, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Scratch memory;
-    const auto worker = std::make_unique<Backward<E>>(p);
-    Head<E>& head = worker->head;
-    const bool ready = head.allocate(memory);
-    if (!ready) {
-#pragma omp atomic write
-      status = MST_NO_MEMORY;
-    }
+    const std::unique_ptr<Backward<E>> worker(new (std::nothrow) Backward<E>(p));
+    bool ready = worker && worker->head.allocate(memory);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < heads * splits; item++) {
       if (!ready) continue;
       const int64_t b = item / splits / p.key_heads, key_head = item / splits % p.key_heads;
-      if (splits > 1) head.keys.dk = shares.get() + item * 2 * part, head.keys.dv = head.keys.dk + part;
-      worker->share(b, key_head, item % splits, splits);
-      if (splits == 1) worker->write(b, key_head, 0, p.length, head.keys.dk, head.keys.dv, 1, 0);
+      KeySet& keys = worker->head.keys;
+      if (splits > 1) keys.dk = shares.get() + item * 2 * part, keys.dv = keys.dk + part;
+      ready = within_memory([&] { worker->share(b, key_head, item % splits, splits); });
+      if (ready && splits == 1) worker->write(b, key_head, 0, p.length, keys.dk, keys.dv, 1, 0);
     }
     if (splits > 1) {
 #pragma omp for schedule(static)
@@ -180,6 +176,10 @@ template <class E> int backward(const MstAttention& p, int threads) {
         worker->write(of / p.key_heads, of % p.key_heads, p.length * s / splits, p.length * (s + 1) / splits, dk,
                       dk + part, splits, 2 * part);
       }
+    }
+    if (!ready) {
+#pragma omp atomic write
+      status = MST_NO_MEMORY;
     }
     memory.trim();
   }
@@ -194,5 +194,5 @@ using namespace mst;
 MST_API int mst_attention_backward(const MstAttention* problem) {
   const int status = check(*problem), threads = std::max(1, problem->threads);
   if (status != MST_OK) return status;
-  return problem->dtype == MST_F32 ? backward<float>(*problem, threads) : backward<bf16>(*problem, threads);
+  return by_dtype(problem->dtype, [&](auto e) { return backward<typename decltype(e)::type>(*problem, threads); });
 }

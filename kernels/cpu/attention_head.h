@@ -1,5 +1,8 @@
 // The keys and values of one head, packed, and the scores of a tile of queries against a step of them.
 #pragma once
+#include <memory>
+#include <new>
+
 #include "attention_steps.h"
 #include "attention_tile.h"
 
@@ -11,19 +14,18 @@ template <class E> MST_INLINE E* row_of(const MstHeads& t, int64_t batch, int64_
 }
 
 // How packed rows lie in memory: `width` floats each, in tiles of KT rows that stand `tile` floats apart. Queries that
-// meet keys a multiple of the stride away would meet them all in the same few cache sets if the stride is a power of
-// two; gaps between the tiles shift each such key by about a row.
+// meet keys a multiple of the step away would meet them all in the same few cache sets if the step is a power of two;
+// gaps between the tiles shift each such key by about a row.
 struct Layout {
   int64_t width, tile;
 
   explicit Layout(const MstAttention& p) : width(ceil_div(p.size, L) * L), tile(KT * width) {
-    const bool rowwise = p.pattern == MST_STRIDED || p.pattern == MST_SPARSE;
-    if (rowwise && p.stride % KT == 0) tile += ceil_div(width * KT / p.stride, L) * L;
+    if (p.parts.step && p.parts.step % KT == 0) tile += ceil_div(width * KT / p.parts.step, L) * L;
   }
   bool gaps() const { return tile != KT * width; }
   int64_t at(int64_t row) const { return row / KT * tile + row % KT * width; }
-  // The distance of rows whose numbers differ by the stride: there are gaps only where it is a multiple of KT.
-  int64_t apart(int64_t stride) const { return gaps() ? stride / KT * tile : stride * width; }
+  // The distance of rows whose numbers differ by the step: there are gaps only where it is a multiple of KT.
+  int64_t apart(int64_t step) const { return gaps() ? step / KT * tile : step * width; }
 };
 
 // Keys that steps count through: all of a head's, or its summaries. Rows are padded with zeros, and so is their number
@@ -87,7 +89,7 @@ template <class E> class Head {
     batch_ = batch, key_head_ = key_head;
     packed_.assign(keys.padded / KT, 0);
     for (int64_t t = 0; t < summaries.padded / KT; t++)
-      pack(summaries, t, geometry.summaries(), geometry.stride, geometry.stride - 1);
+      pack(summaries, t, geometry.summaries(), p.parts.summary, p.parts.summary - 1);
   }
 
   // Forgets the head, so that binding it again starts its gradients from zero.
@@ -99,19 +101,17 @@ template <class E> class Head {
   void need(const Step& step, int64_t i0, int64_t i1) {
     if (step.kind == RUN) need_keys(step.first, step.first + step.width);
     if (step.kind == ROWWISE)
-      for (int64_t n = step.first; n < step.first + step.width && i1 - 1 >= n * geometry.stride; n++)
-        need_keys(std::max<int64_t>(0, i0 - n * geometry.stride), i1 - n * geometry.stride);
+      for (int64_t n = step.first; n < step.first + step.width && geometry.at_distance(i1 - 1, n) >= 0; n++)
+        need_keys(std::max<int64_t>(0, geometry.at_distance(i0, n)), geometry.at_distance(i1 - 1, n) + 1);
   }
 
   // The n of a rowwise step that query i sees, counted from the step's first: [0, count).
   int64_t rowwise_count(const Step& step, int64_t i) const {
     return std::clamp<int64_t>(geometry.seen(ROWWISE, i).end - step.first, 0, step.width);
   }
-  // Where query i's keys of a rowwise step begin in packed rows; they lie -row_step() apart.
-  int64_t rowwise_at(const Step& step, int64_t i) const {
-    return layout.at(i - step.first * geometry.stride);
-  }
-  int64_t row_step() const { return layout.apart(geometry.stride); }
+  // Where query i's keys of a rowwise step begin in packed rows, if it sees one; they lie -row_step() apart.
+  int64_t rowwise_at(const Step& step, int64_t i) const { return layout.at(geometry.at_distance(i, step.first)); }
+  int64_t row_step() const { return layout.apart(p.parts.step); }
 
   // Calls body(first row, rows) for the stretches of a step's rows that lie without a gap.
   template <class Body> void stretches(const Step& step, Body body) const {
@@ -136,12 +136,11 @@ template <class E> class Head {
 
   // Cuts the scores to what each query may see.
   void mask(const Step& step, int64_t i0, int64_t tile, float* s) {
-    const bool blocks = geometry.pattern == MST_BLOCKS && step.masked;
     if (!step.masked && !p.key_mask && tile == QT) return;
     for (int64_t r = 0; r < QT; r++) {
       const int64_t i = i0 + r;
       const Interval seen = r < tile ? geometry.seen(step.kind, i) : Interval{0, 0};
-      const float* bias = r < tile ? bias_of(step, i, blocks && (r == 0 || i % geometry.stride == 0)) : nullptr;
+      const float* bias = r < tile ? bias_of(step, i) : nullptr;
       mask_row(s + r * step_keys, step.width, seen.begin - step.first, seen.end - step.first, bias);
     }
   }
@@ -159,11 +158,11 @@ template <class E> class Head {
       }
   }
 
-  // Packs tile t of a set whose row j stands at position j * stride + offset, j < count.
-  void pack(KeySet& set, int64_t t, int64_t count, int64_t stride, int64_t offset) {
+  // Packs tile t of a set whose row j stands at position j * every + offset, j < count.
+  void pack(KeySet& set, int64_t t, int64_t count, int64_t every, int64_t offset) {
     const int64_t at = layout.at(t * KT), columns = t * KT * width;
     for (int64_t j = 0; j < KT; j++) {
-      const int64_t row = t * KT + j, token = row * stride + offset;
+      const int64_t row = t * KT + j, token = row * every + offset;
       if (row < count) {
         read_row(row_of<const E>(p.k, batch_, key_head_, token), p.size, width, 1.0f, set.k + at + j * width);
         read_row(row_of<const E>(p.v, batch_, key_head_, token), p.size, width, 1.0f, set.v + at + j * width);
@@ -180,43 +179,36 @@ template <class E> class Head {
     std::fill_n(set.dv + at, KT * width, 0.0f);
   }
 
-  // What is added to query i's scores, null for nothing. `rebuild`: the query's row of blocks is a new one.
-  const float* bias_of(const Step& step, int64_t i, bool rebuild) {
-    const float* base = keys.bias ? of(step.kind).bias + step.first : nullptr;
-    if (geometry.pattern == MST_BLOCKS && step.masked) {
-      const uint8_t* row = geometry.blocks + i / geometry.stride * geometry.chunks;
-      for (int64_t j = 0; rebuild && j < step.width; j++) {
-        const int64_t key = step.first + j;
-        const bool yes = key < geometry.length && row[key / geometry.stride];
-        bias_row_[j] = !yes ? -infinity : base ? base[j] : 0.0f;
-      }
-      return bias_row_;
-    }
-    if (!base || step.kind != ROWWISE) return base;
+  // What is added to query i's scores, null for nothing.
+  const float* bias_of(const Step& step, int64_t i) {
+    if (!keys.bias) return nullptr;
+    if (step.kind != ROWWISE) return of(step.kind).bias + step.first;
     const int64_t count = rowwise_count(step, i);
     for (int64_t n = 0; n < step.width; n++)
-      bias_row_[n] = n < count ? keys.bias[i - (step.first + n) * geometry.stride] : 0.0f;
+      bias_row_[n] = n < count ? keys.bias[geometry.at_distance(i, step.first + n)] : 0.0f;
     return bias_row_;
   }
 };
 
-// The tiles of a split: every `splits`-th one. Queries a multiple of the stride apart share their strided keys, so
+// The tiles of a split: every `splits`-th one. Queries a multiple of the step apart share their keys at distances, so
 // these follow each other.
 inline std::vector<int64_t> tiles_of(const Geometry& g, int64_t split, int64_t splits) {
   std::vector<int64_t> tiles;
   for (int64_t t = split; t * QT < g.length; t += splits) tiles.push_back(t * QT);
-  if (g.rowwise() && g.stride % QT == 0)
-    std::stable_sort(tiles.begin(), tiles.end(), [&](int64_t a, int64_t b) { return a % g.stride < b % g.stride; });
+  const int64_t step = g.parts.step;
+  if (step && step % QT == 0)
+    std::stable_sort(tiles.begin(), tiles.end(), [&](int64_t a, int64_t b) { return a % step < b % step; });
   return tiles;
 }
 
 // An argument that no kernel takes.
 inline int check(const MstAttention& p) {
-  if (p.dtype != MST_F32 && p.dtype != MST_BF16) return MST_BAD_DTYPE;
   const bool heads = p.heads > 0 && p.key_heads > 0 && p.heads % p.key_heads == 0;
   if (!heads || p.batch < 1 || p.length < 1 || p.size < 8 || p.size > 256 || p.size % 8) return MST_BAD_SHAPE;
-  if (p.window < 1 || p.stride < 1 || p.pattern < MST_FULL || p.pattern > MST_BLOCKS) return MST_BAD_SHAPE;
-  return (p.pattern == MST_BLOCKS) == (p.blocks != nullptr) ? MST_OK : MST_BAD_SHAPE;
+  const MstParts& s = p.parts;
+  for (const int64_t number : {s.window, s.chunk, s.first, s.step, s.summary})
+    if (number < 0 || number > p.length) return MST_BAD_SHAPE;
+  return (s.window && s.chunk) || !(s.window || s.chunk || s.step || s.summary) ? MST_BAD_SHAPE : MST_OK;
 }
 
 }  // namespace

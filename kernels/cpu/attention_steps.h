@@ -1,12 +1,10 @@
 // Which keys a tile of queries attends to, as a short list of steps. Pure functions of positions.
 //
-// A pattern is a union of parts that no key is in twice, and every part is one of three kinds:
+// Every part (abi.h) is one of three kinds, and a query sees one interval of it:
 //
-//     RUN       consecutive keys: all of `full`, the window of `local` and `sparse`, the own chunk of `fixed`, `blocks`
-//     SUMMARY   consecutive entries of the list of summary keys (positions stride - 1, 2 stride - 1, ...): `fixed`
-//     ROWWISE   query i and the keys i - n stride, for consecutive n: `strided`, and beyond the window `sparse`
-//
-// In each part a query sees one interval of keys, of summaries or of n. `blocks` alone cuts further.
+//     RUN       consecutive keys: the window or the chunk
+//     SUMMARY   consecutive entries of the list of summary keys (positions summary - 1, 2 summary - 1, ...)
+//     ROWWISE   query i and the keys i - first - n step, for consecutive n
 #pragma once
 #include <vector>
 
@@ -33,70 +31,41 @@ struct Interval {
 };
 
 struct Geometry {
-  int pattern;
-  int64_t length, window, stride, chunks;
-  const uint8_t* blocks;
+  const MstParts parts;
+  const int64_t length;
 
-  explicit Geometry(const MstAttention& p)
-      : pattern(p.pattern), length(p.length), window(p.window), stride(p.stride),
-        chunks(ceil_div(p.length, p.stride)), blocks(p.blocks) {}
+  explicit Geometry(const MstAttention& p) : parts(p.parts), length(p.length) {}
 
-  bool rowwise() const { return pattern == MST_STRIDED || pattern == MST_SPARSE; }
-  int64_t summaries() const { return pattern == MST_FIXED ? length / stride : 0; }
-  // The first n that the window does not hold already.
-  int64_t first_n() const { return pattern == MST_SPARSE ? ceil_div(window, stride) : 0; }
+  bool has(Kind kind) const {
+    return kind == SUMMARY ? parts.summary : kind == ROWWISE ? parts.step : parts.window + parts.chunk;
+  }
+  int64_t summaries() const { return has(SUMMARY) ? length / parts.summary : 0; }
+  // Where the n-th distance of query i leads; negative if there is no such key.
+  int64_t at_distance(int64_t i, int64_t n) const { return i - parts.first - n * parts.step; }
 
-  // What query i sees of a part, if it sees anything. Both ends grow with i.
+  // What query i sees of a part that there is, if it sees anything. Both ends grow with i.
   Interval seen(Kind kind, int64_t i) const {
-    if (kind == SUMMARY) return {0, i / stride};
-    if (kind == ROWWISE) return {first_n(), i / stride + 1};
-    if (pattern == MST_LOCAL || pattern == MST_SPARSE) return {std::max<int64_t>(0, i - window + 1), i + 1};
-    if (pattern == MST_FIXED) return {i - i % stride, i + 1};
-    return {0, i + 1};
+    if (kind == SUMMARY) return {0, i / parts.summary};
+    if (kind == ROWWISE) return {0, i < parts.first ? 0 : (i - parts.first) / parts.step + 1};
+    if (parts.chunk) return {i - i % parts.chunk, i + 1};
+    return {std::max<int64_t>(0, i - parts.window + 1), i + 1};
   }
 
   // The steps of queries [i0, i1).
   void steps(int64_t i0, int64_t i1, std::vector<Step>& list) const {
     list.clear();
-    if (pattern == MST_BLOCKS) return block_steps(i0, i1, list);
-    if (pattern != MST_STRIDED) cut(RUN, i0, i1, KT, list);
-    if (pattern == MST_FIXED) cut(SUMMARY, i0, i1, KT, list);
-    if (rowwise()) cut(ROWWISE, i0, i1, L, list);
+    if (has(RUN)) cut(RUN, i0, i1, KT, list);
+    if (has(SUMMARY)) cut(SUMMARY, i0, i1, KT, list);
+    if (has(ROWWISE)) cut(ROWWISE, i0, i1, L, list);
   }
 
  private:
   void cut(Kind kind, int64_t i0, int64_t i1, int unit, std::vector<Step>& list) const {
     const Interval low = seen(kind, i0), high = seen(kind, i1 - 1);
-    const int64_t end = high.end;
-    for (int64_t at = kind == ROWWISE ? low.begin : low.begin / KT * KT; at < end; at += step_keys) {
-      const int width = static_cast<int>(std::min<int64_t>(step_keys, ceil_div(end - at, unit) * unit));
+    for (int64_t at = low.begin / KT * KT; at < high.end; at += step_keys) {
+      const int width = static_cast<int>(std::min<int64_t>(step_keys, ceil_div(high.end - at, unit) * unit));
       const bool whole = kind != ROWWISE && high.begin <= at && low.end >= at + width;
       list.push_back({kind, at, width, !whole});
-    }
-  }
-
-  // Which of "some" (bit 0) and "all" (bit 1) of keys [k, k + KT) the blocks of queries [i0, i1) allow.
-  int allowed(int64_t i0, int64_t i1, int64_t k) const {
-    bool some = false, all = true;
-    const int64_t k_end = std::min(k + KT, i1);
-    for (int64_t a = i0 / stride; a <= (i1 - 1) / stride; a++)
-      for (int64_t b = k / stride; b <= (k_end - 1) / stride; b++) {
-        some |= blocks[a * chunks + b] != 0;
-        all &= blocks[a * chunks + b] != 0;
-      }
-    return some | all << 1;
-  }
-
-  void block_steps(int64_t i0, int64_t i1, std::vector<Step>& list) const {
-    for (int64_t k = 0; k < i1; k += KT) {
-      const int what = allowed(i0, i1, k);
-      if (!(what & 1)) continue;
-      const bool masked = !(what & 2) || k + KT > i0 + 1;
-      Step* last = list.empty() ? nullptr : &list.back();
-      if (last && last->first + last->width == k && last->width < step_keys && last->masked == masked)
-        last->width += KT;
-      else
-        list.push_back({RUN, k, KT, masked});
     }
   }
 };

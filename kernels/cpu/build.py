@@ -1,12 +1,13 @@
 """Compiles the C++ kernels at first use, with a plain C++ compiler, into one shared library per instruction set.
 
-The library is cached on disk under a key of its sources, flags, compiler version and instruction set, so it is safe to
-share a cache between machines. Environment variables:
+Sources are all ``*.cpp`` and ``*.h`` beside this file, and two headers made from ``table.py`` and ``abi.py``. A library
+is cached on disk under a key of them, the flags, the compiler's version, the machine and the instruction set, so it is
+safe to share a cache between machines. Environment variables:
 
 ``MST_COMPILE_CACHE_DIR``
     where to keep compiled libraries (default: Inductor's cache directory, else ``~/.cache/mst_compile``)
 ``MST_CPU_ISA``
-    ``avx512_bf16``, ``avx512``, ``avx2``, ``baseline``, or ``portable`` (the best of the last two): forces a path
+    the name of an instruction set of ``table.py``, or ``portable`` (the best of those that are): forces a path
 ``CXX``
     the compiler
 """
@@ -26,64 +27,66 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).parent
-UNITS = ("grad_weight.cpp", "spmm.cpp", "attention_backward.cpp", "attention.cpp", "blocks.cpp")  # slowest first
-HEADERS = ("abi.h", "attention_head.h", "attention_steps.h", "attention_tile.h", "common.h", "vector.h")
+import torch
+from torch._inductor.custom_graph_pass import get_hash_for_files
 
+from . import abi, table
+
+HERE = Path(__file__).parent
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno -Wno-psabi "
     "-Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option -Wno-unknown-pragmas"
 )
-ISA_FLAGS = {
-    "avx512_bf16": "-march=x86-64-v4 -mavx512bf16",
-    "avx512": "-march=x86-64-v4",
-    "avx2": "-march=x86-64-v3",
-    "baseline": "",
-}
+_OPENMP = "-fopenmp"
 
 
 class BuildError(RuntimeError):
     """The kernels could not be compiled; the message says why."""
 
 
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def units() -> list[Path]:
+    """The C++ files that are compiled, the largest first: they take longest."""
+    return sorted(HERE.glob("*.cpp"), key=lambda file: (-file.stat().st_size, file.name))
+
+
+def _headers(isa: table.Isa) -> dict[str, str]:
+    """The headers that are made, by name."""
+    return {"table.h": table.header(isa), "layout.h": abi.checks()}
+
+
 def source_hash() -> str:
     """SHA-256 over the kernel sources and the flags common to all instruction sets."""
-    digest = hashlib.sha256(FLAGS.encode())
-    for name in (*UNITS, *HEADERS):
-        digest.update(name.encode())
-        digest.update((HERE / name).read_bytes())
-    return digest.hexdigest()
+    files = sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")])
+    made = [text for isa in table.ISAS for text in _headers(isa).values()]
+    extra = "\n".join([FLAGS, *(file.name for file in files), *made])
+    return get_hash_for_files(tuple(map(str, files)), extra).hex()
 
 
 # ---- instruction set -------------------------------------------------------------------------------------------------
 
 
 def _cpu_features() -> set[str]:
+    """What this CPU has, spelled without underscores."""
+    features: set[str] = set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("flags"):
-                return set(line.split(":", 1)[1].split())
-    import torch
-
-    names = {"avx512_f": "avx512f", "avx512_bw": "avx512bw", "avx512_vl": "avx512vl", "avx512_dq": "avx512dq"}
-    names |= {"fma3": "fma", "avx512_cd": "avx512cd"}
-    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return {names.get(name, name) for name, value in capabilities.items() if value is True}
+                features = set(line.split(":", 1)[1].split())
+                break
+    if not features:
+        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        features = {"fma" if name == "fma3" else name for name, value in capabilities.items() if value is True}
+    return {feature.replace("_", "") for feature in features}
 
 
 @functools.cache
 def supported_isas() -> tuple[str, ...]:
     """Instruction sets this machine can run, best first."""
-    isas = ["baseline"]
-    if platform.machine() in ("x86_64", "AMD64"):
-        has = _cpu_features()
-        if has >= {"avx2", "fma", "bmi2", "f16c"}:
-            isas.append("avx2")
-            if has >= {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}:
-                isas.append("avx512")
-                if "avx512_bf16" in has:
-                    isas.append("avx512_bf16")
-    return tuple(reversed(isas))
+    has = _cpu_features()
+    return tuple(isa.name for isa in table.ISAS if has.issuperset(isa.needs.replace("_", "").split()))
 
 
 def choose_isa() -> str:
@@ -93,7 +96,7 @@ def choose_isa() -> str:
     if not wanted:
         return isas[0]
     if wanted == "portable":
-        return next(isa for isa in isas if isa in ("avx2", "baseline"))
+        return next(isa for isa in isas if table.isa_named(isa).portable)
     if wanted not in isas:
         raise BuildError(f"MST_CPU_ISA={wanted!r}: this machine supports {', '.join(isas)} (or 'portable')")
     return wanted
@@ -163,9 +166,28 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{shlex.join(command)}\n{done.stderr.strip()[-2000:]}")
 
 
-def _compile(compiler: tuple[str, ...], flags: list[str], work: Path) -> Path:
-    objects = [str(work / f"{unit}.o") for unit in UNITS]
-    commands = [[*compiler, *flags, "-c", str(HERE / u), "-o", o] for u, o in zip(UNITS, objects, strict=True)]
+@functools.cache
+def _has_openmp(compiler: tuple[str, ...]) -> bool:
+    """Whether the compiler makes libraries with OpenMP: clang may come without the header or the runtime."""
+    with tempfile.TemporaryDirectory() as work:
+        probe = Path(work) / "openmp.cpp"
+        probe.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+        try:
+            _run([*compiler, _OPENMP, "-fPIC", "-shared", str(probe), "-o", str(probe.with_suffix(".so"))])
+        except BuildError:
+            return False
+    return True
+
+
+def _compile(compiler: tuple[str, ...], flags: list[str], isa: table.Isa, work: Path) -> Path:
+    for name, text in _headers(isa).items():
+        (work / name).write_text(text)
+    sources = units()
+    objects = [str(work / f"{unit.stem}.o") for unit in sources]
+    commands = [
+        [*compiler, *flags, f"-I{HERE}", f"-I{work}", "-c", str(unit), "-o", made]
+        for unit, made in zip(sources, objects, strict=True)
+    ]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         list(pool.map(_run, commands))
     target = work / "library.so"
@@ -173,33 +195,37 @@ def _compile(compiler: tuple[str, ...], flags: list[str], work: Path) -> Path:
     return target
 
 
+def _target(isa: table.Isa, compiler: tuple[str, ...], flags: list[str]) -> Path:
+    """Where the library is kept. One without OpenMP has a name of its own: it may be wanted no more tomorrow."""
+    identity = [source_hash(), isa.name, platform.machine(), *flags, *compiler, _version(compiler) or ""]
+    key = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+    return cache_dir() / f"cpu_kernels_{isa.name}{'' if _OPENMP in flags else '_one_thread'}_{key}.so"
+
+
 def build(isa: str | None = None) -> Path:
     """Path of the shared library for ``isa`` (default: :func:`choose_isa`), compiled unless the cache has it.
 
+    The library has OpenMP if the cache has one that does, or the compiler can make one; else it runs on one thread.
     Raises :class:`BuildError` if there is no compiler, it fails, or the instruction set is not supported.
     """
-    isa = isa or choose_isa()
+    chosen = table.isa_named(isa or choose_isa())
     compiler = find_compiler()
-    flags = [*FLAGS.split(), *ISA_FLAGS[isa].split()]
-    if isa == "baseline" and platform.machine() not in ("x86_64", "AMD64"):
-        isa = f"baseline-{platform.machine()}"
-    identity = "\n".join([source_hash(), isa, *flags, *compiler, _version(compiler) or ""])
-    name = f"cpu_kernels_{isa}_{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    target = cache_dir() / name
+    flags = [*FLAGS.split(), *chosen.flags.split()]
+    target = _target(chosen, compiler, [*flags, _OPENMP])
     if target.exists():
         return target
     try:
+        if _has_openmp(compiler):
+            flags.append(_OPENMP)
+        target = _target(chosen, compiler, flags)
+        if target.exists():
+            return target
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
             if target.exists():
                 return target
             with tempfile.TemporaryDirectory(dir=target.parent) as work:
-                try:
-                    made = _compile(compiler, [*flags, "-fopenmp"], Path(work))
-                except BuildError:
-                    # clang may come without an OpenMP runtime: one thread is better than none. Other errors recur.
-                    made = _compile(compiler, flags, Path(work))
-                os.replace(made, target)
+                os.replace(_compile(compiler, flags, chosen, Path(work)), target)
     except OSError as error:
         raise BuildError(f"cannot write the compiled kernels to {target.parent}: {error}") from error
     return target

@@ -1,4 +1,4 @@
-// The packed index, scratch memory and dispatch shared by the kernels.
+// What the kernels share: the packed index, dispatch over the table, memory, threads.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -7,11 +7,14 @@
 #endif
 
 #include "abi.h"
-#include "vector.h"
+#include "layout.h"
+#include "transpose.h"
 
 namespace mst {
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- the packed index ----------------------------------------------------------------------------------------------
 
 // One orientation of the packed index: block row (CSR) or block column (CSC) i holds the positions
 // [ptr[i], ptr[i + 1]) and idx names the other coordinate, ascending.
@@ -26,6 +29,59 @@ static inline Lists by_rows(const int32_t* index, int64_t R) {
 static inline Lists by_cols(const int32_t* index, int64_t R, int64_t C) {
   const int32_t* col_ptr = index + MST_HEADER + R + 1 + R * C;
   return {col_ptr, col_ptr + C + 1};
+}
+
+// ---- dispatch ------------------------------------------------------------------------------------------------------
+
+// Each calls body with what an entry of table.py stands for, or returns that there is no such entry.
+
+template <class T> struct Type {
+  using type = T;
+};
+
+template <class Body> int by_dtype(int code, Body body) {
+#define MST_CASE(c, E) \
+  if (code == c) return body(Type<E>{});
+  MST_DTYPES(MST_CASE)
+#undef MST_CASE
+  return MST_BAD_DTYPE;
+}
+
+#define MST_CASE(code1, E1, code2, E2) \
+  if (first == code1 && second == code2) return body(Type<E1>{}, Type<E2>{});
+template <class Body> int by_product(int first, int second, Body body) {
+  MST_PRODUCTS(MST_CASE)
+  return MST_BAD_DTYPE;
+}
+template <class Body> int by_gradient(int first, int second, Body body) {
+  MST_GRADIENTS(MST_CASE)
+  return MST_BAD_DTYPE;
+}
+#undef MST_CASE
+
+template <class Body> int by_block(int block, Body body) {
+#define MST_CASE(B) \
+  if (block == B) return body(std::integral_constant<int, B>{});
+  MST_BLOCKS(MST_CASE)
+#undef MST_CASE
+  return MST_BAD_BLOCK;
+}
+
+#define MST_CASE(B) B,
+constexpr int largest_block = std::max({MST_BLOCKS(MST_CASE)});
+#undef MST_CASE
+
+// ---- memory --------------------------------------------------------------------------------------------------------
+
+// Runs body, in which nothing is thrown but by allocations; false if one failed. No exception may leave a loop of
+// threads, nor the library.
+template <class Body> bool within_memory(Body body) noexcept {
+  try {
+    body();
+    return true;
+  } catch (...) {
+    return false;
+  }
 }
 
 // A thread's scratch memory. It grows and is kept between calls, because fresh pages cost more than small layers do;
@@ -54,6 +110,8 @@ class Scratch {
   void* data_ = nullptr;
   size_t size_ = 0;
 };
+
+// ---- threads -------------------------------------------------------------------------------------------------------
 
 static inline int team_size() {
 #if defined(_OPENMP)

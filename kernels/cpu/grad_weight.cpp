@@ -34,13 +34,13 @@ template <int B> struct Tiling {
   static constexpr int parts = L / SW;                     // strips per vector
 };
 
-struct Problem {
-  const int32_t* index;
-  int64_t m, rows, cols, R, C;
+// One call.
+struct Problem : MstGradWeight {
+  int64_t R, C;
   Lists lists;
-  int64_t lda, ldb, ldo;
-  float* colsum;
-  bool colsum_of_a;
+
+  explicit Problem(const MstGradWeight& arguments)
+      : MstGradWeight(arguments), R(ceil_div(rows, block)), C(ceil_div(cols, block)), lists(by_rows(index, R)) {}
 };
 
 // ---- packing -------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ struct Problem {
 // One unit of W columns: dst[c] = row0[c], or the pair (row0[c], row1[c]).
 template <class U, int W, class E>
 MST_INLINE void pack_unit(const E* row0, [[maybe_unused]] const E* row1, float* dst) {
-  [[maybe_unused]] constexpr int N = sizeof(E) == 4 ? W : 4;
+  [[maybe_unused]] constexpr int N = numbers_at_once<E, W>;
   if constexpr (U::per_unit == 1) {
     for (int c = 0; c < W; c += N) store_n<N>(dst + c, load_n<N>(row0 + c));
   } else {
@@ -71,7 +71,7 @@ MST_INLINE void pack_unit(const E* row0, [[maybe_unused]] const E* row1, float* 
 }
 
 template <int W, class E> MST_INLINE void add_row(const E* row, float (&sum)[W]) {
-  constexpr int N = sizeof(E) == 4 ? W : 4;
+  constexpr int N = numbers_at_once<E, W>;
   for (int c = 0; c < W; c += N) store_n<N>(sum + c, load_n<N>(sum + c) + load_n<N>(row + c));
 }
 
@@ -245,12 +245,12 @@ MST_INLINE Range active(const Problem& p, int64_t i, int64_t j0, int64_t j1) {
 template <class U, int B, class E, class O> struct Worker {
   static constexpr int RT = Tiling<B>::RT, SW = Tiling<B>::SW, parts = Tiling<B>::parts;
   const Problem& p;
-  const E *a, *b;
-  O* out;
-  Part part;
-  std::vector<int64_t> slot;  // block row i of the piece keeps its sums from slot[i - begin] on, B * B floats a block
-  float *sums, *pa, *pb;
-  int64_t chunk, stride_a, stride_b;
+  const Part part;
+  const E *const a = static_cast<const E*>(p.a), *const b = static_cast<const E*>(p.b);
+  O* const out = static_cast<O*>(p.out);
+  std::vector<int64_t> slot = {};  // block row i of the piece keeps its sums from slot[i - begin] on, B * B floats a block
+  float *sums = nullptr, *pa = nullptr, *pb = nullptr;
+  int64_t chunk = 0, stride_a = 0, stride_b = 0;
 
   // All active strips of block row i within block columns [j0, j1).
   void block_row(int64_t i, int64_t at, int64_t j0, int64_t j1, const float* a_strips, int64_t units, bool first) {
@@ -352,15 +352,14 @@ template <class U, int B, class E, class O> struct Worker {
   }
 };
 
-template <int B, class E, class O> int run_all(const Problem& p, const E* a, const E* b, O* out, int threads) {
+template <int B, class E, class O> int run_all(const Problem& p) {
   using U = typename UnitOf<E>::type;
   int status = MST_OK;
   if (p.colsum) std::fill_n(p.colsum, p.colsum_of_a ? p.rows : p.cols, 0.0f);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(std::max(1, p.threads))
   {
-    const Part part = part_of(p, team_size(), team_rank());
-    Worker<U, B, E, O> worker{p, a, b, out, part, {}, nullptr, nullptr, nullptr, 0, 0, 0};
-    const int mine = worker.run();
+    int mine = MST_NO_MEMORY;
+    within_memory([&] { mine = Worker<U, B, E, O>{p, part_of(p, team_size(), team_rank())}.run(); });
     if (mine != MST_OK) {
 #pragma omp atomic write
       status = mine;
@@ -369,35 +368,15 @@ template <int B, class E, class O> int run_all(const Problem& p, const E* a, con
   return status;
 }
 
-template <class E, class O>
-int by_block(int block, const Problem& p, const void* a, const void* b, void* out, int threads) {
-  const E *ea = static_cast<const E*>(a), *eb = static_cast<const E*>(b);
-  O* o = static_cast<O*>(out);
-  switch (block) {
-    case 4: return run_all<4, E, O>(p, ea, eb, o, threads);
-    case 8: return run_all<8, E, O>(p, ea, eb, o, threads);
-    case 16: return run_all<16, E, O>(p, ea, eb, o, threads);
-    case 32: return run_all<32, E, O>(p, ea, eb, o, threads);
-    case 64: return run_all<64, E, O>(p, ea, eb, o, threads);
-    default: return MST_BAD_BLOCK;
-  }
-}
-
 }  // namespace
 }  // namespace mst
 
 using namespace mst;
 
-MST_API int mst_grad_weight(int in_dtype, int out_dtype, int block, const void* a, int64_t lda, const void* b,
-                            int64_t ldb, int64_t m, int64_t rows, int64_t cols, const int32_t* index, void* out,
-                            int64_t ldo, float* colsum, int colsum_of_a, int threads) {
-  if (block < 1) return MST_BAD_BLOCK;
-  const int64_t R = ceil_div(rows, block), C = ceil_div(cols, block);
-  const Problem p{index, m, rows, cols, R, C, by_rows(index, R), lda, ldb, ldo, colsum, colsum_of_a != 0};
-  if (threads < 1) threads = 1;
-  if (in_dtype == MST_F32 && out_dtype == MST_F32) return by_block<float, float>(block, p, a, b, out, threads);
-  if (in_dtype == MST_F32 && out_dtype == MST_BF16) return by_block<float, bf16>(block, p, a, b, out, threads);
-  if (in_dtype == MST_BF16 && out_dtype == MST_F32) return by_block<bf16, float>(block, p, a, b, out, threads);
-  if (in_dtype == MST_BF16 && out_dtype == MST_BF16) return by_block<bf16, bf16>(block, p, a, b, out, threads);
-  return MST_BAD_DTYPE;
+MST_API int mst_grad_weight(const MstGradWeight* arguments) {
+  return by_block(arguments->block, [&](auto block) {
+    return by_gradient(arguments->in_dtype, arguments->out_dtype, [&](auto in, auto out) {
+      return run_all<block, typename decltype(in)::type, typename decltype(out)::type>(Problem(*arguments));
+    });
+  });
 }

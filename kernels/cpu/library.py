@@ -15,21 +15,7 @@ from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
 
-from . import build
-
-BLOCKS = (4, 8, 16, 32, 64)
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_ERRORS = {-1: "unsupported block size", -2: "unsupported dtypes", -3: "out of memory", -4: "unsupported shape"}
-
-_I, _L, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-_SIGNATURES = {
-    "mst_spmm": (_I, _I, _I, _P, _L, _P, _L, _L, _L, _P, _I, _P, _I, _P, _L, _L, _I),
-    "mst_grad_weight": (_I, _I, _I, _P, _L, _P, _L, _L, _L, _L, _P, _P, _L, _P, _I, _I),
-    "mst_zero_inactive": (_I, _I, _P, _L, _L, _L, _P, _I),
-    "mst_block_sumsq": (_I, _I, _P, _L, _L, _L, _P, _I),
-    "mst_attention": (_P,),
-    "mst_attention_backward": (_P,),
-}
+from . import abi, build, table
 
 
 class Library:
@@ -37,10 +23,12 @@ class Library:
 
     def __init__(self, isa: str | None = None) -> None:
         self._dll = ctypes.CDLL(str(build.build(isa)))
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(self._dll, name)
-            function.argtypes, function.restype = arguments, _I
-            setattr(self, name.removeprefix("mst_") + "_raw", function)
+
+    def call(self, function: str, arguments: ctypes.Structure) -> None:
+        """Runs a function of ``abi.h``; raises RuntimeError if it reports an error."""
+        status = getattr(self._dll, function)(ctypes.byref(arguments))
+        if status:
+            raise RuntimeError(f"CPU kernel: {abi.ERRORS.get(status, status)}")
 
     def spmm(
         self,
@@ -53,7 +41,7 @@ class Library:
         out: Tensor,
     ) -> None:
         rows, cols = w.shape
-        m, ldx = x2d.shape[0], x2d.stride(0)
+        m = x2d.shape[0]
         outputs, reduction = (rows, cols) if outputs_are_rows else (cols, rows)
         if x2d.stride(1) != 1 and reduction > 1:
             raise ValueError("spmm: x must be contiguous along its last dimension")
@@ -67,17 +55,28 @@ class Library:
                 f"{tuple(out.shape)} {out.dtype} with outputs_are_rows={outputs_are_rows}"
             )
         _check_index(index, rows, cols, block)
-        bias_at, bias_dtype = None, 0
-        if bias is not None:
-            if bias.shape != (outputs,) or not bias.is_contiguous():
-                raise ValueError(f"spmm: bias must be contiguous with {outputs} elements")
-            bias_at, bias_dtype = bias.data_ptr(), _dtype(bias)
-        _check(
-            self.spmm_raw(  # type: ignore[attr-defined]
-                _dtype(x2d), _dtype(w), block, x2d.data_ptr(), ldx, w.data_ptr(), cols, rows, cols, index.data_ptr(),
-                outputs_are_rows, bias_at, bias_dtype, out.data_ptr(), out.stride(0), m, torch.get_num_threads(),
-            )
-        )  # fmt: skip
+        if bias is not None and (bias.shape != (outputs,) or not bias.is_contiguous()):
+            raise ValueError(f"spmm: bias must be contiguous with {outputs} elements")
+        arguments = abi.Spmm(
+            x=x2d.data_ptr(),
+            ldx=x2d.stride(0),
+            w=w.data_ptr(),
+            ldw=cols,
+            rows=rows,
+            cols=cols,
+            index=index.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            y=out.data_ptr(),
+            ldy=out.stride(0),
+            m=m,
+            x_dtype=code_of(x2d),
+            w_dtype=code_of(w),
+            bias_dtype=0 if bias is None else code_of(bias),
+            block=block,
+            outputs_are_rows=outputs_are_rows,
+            threads=torch.get_num_threads(),
+        )
+        self.call("mst_spmm", arguments)
 
     def grad_weight(
         self,
@@ -99,60 +98,72 @@ class Library:
                 f"{tuple(out.shape)}"
             )
         _check_index(index, rows, cols, block)
-        colsum_at = None
         if colsum is not None:
             length = rows if colsum_of_a else cols
             if colsum.shape != (length,) or colsum.dtype != torch.float32 or not colsum.is_contiguous():
                 raise ValueError(f"grad_weight: colsum must be contiguous float32 with {length} elements")
-            colsum_at = colsum.data_ptr()
-        _check(
-            self.grad_weight_raw(  # type: ignore[attr-defined]
-                _dtype(a2d), _dtype(out), block, a2d.data_ptr(), a2d.stride(0), b2d.data_ptr(), b2d.stride(0), m, rows,
-                cols, index.data_ptr(), out.data_ptr(), out.stride(0), colsum_at, colsum_of_a, torch.get_num_threads(),
-            )
-        )  # fmt: skip
+        arguments = abi.GradWeight(
+            a=a2d.data_ptr(),
+            lda=a2d.stride(0),
+            b=b2d.data_ptr(),
+            ldb=b2d.stride(0),
+            m=m,
+            rows=rows,
+            cols=cols,
+            index=index.data_ptr(),
+            out=out.data_ptr(),
+            ldo=out.stride(0),
+            colsum=None if colsum is None else colsum.data_ptr(),
+            in_dtype=code_of(a2d),
+            out_dtype=code_of(out),
+            block=block,
+            colsum_of_a=colsum_of_a,
+            threads=torch.get_num_threads(),
+        )
+        self.call("mst_grad_weight", arguments)
 
     def zero_inactive_(self, w: Tensor, index: Tensor, block: int) -> None:
         rows, cols = w.shape
         if w.stride(1) != 1 and cols > 1:
             raise ValueError("zero_inactive_: the weight must be contiguous along its last dimension")
         _check_index(index, rows, cols, block)
-        _check(
-            self.zero_inactive_raw(  # type: ignore[attr-defined]
-                w.element_size(),
-                block,
-                w.data_ptr(),
-                w.stride(0),
-                rows,
-                cols,
-                index.data_ptr(),
-                torch.get_num_threads(),
-            )
+        arguments = abi.ZeroInactive(
+            w=w.data_ptr(),
+            ldw=w.stride(0),
+            rows=rows,
+            cols=cols,
+            index=index.data_ptr(),
+            element_size=w.element_size(),
+            block=block,
+            threads=torch.get_num_threads(),
         )
+        self.call("mst_zero_inactive", arguments)
 
     def block_sumsq(self, w: Tensor, block: int) -> Tensor:
         rows, cols = w.shape
         if w.stride(1) != 1 and cols > 1:
             raise ValueError("block_sumsq: the weight must be contiguous along its last dimension")
         out = torch.empty(-(-rows // block), -(-cols // block), dtype=torch.float32)
-        _check(
-            self.block_sumsq_raw(  # type: ignore[attr-defined]
-                _dtype(w), block, w.data_ptr(), w.stride(0), rows, cols, out.data_ptr(), torch.get_num_threads()
-            )
+        arguments = abi.BlockSumsq(
+            w=w.data_ptr(),
+            ldw=w.stride(0),
+            rows=rows,
+            cols=cols,
+            out=out.data_ptr(),
+            dtype=code_of(w),
+            block=block,
+            threads=torch.get_num_threads(),
         )
+        self.call("mst_block_sumsq", arguments)
         return out
 
 
-def _dtype(tensor: Tensor) -> int:
-    code = _DTYPES.get(tensor.dtype)
+def code_of(tensor: Tensor) -> int:
+    """What a tensor's dtype is called in ``abi.h``; raises ValueError if there are no kernels for it."""
+    code = table.CODES.get(tensor.dtype)
     if code is None:
-        raise ValueError(f"CPU kernels take float32 and bfloat16, not {tensor.dtype}")
+        raise ValueError(f"CPU kernels take {table.dtype_names()}, not {tensor.dtype}")
     return code
-
-
-def _check(status: int) -> None:
-    if status:
-        raise RuntimeError(f"CPU kernel: {_ERRORS.get(status, status)}")
 
 
 def _check_index(index: Tensor, rows: int, cols: int, block: int) -> None:
@@ -171,7 +182,7 @@ def _load_once() -> Library | str:
     """The library, or why there is none. A failure is remembered: no compiler is tried twice in a process."""
     try:
         return Library()
-    except (build.BuildError, OSError, AttributeError) as error:
+    except (build.BuildError, OSError) as error:
         return f"{type(error).__name__}: {error}"
 
 
@@ -181,11 +192,12 @@ def _load() -> Library | str:
 
 
 @functools.cache
-def _library() -> Library:
-    loaded = _load()
-    if isinstance(loaded, str):
-        raise RuntimeError(f"the CPU kernels are not available: {loaded}")
-    return loaded
+def loaded() -> Library:
+    """The library of this process; raises RuntimeError if there is none."""
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(f"the CPU kernels are not available: {library}")
+    return library
 
 
 def available() -> bool:
@@ -195,14 +207,13 @@ def available() -> bool:
 
 def why_unavailable() -> str | None:
     """Why :func:`available` is False; None if it is True."""
-    loaded = _load()
-    return loaded if isinstance(loaded, str) else None
+    library = _load()
+    return library if isinstance(library, str) else None
 
 
 def supports(block: int, x_dtype: torch.dtype, w_dtype: torch.dtype) -> bool:
     """Whether the kernels take activations and weights of these dtypes under this block size."""
-    same = x_dtype == w_dtype and x_dtype in _DTYPES
-    return block in BLOCKS and (same or (x_dtype == torch.bfloat16 and w_dtype == torch.float32))
+    return block in table.BLOCKS and (x_dtype, w_dtype) in table.PRODUCTS
 
 
 def source_hash() -> str:
@@ -216,10 +227,10 @@ def spmm(
     """Writes ``x2d @ w.T + bias`` (``outputs_are_rows``) or ``x2d @ w + bias`` to ``out``, over active blocks only.
 
     ``x2d`` is ``[m, cols]`` or ``[m, rows]`` with unit stride along its rows, ``w`` contiguous ``[rows, cols]``,
-    ``out`` of ``x2d``'s dtype. float32 or bfloat16; a float32 ``w`` under bfloat16 ``x2d`` is rounded as it is packed.
-    Sums are float32. Raises ValueError if a shape, stride or dtype does not fit.
+    ``out`` of ``x2d``'s dtype. Dtypes are those of ``table.PRODUCTS``; a ``w`` of another dtype than ``x2d`` is rounded
+    to it as it is packed. Sums are float32. Raises ValueError if a shape, stride or dtype does not fit.
     """
-    _library().spmm(x2d, w, bias, index, block, outputs_are_rows, out)
+    loaded().spmm(x2d, w, bias, index, block, outputs_are_rows, out)
 
 
 def grad_weight(
@@ -233,17 +244,18 @@ def grad_weight(
 ) -> None:
     """Writes ``a2d.T @ b2d`` to the active blocks of ``out`` ``[rows, cols]``, exact zeros elsewhere.
 
-    ``a2d`` ``[m, rows]`` and ``b2d`` ``[m, cols]`` share a dtype; ``out`` is float32 or bfloat16. ``colsum`` (float32)
-    receives the column sums of ``b2d``, or of ``a2d`` if ``colsum_of_a``: the gradient of a bias, in the same pass.
+    ``a2d`` ``[m, rows]`` and ``b2d`` ``[m, cols]`` share a dtype; dtypes are those of ``table.GRADIENTS``. ``colsum``
+    (float32) receives the column sums of ``b2d``, or of ``a2d`` if ``colsum_of_a``: the gradient of a bias, in the same
+    pass.
     """
-    _library().grad_weight(a2d, b2d, index, block, out, colsum, colsum_of_a)
+    loaded().grad_weight(a2d, b2d, index, block, out, colsum, colsum_of_a)
 
 
 def zero_inactive_(w: Tensor, index: Tensor, block: int) -> None:
     """Sets the inactive blocks of ``w`` ``[rows, cols]`` to zero in place."""
-    _library().zero_inactive_(w, index, block)
+    loaded().zero_inactive_(w, index, block)
 
 
 def block_sumsq(w: Tensor, block: int) -> Tensor:
     """Sum of squares of each block of ``w``: float32 ``[R, C]``."""
-    return _library().block_sumsq(w, block)
+    return loaded().block_sumsq(w, block)

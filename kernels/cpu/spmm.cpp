@@ -16,142 +16,14 @@
 // Intensity: NR * MV multiply-adds for NR + MV loads, 24 for 11 with AVX-512 (32 registers: 8 x 3; 4 x 6 for blocks of
 // 4) and 12 for 7 with 16 registers. W comes from L1, where it is reused by each tile of a panel, x^T from L2, y goes
 // out once. Nothing depends on the block size but the length of the innermost loop, so fine blocks cost little.
-#include <atomic>
-#include <thread>
-#include <type_traits>
-#include <vector>
-
-#include "common.h"
+#include "spmm_plan.h"
 
 namespace mst {
 namespace {
 
-#if defined(MST_AVX512)
-constexpr int wide_outputs = 8, wide_vectors = 3, narrow_vectors = 6;
-#else
-constexpr int wide_outputs = 4, wide_vectors = 3, narrow_vectors = 3;
-#endif
-constexpr int64_t panel_bytes = 200 << 10;  // of x^T, if that holds a tile: stays in L2 beside W and y
-constexpr int64_t chunk_bytes = 640 << 10;  // one tile of x^T; a longer reduction is cut
-constexpr int line_outputs = 32;            // outputs written to a tile's tokens together, so that lines of y fill up
-constexpr int64_t pack_rows = 4;            // output blocks packed at a time
-constexpr int64_t piece_bytes = 8 << 20;    // of packed W, shared by the threads in L3
-
-struct Problem {
-  int block;
-  int64_t outputs, reduction;  // elements
-  int64_t out_blocks, red_blocks;
-  Lists lists;  // active reduction blocks of each output block
-  const void* w;
-  int64_t ldw;
-  bool outputs_are_rows;
-  const float* bias;  // padded to whole blocks, never null
-  int64_t m;
-  int threads;
-};
-
-// ---- packing W -----------------------------------------------------------------------------------------------------
-
-// The block at (row0, col0) of the stored weight, converted to E, zero beyond the edges. ROUND: to bf16 precision even
-// if E is float, so that the result does not depend on the instruction set.
-template <class E, class W, bool ROUND>
-MST_INLINE void fetch_block(const Problem& p, int64_t row0, int64_t col0, int64_t rows, int64_t cols, E* out) {
-  const int B = p.block;
-  const int h = static_cast<int>(std::min<int64_t>(B, rows - row0));
-  const int n = static_cast<int>(std::min<int64_t>(B, cols - col0));
-  if (h < B || n < B) memset(static_cast<void*>(out), 0, sizeof(E) * B * B);
-  for (int r = 0; r < h; r++) {
-    const W* src = static_cast<const W*>(p.w) + (row0 + r) * p.ldw + col0;
-    if constexpr (ROUND && std::is_same_v<E, float>)
-      for (int c = 0; c < n; c++) {
-        bf16 rounded;
-        from_float(src[c], &rounded);
-        out[r * B + c] = to_float(rounded);
-      }
-    else if constexpr (std::is_same_v<E, W>)
-      memcpy(static_cast<void*>(out + r * B), src, sizeof(E) * n);
-    else if constexpr (std::is_same_v<W, float>)
-      convert(src, out + r * B, n);
-    else
-      for (int c = 0; c < n; c++) out[r * B + c] = to_float(src[c]);
-  }
-}
-
-// dst[k][r] = unit k of the reduction for output first + r, from a fetched block.
-template <class U, int NR, class E>
-MST_INLINE void pack_group(const E* from, int B, bool outputs_are_rows, int first, float* dst) {
-  const int units = B / U::per_unit;
-  if (outputs_are_rows) {  // a unit lies contiguous in its row
-    for (int r = 0; r < NR; r += 4) {
-      const float* row[4];
-      for (int i = 0; i < 4; i++) row[i] = reinterpret_cast<const float*>(from + (first + r + i) * B);
-      int k = 0;
-      for (; k + 4 <= units; k += 4) {
-        v4f a = load4(row[0] + k), b = load4(row[1] + k), c = load4(row[2] + k), d = load4(row[3] + k);
-        transpose4(a, b, c, d);
-        store4(dst + k * NR + r, a);
-        store4(dst + (k + 1) * NR + r, b);
-        store4(dst + (k + 2) * NR + r, c);
-        store4(dst + (k + 3) * NR + r, d);
-      }
-      for (; k < units; k++)
-        for (int i = 0; i < 4; i++) memcpy(dst + k * NR + r + i, row[i] + k, 4);
-    }
-  } else if constexpr (U::per_unit == 1) {
-    for (int k = 0; k < units; k++) memcpy(dst + k * NR, from + k * B + first, 4 * NR);
-  } else {  // a unit is two rows
-    for (int k = 0; k < units; k++) {
-      uint32_t pair[NR];
-      const E *lo = from + 2 * k * B + first, *hi = lo + B;
-      for (int r = 0; r < NR; r++) pair[r] = lo[r].bits | static_cast<uint32_t>(hi[r].bits) << 16;
-      memcpy(dst + k * NR, pair, 4 * NR);
-    }
-  }
-}
-
-// Packs the active blocks of output block `i` to dst[group][block][unit][NR].
-template <class U, int NR, class E, class W, bool ROUND>
-void pack_output_block(const Problem& p, int64_t i, float* dst) {
-  const int B = p.block;
-  const int64_t begin = p.lists.ptr[i], n = p.lists.ptr[i + 1] - begin, group = B / U::per_unit * NR;
-  E from[64 * 64];
-  for (int64_t q = 0; q < n; q++) {
-    const int64_t other = static_cast<int64_t>(p.lists.idx[begin + q]) * B;
-    if (p.outputs_are_rows)
-      fetch_block<E, W, ROUND>(p, i * B, other, p.outputs, p.reduction, from);
-    else
-      fetch_block<E, W, ROUND>(p, other, i * B, p.reduction, p.outputs, from);
-    for (int g = 0; g < B / NR; g++) pack_group<U, NR>(from, B, p.outputs_are_rows, g * NR, dst + (g * n + q) * group);
-  }
-}
-
-// ---- packing x -----------------------------------------------------------------------------------------------------
-
-// xt[k][MV * L] = unit k0 + k of each token of a tile, zero beyond the reduction. Tokens past the last repeat it.
-template <class U, int MV, class X>
-void pack_tile(const X* x, int64_t ldx, int64_t tokens, int64_t reduction, int64_t k0, int64_t units, float* xt) {
-  for (int v = 0; v < MV; v++) {
-    const X* rows[L];
-    for (int i = 0; i < L; i++) rows[i] = x + std::min<int64_t>(v * L + i, tokens - 1) * ldx + k0;
-    const int64_t whole = std::min(units, (reduction - k0) / (L * U::per_unit) * L);
-    int64_t k = 0;
-    for (; k < whole; k += L) {
-      transpose_units<U>(rows, xt + (k * MV + v) * L, MV * L);
-      for (int i = 0; i < L; i++) rows[i] += L * U::per_unit;
-    }
-    for (; k < units; k += L) {
-      X edge[L][L * U::per_unit] = {};
-      const int64_t left = std::min<int64_t>(L * U::per_unit, reduction - k0 - k * U::per_unit);
-      for (int i = 0; i < L; i++) {
-        if (left > 0) memcpy(static_cast<void*>(edge[i]), rows[i], left * sizeof(X));
-        rows[i] = edge[i];
-      }
-      transpose_units<U>(rows, xt + (k * MV + v) * L, MV * L);
-      for (int i = 0; i < L; i++)
-        rows[i] = x + std::min<int64_t>(v * L + i, tokens - 1) * ldx + k0 + (k + L) * U::per_unit;
-    }
-  }
-}
+constexpr int wide_outputs = L == 16 ? 8 : 4, wide_vectors = 3, narrow_vectors = L == 16 ? 6 : 3;
+constexpr int line_outputs = 32;  // outputs written to a tile's tokens together, so that lines of y fill up
+constexpr int64_t pack_rows = 4;  // output blocks packed at a time
 
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
@@ -293,69 +165,11 @@ void run_panel(const Problem& p, const Piece& piece, const X* x, int64_t ldx, X*
   }
 }
 
-// Cuts the outputs so that the packed blocks of each piece stay within piece_bytes (but at least one output block).
-std::vector<int64_t> cut_pieces(const Problem& p, int64_t block_floats) {
-  std::vector<int64_t> cuts{0};
-  const int64_t limit = std::max<int64_t>(1, piece_bytes / 4 / block_floats);
-  for (int64_t i = 0; i < p.out_blocks; i++)
-    if (p.lists.ptr[i + 1] - p.lists.ptr[cuts.back()] > limit && i > cuts.back()) cuts.push_back(i);
-  cuts.push_back(p.out_blocks);
-  return cuts;
-}
-
-// Hands out the steps of a call in order. A step waits until all steps before some ticket are done, not until all
-// threads have arrived: a thread that another process keeps from running then delays nobody but at the very end.
-class Tickets {
- public:
-  int64_t next() { return taken_.fetch_add(1, std::memory_order_relaxed); }
-  // Finishes the step in hand and takes another.
-  int64_t take_next() {
-    done_.fetch_add(1, std::memory_order_release);
-    return next();
-  }
-  // Waits until `steps` steps are done. Only right where no step beyond them can be done yet.
-  void wait_for(int64_t steps) const {
-    for (int spins = 0; done_.load(std::memory_order_acquire) < steps; spins++)
-      if (spins > 1000) std::this_thread::yield();
-  }
-
- private:
-  std::atomic<int64_t> taken_{0}, done_{0};
-};
-
-// How a call is cut into steps; see the loop nest on top.
-struct Plan {
-  std::vector<int64_t> cuts;  // pieces of outputs
-  int64_t chunk, tile_size;   // reduction blocks per chunk, floats of one tile of x^T
-  int64_t tiles, panels, splits;
-  int64_t most_blocks;  // in a piece
-};
-
-Plan make_plan(const Problem& p, int64_t units, int64_t MT) {
-  Plan plan;
-  plan.cuts = cut_pieces(p, units * p.block);
-  plan.most_blocks = 0;
-  for (size_t s = 0; s + 1 < plan.cuts.size(); s++)
-    plan.most_blocks = std::max<int64_t>(plan.most_blocks, p.lists.ptr[plan.cuts[s + 1]] - p.lists.ptr[plan.cuts[s]]);
-  const int64_t tile_row = MT * 4 * units;  // bytes of x^T per reduction block
-  plan.chunk = p.red_blocks;
-  if (plan.chunk * tile_row > chunk_bytes) plan.chunk = std::max<int64_t>(L, chunk_bytes / tile_row / L * L);
-  plan.tiles = ceil_div(p.m, MT);
-  plan.tile_size = (plan.chunk * units + L) * MT;
-  // Even panels, as many as a multiple of the threads; with fewer tiles than threads, the outputs are split as well.
-  const int64_t panels = ceil_div(plan.tiles, std::max<int64_t>(1, panel_bytes / 4 / plan.tile_size));
-  plan.panels = std::min(plan.tiles, ceil_div(panels, p.threads) * p.threads);
-  plan.splits = plan.tiles < p.threads ? ceil_div(p.threads, plan.tiles) : 1;
-  return plan;
-}
-
 // One thread's share of the steps. Returns false if it could not get memory.
 template <class U, int NR, int MV, class X, class W>
 bool work(const Problem& p, const Plan& plan, Tickets& tickets, float* w, const X* x, int64_t ldx, X* y, int64_t ldy) {
   static thread_local Scratch packed_x;
   constexpr int64_t MT = MV * L;
-  constexpr bool round = sizeof(X) < sizeof(W);
-  using E = std::conditional_t<U::per_unit == 2, bf16, float>;
   const int64_t block_floats = p.block / U::per_unit * p.block, items = plan.panels * plan.splits;
   const int64_t panel_floats = ceil_div(plan.tiles, plan.panels) * plan.tile_size;
   bool ok = true;
@@ -367,7 +181,7 @@ bool work(const Problem& p, const Plan& plan, Tickets& tickets, float* w, const 
       tickets.wait_for(first);  // the packed memory is free
       const int64_t i0 = piece.begin + (ticket - first) * pack_rows, i1 = std::min(piece.end, i0 + pack_rows);
       for (int64_t i = i0; i < i1; i++)
-        pack_output_block<U, NR, E, W, round>(p, i, w + (p.lists.ptr[i] - piece.w_base) * block_floats);
+        pack_output_block<U, NR, X, W>(p, i, w + (p.lists.ptr[i] - piece.w_base) * block_floats);
     }
     const bool partial = plan.chunk < p.red_blocks, any = ticket < first + packs + items;
     const int64_t sums = partial ? ceil_div(plan.tiles, plan.panels) * n * p.block * MT : 0;
@@ -387,9 +201,10 @@ bool work(const Problem& p, const Plan& plan, Tickets& tickets, float* w, const 
   return ok;
 }
 
-template <class U, int NR, int MV, class X, class W>
-int run_all(const Problem& p, const X* x, int64_t ldx, X* y, int64_t ldy) {
+template <class U, int NR, int MV, class X, class W> int run_all(const Problem& p, const MstSpmm& a) {
   static thread_local Scratch packed_w;
+  const X* x = static_cast<const X*>(a.x);
+  X* y = static_cast<X*>(a.y);
   const int64_t units = p.block / U::per_unit;
   const Plan plan = make_plan(p, units, MV * L);
   float* w = packed_w.floats(plan.most_blocks * units * p.block + 64);
@@ -397,17 +212,30 @@ int run_all(const Problem& p, const X* x, int64_t ldx, X* y, int64_t ldy) {
   Tickets tickets;
   std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(p.threads)
-  if (!work<U, NR, MV, X, W>(p, plan, tickets, w, x, ldx, y, ldy)) failed = true;
+  if (!work<U, NR, MV, X, W>(p, plan, tickets, w, x, a.ldx, y, a.ldy)) failed = true;
   packed_w.trim();
   return failed ? MST_NO_MEMORY : MST_OK;
 }
 
-template <class X, class W> int dispatch(const Problem& p, const void* x, int64_t ldx, void* y, int64_t ldy) {
+// The bias as floats, zeros without one, padded to whole blocks.
+std::vector<float> padded_bias(const MstSpmm& a, const Problem& p) {
+  std::vector<float> padded(p.out_blocks * p.block, 0.0f);
+  if (a.bias)
+    by_dtype(a.bias_dtype, [&](auto e) {
+      const auto* bias = static_cast<const typename decltype(e)::type*>(a.bias);
+      for (int64_t o = 0; o < p.outputs; o++) padded[o] = to_float(bias[o]);
+      return MST_OK;
+    });
+  return padded;
+}
+
+template <class X, class W> int run(const MstSpmm& a) {
   using U = typename UnitOf<X>::type;
-  const X* from = static_cast<const X*>(x);
-  X* to = static_cast<X*>(y);
-  if (p.block == 4) return run_all<U, 4, narrow_vectors, X, W>(p, from, ldx, to, ldy);
-  return run_all<U, wide_outputs, wide_vectors, X, W>(p, from, ldx, to, ldy);
+  Problem p(a);
+  const std::vector<float> bias = padded_bias(a, p);
+  p.bias = bias.data();
+  if (p.block == 4) return run_all<U, 4, narrow_vectors, X, W>(p, a);
+  return run_all<U, wide_outputs, wide_vectors, X, W>(p, a);
 }
 
 }  // namespace
@@ -415,32 +243,14 @@ template <class X, class W> int dispatch(const Problem& p, const void* x, int64_
 
 using namespace mst;
 
-MST_API int mst_spmm(int x_dtype, int w_dtype, int block, const void* x, int64_t ldx, const void* w, int64_t ldw,
-                     int64_t rows, int64_t cols, const int32_t* index, int outputs_are_rows, const void* bias,
-                     int bias_dtype, void* y, int64_t ldy, int64_t m, int threads) {
-  if (block != 4 && block != 8 && block != 16 && block != 32 && block != 64) return MST_BAD_BLOCK;
-  if (m <= 0) return MST_OK;
-  const int64_t R = ceil_div(rows, block), C = ceil_div(cols, block);
-  Problem p;
-  p.block = block;
-  p.outputs = outputs_are_rows ? rows : cols;
-  p.reduction = outputs_are_rows ? cols : rows;
-  p.out_blocks = outputs_are_rows ? R : C;
-  p.red_blocks = outputs_are_rows ? C : R;
-  p.lists = outputs_are_rows ? by_rows(index, R) : by_cols(index, R, C);
-  p.w = w;
-  p.ldw = ldw;
-  p.outputs_are_rows = outputs_are_rows;
-  p.m = m;
-  p.threads = threads < 1 ? 1 : threads;
-  std::vector<float> padded(p.out_blocks * block, 0.0f);
-  const auto* wide = static_cast<const float*>(bias);
-  const auto* narrow = static_cast<const bf16*>(bias);
-  for (int64_t o = 0; bias && o < p.outputs; o++)
-    padded[o] = bias_dtype == MST_F32 ? wide[o] : to_float(narrow[o]);
-  p.bias = padded.data();
-  if (x_dtype == MST_F32 && w_dtype == MST_F32) return dispatch<float, float>(p, x, ldx, y, ldy);
-  if (x_dtype == MST_BF16 && w_dtype == MST_BF16) return dispatch<bf16, bf16>(p, x, ldx, y, ldy);
-  if (x_dtype == MST_BF16 && w_dtype == MST_F32) return dispatch<bf16, float>(p, x, ldx, y, ldy);
-  return MST_BAD_DTYPE;
+MST_API int mst_spmm(const MstSpmm* arguments) {
+  const MstSpmm& a = *arguments;
+  const int known = by_block(a.block, [](auto) { return MST_OK; });
+  if (known != MST_OK || a.m <= 0) return known;
+  int status = MST_NO_MEMORY;
+  within_memory([&] {
+    status = by_product(a.x_dtype, a.w_dtype,
+                        [&](auto x, auto w) { return run<typename decltype(x)::type, typename decltype(w)::type>(a); });
+  });
+  return status;
 }

@@ -1,22 +1,22 @@
-"""Causal attention with a pattern, forward and backward, one online-softmax loop nest for all patterns.
+"""Attention over the parts of a causal pattern, forward and backward, one online-softmax loop nest for all of them.
 
 Forward::
 
     for each batch and head, each tile of BLOCK_M queries, the last ones first as they see most:      (one program)
-        for each part of the pattern:
-            tiles of BLOCK_N keys that every query sees; tiles that only some see, masked;
-            "fixed": tiles of summary keys, gathered from the ends of the chunks before;
-            "strided": one key a query at each distance, a row-wise dot of two [BLOCK_M, size] tiles
+        for each of the parts (mst_compile.rules.patterns.Parts):
+            a run: tiles of BLOCK_N keys that every query sees; tiles that only some see, masked
+            summaries: tiles of summary keys, gathered from the ends of the chunks before
+            distances: one key a query at each distance, a row-wise dot of two [BLOCK_M, size] tiles
             update maxima, denominators and the weighted sum of values
 
 The backward pass recomputes the probabilities: one kernel walks the keys of a query tile for grad-query, another the
-queries of a key tile, and the heads of its group, for grad-key and grad-value. Nothing is added by atomics. Under
-"fixed" the summary keys are seen by two kinds of programs; a second launch makes their share, and the lowering adds it.
-So it does with the strided part of "sparse", whose row-wise dots want small tiles.
+queries of a key tile, and the heads of its group, for grad-key and grad-value. Nothing is added by atomics. The latter
+takes one part a launch, as a key may be a summary and in a run, and the lowering adds their shares; the former takes
+distances in a launch of their own, as row-wise dots want small tiles.
 
 Arithmetic intensity: a key tile costs ``4 BLOCK_M BLOCK_N size`` operations for ``2 BLOCK_N size`` elements, so it is
-bound by the tensor core; a row-wise dot costs 4 operations for the same elements as 2, and is bound by L2. A strided
-key tile would cost BLOCK_N times the operations of its row-wise dot.
+bound by the tensor core; a row-wise dot costs 4 operations for the same elements as 2, and is bound by L2. A tile of
+keys at distances would cost BLOCK_N times the operations of its row-wise dot.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
+
+from mst_compile.rules.patterns import Parts
+
+_FAR = 2**30  # further than any two positions, which are int32 here
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,18 @@ class AttentionTile:
     stages: int
 
 
-def tiles(size: int, kind: str, which: str) -> list[AttentionTile]:
-    """Tiles to choose from for a head size, ``kind`` ("half", "tf32" or "ieee", see tiles.py) and kernel: "forward",
-    "grad_query", "grad_key_value", or "rows" for a launch that has row-wise dots alone."""
+def constants(parts: Parts) -> dict[str, int]:
+    """The parts as constants of the templates: their numbers, and whether the window holds all keys."""
+    numbers = {name.upper(): min(number, _FAR) for name, number in vars(parts).items()}
+    return numbers | {"UNBOUNDED": parts.window >= _FAR}
+
+
+def tiles(size: int, kind: str, which: str, parts: Parts) -> list[AttentionTile]:
+    """Tiles to choose from for a head size, ``kind`` ("half", "tf32" or "ieee", see tiles.py), kernel ("forward",
+    "grad_query" or "grad_key_value") and its parts."""
     column = 0 if size <= 64 else 1 if size <= 128 else 2
-    return [AttentionTile(*tile) for tile in _TILES[which, kind][column]]
+    rows_alone = which != "forward" and parts.step and len(parts.alone()) == 1
+    return [AttentionTile(*tile) for tile in _TILES["rows" if rows_alone else which, kind][column]]
 
 
 # Columns: head sizes up to 64, 128 and 256. Every one is cross-compiled for sm_90 by the test suite and must not spill
@@ -62,10 +73,9 @@ _TILES: dict[tuple[str, str], list[list[tuple[int, int, int, int]]]] = {
     ("rows", "ieee"): [[(64, 64, 4, 2)], [(32, 32, 4, 2)]],
 }  # fmt: skip
 
-# Constants that the lowering gives: PATTERN, WINDOW, STRIDE, SCALE, HEADS, GROUP (heads a key head), SIZE and BLOCK_D
-# (head size, and the power of two from it), NAMES (of the operands), *_STRIDE (elements between positions), KEY_MASK
-# (whether there is one), FROM (least distance of row-wise dots), CHUNKS (of the block mask), SUMMARY (the second
-# launch); and the tile: BLOCK_M, BLOCK_N, PRECISION. Strings are in quotes, as they also become Triton constants.
+# Constants that the lowering gives: those of the parts; SCALE, HEADS, GROUP (heads a key head), SIZE and BLOCK_D (head
+# size, and the power of two from it), NAMES (of the operands), *_STRIDE (elements between positions), KEY_MASK (whether
+# there is one); and the tile: BLOCK_M, BLOCK_N, PRECISION. Strings are in quotes, as they also become Triton constants.
 _COMMON = r"""
 {% macro base(name, which) %}{{name}} + batch * {{stride(name, 0)}} + {{which}} * {{stride(name, 1)}}{% endmacro %}
 {% set d_inside = "(d < SIZE)" if SIZE != BLOCK_D else "" %}
@@ -79,15 +89,12 @@ tl.load({{pointer}} + {{position}}[None, :] * {{row_stride}} + d[:, None]
 {%- set conditions = ([guard ~ "[None, :]"] if guard else []) + ([d_inside ~ "[:, None]"] if d_inside else []) -%}
 {{ ", mask=" ~ conditions | join(" & ") ~ ", other=0.0" if conditions else "" }})
 {%- endmacro %}
-{# Whether query q sees key n, for tensors q and n that broadcast; empty where every one does. #}
+{# Whether query q sees key n of a part, for tensors q and n that broadcast. #}
 {% macro sees(q, n, part) -%}
-{%- if part == "causal" -%} ({{n}} <= {{q}})
-{%- elif part == "local" -%} ({{n}} <= {{q}}) & ({{q}} - {{n}} < WINDOW)
-{%- elif part == "chunk" -%} ({{n}} <= {{q}}) & ({{n}} // STRIDE == {{q}} // STRIDE)
-{%- elif part == "summary" -%} ({{n}} < {{q}} // STRIDE * STRIDE)
-{%- elif part == "blocks" -%}
- ({{n}} <= {{q}}) & (tl.load(ALLOWED + {{q}} // STRIDE * CHUNKS + {{n}} // STRIDE,
-                mask=({{q}} < LENGTH) & ({{n}} < LENGTH), other=0) != 0)
+{%- if part == "summary" -%} ({{n}} < {{q}} // SUMMARY * SUMMARY)
+{%- elif UNBOUNDED -%} ({{n}} <= {{q}})
+{%- elif WINDOW -%} ({{n}} <= {{q}}) & ({{q}} - {{n}} < WINDOW)
+{%- else -%} ({{n}} <= {{q}}) & ({{n}} // CHUNK == {{q}} // CHUNK)
 {%- endif -%}
 {%- endmacro %}
 {% macro key_visible(n) -%}
@@ -95,47 +102,42 @@ tl.load(VISIBLE + batch * LENGTH + {{n}}, mask=({{n}} >= 0) & ({{n}} < LENGTH), 
 {%- endmacro %}
 """
 
-# The keys of a query tile: `tile` is a macro of the part that does a key tile at positions n, `row` one of nothing that
-# does one key a query at positions n.
+# The keys of a query tile: `tile` is a macro of the part that does a key tile at positions n ("" where every query sees
+# all of it), `row` one of nothing that does one key a query at positions n.
 _OVER_KEYS = r"""
 {% macro over_keys(tile, row) %}
     first = pid * BLOCK_M
     last = min(first + BLOCK_M, LENGTH)
-{% if PATTERN[1:-1] == "full" %}
-    for start in range(0, first, BLOCK_N):
+{% if CHUNK %}
+    # All masked, as few tiles are not: further loops would cost registers.
+    for start in range(first // CHUNK * CHUNK // BLOCK_N * BLOCK_N, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-{{tile("")}}
-    for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-{{tile("causal")}}
-{% elif PATTERN[1:-1] == "blocks" %}
-    for start in range(0, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-{{tile("blocks")}}
-{% elif PATTERN[1:-1] == "fixed" %}
-    for start in range(first // STRIDE * STRIDE // BLOCK_N * BLOCK_N, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-{{tile("chunk")}}
-    for start in range(0, (last - 1) // STRIDE, BLOCK_N):
-        n = (start + tl.arange(0, BLOCK_N)) * STRIDE + (STRIDE - 1)
-{{tile("summary")}}
-{% endif %}
-{% if PATTERN[1:-1] in ("local", "sparse") %}
+{{tile("run")}}
+{% elif WINDOW %}
+{% if UNBOUNDED %}
+    whole = 0
+{% else %}
     low = max(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     # From here to the first query every query sees every key.
     whole = max(min(tl.cdiv(max(last - WINDOW, 0), BLOCK_N) * BLOCK_N, first), low)
     for start in range(low, whole, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-{{tile("local")}}
+{{tile("run")}}
+{% endif %}
     for start in range(whole, first, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
 {{tile("")}}
     for start in range(first, last, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-{{tile("local")}}
+{{tile("run")}}
 {% endif %}
-{% if PATTERN[1:-1] in ("strided", "sparse") %}
-    for back in range(FROM, last, STRIDE):
+{% if SUMMARY %}
+    for start in range(0, (last - 1) // SUMMARY, BLOCK_N):
+        n = (start + tl.arange(0, BLOCK_N)) * SUMMARY + (SUMMARY - 1)
+{{tile("summary")}}
+{% endif %}
+{% if STEP %}
+    for back in range(FIRST, last, STEP):
         n = rows - back
 {{row()}}
 {% endif %}
@@ -277,9 +279,9 @@ GRAD_KEY_VALUE = (
     d = tl.arange(0, BLOCK_D)
     number = pid * BLOCK_N + tl.arange(0, BLOCK_N)
 {% if SUMMARY %}
-    n = number * STRIDE + (STRIDE - 1)
-    first = pid * BLOCK_N * STRIDE + STRIDE
-    COUNT = LENGTH // STRIDE
+    n = number * SUMMARY + (SUMMARY - 1)
+    first = pid * BLOCK_N * SUMMARY + SUMMARY
+    COUNT = LENGTH // SUMMARY
 {% else %}
     n = number
     first = pid * BLOCK_N
@@ -326,22 +328,8 @@ GRAD_KEY_VALUE = (
 {% if SUMMARY %}
         for start in range(first // BLOCK_M * BLOCK_M, LENGTH, BLOCK_M):
 {{tile("summary")}}
-{% elif PATTERN[1:-1] in ("full", "blocks") %}
-        border = min(tl.cdiv(last, BLOCK_M) * BLOCK_M, LENGTH)
-        for start in range(first // BLOCK_M * BLOCK_M, border, BLOCK_M):
-{{tile("causal" if PATTERN[1:-1] == "full" else "blocks")}}
-        for start in range(border, LENGTH, BLOCK_M):
-{{tile("" if PATTERN[1:-1] == "full" else "blocks")}}
-{% elif PATTERN[1:-1] == "fixed" %}
-        for start in range(first // BLOCK_M * BLOCK_M, min(((last - 1) // STRIDE + 1) * STRIDE, LENGTH), BLOCK_M):
-{{tile("chunk")}}
-{% endif %}
-{% if PATTERN[1:-1] == "local" %}
-        for start in range(first // BLOCK_M * BLOCK_M, min(last + WINDOW - 1, LENGTH), BLOCK_M):
-{{tile("local")}}
-{% endif %}
-{% if PATTERN[1:-1] == "strided" %}
-        for ahead in range(FROM, LENGTH - first, STRIDE):
+{% elif STEP %}
+        for ahead in range(FIRST, LENGTH - first, STEP):
             rows = n + ahead
             row_inside = visible & (rows < LENGTH)
 {{queries("row_inside")}}
@@ -350,6 +338,16 @@ GRAD_KEY_VALUE = (
             dv += p[:, None] * do.to(tl.float32)
             ds = p * (tl.sum(do.to(tl.float32) * v.to(tl.float32), 1) - delta)
             dk += ds[:, None] * q.to(tl.float32)
+{% elif UNBOUNDED %}
+        border = min(tl.cdiv(last, BLOCK_M) * BLOCK_M, LENGTH)
+        for start in range(first // BLOCK_M * BLOCK_M, border, BLOCK_M):
+{{tile("run")}}
+        for start in range(border, LENGTH, BLOCK_M):
+{{tile("")}}
+{% else %}
+{% set until = "last + WINDOW - 1" if WINDOW else "((last - 1) // CHUNK + 1) * CHUNK" %}
+        for start in range(first // BLOCK_M * BLOCK_M, min({{until}}, LENGTH), BLOCK_M):
+{{tile("run")}}
 {% endif %}
     dk = dk * SCALE
     place = ((batch * COUNT + number[:, None]) * (HEADS // GROUP) + kv_head) * SIZE + d[None, :]

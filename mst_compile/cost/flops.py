@@ -23,7 +23,7 @@ from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, read_mask
 from mst_compile.ops import attention as _attention_op  # noqa: F401  (defines the operators)
 from mst_compile.ops import linear as _linear_op  # noqa: F401
-from mst_compile.rules.patterns import allowed, pairs
+from mst_compile.rules.patterns import Parts, pairs
 from mst_compile.state.selection import is_linear
 from mst_compile.state.sparsifier import sparsifier_of
 from mst_compile.state.weight import SparseWeight
@@ -48,7 +48,7 @@ def dense_linear_training(model: nn.Module) -> int:
     return sum((6 if w.requires_grad else 4) * w.numel() for i, w in linear.items() if i not in sparse)
 
 
-def attention_saving(query: Sequence[int], pattern: str, window: int, stride: int) -> float:
+def attention_saving(query: Sequence[int], parts: Parts) -> float:
     """FLOPs that a pattern saves in one attention, forward and backward.
 
     Full attention counts as PyTorch's own counter does it, six products over all pairs of queries and keys; the pattern
@@ -56,9 +56,10 @@ def attention_saving(query: Sequence[int], pattern: str, window: int, stride: in
 
     Args:
         query: shape of the queries, ``[..., length, head size]``.
+        parts: what queries see.
     """
     length = query[-2]
-    kept = 2 * pairs(pattern, length, window, stride) / (length * (length + 1))
+    kept = 2 * pairs(parts, length) / (length * (length + 1))
     return 12 * math.prod(query) * length * (1 - kept)
 
 
@@ -182,48 +183,21 @@ def _grad_weight(grad: Tensor, x: Tensor, index: Tensor, block: int, transposed:
     return 2 * _tokens(grad) * (rows * cols if dense else _active(index, rows, cols, block))
 
 
-def _pairs(q: Tensor, blocks: Tensor | None, pattern: str, window: int, stride: int) -> int:
-    """Query-key pairs that a pattern allows in one head; all causal ones where its blocks have no data."""
-    if blocks is not None and _without_data(blocks):
-        pattern, blocks = "full", None
-    if pattern == "blocks":
-        return int(allowed(pattern, int(q.shape[2]), window, stride, blocks).sum())
-    return pairs(pattern, int(q.shape[2]), window, stride)
+def _product(q: Tensor, parts: Sequence[int]) -> int:
+    """One product over the pairs of queries and keys that the parts hold; padding is not looked at."""
+    return 2 * q.shape[0] * q.shape[1] * q.shape[3] * pairs(Parts(*parts), int(q.shape[2]))
 
 
 @register_flop_formula(torch.ops.mst.attention, get_raw=True)
-def _attention(
-    q: Tensor,
-    k: Any,
-    v: Any,
-    key_mask: Any,
-    blocks: Tensor | None,
-    pattern: str,
-    window: int,
-    stride: int,
-    *_: Any,
-    **__: Any,
-) -> int:
-    """Two products over the pattern's pairs; padding is not looked at."""
-    return 4 * q.shape[0] * q.shape[1] * q.shape[3] * _pairs(q, blocks, pattern, window, stride)
+def _attention(q: Tensor, k: Any, v: Any, key_mask: Any, parts: Sequence[int], *_: Any, **__: Any) -> int:
+    """Two products."""
+    return 2 * _product(q, parts)
 
 
 @register_flop_formula(torch.ops.mst.attention_backward, get_raw=True)
 def _attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Any,
-    lse: Any,
-    key_mask: Any,
-    blocks: Any,
-    pattern: str,
-    window: int,
-    stride: int,
-    *_: Any,
-    **__: Any,
+    grad: Any, q: Tensor, k: Any, v: Any, out: Any, lse: Any, key_mask: Any, parts: Sequence[int], *_: Any, **__: Any
 ) -> int:
     """Five products: the scores anew, and the gradients of values, probabilities, queries and keys (as PyTorch counts
     its own ``scaled_dot_product`` kernels)."""
-    return 10 * q.shape[0] * q.shape[1] * q.shape[3] * _pairs(q, blocks, pattern, window, stride)
+    return 5 * _product(q, parts)

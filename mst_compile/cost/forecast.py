@@ -19,7 +19,7 @@ from mst_compile.cost.flops import dense_linear_training
 from mst_compile.cost.rates import Rates, kept, measure
 from mst_compile.errors import ForecastError, NotSparseError
 from mst_compile.rules.density import active_count
-from mst_compile.rules.schedule import MixedSparsity, Schedule, attention_pattern, gradient_steps
+from mst_compile.rules.schedule import Schedule
 from mst_compile.state.sparsifier import Sparsifier, sparsifier
 
 STEPS, TOKENS, ACTIVE, GRADIENT, REST = sympy.symbols("steps tokens active gradient rest", nonnegative=True)
@@ -161,10 +161,10 @@ def forecast(
         rest = float(dense_linear_training(sparse) * tokens_per_step)
     else:
         rest = _rest(model, own, tokens_per_step, loss)
-    rates = measure(model, loss, optimizer) if loss is not None and schedule is None else None
     steps = math.ceil(tokens / tokens_per_step)
+    rates = measure(model, loss, optimizer, steps=steps) if loss is not None and schedule is None else None
     line = timeline(own, steps)
-    phases = [_phase(own, line, *phase, tokens_per_step, rest, rates) for phase in _phases(own.schedule, steps)]
+    phases = [_phase(own, line, *phase, tokens_per_step, rest, rates) for phase in own.schedule.phases(steps)]
     return Forecast(phases, rest, rates, {"flops": FLOPS, "seconds": SECONDS})
 
 
@@ -218,7 +218,7 @@ def timeline(own: Sparsifier, steps: int) -> Timeline:
     The schedule is asked once for each step, what costs more only where something changes.
     """
     schedule, total = own.schedule, float(sum(w.numel for w in own.weights.values()))
-    reach = gradient_steps(schedule)
+    reach = max(1, schedule.growth_rule.gradient_steps)
     events = [t for t in range(1, steps + reach) if schedule.is_topology_event(t)]
     changes = [0, *(t for t in events if t < steps)]
     targets = [schedule.sparsity_at(t) for t in changes]
@@ -226,13 +226,13 @@ def timeline(own: Sparsifier, steps: int) -> Timeline:
     lengths = torch.tensor([*changes[1:], steps]) - torch.tensor(changes)
     active = torch.tensor([found[s] for s in targets], dtype=torch.float64).repeat_interleave(lengths)
     before = {s for t in events for s in range(max(0, t - reach), min(t, steps))}
-    dense = [s for s in before if own.wants_gradient_after(s)]
+    dense = [s for s in before if schedule.wants_gradient_after(s)]
     gradient = active.clone()
     gradient[dense] = total
     event, pattern = torch.zeros(steps, dtype=torch.bool), torch.zeros(steps, dtype=torch.bool)
     event[[t - 1 for t in events if t <= steps]] = True
     if own.attention.sparse != "full":
-        pattern = torch.tensor([attention_pattern(schedule, s) != "full" for s in range(steps)])
+        pattern = torch.tensor([schedule.attention_at(s) != "full" for s in range(steps)])
     return Timeline(active, gradient, event, pattern)
 
 
@@ -240,7 +240,7 @@ def _active_at(own: Sparsifier, sparsities: set[float]) -> dict[float, float]:
     """Active elements of all sparse weights at each target sparsity; ragged blocks count as the mean block."""
     weights = list(own.weights.values())
     # How few blocks a weight can have is asked once: it means counting its backbone.
-    sizes = [(w.grid.blocks, own.count(w, 0.0), w.numel / w.grid.blocks) for w in weights]
+    sizes = [(w.grid.blocks, w.blocks_at(0.0), w.numel / w.grid.blocks) for w in weights]
     return {
         sparsity: sum(
             active_count(density, blocks, least) * size
@@ -248,16 +248,6 @@ def _active_at(own: Sparsifier, sparsities: set[float]) -> dict[float, float]:
         )
         for sparsity in sparsities
     }
-
-
-def _phases(schedule: Schedule, steps: int) -> list[tuple[str, int, int]]:
-    """Name, first step and end of each phase, cut at ``steps``."""
-    edges, names = [0, steps], ["training"]
-    if isinstance(schedule, MixedSparsity):
-        edges = [0, schedule.warmup_steps, schedule.restoration_start, schedule.restoration_end, steps]
-        names = ["warm-up", "plateau", "restoration", "settle"]
-    found = [(n, min(a, steps), min(b, steps)) for n, a, b in zip(names, edges[:-1], edges[1:], strict=True)]
-    return [(name, a, b) for name, a, b in found if b > a]
 
 
 def _phase(

@@ -5,22 +5,22 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from mst_compile.blocks.bulk import block_mean_square
 from mst_compile.blocks.index import new_index, write_index
 from mst_compile.cost.flops import attention_saving
 from mst_compile.errors import ForecastError
 from mst_compile.lowering import device
-from mst_compile.rules.masks import generator, random_mask, update_mask
+from mst_compile.rules.masks import generator, random_mask
+from mst_compile.state.event import plan_event
 from mst_compile.state.sparsifier import sparsifier, sparsifier_of
+from mst_compile.state.steps import refusing_steps
 
 ROUNDS = 5
 
@@ -50,7 +50,11 @@ class Rates:
 
 
 def measure(
-    model: nn.Module, loss: Callable[[], Tensor], optimizer: Optimizer | None = None, rounds: int = ROUNDS
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    optimizer: Optimizer | None = None,
+    rounds: int = ROUNDS,
+    steps: int = 10_000,
 ) -> Rates:
     """Time forward and backward passes at the densities of the schedule, interleaved, and take medians.
 
@@ -62,6 +66,7 @@ def measure(
         loss: runs the forward pass on one batch of a step's size and returns the loss.
         optimizer: the one that will train the model; a copy of it is timed.
         rounds: times that each point is measured.
+        steps: length of the run; the middle one of its topology events is timed.
 
     Raises:
         NotSparseError: the model is not sparse.
@@ -72,7 +77,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in points}
     active: dict[str, int] = {}
     queries: list[tuple[int, ...]] = []
-    twin, steps = None if optimizer is None else _copy(optimizer), list[float]()
+    twin, taken = None if optimizer is None else _copy(optimizer), list[float]()
     with kept(model):
         for turn in range(rounds + 1):  # the first compiles
             for name, (sparsity, dense_grad, pattern) in points.items():
@@ -84,8 +89,8 @@ def measure(
                     times[name].append(seconds)
                 if twin is not None:
                     _clear_gradients(model)  # with them hooks would count the steps of the copy as another model's
-                    steps.append(_step(twin))  # after a pass, as in training: caches hold other things
-        event = _event(model, rounds)
+                    taken.append(_step(twin))  # after a pass, as in training: caches hold other things
+        event = _event(model, rounds, steps)
     median = {name: _median(found) for name, found in times.items()}
     total, span = sum(w.numel for w in own.weights.values()), active["middle"] - active["top"]
     per_element = max(0.0, (median["middle"] - median["top"]) / span) if span > 0 else 0.0
@@ -96,10 +101,10 @@ def measure(
         more,
         median["dense"],
         threshold,
-        _median(steps[len(points) :]) if steps else 0.0,
+        _median(taken[len(points) :]) if taken else 0.0,
         event,
         median["top"] - median.get("pattern", median["top"]),
-        sum(attention_saving(query, *own.attention.settings) for query in queries),
+        sum(attention_saving(query, own.attention.parts) for query in queries),
     )
 
 
@@ -150,31 +155,24 @@ def kept(model: nn.Module) -> Iterator[None]:
                 own.attention.pattern, own.attention.queries = pattern, None
 
 
-@contextmanager
-def _no_steps(parameters: set[int]) -> Iterator[None]:
+def _no_steps(parameters: set[int]) -> AbstractContextManager[None]:
     """Refuse optimizer steps on ``parameters`` (ids), as of optimizers that step within the backward pass."""
 
-    def refuse(optimizer: Optimizer, *_: Any) -> None:
+    def refuse(optimizer: Optimizer) -> None:
         if any(id(p) in parameters for group in optimizer.param_groups for p in group["params"]):
             raise ForecastError(
                 f"{type(optimizer).__name__} steps within the backward pass, so a pass cannot be timed without "
                 "training the model. Forecast before you register the hook that steps, or without loss"
             )
 
-    handle = torch_optimizer.register_optimizer_step_pre_hook(refuse)
-    # Before the hook that counts steps: a step that is refused has not begun.
-    torch_optimizer._global_optimizer_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        handle.remove()
+    return refusing_steps(refuse)
 
 
 def _set_masks(model: nn.Module, sparsity: float, dense_grad: bool) -> int:
     """Random masks of the schedule's densities at ``sparsity``; returns the number of active elements."""
     own = sparsifier(model)
     for density, weight in zip(own.densities(sparsity), own.weights.values(), strict=True):
-        mask = random_mask(weight.backbone, own.count(weight, density), generator(0, 0, weight.name))
+        mask = random_mask(weight.backbone, weight.blocks_at(density), generator(0, 0, weight.name))
         weight.set_mask(mask)
         weight.set_dense_grad(dense_grad and weight.density_target < 1)
     return sum(w.active for w in own.weights.values())
@@ -220,20 +218,34 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def _event(model: nn.Module, rounds: int) -> float:
-    """Median seconds of what a topology event computes, without its effect."""
+def _event(model: nn.Module, rounds: int, steps: int) -> float:
+    """Median seconds of the plan of a topology event, the schedule's middle one, and of the indices that it writes."""
     own, found = sparsifier(model), []
-    for turn in range(rounds):
-        _synchronize()
-        start = time.perf_counter()
-        for weight, parameter in own.parameters():
-            score = block_mean_square(parameter, weight.grid)
-            gradient = block_mean_square(parameter, weight.grid)
-            count, drawn = int(weight.mask.sum()), generator(0, turn, weight.name)
-            safe = weight.safe_blocks(score)
-            mask = update_mask(weight.mask, safe, score, gradient, count, 0.3, 0.75, drawn)
-            if weight.index is not None:
-                write_index(new_index(weight.grid, weight.index.device), weight.grid, mask)
-        _synchronize()
-        found.append(time.perf_counter() - start)
+    events = [0, *(t for t in range(1, steps + 1) if own.schedule.is_topology_event(t))]
+    if len(events) == 1:
+        return 0.0
+    middle = len(events) // 2  # stands for all of them
+    before, step = events[middle - 1 : middle + 1]
+    _set_masks(model, own.schedule.sparsity_at(before), False)
+    scores = {name: weight.scores for name, weight in own.weights.items()}
+    try:
+        for _ in range(rounds):
+            _synchronize()
+            start = time.perf_counter()
+            for weight, parameter in own.parameters():
+                # Reading the weight takes as long as reading its gradient.
+                reads = own.schedule.reads_gradient_at(step)
+                weight.scores = block_mean_square(parameter, weight.grid) if reads else None
+            plan = plan_event(
+                own.parameters(), own.densities(own.schedule.sparsity_at(step)), own.schedule, step, own.seed
+            )
+            for name, mask in plan.masks.items():
+                grid, index = own.weights[name].grid, own.weights[name].index
+                if index is not None:
+                    write_index(new_index(grid, index.device), grid, mask)
+            _synchronize()
+            found.append(time.perf_counter() - start)
+    finally:
+        for name, score in scores.items():
+            own.weights[name].scores = score
     return _median(found)

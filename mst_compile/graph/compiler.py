@@ -136,7 +136,7 @@ class Compiler:
     def _give_pattern(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Constant], list[Site]]:
         """Give every attention that the pass understands its pattern."""
         state = self._attention
-        context = replace(self._context, pattern=state.settings, inputs=inputs, sites=[], constants=[])
+        context = replace(self._context, pattern=state.parts, inputs=inputs, sites=[], constants=[])
         passes.apply(passes.of(Stage.PATTERN), graph_module, context)
         note_attention(state, context.sites)
         return context.constants, context.sites

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from mst_compile.graph.attention.constant import Constant
+from mst_compile.rules.patterns import Parts
 from mst_compile.state.weight import SparseWeight
 
 
@@ -44,7 +45,7 @@ class Context:
 
     Attributes:
         weights: position among the graph's placeholders -> state of the sparse parameter that comes in there.
-        pattern: the keys that queries shall see, as ``mst::attention`` takes them; None: what the model says.
+        pattern: the keys that queries shall see; None: what the model says.
         inputs: the graph's real inputs, if they are known; for masks in buffers once Dynamo has forgotten its own.
         why_unsupported: given a device type, the dtypes of input and weight and the block, why the device has no kernel
             for such a product, or None if it has one.
@@ -58,7 +59,7 @@ class Context:
     """
 
     weights: Mapping[int, SparseWeight] = field(default_factory=dict)
-    pattern: Sequence[Any] | None = None
+    pattern: Parts | None = None
     inputs: Sequence[Any] = ()
     why_unsupported: Callable[[str, torch.dtype, torch.dtype, int], str | None] = _nothing_against
     why_no_attention: Callable[[str, torch.dtype, int], str | None] = _nothing_against

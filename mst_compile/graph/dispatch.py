@@ -100,7 +100,7 @@ class Dispatch:
         weight = getattr(parameter, "_mst_weight", None)
         if isinstance(parameter, FakeTensor):
             return self._attention.pattern != "full"  # DDP's first call
-        if weight is None or weight.attention.settings != self._attention.settings:
+        if weight is None or weight.attention.parts != self._attention.parts:
             return False
         return weight.attention.pattern != "full"
 

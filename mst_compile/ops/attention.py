@@ -1,9 +1,10 @@
 """The operator ``mst::attention`` and its gradient: schemas, eager reference, fakes, autograd.
 
 ``q`` is ``[batch, heads, length, head size]``, ``k`` and ``v`` are ``[batch, key heads, length, head size]``; key heads
-divide heads, and query head ``h`` reads key head ``h // (heads // key heads)``. ``pattern``, ``window`` and ``stride``
-are those of :mod:`mst_compile.rules.patterns`. ``key_mask`` (bool ``[batch, length]`` or None) is True for keys that
-may be seen, as for padding. A query that sees no key gets 0, where PyTorch's kernels give NaN or an average.
+divide heads, and query head ``h`` reads key head ``h // (heads // key heads)``. ``key_mask`` (bool ``[batch, length]``
+or None) is True for keys that may be seen, as for padding. ``parts`` are the numbers of
+:class:`mst_compile.rules.patterns.Parts`. A query that sees no key gets 0, where PyTorch's kernels give NaN or an
+average.
 
 The operator returns the result, laid out ``[batch, length, heads, head size]`` in memory as PyTorch's flash attention
 does it, and the logarithm of each softmax's denominator, float32 (float64 for float64) ``[batch, heads, length]``. The
@@ -13,12 +14,13 @@ where there is none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mst_compile.rules.patterns import allowed
+from mst_compile.rules.patterns import Parts, allowed
 
 from .library import define
 
@@ -42,25 +44,17 @@ def _probabilities(
     return torch.exp(scores - finite[..., None]), lse, wide
 
 
-def _mask(q: Tensor, key_mask: Tensor | None, blocks: Tensor | None, pattern: str, window: int, stride: int) -> Tensor:
-    mask = allowed(pattern, q.shape[2], window, stride, blocks, q.device)
+def _mask(q: Tensor, key_mask: Tensor | None, parts: Sequence[int]) -> Tensor:
+    mask = allowed(Parts(*parts), q.shape[2], q.device)
     return mask if key_mask is None else mask & key_mask[:, None, None, :]
 
 
 def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    blocks: Tensor | None,
-    pattern: str,
-    window: int,
-    stride: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, parts: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """``softmax(scale q k^T + mask) v`` on the pattern's entries, and the log-denominators."""
+    """``softmax(scale q k^T + mask) v`` on the keys that the parts hold, and the log-denominators."""
     group = q.shape[1] // k.shape[1]
-    mask = _mask(q, key_mask, blocks, pattern, window, stride)
+    mask = _mask(q, key_mask, parts)
     p, lse, wide = _probabilities(q, k.repeat_interleave(group, 1), None, mask, scale)
     out = empty_result(q)
     out.copy_(p @ v.to(wide).repeat_interleave(group, 1))
@@ -75,16 +69,13 @@ def attention_backward_reference(
     out: Tensor,
     lse: Tensor,
     key_mask: Tensor | None,
-    blocks: Tensor | None,
-    pattern: str,
-    window: int,
-    stride: int,
+    parts: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attention_reference` with respect to ``q``, ``k`` and ``v``."""
     batch, heads, length, size = q.shape
     group = heads // k.shape[1]
-    mask = _mask(q, key_mask, blocks, pattern, window, stride)
+    mask = _mask(q, key_mask, parts)
     p, _, wide = _probabilities(q, k.repeat_interleave(group, 1), lse, mask, scale)
     grad = grad.to(wide)
     delta = (grad * out.to(wide)).sum(-1, keepdim=True)
@@ -99,13 +90,12 @@ def attention_backward_reference(
 
 
 define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? blocks, str pattern, int window, int stride,"
-    " float scale) -> (Tensor, Tensor)",
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, int[] parts, float scale) -> (Tensor, Tensor)",
     attention_reference,
 )
 define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask,"
-    " Tensor? blocks, str pattern, int window, int stride, float scale) -> (Tensor, Tensor, Tensor)",
+    " int[] parts, float scale) -> (Tensor, Tensor, Tensor)",
     attention_backward_reference,
 )
 
@@ -121,15 +111,15 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_mask, blocks, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, key_mask, blocks)
+    q, k, v, key_mask, ctx.parts, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, key_mask)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, key_mask, blocks = ctx.saved_tensors
-    gradients = torch.ops.mst.attention_backward(grad, q, k, v, out, lse, key_mask, blocks, *ctx.settings)
-    return (*gradients, None, None, *(None for _ in ctx.settings))
+    q, k, v, out, lse, key_mask = ctx.saved_tensors
+    gradients = torch.ops.mst.attention_backward(grad, q, k, v, out, lse, key_mask, ctx.parts, ctx.scale)
+    return (*gradients, None, None, None)
 
 
 torch.library.register_autograd("mst::attention", _backward, setup_context=_save)

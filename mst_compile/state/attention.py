@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mst_compile.rules.schedule import Schedule, attention_pattern
+from mst_compile.rules.patterns import FULL, Parts
+from mst_compile.rules.schedule import Schedule
 
 
 @dataclass
@@ -12,29 +13,22 @@ class AttentionState:
     """What the backend needs to know at every call; the sparsifier moves ``pattern`` as the schedule says.
 
     Attributes:
-        pattern: the pattern of now, ``"full"`` or the schedule's sparse one.
-        sparse: the sparse pattern that will come, was there, or never comes (``"full"``).
-        window, stride: positions, see :mod:`mst_compile.rules.patterns`.
+        pattern: name of the pattern of now, ``"full"`` or the schedule's sparse one.
+        sparse: name of the sparse pattern that will come, was there, or never comes (``"full"``).
+        parts: what queries see under the sparse pattern; what a variant with it is compiled for.
         queries: while someone counts, shape of the queries in each attention that trained with the pattern; else None.
         reasons: for attentions that the graph pass saw, what became of them; where -> what.
     """
 
     pattern: str = "full"
     sparse: str = "full"
-    window: int = 128
-    stride: int = 128
+    parts: Parts = FULL
     queries: list[tuple[int, ...]] | None = None
     reasons: dict[str, str] = field(default_factory=dict)
     warned: bool = False
 
     @classmethod
     def create(cls, schedule: Schedule) -> AttentionState:
-        """The state before the first step. A schedule may lack what attention needs: then it stays full."""
-        stride = getattr(schedule, "stride", 128)
-        window = getattr(schedule, "span", None) or stride
-        return cls(attention_pattern(schedule, 0), getattr(schedule, "attention", "full"), window, stride)
-
-    @property
-    def settings(self) -> tuple[str, int, int]:
-        """What a compiled variant with the sparse pattern was compiled for."""
-        return self.sparse, self.window, self.stride
+        """The state before the first step."""
+        value = schedule.attention_value
+        return cls(schedule.attention_at(0), value.name, value.parts)

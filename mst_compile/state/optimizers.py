@@ -10,15 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn, optim
+from torch import Tensor, optim
 
 from mst_compile.blocks.bulk import block_mean_square
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.shards import local_rows, sum_over_shards
-from mst_compile.state import weight as weights
-from mst_compile.state.weight import SparseWeight
-
-DENSITY_RATE = "density_rate"
 
 _ELEMENTWISE = {
     optim.SGD,
@@ -82,67 +78,6 @@ def only_makes_state(optimizer: optim.Optimizer) -> bool:
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     # The same answer on all ranks: each may hold another part of a gradient.
     return bool(gradients) and not any(bool(sum_over_shards(local_rows(g)[0].abs().sum(), g)) for g in gradients)
-
-
-def param_groups(model: nn.Module, *, weight_decay: float = 0.0, density_rate: float = 1.0) -> list[dict[str, Any]]:
-    """Parameter groups for an optimizer, in which the learning rate of sparse weights follows their density.
-
-    ``torch.optim.AdamW(mst_compile.param_groups(model, weight_decay=0.1), lr=1e-3)``
-
-    An output of a sparse weight sums over fewer inputs, so the rate that suits the dense model moves it too little: it
-    should grow as the density falls (SµPar, arXiv 2405.15743). A group with ``"density_rate": r`` steps with its
-    learning rate times ``density ** -r``, where density is the mean over the group's sparse weights at that step;
-    ``group["lr"]`` itself, and so any scheduler, stays as it is. The key works in groups of your own as well. The rule
-    carries a rate over from the dense model: one that is too large for that becomes much too large for sparse weights.
-
-    Args:
-        model: a sparsified model.
-        weight_decay: of sparse weights and other matrices; vectors have none.
-        density_rate: 1 is SµPar's rule, 0 gives all weights the same learning rate.
-
-    Returns:
-        A group for the sparse weights of each target density (layers of one shape), one for other parameters of two and
-        more dimensions, and one for vectors.
-    """
-    sparse: dict[float, list[nn.Parameter]] = {}
-    kinds: list[list[nn.Parameter]] = [[], []]
-    for parameter in model.parameters():
-        weight = weights.of(parameter)
-        if weight is not None:
-            sparse.setdefault(weight.density_target, []).append(parameter)
-        else:
-            kinds[0 if parameter.dim() >= 2 else 1].append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": members, "weight_decay": weight_decay, DENSITY_RATE: density_rate} for members in sparse.values()
-    ]
-    groups += [{"params": k, "weight_decay": d} for k, d in zip(kinds, (weight_decay, 0.0), strict=True)]
-    return [group for group in groups if group["params"]]
-
-
-def scale_rates(
-    optimizer: optim.Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]
-) -> list[tuple[dict[str, Any], Any]]:
-    """Let groups with a ``density_rate`` step with their learning rate scaled; returns what :func:`restore_rates`
-    needs."""
-    before = []
-    for group in optimizer.param_groups:
-        rate = group.get(DENSITY_RATE)
-        if not rate:
-            continue
-        members = {id(p) for p in group["params"]}
-        inside = [weight for weight, parameter in own if id(parameter) in members]
-        active, total = sum(w.active for w in inside), sum(w.numel for w in inside)
-        if 0 < active < total:
-            before.append((group, group["lr"]))
-            group["lr"] = group["lr"] * (active / total) ** -rate
-    return before
-
-
-def restore_rates(before: list[tuple[dict[str, Any], Any]]) -> None:
-    """Undo :func:`scale_rates`, and forget it."""
-    while before:
-        group, rate = before.pop()
-        group["lr"] = rate
 
 
 def gradient_scale(optimizer: optim.Optimizer) -> float:

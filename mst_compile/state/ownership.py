@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mst_compile.state import weight as weights
-from mst_compile.state.weight import SparseWeight
+from .weight import SparseWeight, bind
 
 _OWNED = "_mst_owned_weights"
 
@@ -34,7 +33,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     for attribute, weight in module.__dict__.get(_OWNED, {}).items():
         parameter = module._parameters[attribute]
         if parameter is not None:
-            weights.bind(parameter, weight)
+            bind(parameter, weight)
             whole = parameter.detach().clone()
             weight.zero_inactive_(parameter)
             if not torch.equal(whole, parameter):

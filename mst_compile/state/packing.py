@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from mst_compile.errors import CheckpointError, MaskError
-from mst_compile.state.weight import SparseWeight
+
+from .weight import SparseWeight
 
 STATE_VERSION = 2
-TOPOLOGY, PROGRESS, SCORES = "mst_topology", "mst_progress", "mst_scores"
+TOPOLOGY, PROGRESS, SCORES = TOPOLOGY_KEYS = ("mst_topology", "mst_progress", "mst_scores")
 
 
 def pack_topology(mask: Tensor, grown: Tensor | None) -> Tensor:

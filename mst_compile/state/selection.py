@@ -12,8 +12,9 @@ from torch import nn
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.errors import BlockSizeError, SelectionError, WeightError
 from mst_compile.lowering import device as devices
+from mst_compile.rules.checks import check_sparsity
 from mst_compile.rules.density import layer_densities
-from mst_compile.rules.schedule import Schedule, check_sparsity
+from mst_compile.rules.schedule import Schedule
 
 MAX_BLOCK = 128
 MIN_BLOCK = devices.FINEST_BLOCK  # block 1 means unstructured masks on dense products

@@ -17,6 +17,7 @@ from mst_compile.blocks.bulk import zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, new_index, write_index
 from mst_compile.blocks.shards import check_placement, is_sharded, stored
+from mst_compile.rules.density import active_count
 from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
 from mst_compile.state.attention import AttentionState
@@ -42,6 +43,8 @@ class SparseWeight:
         note: why the block differs from the one asked for, or why the weight stays dense.
         active: number of elements in active blocks.
         changes: number of topology changes so far.
+        scores: growth scores since the last event, float32 ``[R, C]``; None where nothing was read.
+        grown: blocks that grew at the last event and have not been stepped since, bool ``[R, C]``, or None.
         loaded: values of a checkpoint that the present masks cut, until masks are loaded or a step is taken.
     """
 
@@ -57,12 +60,14 @@ class SparseWeight:
     active: int = 0
     changes: int = 0
     dense_grad: bool = False
+    scores: Tensor | None = None
+    grown: Tensor | None = None
     loaded: Tensor | None = None
     attention: AttentionState = field(default_factory=AttentionState)
     uses: Uses = field(default_factory=Uses)
 
     @classmethod
-    def create(cls, candidate: Candidate, guard: Guard) -> SparseWeight:
+    def create(cls, candidate: Candidate, guard: Guard, attention: AttentionState) -> SparseWeight:
         """A weight whose blocks are all active."""
         grid = candidate.grid
         assert grid is not None
@@ -70,7 +75,7 @@ class SparseWeight:
         backbone = torch.zeros_like(mask) if guard == "none" else wrapped_diagonal(grid.shape)
         index = None if grid.block == 1 else new_index(grid, candidate.parameter.device)
         density, tied, note = candidate.density, candidate.tied, candidate.note
-        weight = cls(candidate.name, grid, density, mask, backbone, guard, index, tied, note)
+        weight = cls(candidate.name, grid, density, mask, backbone, guard, index, tied, note, attention=attention)
         weight.set_mask(mask)
         return weight
 
@@ -88,6 +93,10 @@ class SparseWeight:
     def is_dense(self) -> bool:
         """Whether every block is active."""
         return self.active == self.numel
+
+    def blocks_at(self, density: float) -> int:
+        """Number of active blocks at a target density."""
+        return active_count(density, self.grid.blocks, max(1, int(self.backbone.sum())))
 
     def safe_blocks(self, magnitude: Tensor) -> Tensor:
         """Blocks that a topology event may not drop, bool ``[R, C]``, given the blocks' ``magnitude``."""

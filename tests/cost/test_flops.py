@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Blocks, compiled, index_of
+from helpers import Blocks, compiled
+from mask_cases import index_of
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +15,7 @@ from training import batches, loss_of
 
 from mst_compile import Constant, sparsifier, sparsify
 from mst_compile.cost.flops import CompiledFlopCounter, Meter, dense_linear_training
-from mst_compile.rules.patterns import allowed
+from mst_compile.rules.patterns import PATTERNS, allowed
 
 ROWS = 16
 
@@ -43,11 +44,12 @@ def test_products_count_active_elements(transposed: bool, dense_grad: bool) -> N
     assert by_weight == 2 * 14 * (19 * 13 if dense_grad else active)
 
 
-@pytest.mark.parametrize("pattern", ["full", "local", "strided", "sparse", "fixed"])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_attention_counts_the_patterns_pairs(pattern: str) -> None:
     q, k = torch.randn(2, 4, 40, 8), torch.randn(2, 2, 40, 8)
-    pairs = int(allowed(pattern, 40, 12, 8).sum())
-    call = (q, k, k, None, None, pattern, 12, 8, 0.3)
+    parts = PATTERNS[pattern].parts(12, 8)
+    pairs = int(allowed(parts, 40).sum())
+    call = (q, k, k, None, parts.numbers, 0.3)
     assert count(lambda: torch.ops.mst.attention(*call)) == 2 * 2 * (2 * 4) * pairs * 8
     out, lse = torch.ops.mst.attention(*call)
     backward = (out, q, k, k, out, lse, *call[3:])
@@ -85,7 +87,7 @@ def test_a_compiled_model_counts_the_pairs_of_its_pattern() -> None:
     with counter:
         compiled(model)(x).square().sum().backward()
     counts = counter.get_flop_counts()["Global"]
-    pairs = int(allowed("sparse", 40, 4, 8).sum())
+    pairs = int(allowed(PATTERNS["sparse"].parts(4, 8), 40).sum())
     assert counts[torch.ops.mst.attention] == 2 * 2 * (2 * 4) * pairs * 64
     assert counts[torch.ops.mst.attention_backward] == 5 * 2 * (2 * 4) * pairs * 64
 

@@ -18,7 +18,7 @@ from mst_compile.cost.flops import CompiledFlopCounter, Meter
 from mst_compile.cost.forecast import SPARSE, timeline
 from mst_compile.cost.rates import Rates, measure
 from mst_compile.errors import ForecastError
-from mst_compile.rules.patterns import allowed
+from mst_compile.rules.patterns import Parts, allowed
 from mst_compile.rules.schedule import Schedule
 
 ROWS = 16
@@ -125,7 +125,7 @@ def test_a_pattern_saves_the_share_of_the_causal_pairs_that_it_leaves_out(dynami
     found = mst_compile.forecast(model, **options, loss=lambda: loss(run))
     by_hand = 0.0
     for batch, length in ((2, 12), (2, 6), (3, 24), (3, 12)):
-        mask = allowed("local", length, 4, 4)
+        mask = allowed(Parts(window=4), length)
         share = 1 - int(mask.sum()) / (length * (length + 1) / 2)
         by_hand += 12 * batch * 32 * length * length * share
     assert found.attention_saved == pytest.approx(by_hand)
@@ -299,7 +299,7 @@ def test_seconds_are_those_of_the_rates(schedule: Schedule, monkeypatch: pytest.
     model = sparsify(Blocks(), schedule)
     own, total = sparsifier(model), sum(w.numel for w in sparsifier(model).weights.values())
     rates = Rates(2.0, 3e-6, 1e-6, 5.0, 0.7, 0.25, 0.125, attention=0.5)
-    monkeypatch.setattr(sys.modules["mst_compile.forecast"], "measure", lambda *_: rates)
+    monkeypatch.setattr(sys.modules["mst_compile.cost.forecast"], "measure", lambda *_: rates)
     x = next(batches())
     options: dict[str, Any] = {"tokens": STEPS * ROWS, "tokens_per_step": ROWS, "loss": lambda: loss_of(model, x)}
     expected = mst_compile.forecast(model, **options)
@@ -323,7 +323,7 @@ def test_a_backbone_is_always_active() -> None:
     own = sparsifier(sparsify(Blocks(), Constant(0.7, growth="none")))
     before, first = timeline(own, 3), next(iter(own.weights.values()))
     share = first.active
-    first.spine.fill_(True)
+    first.backbone.fill_(True)
     assert timeline(own, 3).active.tolist() == (before.active + first.numel - share).tolist()
 
 
@@ -358,7 +358,7 @@ def test_buffers_and_the_count_of_foreign_steps_stay() -> None:
             model, tokens=80, tokens_per_step=8, loss=lambda: model(x).square().mean(), optimizer=optimizer
         )
     assert all(torch.equal(b, before[n][1]) and id(b) == before[n][0] for n, b in model.named_buffers())
-    assert sparsifier(model)._foreign_steps == 0
+    assert sparsifier(model)._stepping._foreign_steps == 0
     assert torch.equal(torch.get_rng_state(), rng)
 
 
@@ -371,7 +371,7 @@ def test_an_optimizer_in_the_backward_pass_is_refused_before_it_steps() -> None:
     with unchanged(model), pytest.raises(ForecastError, match="AdamW steps within the backward pass"):
         mst_compile.forecast(model, tokens=100, tokens_per_step=ROWS, loss=lambda: loss_of(model, x))
     assert sparsifier(model).step_count == 0
-    assert not sparsifier(model)._optimizers  # it has not even heard of them
+    assert not sparsifier(model)._run.optimizers  # it has not even heard of them
     assert not any(o.state for o in optimizers.values())
     loss_of(model, x).backward()  # the refusal has gone
     assert sparsifier(model).step_count == 1

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import check_model, element_masks, loss_and_grads, statuses
+from helpers import check_model, loss_and_grads, statuses
+from mask_cases import element_masks
 from torch import nn
 from torch._dynamo.utils import counters
 from training import assert_zero_outside

@@ -7,21 +7,22 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from attention_parts import COMBINATIONS, combine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mst_compile.kernels import cpu
 from mst_compile.kernels.cpu import build
 from mst_compile.kernels.cpu.library import Library
+from oracles import assert_within, of_rounding, of_sum
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from mst_compile.ops import attention as attention_op
-from mst_compile.rules.patterns import PATTERNS, allowed, pairs
+from mst_compile.rules.patterns import Parts, allowed
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.why_unavailable()}")
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-EPS = torch.finfo(F32).eps
 ISAS = [isa for isa in build.supported_isas() if isa != "baseline"] or ["baseline"]
 LAYOUTS = ["heads first", "tokens first", "part of a wider row", "every other"]
 _libraries: dict[str, Library] = {}
@@ -46,10 +47,7 @@ class Case(NamedTuple):
     v: Tensor
     grad: Tensor
     key_mask: Tensor | None
-    blocks: Tensor | None
-    pattern: str
-    window: int
-    stride: int
+    parts: list[int]
     scale: float
 
     @property
@@ -72,13 +70,13 @@ def laid_out(t: Tensor, how: str) -> Tensor:
 
 @st.composite
 def cases(draw: st.DrawFn, layouts: tuple[str, ...] = tuple(LAYOUTS), dtypes: tuple[torch.dtype, ...] = (F32, BF16)):
-    pattern = draw(st.sampled_from(PATTERNS))
+    combination = draw(st.sampled_from(COMBINATIONS))
     batch = draw(st.integers(1, 3))
     heads, key_heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1), (6, 2), (9, 9)]))
     length = draw(st.one_of(st.sampled_from([1, 2, 31, 32, 33, 64, 128, 129, 160]), st.integers(1, 200)))
     size = draw(st.one_of(st.sampled_from([32, 64, 64, 128, 256]), st.integers(4, 32).map(lambda n: 8 * n)))
     some = st.one_of(st.sampled_from([1, 2, 16, 32, 64, 100]), st.integers(1, length + 3), st.just(2**40))
-    window, stride = draw(some), draw(some)
+    parts = combine(combination, draw(some), draw(some), draw(st.integers(0, 40)), draw(st.integers(1, 3)))
     dtype = draw(st.sampled_from(dtypes))
     gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     spread = draw(st.sampled_from([1.0, 1.0, 4.0]))  # wider scores move the maximum about
@@ -90,21 +88,18 @@ def cases(draw: st.DrawFn, layouts: tuple[str, ...] = tuple(LAYOUTS), dtypes: tu
     def some_true(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=gen) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
 
-    chunks = -(-length // stride)
     q, k, v, grad = normal(heads, spread), normal(key_heads), normal(key_heads), normal(heads)
     if "every other" in layouts and draw(st.integers(0, 5)) == 0:
         grad = grad[:, :, :1, :1].expand(grad.shape)  # what sum().backward() sends
     return Case(
         q, k, v, grad,
         some_true(batch, length) if draw(st.booleans()) else None,
-        some_true(chunks, chunks) if pattern == "blocks" else None,
-        pattern, window, stride, draw(st.sampled_from([size**-0.5, 0.3, -0.1, 0.0])),
+        parts.numbers, draw(st.sampled_from([size**-0.5, 0.3, -0.1, 0.0])),
     )  # fmt: skip
 
 
 def dense_mask(case: Case) -> Tensor:
-    window, stride = (min(n, 2**30) for n in (case.window, case.stride))
-    mask = allowed(case.pattern, case.q.shape[2], window, stride, case.blocks)
+    mask = allowed(Parts(*case.parts), case.q.shape[2])
     return mask if case.key_mask is None else mask & case.key_mask[:, None, None, :]
 
 
@@ -121,37 +116,38 @@ class Exact(NamedTuple):
 def exact(case: Case) -> Exact:
     """By the formulas, first-order errors beside them.
 
-    A sum of n products errs by at most (n + 2) eps times the sum of their absolute values; a probability errs,
-    relatively, by what its score and its row's log-sum err by, and by a few roundings in the exponential and in its
-    argument.
+    A probability errs, relatively, by what its score and its row's log-sum err by, and by a few roundings in the
+    exponential and in its argument.
     """
     _, heads, length, size = case.q.shape
     group = heads // case.k.shape[1]
     q, g = case.q.double(), case.grad.double()
     k, v = (t.double().repeat_interleave(group, 1) for t in (case.k, case.v))
-    rounding = torch.finfo(case.q.dtype).eps
+    rounding, once = of_rounding(case.q.dtype), of_rounding(F32)
     mask = dense_mask(case)
 
     scores = (q @ k.mT * case.scale).masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(scores, -1)
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    of_score = ((size + 4) * EPS * abs(case.scale) * (q.abs() @ k.abs().mT)).masked_fill(~mask, 0)
+    of_score = (of_sum(size, beside=4) * abs(case.scale) * (q.abs() @ k.abs().mT)).masked_fill(~mask, 0)
     largest = scores.masked_fill(~mask, 0).abs().amax(-1)
     of_lse = (
-        of_score.amax(-1) + (length + 8 + 4 * largest) * EPS + 2 * EPS * lse.masked_fill(lse == -torch.inf, 0).abs()
+        of_score.amax(-1)
+        + of_sum(length, beside=8)
+        + once * (4 * largest + 2 * lse.masked_fill(lse == -torch.inf, 0).abs())
     )
-    of_p = (of_score.amax(-1) + of_lse + (8 + 8 * largest) * EPS)[..., None]  # relative
+    of_p = (of_score.amax(-1) + of_lse + (8 + 8 * largest) * once)[..., None]  # relative
     out = p @ v
-    of_out = (of_p + (length + 4) * EPS) * (p @ v.abs()) + rounding * out.abs()
+    of_out = (of_p + of_sum(length, beside=4)) * (p @ v.abs()) + rounding * out.abs()
 
     dp, magnitude_dp = g @ v.mT, g.abs() @ v.abs().mT
     delta, magnitude_delta = (g * out).sum(-1, keepdim=True), (g * out).abs().sum(-1, keepdim=True)
     ds = p * (dp - delta)
-    of_ds = of_p * (dp.abs() + delta.abs()) + (size + 4) * EPS * (magnitude_dp + magnitude_delta)
+    of_ds = of_p * (dp.abs() + delta.abs()) + of_sum(size, beside=4) * (magnitude_dp + magnitude_delta)
     of_ds = p * (of_ds + (g.abs() * of_out).sum(-1, keepdim=True))
 
     def product(a: Tensor, of_a: Tensor, b: Tensor, factor: float, to_keys: bool) -> tuple[Tensor, Tensor]:
-        exact, magnitude = a @ b * factor, (of_a + (length * group + 4) * EPS * a.abs()) @ b.abs() * abs(factor)
+        exact, magnitude = a @ b * factor, (of_a + of_sum(length * group, beside=4) * a.abs()) @ b.abs() * abs(factor)
         if to_keys:
             exact, magnitude = (t.unflatten(1, (-1, group)).sum(2) for t in (exact, magnitude))
         return exact, magnitude + rounding * exact.abs()
@@ -165,19 +161,10 @@ def exact(case: Case) -> Exact:
     )
 
 
-def assert_within(actual: Tensor, want: tuple[Tensor, Tensor], what: str) -> None:
-    exact, bound = want
-    error = (actual.double() - exact).abs()
-    error = error.masked_fill(actual.double() == exact, 0)  # equal infinities
-    wrong = ~(error <= bound + torch.finfo(F32).tiny)  # also catches NaN
-    assert not wrong.any(), f"{what}: {error[wrong].max():.2e}, allowed {bound.expand_as(error)[wrong].min():.2e}"
-
-
 def assert_exact(case: Case, results: dict[str, Tensor]) -> None:
     for name, want in exact(case)._asdict().items():
-        assert results[name].shape == want[0].shape
         assert results[name].dtype == (F32 if name == "lse" else case.q.dtype)
-        assert_within(results[name], want, name)
+        assert_within(results[name], *want, name)
 
 
 def canvas(like: Tensor, how: str) -> Tensor:
@@ -220,32 +207,31 @@ def test_operator(case: Case) -> None:
     assert_exact(case, run_operator(case))
 
 
-def make(pattern: str, length: int = 100, size: int = 64, window: int = 20, stride: int = 24, **kwargs: Any) -> Case:
+def make(what: str, length: int = 100, size: int = 64, window: int = 20, stride: int = 24, **kwargs: Any) -> Case:
     batch, heads, key_heads, dtype = (kwargs.get(n, d) for n, d in zip(_NAMES, (2, 4, 2, F32), strict=True))
     q, k, v, grad = (torch.randn(batch, h, length, size, dtype=dtype) for h in (heads, key_heads, key_heads, heads))
-    chunks = -(-length // stride)
-    blocks = torch.rand(chunks, chunks) < 0.5 if pattern == "blocks" else None
-    return Case(q, k, v, grad, kwargs.get("key_mask"), blocks, pattern, window, stride, size**-0.5)
+    parts = combine(what, window, stride, gap=3, times=2)
+    return Case(q, k, v, grad, kwargs.get("key_mask"), parts.numbers, size**-0.5)
 
 
 _NAMES = ("batch", "heads", "key_heads", "dtype")
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_several_steps_and_residues(pattern: str, isa: str) -> None:
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_several_steps_and_residues(what: str, isa: str) -> None:
     """More keys than a step holds, tiles taken out of order, several shares of one head, window off the tiles."""
     for case in (
-        make(pattern, 700, 32, 130, 64, batch=1, heads=1, key_heads=1),
-        make(pattern, 430, 40, 45, 2, batch=1, heads=2, key_heads=1),
+        make(what, 700, 32, 130, 64, batch=1, heads=1, key_heads=1),
+        make(what, 430, 40, 45, 2, batch=1, heads=2, key_heads=1),
     ):
         assert_exact(case, run_kernels(case, isa))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_as_accurate_as_the_reference(pattern: str) -> None:
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_as_accurate_as_the_reference(what: str) -> None:
     """Worst-case bounds leave room for small mistakes; the errors of float32 products and libm's functions do not."""
-    case = make(pattern, 200)
+    case = make(what, 200)
     ours, bounds = run_operator(case), exact(case)
     out, lse = attention_op.attention_reference(*case[:3], *case.settings)
     theirs = attention_op.attention_backward_reference(case.grad, *case[:3], out, lse, *case.settings)
@@ -257,30 +243,31 @@ def test_as_accurate_as_the_reference(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_as_pytorch_does_with_the_dense_mask(pattern: str, dtype: torch.dtype) -> None:
-    case = make(pattern, dtype=dtype, key_heads=4)
-    if case.blocks is not None:
-        case.blocks.fill_diagonal_(True)  # PyTorch gives NaN for a query without keys
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_as_pytorch_does_with_the_dense_mask(what: str, dtype: torch.dtype) -> None:
+    case = make(what, dtype=dtype, key_heads=4)
+    blind = ~dense_mask(case).any(-1)
+    case.grad[:, :, blind] = 0  # PyTorch averages where a query sees no key
     results = run_operator(case)
     leaves = [t.detach().requires_grad_() for t in case[:3]]
     out = scaled_dot_product_attention(*leaves, attn_mask=dense_mask(case), scale=case.scale)
     gradients = torch.autograd.grad(out, leaves, case.grad)
+    out = out.detach().masked_fill(blind[:, None], 0)
     bounds = exact(case)
     for name, theirs in zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True):
         error = (results[name].double() - theirs.double()).abs()
         limit = getattr(bounds, name)[1]
         if dtype == BF16:  # PyTorch also rounds probabilities and slopes to bf16
-            limit = limit + 8 * torch.finfo(BF16).eps * theirs.abs().max()
+            limit = limit + of_rounding(BF16, times=8) * theirs.abs().max()
         assert (error <= 2 * limit).all(), name
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_query_without_keys_gives_zero(pattern: str) -> None:
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_a_query_without_keys_gives_zero(what: str) -> None:
     mask = torch.ones(2, 100, dtype=torch.bool)
     mask[0] = False
     mask[1, :7] = False
-    case = make(pattern, key_mask=mask)
+    case = make(what, key_mask=mask)
     results = run_operator(case)
     assert not results["out"][0].any()
     assert (results["lse"][0] == -torch.inf).all()
@@ -292,9 +279,9 @@ def test_a_query_without_keys_gives_zero(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (4, 2), (9, 9)])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_same_bits_whatever_the_threads(pattern: str, heads: tuple[int, int]) -> None:
-    case = make(pattern, 333, batch=1, heads=heads[0], key_heads=heads[1])
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_same_bits_whatever_the_threads(what: str, heads: tuple[int, int]) -> None:
+    case = make(what, 333, batch=1, heads=heads[0], key_heads=heads[1])
     runs = []
     for threads in (1, 2, 2, 3):
         torch.set_num_threads(threads)
@@ -304,22 +291,17 @@ def test_same_bits_whatever_the_threads(pattern: str, heads: tuple[int, int]) ->
             assert torch.equal(value, runs[0][name]), name
 
 
-@given(st.sampled_from([p for p in PATTERNS if p != "blocks"]), *[st.integers(1, 40)] * 3)
-def test_pairs_are_counted_without_the_mask(pattern: str, length: int, window: int, stride: int) -> None:
-    assert pairs(pattern, length, window, stride) == int(allowed(pattern, length, window, stride).sum())
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_nothing_looks_ahead(pattern: str) -> None:
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_nothing_looks_ahead(what: str) -> None:
     """Bits of the first half do not change with the keys of the second."""
-    case = make(pattern)
+    case = make(what)
     other = case._replace(k=case.k.clone(), v=case.v.clone())
     other.k[:, :, 50:], other.v[:, :, 50:] = 99, -99
     assert torch.equal(run_kernels(case)["out"][:, :, :50], run_kernels(other)["out"][:, :, :50])
 
 
 def test_large_scores_do_not_overflow() -> None:
-    case = make("sparse")
+    case = make("window and distances")
     case = case._replace(q=case.q * 300, k=case.k * 300)
     results = run_operator(case)
     assert all(t.isfinite().all() for t in results.values())
@@ -327,7 +309,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 def test_nan_is_not_hidden() -> None:
-    case = make("full")
+    case = make("everything")
     case.k[0, 0, 3] = torch.nan
     out = run_operator(case)["out"]
     assert out[0, 0, 3:].isnan().all()
@@ -336,7 +318,7 @@ def test_nan_is_not_hidden() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_layout_of_the_results(dtype: torch.dtype) -> None:
-    case = make("sparse", dtype=dtype)
+    case = make("window and distances", dtype=dtype)
     results = run_operator(case)
     for name in ("out", "dq", "dk", "dv"):
         assert results[name].transpose(1, 2).is_contiguous()
@@ -350,19 +332,19 @@ def reference_calls(monkeypatch: pytest.MonkeyPatch, case: Case) -> bool:
     return bool(calls)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_which_operands_have_a_kernel(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not reference_calls(monkeypatch, make(pattern))
-    assert not reference_calls(monkeypatch, make(pattern, dtype=BF16))
-    assert reference_calls(monkeypatch, make(pattern, dtype=F64))
-    assert reference_calls(monkeypatch, make(pattern, size=36))
-    assert reference_calls(monkeypatch, make(pattern, size=264))
-    assert reference_calls(monkeypatch, make(pattern, dtype=torch.float16))
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_which_operands_have_a_kernel(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not reference_calls(monkeypatch, make(what))
+    assert not reference_calls(monkeypatch, make(what, dtype=BF16))
+    assert reference_calls(monkeypatch, make(what, dtype=F64))
+    assert reference_calls(monkeypatch, make(what, size=36))
+    assert reference_calls(monkeypatch, make(what, size=264))
+    assert reference_calls(monkeypatch, make(what, dtype=torch.float16))
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_opcheck(pattern: str) -> None:
-    case = make(pattern, 40, 32, 5, 6, batch=1, heads=2, key_heads=1)
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_opcheck(what: str) -> None:
+    case = make(what, 40, 32, 5, 6, batch=1, heads=2, key_heads=1)
     leaves = [t.requires_grad_() for t in case[:3]]
     torch.library.opcheck(torch.ops.mst.attention.default, (*leaves, *case.settings))
     out, lse = torch.ops.mst.attention(*case[:3], *case.settings)
@@ -370,10 +352,10 @@ def test_opcheck(pattern: str) -> None:
     torch.library.opcheck(torch.ops.mst.attention_backward.default, args)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_gradcheck(pattern: str) -> None:
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_gradcheck(what: str) -> None:
     """In float64, which is to say the reference."""
-    case = make(pattern, 9, 4, 3, 4, batch=1, heads=2, key_heads=1, dtype=F64)
+    case = make(what, 9, 4, 3, 4, batch=1, heads=2, key_heads=1, dtype=F64)
     leaves = [t.requires_grad_() for t in case[:3]]
     assert torch.autograd.gradcheck(lambda *t: torch.ops.mst.attention(*t, *case.settings)[0], leaves)
 
@@ -391,20 +373,17 @@ BAD: dict[str, Callable[[dict[str, Any]], Any]] = {
     "dtype of out": lambda a: a | {"out": a["out"].bfloat16()},
     "shape of lse": lambda a: a | {"lse": a["lse"][:1]},
     "dtype of lse": lambda a: a | {"lse": a["lse"].double()},
-    "pattern": lambda a: a | {"pattern": "diagonal"},
-    "window": lambda a: a | {"window": 0},
-    "stride": lambda a: a | {"stride": -1},
+    "no parts": lambda a: a | {"parts": [0, 0, 0, 0, 0]},
+    "a negative number": lambda a: a | {"parts": [20, 0, 0, -1, 0]},
+    "overlapping parts": lambda a: a | {"parts": [20, 0, 19, 5, 0]},
     "key mask's dtype": lambda a: a | {"key_mask": torch.ones(2, 100)},
     "key mask's shape": lambda a: a | {"key_mask": torch.ones(100, 2, dtype=torch.bool)},
-    "blocks missing": lambda a: a | {"pattern": "blocks"},
-    "blocks too few": lambda a: a | {"pattern": "blocks", "blocks": torch.ones(4, 4, dtype=torch.bool)},
-    "blocks of another pattern": lambda a: a | {"blocks": torch.ones(5, 5, dtype=torch.bool)},
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_inputs_raise(what: str) -> None:
-    case = make("sparse")
+    case = make("window and distances")
     good = case._asdict() | {"out": torch.empty_like(case.q), "lse": torch.empty(case.q.shape[:3])}
     grad = good.pop("grad")
     cpu.attention(**good)
@@ -417,7 +396,7 @@ def test_bad_inputs_raise(what: str) -> None:
 
 @pytest.mark.parametrize("name", ["grad", "dq", "dk", "dv"])
 def test_bad_gradients_raise(name: str) -> None:
-    case = make("sparse")
+    case = make("window and distances")
     args = case._asdict() | {"out": torch.empty_like(case.q), "lse": torch.zeros(case.q.shape[:3])}
     args |= {d: torch.empty_like(args[d[1]]) for d in ("dq", "dk", "dv")}
     cpu.attention_backward(**args)

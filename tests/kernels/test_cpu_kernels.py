@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
 import torch
+from cpu_cases import F32, Case, assert_summed, cases, check_grad_weight, check_spmm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mst_compile.kernels import cpu
-from mst_compile.kernels.cpu import build
+from mst_compile.kernels.cpu import build, table
 from mst_compile.kernels.cpu.library import Library
+from oracles import Exact, assert_as_good_as, assert_within, block_sums, of_sum, product, total
 from torch import Tensor
-
-from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.index import new_index, write_index
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.why_unavailable()}")
 
-F32, BF16 = torch.float32, torch.bfloat16
-DTYPES = [(F32, F32), (BF16, BF16), (BF16, F32)]  # of activations and weight
+BF16 = torch.bfloat16
 
 
 # All code paths: bf16 dot products, AVX-512 without them, and vector extensions at the width of AVX2.
@@ -42,95 +37,10 @@ def _restore_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-class Case:
-    """A random weight, its mask and index, and operands that are views into wider buffers."""
-
-    def __init__(self, rows: int, cols: int, m: int, block: int, density: float, seed: int, pad: int = 0) -> None:
-        self.random = torch.Generator().manual_seed(seed)
-        self.rows, self.cols, self.m, self.block, self.pad = rows, cols, m, block, pad
-        self.grid = BlockGrid(rows, cols, block)
-        self.mask = torch.rand(self.grid.shape, generator=self.random) < density
-        self.index = new_index(self.grid)
-        write_index(self.index, self.grid, self.mask)
-        self.elements = self.grid.expand(self.mask)
-
-    def randn(self, rows: int, cols: int, dtype: torch.dtype, pad: int = 0) -> Tensor:
-        return torch.randn(rows, cols + pad, generator=self.random).to(dtype)[:, :cols]
-
-    def canvas(self, rows: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A buffer of sentinels and the view of it that a kernel writes."""
-        buffer = torch.full((rows, cols + self.pad), 7.0, dtype=dtype)
-        return buffer, buffer[:, :cols]
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    block = draw(st.sampled_from([4, 8, 16, 32, 64]))
-    side = st.integers(1, max(70, 3 * block + 1))
-    return Case(
-        rows=draw(side),
-        cols=draw(side),
-        m=draw(st.one_of(st.sampled_from([0, 1, 2, 16, 17, 48, 96, 128, 256]), st.integers(1, 300))),
-        block=block,
-        density=draw(st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0])),
-        seed=draw(st.integers(0, 2**31)),
-        pad=draw(st.sampled_from([0, 1, 5])),
-    )
-
-
-def assert_close(got: Tensor, want: Tensor, magnitude: Tensor, terms: int, dtype: torch.dtype) -> None:
-    """A float32 sum of ``terms`` products, rounded to ``dtype``; ``magnitude`` is the sum of the absolute products.
-
-    Recursive summation errs by at most terms * eps * magnitude (Higham, Accuracy and Stability, section 4.2), the final
-    rounding by eps(dtype) / 2 * |want| (taken whole, as a value between two roundings may go to the farther one).
-    """
-    bound = (terms + 2) * torch.finfo(F32).eps * magnitude + torch.finfo(dtype).eps * want.abs() + 1e-30
-    excess = (got.double() - want).abs() - bound
-    assert got.dtype == dtype
-    assert not got.isnan().any()
-    assert excess.numel() == 0 or excess.max() <= 0, f"error exceeds its bound by {excess.max()}"
-
-
-def check_spmm(lib: Library, case: Case, dtypes: tuple[torch.dtype, torch.dtype], by_rows: bool, bias_dtype) -> Tensor:
-    outputs, reduction = (case.rows, case.cols) if by_rows else (case.cols, case.rows)
-    x = case.randn(case.m, reduction, dtypes[0], case.pad)
-    w = case.randn(case.rows, case.cols, dtypes[1])
-    bias = None if bias_dtype is None else case.randn(1, outputs, bias_dtype)[0]
-    buffer, out = case.canvas(case.m, outputs, dtypes[0])
-    lib.spmm(x, w, bias, case.index, case.block, by_rows, out)
-
-    weight = (w.to(dtypes[0]) * case.elements).double()
-    weight = weight.t() if by_rows else weight
-    shift = torch.zeros(outputs).double() if bias is None else bias.double()
-    magnitude = x.double().abs() @ weight.abs() + shift.abs()
-    assert_close(out, x.double() @ weight + shift, magnitude, reduction + 1, dtypes[0])
-    assert (buffer[:, outputs:] == 7).all()
-    return out
-
-
-def check_grad_weight(
-    lib: Library, case: Case, in_dtype: torch.dtype, out_dtype: torch.dtype, colsum_of: str
-) -> Tensor:
-    a = case.randn(case.m, case.rows, in_dtype, case.pad)
-    b = case.randn(case.m, case.cols, in_dtype, 2 * case.pad)
-    buffer, out = case.canvas(case.rows, case.cols, out_dtype)
-    summed = {"a": a, "b": b, "": None}[colsum_of]
-    colsum = None if summed is None else torch.full((summed.shape[1],), 7.0)
-    lib.grad_weight(a, b, case.index, case.block, out, colsum, colsum_of == "a")
-
-    want = (a.double().t() @ b.double()) * case.elements
-    assert_close(out, want, a.double().abs().t() @ b.double().abs(), case.m, out_dtype)
-    assert (out[~case.elements] == 0).all()
-    assert (buffer[:, case.cols :] == 7).all()
-    if summed is not None:
-        assert_close(colsum, summed.double().sum(0), summed.double().abs().sum(0), case.m, F32)
-    return out
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     case=cases(),
-    dtypes=st.sampled_from(DTYPES),
+    dtypes=st.sampled_from(table.PRODUCTS),
     by_rows=st.booleans(),
     bias_dtype=st.sampled_from([None, F32, BF16]),
     threads=st.sampled_from([1, 2]),
@@ -181,10 +91,8 @@ def test_weight_passes(lib, case, dtype, threads):
     w = case.randn(case.rows, case.cols, dtype, case.pad)
     before = w.clone()
     sums = lib.block_sumsq(w, case.block)
-    padded = torch.zeros(case.grid.block_rows * case.block, case.grid.block_cols * case.block).double()
-    padded[: case.rows, : case.cols] = w.double().square()
-    want = padded.view(case.grid.block_rows, case.block, case.grid.block_cols, case.block).sum((1, 3))
-    assert_close(sums, want, want, case.block**2, F32)
+    exact = block_sums(w.double().square(), case.block)
+    assert_summed(sums, Exact(exact, exact), case.block**2, F32)
 
     buffer = w._base if w._base is not None else w
     beyond = buffer[:, case.cols :].clone()
@@ -247,20 +155,24 @@ def test_public_functions_use_the_best_library():
     case = Case(70, 90, 33, 8, 0.5, seed=4)
     x, w, y = case.randn(33, 90, F32), case.randn(70, 90, F32), torch.empty(33, 70)
     cpu.spmm(x, w, None, case.index, 8, True, y)
-    torch.testing.assert_close(y, x @ (w * case.elements).t(), rtol=1e-4, atol=1e-4)
+    kept = w * case.elements
+    assert_as_good_as(y, x @ kept.t(), product(x, kept.t()).value, F32)
     dw, colsum = torch.empty(70, 90), torch.empty(70)
     cpu.grad_weight(y, x, case.index, 8, dw, colsum, True)
-    torch.testing.assert_close(dw, y.t() @ x * case.elements, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(colsum, y.sum(0), rtol=1e-4, atol=1e-3)
+    assert_as_good_as(dw, y.t() @ x * case.elements, product(y.t(), x).value * case.elements, F32)
+    assert_as_good_as(colsum, y.sum(0), total(y).value, F32)
     cpu.zero_inactive_(w, case.index, 8)
-    torch.testing.assert_close(cpu.block_sumsq(w, 8).sum(), w.square().sum(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(w, kept)
+    energy = kept.double().square().sum()
+    assert_within(cpu.block_sumsq(w, 8).sum(), energy, of_sum(64 + case.mask.numel()) * energy)
     assert len(cpu.source_hash()) == 64
 
 
 def test_supports():
-    assert all(cpu.supports(b, x, w) for b in (4, 8, 16, 32, 64) for x, w in DTYPES)
+    dtypes = [(F32, F32), (BF16, BF16), (BF16, F32)]
+    assert all(cpu.supports(b, x, w) for b in (4, 8, 16, 32, 64) for x, w in dtypes)
     assert not cpu.supports(8, F32, BF16)
-    assert not cpu.supports(8, torch.float16, torch.float16)
+    assert not cpu.supports(8, torch.float64, torch.float64)
     assert not cpu.supports(12, F32, F32)
 
 
@@ -283,64 +195,3 @@ def test_misfits_raise_value_error():
         cpu.grad_weight(y, x, case.index, 8, torch.empty(24, 16), torch.empty(16), True)
     with pytest.raises(RuntimeError, match="dtypes"):
         cpu.spmm(x, w.bfloat16(), None, case.index, 8, True, y)
-
-
-def run_python(code: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=True
-    )
-    return done.stdout
-
-
-def test_portable_path_can_be_forced():
-    code = "from mst_compile.kernels.cpu import available, build; print(available(), build.build().name)"
-    ok, name = run_python(code, MST_CPU_ISA="portable").split()
-    assert ok == "True"
-    assert "avx512" not in name
-
-
-@pytest.mark.parametrize("environment", [{"CXX": "/nonexistent/c++"}, {"CXX": "false"}, {"MST_CPU_ISA": "z80"}])
-def test_without_a_compiler_importing_works(environment):
-    code = "from mst_compile.kernels import cpu; print(cpu.available(), cpu.why_unavailable())"
-    assert run_python(code, **environment).startswith("False BuildError: ")
-
-
-def test_failing_compiler_is_reported(tmp_path):
-    compiler = tmp_path / "c++"
-    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho no such flag >&2\nexit 1\n')
-    compiler.chmod(0o755)
-    code = "from mst_compile.kernels import cpu; print(cpu.available(), cpu.why_unavailable())"
-    out = run_python(code, CXX=str(compiler), MST_COMPILE_CACHE_DIR=str(tmp_path / "cache"))
-    assert out.startswith("False BuildError: ")
-    assert "no such flag" in out
-
-
-def test_processes_share_one_build(tmp_path):
-    """Two processes that want the same library at once: one compiles, the other waits. The compiler is a stub."""
-    compiler = tmp_path / "c++"
-    compiler.write_text(
-        "#!/bin/sh\n"
-        '[ "$1" = --version ] && echo stub 1.0 && exit 0\n'
-        f"sleep 0.5; echo call >> {tmp_path}/calls\n"
-        'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo > "$2"; shift; done\n'
-    )
-    compiler.chmod(0o755)
-    code = "from mst_compile.kernels.cpu import build; print(build.build().stat().st_size)"
-    environment = os.environ | {"MST_COMPILE_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(compiler)}
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
-    ]
-    assert [process.communicate()[0].strip() for process in running] == ["1", "1"]
-    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
-    assert (tmp_path / "calls").read_text().count("call") == len(build.UNITS) + 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
-def test_one_openmp_runtime():
-    """torch ships its own libgomp; a second one would mean a second pool of threads fighting over the cores."""
-    code = (
-        "from mst_compile.kernels import cpu; assert cpu.available(); "
-        "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'libomp' in l}))"
-    )
-    assert run_python(code).strip() == "1"

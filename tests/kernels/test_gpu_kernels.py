@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from gpu_cases import BLOCKS, EPILOGUES, Product, check_backward, check_forward, product
-from helpers import block_masks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mask_cases import block_masks
 from mst_compile.kernels.triton import tiles
 from pretend_gpu import Facts, Generated, Interpreter, check, cross_compile, generate, kernels_of
 from torch import Tensor

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import block_masks, expand, index_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mask_cases import block_masks, expand, index_of
+from oracles import Exact, assert_within, of_rounding, of_sum, product, total
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -84,27 +85,20 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(x, weight, bias, mask, keep, block, transposed, grad)
 
 
-def bound(magnitude: Tensor, terms: int, *dtypes: torch.dtype) -> Tensor:
-    """Error bound of a sum of ``terms`` products whose absolute values sum to ``magnitude``.
+def assert_summed(got: Tensor, exact: Exact, terms: int, what: str, *dtypes: torch.dtype) -> None:
+    """A sum of ``terms`` products in float32 (float64 for float64).
 
-    Sums run in float32 (float64 for float64): at most one rounding a term. Each dtype that a factor or the result is
-    rounded to adds its own rounding, twice where a result is rounded before and after a bias is added.
+    Each dtype that a factor or the result is rounded to adds its own rounding, twice where a result is rounded before
+    and after a bias is added.
     """
-    accumulate = F64 if dtypes[0] == F64 else F32
-    eps = (terms + 2) * torch.finfo(accumulate).eps + sum(2 * torch.finfo(d).eps for d in dtypes)
-    return eps * magnitude + torch.finfo(F32).tiny
-
-
-def assert_within(actual: Tensor, exact: Tensor, allowed: Tensor, what: str) -> None:
-    error = (actual.double() - exact).abs()
-    wrong = ~(error <= allowed)  # also catches NaN
-    assert not wrong.any(), f"{what}: {error[wrong].max():.2e}, allowed {allowed.expand_as(error)[wrong].min():.2e}"
+    error = of_sum(terms, dtype=F64 if dtypes[0] == F64 else F32) + of_rounding(*dtypes, times=2)
+    assert_within(got, exact.value, error * exact.magnitude, what)
 
 
 def check(case: Case, dense_grad: bool) -> None:
-    x, w, b = case.x.double(), case.weight.double() * case.keep, case.bias
+    x, w, b = case.x, case.weight * case.keep, case.bias
     W = w if case.transposed else w.t()  # [in, out]
-    g = case.grad.double()
+    g = case.grad
     rows, grad_rows = x.reshape(-1, W.shape[0]), g.reshape(-1, W.shape[1])
     xd, wd = case.x.dtype, case.weight.dtype
 
@@ -113,28 +107,24 @@ def check(case: Case, dense_grad: bool) -> None:
     y = linear(leaves[0], leaves[1], bias, case.index(dense_grad), case.block, case.transposed)
     assert y.dtype == xd
     assert y.shape == (*case.x.shape[:-1], W.shape[1])
-    exact = x @ W + (0 if b is None else b.double())
-    magnitude = x.abs() @ W.abs() + (0 if b is None else b.double().abs())
-    assert_within(y, exact, bound(magnitude, W.shape[0], xd, wd), "forward")
+    assert_summed(y, product(x, W, b), W.shape[0], "forward", xd, wd)
 
     y.backward(case.grad)
     gx, gw = leaves[0].grad, leaves[1].grad
     assert gx is not None
     assert gw is not None
     assert (gx.dtype, gx.shape, gw.dtype, gw.shape) == (xd, case.x.shape, wd, case.weight.shape)
-    assert_within(gx, g @ W.t(), bound(g.abs() @ W.abs().t(), W.shape[1], xd, wd), "grad-input")
-    exact, magnitude = rows.t() @ grad_rows, rows.abs().t() @ grad_rows.abs()
-    if not case.transposed:
-        exact, magnitude = exact.t(), magnitude.t()
+    assert_summed(gx, product(g, W.t()), W.shape[1], "grad-input", xd, wd)
+    a, c = (rows, grad_rows) if case.transposed else (grad_rows, rows)
+    exact = product(a.t(), c)
     if not dense_grad:
         assert not gw[~case.keep].any(), "the gradient is not exactly zero outside the active blocks"
-        exact = exact * case.keep
-    assert_within(gw, exact, bound(magnitude, len(rows), xd, wd), "grad-weight")
+        exact = Exact(exact.value * case.keep, exact.magnitude * case.keep)
+    assert_summed(gw, exact, len(rows), "grad-weight", xd, wd)
     if bias is not None:
         assert bias.grad is not None
         assert bias.grad.dtype == bias.dtype
-        allowed = bound(grad_rows.abs().sum(0), len(rows), bias.dtype, wd)
-        assert_within(bias.grad, grad_rows.sum(0), allowed, "grad-bias")
+        assert_summed(bias.grad, total(grad_rows), len(rows), "grad-bias", bias.dtype, wd)
 
 
 @settings(max_examples=300)
@@ -191,27 +181,26 @@ def test_only_the_wanted_gradients(case: Case, wants: tuple[bool, bool, bool]) -
     for full, part, wanted in zip(every, some, wants, strict=True):
         assert (part is not None) == wanted
         if part is not None:
-            torch.testing.assert_close(part, full, rtol=4 * torch.finfo(part.dtype).eps, atol=1e-6)
+            torch.testing.assert_close(part, full, rtol=of_rounding(part.dtype, times=4), atol=1e-6)
 
 
 @given(cases())
 def test_the_reference_is_what_other_devices_run(case: Case) -> None:
     """The plain PyTorch reference agrees with what the dispatcher chose on this device."""
     index, block, transposed = case.index(), case.block, case.transposed
-    x, w, g = case.x.double(), case.weight.double(), case.grad.double()
-    W = (w * case.keep) if transposed else (w * case.keep).t()
-    y = linear_reference(case.x, case.weight, case.bias, index, block, transposed)
-    magnitude = x.abs() @ W.abs() + (0 if case.bias is None else case.bias.double().abs())
-    dtypes = (case.x.dtype, case.x.dtype, case.weight.dtype)
-    exact = x @ W + (0 if case.bias is None else case.bias.double())
-    assert_within(y, exact, bound(magnitude, W.shape[0], *dtypes), "forward")
-    gx = grad_input_reference(case.grad, case.weight, index, block, transposed)
-    assert_within(gx, g @ W.t(), bound(g.abs() @ W.abs().t(), W.shape[1], *dtypes), "grad-input")
-    gw, gb = grad_weight_reference(case.grad, case.x, index, block, transposed, case.weight.dtype, True)
+    x, w, g = case.x, case.weight * case.keep, case.grad
+    W = w if transposed else w.t()
+    dtypes = (x.dtype, x.dtype, w.dtype)
+    y = linear_reference(x, case.weight, case.bias, index, block, transposed)
+    assert_summed(y, product(x, W, case.bias), W.shape[0], "forward", *dtypes)
+    gx = grad_input_reference(g, case.weight, index, block, transposed)
+    assert_summed(gx, product(g, W.t()), W.shape[1], "grad-input", *dtypes)
+    gw, gb = grad_weight_reference(g, x, index, block, transposed, w.dtype, True)
     rows, grads = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     a, b = (rows, grads) if transposed else (grads, rows)
-    assert_within(gw, a.t() @ b * case.keep, bound(a.abs().t() @ b.abs(), len(a), *dtypes), "grad-weight")
-    assert_within(gb, grads.sum(0), bound(grads.abs().sum(0), len(a), *dtypes), "grad-bias")
+    exact = product(a.t(), b)
+    assert_summed(gw, Exact(exact.value * case.keep, exact.magnitude), len(a), "grad-weight", *dtypes)
+    assert_summed(gb, total(grads), len(a), "grad-bias", *dtypes)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -221,13 +210,13 @@ def test_dense_gradients_are_as_precise_as_ordinary_ones(transposed: bool) -> No
     stored = (48, 40) if transposed else (40, 48)
     mask = torch.ones(BlockGrid(*stored, 8).shape, dtype=torch.bool)
     a, b = (x, grad) if transposed else (grad, x)
-    exact, magnitude = a.double().t() @ b.double(), a.double().abs().t() @ b.double().abs()
+    exact = product(a.t(), b)
     for dense in (False, True):
         index = index_of(mask, *stored, 8, dense_grad=dense)
         for compute in (torch.ops.mst.linear_grad_weight, grad_weight_reference):
             gw, _ = compute(grad, x, index, 8, transposed, F32, False)
             assert gw.dtype == F32
-            assert_within(gw, exact, bound(magnitude, len(x), F32), f"dense {dense}")
+            assert_summed(gw, exact, len(x), f"dense {dense}", F32)
 
 
 class Operands(TorchDispatchMode):
@@ -292,7 +281,8 @@ def test_opcheck(dtype: torch.dtype, transposed: bool, with_bias: bool) -> None:
     index = index_of(mask, 30, 20, 8)
 
     def opcheck(op: Any, *args: Any) -> None:
-        torch.library.opcheck(op, args, rtol=torch.finfo(dtype).eps * 16, atol=torch.finfo(dtype).eps * 16)
+        few = of_rounding(dtype, times=16)
+        torch.library.opcheck(op, args, rtol=few, atol=few)
 
     opcheck(torch.ops.mst.linear.default, x, w, b, index, 8, transposed)
     opcheck(torch.ops.mst.linear_grad_input.default, grad, w.detach(), index, 8, transposed)

@@ -10,6 +10,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from oracles import assert_same_course
 from ranks import assert_same_on_all_ranks, batches, mine, net
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dsd
@@ -111,7 +112,7 @@ def resumes_elsewhere() -> None:
     check_ranks(model)
     assert all(torch.equal(mask, expected["then"]["masks"][n]) for n, mask in own.masks.items())
     for name, value in whole(model).items():
-        torch.testing.assert_close(value, expected["then"]["weights"][name], rtol=1e-8, atol=1e-10)
+        assert_same_course(value, expected["then"]["weights"][name], 10**4)
 
 
 def test_zero_redundancy_optimizer_counts_one_step(tmp_path: Path) -> None:

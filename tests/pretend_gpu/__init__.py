@@ -29,14 +29,18 @@ combined by "multi_kernel". The graph is the one torch traces for CPU tensors: a
 implementation by device, such as `scaled_dot_product_attention`, has chosen the CPU's. Tensor constants of more than
 one element that a graph closes over stay on the CPU and are refused by Inductor. Nothing here knows any project; the
 worker imports what it is told to (`preload`). Needed besides torch and triton: numpy, and a C++ compiler where torch is
-built without CUDA (see device_guard.cpp).
+built without CUDA (see device/device_guard.cpp).
+
+Rooms, each of which imports from those before it alone: `compat`, `device`, `codegen`, `machine` and `interpreter`.
 """
 
-from .codegen import Generated, GraphCode, Question, generate, snapshot
-from .crosscompile import Facts, check, cross_compile, cross_compile_jit
-from .device import pretend_h100
-from .interpreter import Interpreter, Ran, WorkerError
-from .kernels import GeneratedKernel, LaunchConfig, kernels_of
+from .codegen.generate import generate
+from .codegen.generated import Generated, GraphCode, Question, snapshot
+from .codegen.kernels import GeneratedKernel, LaunchConfig, kernels_of
+from .device.h100 import pretend_h100
+from .interpreter.process import Interpreter, Ran, WorkerError
+from .machine.crosscompile import cross_compile, cross_compile_jit
+from .machine.facts import Facts, check
 
 __all__ = [
     "Facts",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mst_compile import Constant, sparsifier, sparsify
 from mst_compile.rules import masks
 from mst_compile.rules.density import erdos_renyi, layer_densities
+from mst_compile.rules.growth import Mixed
 
 ROUNDS = 4
 
@@ -82,7 +83,7 @@ def test_random_growth_is_uniform() -> None:
     magnitude, spine = torch.arange(40.0).view(1, -1), torch.zeros_like(mask)
     counts, rounds = torch.zeros(40), 3000
     for step in range(rounds):
-        new = masks.update_mask(mask, spine, magnitude, None, 10, 0.5, 0.75, masks.generator(0, step, "a weight"))
+        new = masks.update_mask(mask, spine, magnitude, None, 10, 0.5, Mixed(), masks.generator(0, step, "a weight"))
         counts += new[0]
     assert (counts[5:10] == rounds).all()  # the five of largest magnitude
     others = torch.cat([counts[:5], counts[10:]])

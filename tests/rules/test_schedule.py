@@ -14,8 +14,13 @@ from hypothesis import strategies as st
 
 from mst_compile import Constant, MixedSparsity
 from mst_compile.errors import MSTError, ScheduleError
-from mst_compile.rules.schedule import DISTRIBUTIONS, GROWTHS, RAMPS, Schedule, check_schedule
+from mst_compile.rules.attention import Attention
+from mst_compile.rules.density import DISTRIBUTIONS
+from mst_compile.rules.growth import RULES
+from mst_compile.rules.mixed_sparsity import RAMPS
+from mst_compile.rules.schedule import Schedule, as_schedule
 
+GROWTHS = tuple(RULES)
 TINY = 1e-12  # a few roundings of float64 on values up to 1
 
 
@@ -36,7 +41,7 @@ def mixed(draw: st.DrawFn) -> MixedSparsity:
         ramp_interval=draw(st.none() | st.integers(1, 20)),
         drop_fraction=draw(st.floats(0, 1, allow_subnormal=False)),
         growth=draw(st.sampled_from(GROWTHS)),
-        initial_sparsity=draw(st.just(0.0) | st.floats(0, sparsity)),
+        initial_sparsity=draw(st.just(0.0) | st.floats(0, sparsity)) if warmup else None,
         restoration_ramp=draw(st.sampled_from(RAMPS)),
     )
 
@@ -163,7 +168,7 @@ def test_constant(sparsity: float, interval: int, total: int | None, growth: Any
 def test_schedules_are_values() -> None:
     for s in (MixedSparsity.published(50), Constant(0.5)):
         assert isinstance(s, Schedule)
-        assert check_schedule(s) is s
+        assert as_schedule(s) is s
         assert pickle.loads(pickle.dumps(s)) == s
         assert hash(s) == hash(dataclasses.replace(s))
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -220,7 +225,7 @@ def test_constant_errors(arguments: dict[str, Any], value: str) -> None:
 @pytest.mark.parametrize("value", [0.9, None, "MixedSparsity", MixedSparsity, object()])
 def test_not_a_schedule(value: object) -> None:
     with pytest.raises(ScheduleError, match="is not a schedule"):
-        check_schedule(value)
+        as_schedule(value)
 
 
 def test_choices_are_complete() -> None:
@@ -248,3 +253,54 @@ def test_the_published_choices() -> None:
     assert MixedSparsity.published(1000, 0.7, growth="random", settle=5) == MixedSparsity(
         1000, sparsity=0.7, warmup=0.1, growth="random", settle=5
     )
+
+
+# -- what is said is never ignored -------------------------------------------------------------------------------------
+
+
+def test_a_start_without_a_warm_up_is_refused() -> None:
+    with pytest.raises(ScheduleError, match=r"initial_sparsity=0\.2 .* warmup=0\.0"):
+        MixedSparsity(100, initial_sparsity=0.2)
+    with pytest.raises(ScheduleError, match="initial_sparsity"):
+        MixedSparsity(100, warmup=0.001, initial_sparsity=0.2)  # rounds to no step
+    assert MixedSparsity(100, initial_sparsity=0.8).sparsity_at(0) == 0.8
+
+
+@pytest.mark.parametrize(
+    ("make", "window"),
+    [
+        (lambda w: MixedSparsity(1000, attention="local", attention_window=w), (0.9, 100)),
+        (lambda w: MixedSparsity(1000, attention="local", attention_window=w), (900, 0.1)),
+        (lambda w: MixedSparsity(1000, attention="local", attention_window=w), (0.5001, 0.5004)),
+        (lambda w: MixedSparsity(1000, attention="local", attention_window=w), (7, 7)),
+        (lambda w: Constant(0.5, attention="local", attention_window=w), (9, 3)),
+        (lambda w: MixedSparsity(1000, attention=Attention("local", start=w[0], end=w[1])), (0.9, 100)),
+    ],
+)
+def test_an_attention_window_that_is_never_on_is_refused(make: Any, window: tuple[float, float]) -> None:
+    with pytest.raises(ScheduleError, match=r"would never be on"):
+        make(window)
+
+
+@given(st.integers(2, 400), st.floats(0, 1) | st.integers(0, 500), st.floats(0, 1) | st.integers(0, 500))
+def test_every_window_is_on_or_refused(total: int, start: float, end: float) -> None:
+    try:
+        s = MixedSparsity(total, attention="strided", attention_window=(start, end), settle=0)
+    except ScheduleError:
+        return
+    assert any(s.attention_at(t) == "strided" for t in range(501))
+
+
+def test_attention_is_a_value_too() -> None:
+    flat = MixedSparsity(100, attention="sparse", attention_window=(0.2, 70), stride=16, span=8)
+    nested = MixedSparsity(100, attention=Attention("sparse", window=8, stride=16, start=0.2, end=70))
+    assert flat.attention_value == nested.attention_value
+    assert [flat.attention_at(t) for t in range(101)] == [nested.attention_at(t) for t in range(101)]
+    assert {nested.attention_at(t) for t in range(20, 70)} == {"sparse"}
+    assert {nested.attention_at(t) for t in (0, 19, 70, 100)} == {"full"}
+
+
+@pytest.mark.parametrize("more", [{"stride": 64}, {"span": 4}, {"attention_window": (0, 5)}])
+def test_attention_is_said_once(more: dict[str, Any]) -> None:
+    with pytest.raises(ScheduleError, match=next(iter(more))):
+        MixedSparsity(100, attention=Attention("local"), **more)

@@ -26,7 +26,7 @@ from mst_compile.errors import (
     TopologyChangedError,
     WeightError,
 )
-from mst_compile.state import clock as steps
+from mst_compile.state import steps
 
 SPARSE = static(0.7)
 

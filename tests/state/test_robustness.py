@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Blocks, element_masks, static
+from helpers import Blocks, static
+from mask_cases import element_masks
 from torch import nn
 
 from mst_compile import Constant, MixedSparsity, sparsifier, sparsify

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, fx
 from mst_compile.graph.attention.evaluate import Evaluator, UnknownError
 from mst_compile.graph.attention.found import Attention
 from mst_compile.graph.fx import Emitter, before_cast, computes, holds, name, same_size, value
+from mst_compile.rules.patterns import Parts
 
 _VIEWS = {"reshape", "view", "expand", "getitem", "unsqueeze", "repeat_interleave", "contiguous", "flatten", "repeat"}
 _LAYOUT = {"view", "transpose", "permute", "unsqueeze", "squeeze", "swapaxes"}
@@ -68,9 +68,8 @@ def _uncast(node: fx.Node) -> fx.Node:
     return node
 
 
-def replace(found: Attention, pattern: Sequence[Any], evaluator: Evaluator) -> None:
-    """Rewrite the graph around an attention that :func:`why_not` has nothing against; ``pattern`` as the operator takes
-    it."""
+def replace(found: Attention, pattern: Parts, evaluator: Evaluator) -> None:
+    """Rewrite the graph around an attention that :func:`why_not` has nothing against."""
     emit = Emitter(found.out)
     out = value(found.out)
     k, v = found.k, found.v
@@ -90,7 +89,7 @@ def replace(found: Attention, pattern: Sequence[Any], evaluator: Evaluator) -> N
         keys = emit(torch.logical_not, keys)
     scale = value(found.scale) if isinstance(found.scale, fx.Node) else found.scale
     scale = value(found.q).shape[-1] ** -0.5 if scale is None else float(scale)
-    pair = emit(torch.ops.mst.attention.default, *operands, keys, None, *pattern, scale)
+    pair = emit(torch.ops.mst.attention.default, *operands, keys, pattern.numbers, scale)
     new = emit(operator.getitem, pair, 0)
     if flat:
         new = emit("squeeze", new, 1)

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from . import compat
+from .. import compat
 
 # Limits of compute capability 9.0: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
 SHARED_MEMORY_PER_BLOCK = 227 * 1024

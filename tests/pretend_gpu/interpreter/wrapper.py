@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
-from .kernels import GeneratedKernel, LaunchConfig, load_kernel
+from ..codegen.kernels import GeneratedKernel, LaunchConfig, load_kernel
 
 _STAND_INS = {
     ("torch._inductor.async_compile", "AsyncCompile"),

@@ -1,6 +1,6 @@
-"""Compile kernels to sm_90 machine code and read from it what a profiler on the GPU would complain about.
+"""Read from machine code what a profiler on the GPU would complain about, and hold it against bounds.
 
-Triton needs no GPU to compile for one: ptxas, cuobjdump and nvdisasm come in its wheel.
+cuobjdump and nvdisasm come in Triton's wheel.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from . import compat
-from .device import REGISTERS_PER_THREAD, SHARED_MEMORY_PER_BLOCK, target
-from .kernels import GeneratedKernel, LaunchConfig
+from ..device.h100 import REGISTERS_PER_THREAD, SHARED_MEMORY_PER_BLOCK
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,8 @@ def _buffers(ttgir: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(n) for n in shape.rstrip("x").split("x")) for shape in shapes)
 
 
-def _facts(name: str, compiled: Any) -> Facts:
+def facts_of(name: str, compiled: Any) -> Facts:
+    """Facts of what `triton.compile` returned."""
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
     usage, sass = _disassemble(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
@@ -109,79 +108,6 @@ def _facts(name: str, compiled: Any) -> Facts:
         ttgir=ttgir,
         sass=sass,
     )
-
-
-def _compile(
-    fn: Any, types: Mapping[str, str], constants: Mapping[str, Any], attributes: dict, options: dict[str, Any]
-) -> Any:
-    import triton
-    from triton.compiler import ASTSource
-
-    if type(fn).__name__ == "InterpretedFunction":
-        raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
-    signature = {n: "constexpr" if n in constants else types.get(n, "constexpr") for n in fn.arg_names}
-    source = ASTSource(fn=fn, signature=signature, constexprs=dict(constants), attrs=attributes)
-    return triton.compile(source, target=target(), options=options)
-
-
-def cross_compile(kernel: GeneratedKernel, config: LaunchConfig | None = None) -> Facts:
-    """Compile a generated kernel for sm_90 exactly as Inductor would.
-
-    Args:
-        kernel: From `kernels_of`.
-        config: One of `kernel.configs`; the first by default.
-
-    Returns:
-        What the machine code says.
-
-    Raises:
-        Exception: Whatever Triton raises when it cannot compile the kernel.
-    """
-    config = config or kernel.configs[0]
-    constants = compat.constants_by_name(kernel.triton_meta)
-    constants |= {name: value for name, value in config.blocks.items() if name in kernel.fn.arg_names}
-    options = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        # The two below as in Inductor's CachingAutotuner: bounds of indirect indices are asserted in the kernel.
-        "debug": kernel.inductor_meta.get("assert_indirect_indexing", True),
-        "sanitize_overflow": False,
-    }
-    if "enable_fp_fusion" in kernel.triton_meta:
-        options["enable_fp_fusion"] = kernel.triton_meta["enable_fp_fusion"]
-    attributes = compat.alignment_attributes(kernel.triton_meta)
-    return _facts(kernel.name, _compile(kernel.fn, kernel.triton_meta["signature"], constants, attributes, options))
-
-
-def cross_compile_jit(
-    fn: Any,
-    types: Mapping[str, str],
-    constexprs: Mapping[str, Any],
-    num_warps: int = 4,
-    num_stages: int = 3,
-    *,
-    divisible: Sequence[str] | None = None,
-    **options: Any,
-) -> Facts:
-    """Compile a bare `@triton.jit` function for sm_90.
-
-    Args:
-        fn: The function.
-        types: Type of each run-time argument, as Triton writes it: "*bf16", "i32".
-        constexprs: Value of each compile-time argument.
-        num_warps: Warps per block.
-        num_stages: Pipeline stages of its loops.
-        divisible: Arguments (addresses and integers) known to be divisible by 16; all pointers by default.
-        options: Further options of `triton.compile`.
-
-    Raises:
-        Exception: Whatever Triton raises when it cannot compile the function.
-    """
-    if divisible is None:
-        divisible = [name for name, type_ in types.items() if type_.startswith("*")]
-    attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
-    all_options = {"num_warps": num_warps, "num_stages": num_stages, **options}
-    return _facts(fn.__name__, _compile(fn, types, constexprs, attributes, all_options))
 
 
 def check(

@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .codegen import GraphCode
+from ..codegen.generated import GraphCode
 from .pipes import receive, send
+
+_FOLDER = Path(__file__).resolve().parents[2]  # where the package stands: the worker imports it from there
 
 
 class WorkerError(RuntimeError):
@@ -53,11 +55,10 @@ class Interpreter:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Interpreter:
-        package = Path(__file__).resolve().parent
-        path = [str(package.parent), *(p for p in sys.path if p)]
+        path = [str(_FOLDER), *(p for p in sys.path if p)]
         environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{package.name}.worker", *self._arguments],
+            [sys.executable, "-m", f"{__package__}.worker", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

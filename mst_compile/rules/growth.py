@@ -1,0 +1,137 @@
+"""Growth rules: which blocks become active when a topology event grows some. One class a rule, pure functions.
+
+A rule says what it reads and picks blocks; how many grow, and which are dropped first, is the schedule's affair. A rule
+of your own derives from :class:`Growth` and is passed to a schedule in place of a name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mst_compile.errors import ScheduleError
+
+from .checks import check_choice, check_share, check_steps
+
+
+class Growth(ABC):
+    """A growth rule.
+
+    Attributes:
+        moves: whether drop-and-grow happens at all; if not, blocks change only as the sparsity does.
+        gradient_steps: steps before an event whose dense gradients :meth:`grow` reads; 0 if it reads none.
+    """
+
+    moves: bool = True
+    gradient_steps: int = 0
+
+    @abstractmethod
+    def grow(self, inactive: Tensor, count: int, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        """The blocks that become active.
+
+        Args:
+            inactive: bool ``[R, C]``, the blocks to choose from: at least ``count``. One dropped a moment ago is among
+                them, as in the published rule.
+            count: how many to choose.
+            gradient: float32 ``[R, C]``, mean square of the gradient over each block, added up over the steps that the
+                rule reads; None where nothing was read, as when the model is about to become dense.
+            generator: on the CPU, the same on all ranks; draw from nothing else.
+
+        Returns:
+            bool ``[R, C]`` with ``count`` of ``inactive``.
+        """
+
+
+@dataclass(frozen=True)
+class NoGrowth(Growth):
+    """No drop-and-grow. Where the schedule lets the density rise, blocks return at random."""
+
+    moves = False
+
+    def grow(self, inactive: Tensor, count: int, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        return at_random(inactive, count, generator)
+
+
+@dataclass(frozen=True)
+class SET(Growth):
+    """At random (SET, arXiv 1707.04780)."""
+
+    def grow(self, inactive: Tensor, count: int, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        return at_random(inactive, count, generator)
+
+
+@dataclass(frozen=True)
+class Mixed(Growth):
+    """``share`` of the blocks by gradient magnitude, the others at random among the rest (Mixed Growing, arXiv
+    2408.11746).
+
+    Args:
+        share: in [0, 1]; 3 of 4 in the paper.
+        gradient_steps: steps before an event whose gradient scores are added up; each computes dense gradients.
+
+    Raises:
+        ScheduleError: a value is out of range.
+    """
+
+    share: float = 0.75
+    gradient_steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_share("gradient_share", self.share)
+        check_steps("gradient_steps", self.gradient_steps)
+
+    def grow(self, inactive: Tensor, count: int, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        by_gradient = 0 if gradient is None else round(count * self.share)
+        chosen = torch.zeros_like(inactive)
+        if by_gradient and gradient is not None:
+            chosen = largest(gradient.masked_fill(~inactive, -torch.inf), by_gradient)
+        if count > by_gradient:
+            chosen = chosen | at_random(inactive & ~chosen, count - by_gradient, generator)
+        return chosen
+
+
+@dataclass(frozen=True)
+class RigL(Mixed):
+    """By gradient magnitude alone (RigL, arXiv 1911.11134)."""
+
+    share: float = field(default=1.0, init=False)
+
+
+RULES: dict[str, type[Growth]] = {"mixed": Mixed, "gradient": RigL, "random": SET, "none": NoGrowth}
+
+
+def as_growth(growth: str | Growth, share: float = 0.75, gradient_steps: int = 1) -> Growth:
+    """The rule of a name, or the rule itself.
+
+    Args:
+        share: of ``"mixed"``.
+        gradient_steps: of the named rules that read gradients.
+
+    Raises:
+        ScheduleError: there is no such rule, or a value is out of range.
+    """
+    if isinstance(growth, Growth):
+        return growth
+    if isinstance(growth, type) and issubclass(growth, Growth):
+        raise ScheduleError(f"growth must be a rule, not a class of rules: pass {growth.__name__}(...)")
+    check_choice("growth", growth, RULES)
+    kind = RULES[growth]
+    if kind is Mixed:
+        return Mixed(share, gradient_steps)
+    return RigL(gradient_steps=gradient_steps) if kind is RigL else kind()
+
+
+def at_random(among: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` of the blocks ``among``, each as likely as any other: bool ``[R, C]``."""
+    return largest(torch.rand(among.shape, generator=generator).masked_fill(~among, -1.0), count)
+
+
+def largest(score: Tensor, count: int) -> Tensor:
+    """The ``count`` blocks of largest ``score``: bool of its shape."""
+    mask = torch.zeros(score.numel(), dtype=torch.bool)
+    if count > 0:
+        mask[score.flatten().topk(count, sorted=False).indices] = True
+    return mask.view(score.shape)

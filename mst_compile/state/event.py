@@ -1,0 +1,123 @@
+"""Topology events: what will change is planned without changing anything, and then applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mst_compile.blocks.bulk import block_mean_square, zero_blocks_
+from mst_compile.rules.masks import generator, random_mask, update_mask
+from mst_compile.rules.schedule import Schedule
+
+from .optimizers import state_like
+from .weight import SparseWeight
+
+_FEW = 0.05  # share of dropped blocks up to which visiting them alone beats a pass over the weight
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an event will do.
+
+    Attributes:
+        masks: new block mask of each weight that changes, by its name.
+        skipped: why nothing can be planned, else empty.
+    """
+
+    masks: dict[str, Tensor]
+    skipped: str = ""
+
+
+def plan_event(
+    parameters: Iterable[tuple[SparseWeight, Tensor]],
+    densities: Sequence[float],
+    schedule: Schedule,
+    step: int,
+    seed: int,
+) -> Plan:
+    """Drop and grow the blocks of each weight as ``schedule`` says after ``step`` steps; changes nothing.
+
+    Args:
+        parameters: the weights, with their growth scores, and their values.
+        densities: target density of each.
+    """
+    changes: dict[str, Tensor] = {}
+    for density, (weight, parameter) in zip(densities, parameters, strict=True):
+        count = weight.blocks_at(density)
+        drop = schedule.drop_fraction_at(step) if density < 1 else 0.0
+        active = int(weight.mask.sum())
+        if drop == 0.0 and count == active:
+            continue
+        only_grows = drop == 0.0 and count > active
+        magnitude = weight.mask.float() if only_grows else block_mean_square(parameter, weight.grid)
+        for what, values in (("gradient", weight.scores), ("weight", magnitude)):
+            if density < 1 and values is not None and not bool(values.isfinite().all()):
+                return Plan({}, f"the {what} of {weight.name} is not finite")
+        changes[weight.name] = update_mask(
+            weight.mask,
+            weight.safe_blocks(magnitude),
+            magnitude,
+            weight.scores,
+            count,
+            drop,
+            schedule.growth_rule,
+            generator(seed, step, weight.name),
+        )
+    return Plan(changes)
+
+
+def plan_first_masks(weights: Iterable[SparseWeight], densities: Sequence[float], seed: int) -> Plan:
+    """The masks of step 0, at random."""
+    pairs = zip(weights, densities, strict=True)
+    masks = {w.name: random_mask(w.backbone, w.blocks_at(density), generator(seed, 0, w.name)) for w, density in pairs}
+    return Plan(masks)
+
+
+def apply(
+    plan: Plan,
+    parameters: Iterable[tuple[SparseWeight, nn.Parameter]],
+    optimizers: Iterable[Optimizer],
+    *,
+    rescale: bool = False,
+) -> None:
+    """Let the masks of a plan take effect; with ``rescale`` the weights that stay grow by ``density ** -0.5``."""
+    known = list(optimizers)
+    for weight, parameter in parameters:
+        if weight.name in plan.masks:
+            change_mask(weight, parameter, plan.masks[weight.name], known)
+            if rescale:
+                with torch.no_grad():
+                    parameter.mul_(weight.density**-0.5)
+
+
+def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    """Take over a mask: dropped weights, their gradient and all their state in ``optimizers`` become exactly 0.
+
+    Outside the active blocks weights and optimizer state are 0 already, so grown blocks start at 0.
+    """
+    if torch.equal(weight.mask, mask):
+        return
+    dropped, grown = weight.mask & ~mask, mask & ~weight.mask
+    if weight.grown is not None:
+        grown |= weight.grown & mask
+    if bool(grown.any()):
+        weight.grown = grown
+    weight.set_mask(mask)
+    count = int(dropped.sum())
+    if count == 0:
+        return
+    tensors: list[Tensor] = [parameter]
+    if parameter.grad is not None:
+        tensors.append(parameter.grad)
+    for optimizer in optimizers:
+        tensors += state_like(optimizer, parameter)
+    few = count < _FEW * dropped.numel()
+    for tensor in tensors:
+        if few:
+            zero_blocks_(tensor, weight.grid, dropped)
+        else:
+            weight.zero_inactive_(tensor)

@@ -1,0 +1,98 @@
+"""Every way that a run's state is written and comes back: the sparsifier's own state dict, and what rides in an
+optimizer's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import packing
+from .event import change_mask
+from .weight import SparseWeight
+from .weights import Weights
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, and what its masks are drawn from."""
+
+    step: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What a checkpoint holds of one weight; see :class:`SparseWeight` for its parts."""
+
+    mask: Tensor
+    grown: Tensor | None
+    scores: Tensor | None
+
+
+def state_dict(weights: Weights, progress: Progress, keeps_scores: bool) -> dict[str, Any]:
+    """The sparsifier's state dict."""
+    return {
+        "version": packing.STATE_VERSION,
+        "step": progress.step,
+        "seed": progress.seed,
+        "masks": {w.name: w.mask.clone() for w in weights},
+        "grown": {w.name: torch.zeros_like(w.mask) if w.grown is None else w.grown for w in weights},
+        "scores": {w.name: _scores_or_zeros(w) for w in weights if keeps_scores},
+    }
+
+
+def from_state_dict(state: Any, weights: Weights) -> tuple[Progress, dict[str, Topology]]:
+    """What a sparsifier's state dict says; inverse of :func:`state_dict`.
+
+    Raises:
+        CheckpointError: it is of another format, or does not fit the model.
+    """
+    packing.check_state(state, weights.by_name)
+    masks, grown, scores = state["masks"], state["grown"], state["scores"]
+    found = {name: Topology(masks[name], grown.get(name), scores.get(name)) for name in weights.by_name}
+    return Progress(state["step"], state["seed"]), found
+
+
+def entry_of(weight: SparseWeight, progress: Progress, keeps_scores: bool) -> dict[str, Tensor]:
+    """What an optimizer's state dict shall hold of a weight."""
+    entry = {
+        packing.TOPOLOGY: packing.pack_topology(weight.mask, weight.grown),
+        packing.PROGRESS: packing.pack_progress(progress.step, progress.seed),
+    }
+    if keeps_scores:
+        entry[packing.SCORES] = packing.pack_scores(_scores_or_zeros(weight))
+    return entry
+
+
+def from_entry(entry: dict[str, Tensor] | None) -> tuple[Progress, Topology] | None:
+    """What an optimizer's state dict says of a weight; inverse of :func:`entry_of`. None if it says nothing."""
+    if entry is None or packing.TOPOLOGY not in entry or packing.PROGRESS not in entry:
+        return None
+    mask, grown = packing.unpack_topology(entry[packing.TOPOLOGY])
+    scores = packing.unpack_scores(entry[packing.SCORES]) if packing.SCORES in entry else None
+    return Progress(*packing.unpack_progress(entry[packing.PROGRESS])), Topology(mask, grown, scores)
+
+
+def restore(weight: SparseWeight, parameter: nn.Parameter, topology: Topology, optimizers: Iterable[Optimizer]) -> None:
+    """Let a weight go on from a checkpoint's topology; values that were loaded before it are taken as they came."""
+    if weight.loaded is not None:
+        with torch.no_grad():
+            parameter.copy_(weight.loaded)
+        weight.loaded = None
+    change_mask(weight, parameter, topology.mask.detach().cpu().clone(), optimizers)
+    weight.zero_inactive_(parameter)
+    weight.grown = _copy_if_any(topology.grown)
+    weight.scores = _copy_if_any(topology.scores)
+
+
+def _copy_if_any(values: Tensor | None) -> Tensor | None:
+    return values.detach().cpu().clone() if values is not None and bool(values.any()) else None
+
+
+def _scores_or_zeros(weight: SparseWeight) -> Tensor:
+    return torch.zeros(weight.grid.shape) if weight.scores is None else weight.scores

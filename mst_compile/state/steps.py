@@ -1,0 +1,191 @@
+"""Optimizer steps as they happen: who is told when one begins, succeeds, or fails.
+
+PyTorch has global hooks for optimizer steps. They fire for every optimizer class, also for a subclass that a user
+wrote, once under gradient accumulation, and not for a step that ``GradScaler`` skips. They do not fire when a step
+raises, so ``step`` of every optimizer class is also wrapped in a function that knows when it is left, and how; that is
+also what tells a step within another one. Steps of different threads know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch._dynamo.decorators import skip
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+_GUARDED = "_mst_guarded"
+
+
+class Step:
+    """A step of an optimizer that is under way.
+
+    Attributes:
+        optimizer: who steps.
+        outer: the step that it was taken within, which will be counted instead, or None.
+    """
+
+    def __init__(self, optimizer: Optimizer, outer: Step | None, guarded: bool) -> None:
+        self.optimizer = optimizer
+        self.outer = outer
+        self.guarded = guarded
+        self.begun = False
+        self._ends: list[Callable[[bool], None]] = []
+
+    @property
+    def nested(self) -> bool:
+        """Whether it was taken within another step."""
+        return self.outer is not None
+
+    @property
+    def outermost(self) -> Step:
+        """The step that all others were taken within; itself, if it is that."""
+        return self if self.outer is None else self.outer.outermost
+
+    def at_end(self, callback: Callable[[bool], None]) -> None:
+        """Call ``callback(failed)`` when the step ends, however it does; last in, first out."""
+        self._ends.append(callback)
+
+    def end(self, failed: bool) -> None:
+        while self._ends:
+            self._ends.pop()(failed)
+
+
+class StepWatcher(Protocol):
+    """Something that wants to know of optimizer steps."""
+
+    def before_step(self, step: Step) -> None:
+        """A step begins; gradients are those that the optimizer was called with."""
+
+    def after_step(self, step: Step) -> None:
+        """A step has succeeded."""
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        self.steps: list[Step] = []  # of this thread, outermost first
+
+
+_watchers: weakref.WeakSet[Any] = weakref.WeakSet()
+_running = _Running()
+_registered = False
+
+
+def watch_steps(watcher: StepWatcher) -> None:
+    """Call ``watcher`` around every optimizer step of this process for as long as it lives."""
+    global _registered
+    if not _registered:
+        _registered = True
+        register_optimizer_step_pre_hook(_before)
+        register_optimizer_step_post_hook(_after)
+        _guard_classes()
+    _watchers.add(watcher)
+
+
+@contextlib.contextmanager
+def refusing_steps(refuse: Callable[[Optimizer], None]) -> Iterator[None]:
+    """Call ``refuse`` before anything else when a step begins; it raises to stop the step."""
+    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: refuse(optimizer))
+    # Before the hook that tells the watchers: a step that is refused has not begun.
+    torch.optim.optimizer._global_optimizer_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch._dynamo.disable
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    top = _running.steps[-1] if _running.steps else None
+    if top is None or top.optimizer is not optimizer or top.begun:
+        top = _enter(optimizer, guarded=False)
+        _guard_instance(optimizer)
+    top.begun = True
+    for watcher in list(_watchers):
+        watcher.before_step(top)
+
+
+@torch._dynamo.disable
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    step = next((s for s in reversed(_running.steps) if s.optimizer is optimizer), None)
+    if step is None:
+        return
+    for watcher in list(_watchers):
+        watcher.after_step(step)
+    if not step.guarded:
+        _leave(step, failed=False)
+
+
+def _enter(optimizer: Optimizer, guarded: bool) -> Step:
+    # An unguarded step that raised was never left: it is over once its optimizer steps again, and hides no other.
+    for step in [s for s in _running.steps if s.optimizer is optimizer and not s.guarded and guarded]:
+        _leave(step, failed=True)
+    outer = next((s for s in reversed(_running.steps) if s.guarded or s.optimizer is optimizer), None)
+    step = Step(optimizer, outer, guarded)
+    _running.steps.append(step)
+    return step
+
+
+def _leave(step: Step, failed: bool) -> None:
+    """End ``step`` and what was left behind within it."""
+    while step in _running.steps:
+        last = _running.steps.pop()
+        last.end(failed or last is not step)
+
+
+def _guard(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Optimizer.step`` that knows when it is left."""
+
+    @skip  # Dynamo leaves this frame alone, as the hooks' are, and compiles what it calls
+    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        here = _enter(self, guarded=True)
+        failed = True
+        try:
+            result = original(self, *args, **kwargs)
+            failed = False
+            return result
+        finally:
+            _leave(here, failed)
+
+    functools.update_wrapper(step, original)
+    setattr(step, _GUARDED, True)
+    return step
+
+
+def _guard_classes() -> None:
+    """Guard ``step`` of the optimizer classes that PyTorch has put its hooks on, and of those that it will."""
+    classes = list(Optimizer.__subclasses__())
+    for cls in classes:
+        classes += cls.__subclasses__()
+        _guard_class(cls)
+    original = Optimizer._patch_step_function
+
+    @functools.wraps(original)
+    def patch(self: Optimizer) -> None:
+        original(self)
+        for cls in type(self).__mro__:
+            _guard_class(cls)
+
+    Optimizer._patch_step_function = patch  # type: ignore[method-assign]
+
+
+def _guard_class(cls: type) -> None:
+    step = vars(cls).get("step")
+    if getattr(step, "hooked", False) and not getattr(step, _GUARDED, False):
+        cls.step = _guard(step)  # type: ignore[attr-defined, arg-type]
+
+
+def _guard_instance(optimizer: Optimizer) -> None:
+    """Guard a ``step`` that somebody, like a learning rate scheduler, has put on the optimizer itself."""
+    step = optimizer.__dict__.get("step")
+    if step is not None and not getattr(step, _GUARDED, False):
+        bound = step
+        guarded = _guard(lambda _, *args, **kwargs: bound(*args, **kwargs))
+        functools.update_wrapper(guarded, getattr(step, "__func__", step))
+        optimizer.__dict__["step"] = guarded.__get__(optimizer)

@@ -1,0 +1,79 @@
+"""The sparse weights of one model, and the Parameters that hold them now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mst_compile.blocks.shards import check_placement, parameter_of
+from mst_compile.rules.density import layer_densities
+from mst_compile.rules.guard import Guard
+from mst_compile.rules.schedule import Schedule
+
+from .attention import AttentionState
+from .ownership import forget_owner, remember_owner
+from .selection import Candidate
+from .weight import SparseWeight, bind, unbind
+
+
+class Weights:
+    """Iterates over the weights; :meth:`parameters` pairs them with what their modules hold.
+
+    Attributes:
+        by_name: parameter name -> weight, in the model's order.
+    """
+
+    def __init__(self, candidates: list[Candidate], guard: Guard, attention: AttentionState) -> None:
+        self.by_name = {c.name: SparseWeight.create(c, guard, attention) for c in candidates}
+        self._overrides = [c.override.sparsity for c in candidates]
+        self._owners = {c.name: c.owners for c in candidates}
+        for name, owners in self._owners.items():
+            for module, attribute in owners:
+                remember_owner(module, attribute, self.by_name[name])
+        self.bind({c.name: c.parameter for c in candidates})
+
+    def __iter__(self) -> Iterator[SparseWeight]:
+        return iter(self.by_name.values())
+
+    def parameters(self) -> Iterator[tuple[SparseWeight, nn.Parameter]]:
+        """Each weight with the Parameter that its module holds now."""
+        for name, weight in self.by_name.items():
+            yield weight, parameter_of(name, *self._owners[name][0])
+
+    def of(self, optimizer: Optimizer) -> list[tuple[SparseWeight, nn.Parameter]]:
+        """The weights that ``optimizer`` trains."""
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [(weight, parameter) for weight, parameter in self.parameters() if id(parameter) in known]
+
+    def with_gradients(self) -> set[str]:
+        """Names of the weights that have a gradient."""
+        return {weight.name for weight, parameter in self.parameters() if parameter.grad is not None}
+
+    def densities(self, schedule: Schedule, sparsity: float) -> list[float]:
+        """Target density of each weight when ``schedule`` is at ``sparsity``."""
+        shapes = [(w.grid.rows, w.grid.cols) for w in self]
+        return layer_densities(shapes, sparsity, schedule.distribution, self._overrides, schedule.max_sparsity)
+
+    def bind(self, parameters: dict[str, Tensor]) -> None:
+        """Hang the weights' state on their Parameters."""
+        for name, parameter in parameters.items():
+            bind(parameter, self.by_name[name])
+
+    def rebind(self) -> None:
+        """Follow weights that moved to another device, were unfrozen, or whose Parameter object was replaced."""
+        for weight, parameter in self.parameters():
+            check_placement(weight.name, parameter)
+            if bind(parameter, weight):
+                weight.zero_inactive_(parameter)
+                if parameter.grad is not None and not weight.dense_grad:
+                    weight.zero_inactive_(parameter.grad)
+
+    def release(self) -> None:
+        """Leave the model as an ordinary one."""
+        for _, parameter in self.parameters():
+            unbind(parameter)
+        for owners in self._owners.values():
+            for module, _ in owners:
+                forget_owner(module)

@@ -1,0 +1,206 @@
+"""Building the CPU kernels: which sources, which compiler, which cached library."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mst_compile.kernels import cpu
+from mst_compile.kernels.cpu import abi, build, table
+from torch._inductor.custom_graph_pass import get_hash_for_files
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.why_unavailable()}")
+
+
+# ---- compilers -------------------------------------------------------------------------------------------------------
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, check=True
+    )
+    return done.stdout
+
+
+def test_portable_path_can_be_forced():
+    code = "from mst_compile.kernels.cpu import available, build; print(available(), build.build().name)"
+    ok, name = run_python(code, MST_CPU_ISA="portable").split()
+    assert ok == "True"
+    assert "avx512" not in name
+
+
+@pytest.mark.parametrize("environment", [{"CXX": "/nonexistent/c++"}, {"CXX": "false"}, {"MST_CPU_ISA": "z80"}])
+def test_without_a_compiler_importing_works(environment):
+    code = "from mst_compile.kernels import cpu; print(cpu.available(), cpu.why_unavailable())"
+    assert run_python(code, **environment).startswith("False BuildError: ")
+
+
+def test_failing_compiler_is_reported(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho no such flag >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    code = "from mst_compile.kernels import cpu; print(cpu.available(), cpu.why_unavailable())"
+    out = run_python(code, CXX=str(compiler), MST_COMPILE_CACHE_DIR=str(tmp_path / "cache"))
+    assert out.startswith("False BuildError: ")
+    assert "no such flag" in out
+
+
+def test_processes_share_one_build(tmp_path):
+    """Two processes that want the same library at once: one compiles, the other waits. The compiler is a stub."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        '[ "$1" = --version ] && echo stub 1.0 && exit 0\n'
+        f'sleep 0.5; echo "$*" >> {tmp_path}/calls\n'
+        'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo > "$2"; shift; done\n'
+    )
+    compiler.chmod(0o755)
+    code = "from mst_compile.kernels.cpu import build; print(build.build().stat().st_size)"
+    environment = os.environ | {"MST_COMPILE_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(compiler)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0].strip() for process in running] == ["1", "1"]
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
+    assert (tmp_path / "calls").read_text().count(" -c ") == len(build.units())
+
+
+class Compiler:
+    """A stub that writes empty libraries, and knows OpenMP while its runtime is installed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runtime, self.calls, self.command = folder / "runtime", folder / "calls", folder / "c++"
+        self.command.write_text(
+            "#!/bin/sh\n"
+            '[ "$1" = --version ] && echo stub 1.0 && exit 0\n'
+            f'echo "$*" >> {self.calls}\n'
+            f'case "$*" in *-fopenmp*) [ -e {self.runtime} ] || {{ echo no libomp >&2; exit 1; }} ;; esac\n'
+            'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo > "$2"; shift; done\n'
+        )
+        self.command.chmod(0o755)
+
+    def compiled(self) -> int:
+        """How many units since the last time."""
+        calls = self.calls.read_text() if self.calls.exists() else ""
+        self.calls.unlink(missing_ok=True)
+        return calls.count(" -c ")
+
+
+def new_process() -> None:
+    build._has_openmp.cache_clear()
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    stub = Compiler(tmp_path)
+    monkeypatch.setenv("CXX", str(stub.command))
+    monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+    return stub
+
+
+def test_a_library_without_openmp_is_not_taken_for_one_with_it(compiler: Compiler) -> None:
+    single = build.build("baseline")
+    assert compiler.compiled() == len(build.units())
+    new_process()
+    assert build.build("baseline") == single  # the only one there is, and no better one can be made
+    assert compiler.compiled() == 0
+
+    compiler.runtime.touch()
+    new_process()
+    threaded = build.build("baseline")
+    assert threaded != single
+    assert compiler.compiled() == len(build.units())
+    single.unlink()
+    new_process()
+    assert build.build("baseline") == threaded
+    assert compiler.compiled() == 0
+
+
+def test_a_library_with_openmp_stays_when_the_compiler_has_lost_it(compiler: Compiler) -> None:
+    compiler.runtime.touch()
+    threaded = build.build("baseline")
+    compiler.runtime.unlink()
+    new_process()
+    assert build.build("baseline") == threaded
+    assert compiler.compiled() == len(build.units())
+
+
+def test_an_error_of_the_sources_is_no_lack_of_openmp(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler.runtime.touch()
+    monkeypatch.setattr(build, "HERE", tmp_path / "empty")  # the stub is asked to link nothing, and does
+    script = compiler.command.read_text().replace("while", 'case "$*" in *library.so*) exit 1 ;; esac\nwhile')
+    compiler.command.write_text(script)
+    with pytest.raises(build.BuildError, match="-fopenmp"):
+        build.build("baseline")
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def copied_sources(folder: Path) -> Path:
+    for file in (*build.HERE.glob("*.cpp"), *build.HERE.glob("*.h")):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_the_hash_follows_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fresh_hash() -> str:
+        get_hash_for_files.cache_clear()
+        return build.source_hash()
+
+    monkeypatch.setattr(build, "HERE", copied_sources(tmp_path))
+    seen = [fresh_hash()]
+    assert fresh_hash() == seen[0]
+    for file in sorted(tmp_path.iterdir()):
+        file.write_text(file.read_text() + "// more")
+        seen.append(fresh_hash())
+    (tmp_path / "another.h").touch()
+    seen.append(fresh_hash())
+    (tmp_path / "another.cpp").touch()
+    seen.append(fresh_hash())
+    assert tmp_path / "another.cpp" in build.units()
+    monkeypatch.setattr(build, "FLAGS", "-O0")
+    seen.append(fresh_hash())
+    monkeypatch.setattr(table, "BLOCKS", (8,))
+    seen.append(fresh_hash())
+    monkeypatch.setattr(abi, "STRUCTURES", abi.STRUCTURES[1:])
+    seen.append(fresh_hash())
+    assert len(set(seen)) == len(seen) > 15
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"),
+    [("int64_t ldx;", "int32_t ldx;"), ("int64_t ldw, rows, cols;", "int64_t ldw, cols, rows;"), ("threads;", "nt;")],
+)
+def test_a_struct_that_ctypes_sees_otherwise_is_not_compiled(
+    was: str, becomes: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    header = (build.HERE / "abi.h").read_text()
+    (tmp_path / "abi.h").write_text(header.replace(was, becomes, 1))
+    (tmp_path / "layout.h").write_text(abi.checks())
+    (tmp_path / "unit.cpp").write_text('#include "layout.h"')
+    command = [*build.find_compiler(), "-std=c++17", "-fsyntax-only", str(tmp_path / "unit.cpp")]
+    with pytest.raises(build.BuildError, match="MstSpmm"):
+        build._run(command)
+    (tmp_path / "abi.h").write_text(header)
+    build._run(command)
+
+
+# ---- this machine ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_one_openmp_runtime():
+    """torch ships its own libgomp; a second one would mean a second pool of threads fighting over the cores."""
+    code = (
+        "from mst_compile.kernels import cpu; assert cpu.available(); "
+        "print(len({l.split()[-1] for l in open('/proc/self/maps') if 'gomp' in l or 'libomp' in l}))"
+    )
+    assert run_python(code).strip() == "1"
