@@ -92,28 +92,38 @@ def assert_within(got: Tensor, exact: Tensor, allowed: Tensor, what: str = "resu
     )
 
 
-def assert_as_good_as(got: Tensor, usual: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "result") -> None:
+def assert_as_good_as(
+    got: Tensor, usual: Tensor, exact: Tensor, dtype: torch.dtype, what: str = "result", size: float | None = None
+) -> None:
     """A result is as near to the float64 truth as the usual way to compute it is, up to a few roundings of ``dtype``.
 
     The error of the usual way, measured, says how the problem's condition amplifies roundings; the factor of four is
     for sums that run in another order. The floor is for results that the usual way happens to get exactly right.
+
+    Args:
+        size: of what the floor's roundings are of, where it is known to be more than the result: the sum of the
+            absolute terms of a sum that cancels.
     """
     assert got.dtype == usual.dtype, what
     assert got.shape == usual.shape == exact.shape, what
     if exact.numel():
         error, common = ((t.double() - exact).abs().max().item() for t in (got, usual))
-        floor = 8 * of_rounding(dtype) * exact.abs().max().item() + torch.finfo(dtype).tiny
+        floor = 8 * of_rounding(dtype) * max(exact.abs().max().item(), size or 0.0) + torch.finfo(dtype).tiny
         allowed = 4 * common + floor
         assert error <= allowed, f"{what}: error {error:.2e}, the usual way's {common:.2e}, allowed {allowed:.2e}"
 
 
 def assert_all_as_good_as(
-    got: Mapping[str, Tensor], usual: Mapping[str, Tensor], exact: Mapping[str, Tensor], dtype: torch.dtype
+    got: Mapping[str, Tensor],
+    usual: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    sizes: Mapping[str, float] = {},
 ) -> None:
-    """`assert_as_good_as` of results by name."""
+    """`assert_as_good_as` of results by name, with the ``sizes`` that are known."""
     assert got.keys() == usual.keys() == exact.keys()
     for name, right in exact.items():
-        assert_as_good_as(got[name], usual[name], right, dtype, name)
+        assert_as_good_as(got[name], usual[name], right, dtype, name, sizes.get(name))
 
 
 def assert_reordered(
