@@ -15,12 +15,12 @@ from torch._inductor.lowering import lowerings
 from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
 
-from . import cpu
+from . import cpu_linear
 
 _KERNEL = "mst_linear_out"
 
 # Generated wrappers call extern_kernels.mst_linear_out(...), also those that come out of Inductor's cache.
-setattr(extern_kernels, _KERNEL, cpu.linear_out)
+setattr(extern_kernels, _KERNEL, cpu_linear.linear_out)
 
 
 def _unit_stride(x: Any) -> Any:
@@ -32,7 +32,7 @@ def _unit_stride(x: Any) -> Any:
 
 def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, *_: Any) -> Any:
     """``x W + bias`` as one extern kernel on ``x`` viewed as ``[M, in]``."""
-    if cpu.why_unsupported(x.get_dtype(), weight.get_dtype(), block) is not None:
+    if cpu_linear.why_unsupported(x.get_dtype(), weight.get_dtype(), block) is not None:
         return None
     view = lowerings[torch.ops.aten.view.default]
     *lead, features = x.get_size()

@@ -11,11 +11,11 @@ from torch._inductor.virtualized import V
 
 from mst_compile.ops.linear import DENSITY
 
-from . import cuda, gpu, gpu_attention
+from . import device, gpu, gpu_attention
 
 
 def _takes(x: Any, weight_dtype: torch.dtype, block: int, out_features: Any) -> bool:
-    if cuda.why_unsupported(x.get_dtype(), weight_dtype, block) is not None:
+    if device.of("cuda").why_unsupported(x.get_dtype(), weight_dtype, block) is not None:
         return False
     # Inductor drops the mask of a template's store where the result has a single element.
     return not all(V.graph.sizevars.statically_known_equals(s, 1) for s in (*x.get_size()[:-1], out_features))
@@ -54,7 +54,7 @@ def _grad_weight(
 def _takes_attention(q: Any, k: Any, v: Any) -> bool:
     dtype = q.get_dtype()
     same = {k.get_dtype(), v.get_dtype()} == {dtype}
-    return same and cuda.why_no_attention(dtype, gpu.static(q.get_size()[-1])) is None
+    return same and device.of("cuda").why_no_attention(dtype, gpu.static(q.get_size()[-1])) is None
 
 
 def _attention(q: Any, k: Any, v: Any, *rest: Any) -> Any:
