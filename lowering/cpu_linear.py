@@ -1,4 +1,4 @@
-"""``mst::linear`` and its gradients on the CPU: which kernel runs; None where there is none.
+"""``mst::linear`` and its gradients on the CPU: which kernel runs.
 
 Eager mode and compiled code run the same functions. Inductor reaches them as *extern kernels* with an ``out``
 argument, so that it plans and reuses the memory of their results; see :mod:`mst_compile.lowering.cpu_inductor`.
