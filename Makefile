@@ -13,7 +13,7 @@
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
-# Passed on: make demo DEMO="--steps 2000", make test TESTS="tests/test_example.py -k resume",
+# Passed on: make demo DEMO="--steps 2000", make test TESTS="tests/examples/test_example.py -k resume",
 # make bench BENCH=layers
 DEMO   ?=
 BENCH  ?= layers train_step attention schedule forecast memory overhead epilogue

@@ -20,7 +20,7 @@ from torch import nn
 import mst_compile
 from mst_compile.cost.flops import Meter
 from mst_compile.cost.forecast import timeline
-from mst_compile.rules.attention import ATTENTIONS
+from mst_compile.rules.patterns import PATTERNS
 
 from .ledger import record
 from .schedule import _compilations, build
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--published", action="store_true", help="the paper's schedule instead of the default one")
-    parser.add_argument("--attention", choices=ATTENTIONS, default="full")
+    parser.add_argument("--attention", choices=tuple(PATTERNS), default="full")
     parser.add_argument("--dry", action="store_true", help="print alone, write nothing to the ledger")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -14,6 +14,7 @@ from torch import nn
 
 import mst_compile
 from mst_compile.rules import masks
+from mst_compile.rules.density import active_count
 
 from .ledger import interleave, medians, print_table, record
 
@@ -38,7 +39,7 @@ def _sparse_layer(
     mst_compile.sparsify(layer, mst_compile.Constant(0.5, growth="none"), block=block)
     sparsifier = mst_compile.sparsifier(layer)
     weight = sparsifier.weights["weight"]
-    count = density.active_count(density, weight.grid.blocks, int(weight.backbone.sum()))
+    count = active_count(density, weight.grid.blocks, int(weight.backbone.sum()))
     sparsifier.apply_mask("weight", masks.random_mask(weight.backbone, count, masks.generator(0, 0, "weight")))
     return layer, weight
 

@@ -60,8 +60,9 @@ def time_events(sparsifier: mst_compile.Sparsifier) -> list[float]:
         return run
 
     # step() holds the change of topology, before_step() the harvest of the growth scores that precedes it
-    sparsifier.step = timed(sparsifier.step)  # type: ignore[method-assign]
-    sparsifier.before_step = timed(sparsifier.before_step)  # type: ignore[method-assign]
+    stepping = sparsifier._stepping
+    stepping.step = timed(stepping.step)  # type: ignore[method-assign]
+    stepping.before_step = timed(stepping.before_step)  # type: ignore[method-assign]
     return spent
 
 

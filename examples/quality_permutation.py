@@ -23,6 +23,8 @@ from quality.configurations import CONFIGURATIONS, Study
 from quality.model import GPT, hidden_weights
 from quality.training import Text, train
 
+from mst_compile.rules.density import active_count, layer_densities
+
 Energies = np.ndarray  # squared weights, float64
 GAIN = 1e-9  # exchanges that gain less, relative to what all are worth, do not count
 
@@ -52,7 +54,7 @@ class Matrix:
 def matrices(model: GPT, block: int, density: float) -> list[Matrix]:
     """The hidden weights of a model at their Erdos-Renyi densities."""
     weights = [(name, weight.detach().double().square().numpy()) for name, weight in hidden_weights(model)]
-    densities = density.layer_densities(
+    densities = layer_densities(
         [(w.shape[0], w.shape[1]) for _, w in weights], 1 - density, "erdos-renyi", [None] * len(weights), 1 - density
     )
     found = []
@@ -65,7 +67,7 @@ def matrices(model: GPT, block: int, density: float) -> list[Matrix]:
             "up": (hidden, "stream"),
             "down": ("stream", hidden),
         }
-        kept = density.active_count(own, energy.size // block**2, 1)
+        kept = active_count(own, energy.size // block**2, 1)
         found.append(Matrix(energy, groups[kind], kept))
     return found
 

@@ -48,7 +48,7 @@ def sparsify(
         overrides: patterns of names -> :class:`Override`, for weights with a sparsity or a block of their own. The
             first pattern that matches counts.
         guard: what drop-and-grow may not take. ``"coverage"``: the largest block of each block row and column.
-            ``"backbone"``: a fixed wrapped block diagonal (:func:`mst_compile.guard.backbone`), which first masks
+            ``"backbone"``: a fixed wrapped block diagonal (:func:`mst_compile.rules.guard.backbone`), which first masks
             contain with either guard. ``"none"``: anything may go; whole rows and columns of blocks empty, and may
             never come back.
         rescale: where the schedule starts sparse, multiply the weights that stay by ``density ** -0.5``, so that a

@@ -14,6 +14,7 @@ from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import new_index, write_index
 from mst_compile.ops import linear as ops
 from mst_compile.rules import masks
+from mst_compile.rules.density import active_count
 from mst_compile.rules.guard import backbone
 
 from . import rivals
@@ -51,7 +52,7 @@ class Layer:
     def set_density(self, density: float) -> None:
         """A random mask of this density that leaves no block row or column empty, written in place."""
         spine = backbone(self.grid.shape)
-        count = density.active_count(density, self.grid.blocks, int(spine.sum()))
+        count = active_count(density, self.grid.blocks, int(spine.sum()))
         self.mask = masks.random_mask(spine, count, masks.generator(0, count, "benchmark"))
         write_index(self.index, self.grid, self.mask)
         self.weight.copy_(self._values * self._inside())
