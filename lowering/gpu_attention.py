@@ -142,7 +142,15 @@ def _sum(a: Any, b: Any) -> Any:
 
 def _or_zeros(gradient: Any, like: Any) -> Any:
     """A gradient, or zeros where no query sees any key."""
-    return lowerings[_aten.full_like.default](like, 0) if gradient is None else gradient
+    if gradient is not None:
+        return gradient
+    dtype = like.get_dtype()
+    return ir.Pointwise.create(
+        device=like.get_device(),
+        dtype=dtype,
+        inner_fn=lambda _: ops.constant(0.0, dtype),
+        ranges=list(like.get_size()),
+    )
 
 
 def _key_value(call: _Call, saved: dict[str, Any], count: Any, parts: Parts) -> tuple[Any, Any]:

@@ -43,6 +43,12 @@ class Attention:
                     f"run as floats in [0, 1] or numbers of steps, got {(self.start, self.end)!r}"
                 )
 
+        start, end = self.start, self.end
+        if start is not None and end is not None and type(start) is type(end) and start >= end:
+            raise ScheduleError(
+                f"attention_window {(start, end)!r} is empty, the pattern would never be on: the first step must lie "
+                "before the second"
+            )
         _ = self.parts  # of a pattern that there is, and of numbers that it takes
 
     @property

@@ -99,8 +99,8 @@ def test_failing_cell_is_recorded_and_the_rest_goes_on(rows, monkeypatch: pytest
 def test_wrong_result_gets_no_time(rows, monkeypatch: pytest.MonkeyPatch) -> None:
     real = layers.ours
 
-    def wrong(layer: layers.Layer):
-        calls = real(layer)
+    def wrong(layer: layers.Layer, *density: float):
+        calls = real(layer, *density)
         grad_weight = calls["grad-weight"]
         return calls | {"forward": lambda: torch.mm(layer.x, layer.weight.t()) + 1, "grad-weight": grad_weight}
 
