@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import Blocks
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from training import assert_zero_outside, loss_of
 
 from mst_compile import Constant, param_groups, sparsifier, sparsify
@@ -75,7 +76,12 @@ def by_post_hook(optimizer: torch.optim.Optimizer, error: BaseException) -> Call
     return optimizer.register_step_post_hook(raising(error)).remove
 
 
-WAYS = [(by_body, False), (by_late_body, True), (by_pre_hook, False), (by_post_hook, True)]
+def by_global_hook(optimizer: torch.optim.Optimizer, error: BaseException) -> Callable[[], None]:
+    """Somebody else's, that runs after ours."""
+    return register_optimizer_step_post_hook(raising(error)).remove
+
+
+WAYS = [(by_global_hook, True), (by_body, False), (by_late_body, True), (by_pre_hook, False), (by_post_hook, True)]
 
 
 @pytest.mark.parametrize(("way", "moves"), WAYS)
