@@ -36,14 +36,9 @@ class Attention:
         check_positions("stride", self.stride)
         if self.window is not None:
             check_positions("window", self.window)
-        for edge in (self.start, self.end):
-            if edge is not None and not is_moment(edge):
-                raise ScheduleError(
-                    "attention_window must be the first sparse step and the first full step after it, shares of the "
-                    f"run as floats in [0, 1] or numbers of steps, got {(self.start, self.end)!r}"
-                )
-
         start, end = self.start, self.end
+        if not all(edge is None or is_moment(edge) for edge in (start, end)):
+            raise _not_moments((start, end))
         if start is not None and end is not None and type(start) is type(end) and start >= end:
             raise ScheduleError(
                 f"attention_window {(start, end)!r} is empty, the pattern would never be on: the first step must lie "
@@ -85,8 +80,12 @@ def as_attention(attention: str | Pattern | Attention, window: object, stride: i
         return Attention(attention, span, stride)
     edges = tuple(window) if isinstance(window, tuple | list) else ()
     if len(edges) != 2 or not all(map(is_moment, edges)):
-        raise ScheduleError(
-            "attention_window must be the first sparse step and the first full step after it, shares of the run as "
-            f"floats in [0, 1] or numbers of steps, got {window!r}"
-        )
+        raise _not_moments(window)
     return Attention(attention, span, stride, *edges)
+
+
+def _not_moments(window: object) -> ScheduleError:
+    return ScheduleError(
+        "attention_window must be the first sparse step and the first full step after it, shares of the run as floats "
+        f"in [0, 1] or numbers of steps, got {window!r}"
+    )
