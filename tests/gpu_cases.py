@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,16 +37,22 @@ class Product:
     epilogue: str = "none"
     dense_grad: bool = False
 
+    def to(self, device: torch.device) -> Product:
+        """The same product with its operands there; the mask stays on the CPU."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return dataclasses.replace(self, x=self.x.to(device), weight=self.weight.to(device), bias=bias)
+
     @property
     def index(self) -> Tensor:
-        return index_of(self.mask, *self.weight.shape, self.block, dense_grad=self.dense_grad)
+        index = index_of(self.mask, *self.weight.shape, self.block, dense_grad=self.dense_grad)
+        return index.to(self.weight.device)
 
     @property
     def keep(self) -> Tensor:
         """Where a gradient of the weight is wanted, bool like the weight."""
         if self.dense_grad:
-            return torch.ones(self.weight.shape, dtype=torch.bool)
-        return expand(self.mask, *self.weight.shape, self.block)
+            return torch.ones(self.weight.shape, dtype=torch.bool, device=self.weight.device)
+        return expand(self.mask, *self.weight.shape, self.block).to(self.weight.device)
 
     def function(self) -> Callable[..., Tensor]:
         after, block, transposed = EPILOGUES[self.epilogue][0], self.block, self.transposed

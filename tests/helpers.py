@@ -54,7 +54,7 @@ def scalar(out: Any) -> Tensor:
 def _terms(out: Tensor) -> tuple[Tensor, Tensor]:
     """What :func:`scalar` adds up."""
     out = out.double() if out.dtype == torch.float64 else out.float()
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     return out * weight, out.square().mean()
 
 

@@ -56,7 +56,7 @@ class Exact(NamedTuple):
 def product(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Exact:
     """``a @ b + plus``."""
     a, b = a.detach().double(), b.detach().double()
-    shift = torch.zeros((), dtype=F64) if plus is None else plus.detach().double()
+    shift = torch.zeros((), dtype=F64, device=a.device) if plus is None else plus.detach().double()
     return Exact(a @ b + shift, a.abs() @ b.abs() + shift.abs())
 
 

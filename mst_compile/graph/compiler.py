@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -59,6 +60,19 @@ def find_weights(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) ->
         if weight is not None:
             found[i] = weight
     return found
+
+
+def _late(tracing: torch._guards.TracingContext) -> torch._guards.TracingContext:
+    """Dynamo's context for a variant that is compiled after it has returned.
+
+    A context of its own: what AOTAutograd notes of one variant must not replace what the backward pass of another,
+    which is compiled when it first runs, will look up. Nor does a late variant belong to the buckets that DDP's graph
+    splitting has counted.
+    """
+    own = copy.copy(tracing)
+    own.fw_metadata = None
+    own.ddp_optimizer_ctx = None
+    return own
 
 
 class Compiler:
@@ -149,7 +163,7 @@ class Compiler:
         with contextlib.ExitStack() as stack:
             if tracing is not None and torch._guards.TracingContext.try_get() is None:
                 stack.enter_context(torch._guards.compile_context(self._compile_context))  # type: ignore[arg-type]
-                stack.enter_context(torch._guards.tracing(tracing))
+                stack.enter_context(torch._guards.tracing(_late(tracing)))
             run = self._compile_fn(graph_module, examples)
         self._examples = self._late_examples
         return run

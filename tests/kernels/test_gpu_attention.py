@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import mst_compile.lowering.inductor  # noqa: F401  (registers the lowerings)
@@ -11,15 +10,16 @@ import pytest
 import torch
 import triton
 from attention_parts import COMBINATIONS, combine
+from gpu_attention_cases import Case, case, check_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mst_compile.kernels.triton import attention as kernels
-from oracles import assert_as_good_as, assert_within, of_rounding, of_sum, smallest
+from oracles import assert_as_good_as
 from pretend_gpu import Generated, Interpreter, check, cross_compile, generate, kernels_of
 from torch import Tensor
 
-from mst_compile.ops.attention import attention_backward_reference, attention_reference
-from mst_compile.rules.patterns import Parts, allowed
+from mst_compile.ops.attention import attention_reference
+from mst_compile.rules.patterns import Parts
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SPARSE = combine("window and distances", 40, 32)
@@ -31,55 +31,16 @@ def interpreter() -> Iterator[Interpreter]:
         yield running
 
 
-@dataclass
-class Case:
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    key_mask: Tensor | None
-    parts: Parts
+def generated(given_case: Case, choice: int = 0, **kwargs: Any) -> tuple[Generated, int]:
+    """The code with each kernel's ``choice``-th tile, and the largest number of tiles."""
+    asked: list[int] = []
 
-    @property
-    def settings(self) -> tuple[list[int], float]:
-        return self.parts.numbers, self.q.shape[-1] ** -0.5
+    def choose(name: str, choices: list[Any]) -> int:
+        asked.append(len(choices))
+        return min(choice, len(choices) - 1)
 
-    def generate(self, choice: int = 0, **kwargs: Any) -> tuple[Generated, int]:
-        """The code with each kernel's ``choice``-th tile, and the largest number of tiles."""
-        asked: list[int] = []
-
-        def choose(name: str, choices: list[Any]) -> int:
-            asked.append(len(choices))
-            return min(choice, len(choices) - 1)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-            return torch.ops.mst.attention(q, k, v, key_mask, *self.settings)[0]
-
-        leaves = [t.detach().requires_grad_() for t in (self.q, self.k, self.v)]
-        return generate(attend, [*leaves, self.key_mask], choose=choose, **kwargs), max(asked, default=1)
-
-
-def case(
-    parts: Parts,
-    batch: int = 1,
-    heads: int = 2,
-    group: int = 1,
-    length: int = 97,
-    size: int = 32,
-    dtype: torch.dtype = F32,
-    padded: bool = False,
-    seed: int = 0,
-    by_position: bool = False,
-) -> Case:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(count: int) -> Tensor:
-        if by_position:  # as a model's projections leave it
-            return torch.randn(batch, length, count, size, generator=generator).to(dtype).transpose(1, 2)
-        return torch.randn(batch, count, length, size, generator=generator).to(dtype)
-
-    q, k, v = normal(heads * group), normal(heads), normal(heads)
-    key_mask = torch.rand(batch, length, generator=generator) < 0.8 if padded else None
-    return Case(q, k, v, key_mask, parts)
+    made = generate(given_case.function(), given_case.arguments(), choose=choose, **kwargs)
+    return made, max(asked, default=1)
 
 
 # -- machine code ------------------------------------------------------------------------------------------------------
@@ -100,7 +61,7 @@ def test_every_tile_compiles_to_good_machine_code(what: str, dtype: torch.dtype,
     parts = combine(what, 128, 128)
     choice, count = 0, 1
     while choice < count:
-        made, count = case(parts, length=250, size=size, dtype=dtype, padded=True).generate(choice)
+        made, count = generated(case(parts, length=250, size=size, dtype=dtype, padded=True), choice)
         for graph in made.graphs.values():
             for kernel in kernels_of(graph.source):
                 if kernel.kind == "template":
@@ -124,49 +85,10 @@ def test_tiles_of_every_kind_and_size() -> None:
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-def check_numbers(given_case: Case, made: Generated, interpreter: Interpreter) -> None:
-    """Results and gradients against the reference in float64.
-
-    Errors are bounded by what is rounded to the operands' dtype (probabilities, their gradients, the result), relative
-    to the sum of the absolute values of what is added up, and by float32's own error in sums and exponents.
-    """
-    c = given_case
-    q, k, v = (t.double() for t in (c.q, c.k, c.v))
-    out, lse = attention_reference(q, k, v, c.key_mask, *c.settings)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(c.q.dtype).double()
-    exact = attention_backward_reference(grad, q, k, v, out, lse, c.key_mask, *c.settings)
-
-    group, scale = c.q.shape[1] // c.k.shape[1], c.settings[-1]
-    wide_k, wide_v = (t.repeat_interleave(group, 1) for t in (k, v))
-    mask = allowed(c.parts, q.shape[2])
-    mask = mask if c.key_mask is None else mask & c.key_mask[:, None, None, :]
-    scores = (q @ wide_k.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
-    p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
-    size_of_scores = (q.abs() @ wide_k.abs().transpose(-1, -2)).max() * scale
-    f32 = of_sum(q.shape[2] + q.shape[3], beside=0) * (2 + size_of_scores)
-    error = float(of_rounding(c.q.dtype, times=4) + f32)
-    ds = (
-        p
-        * (grad.abs() @ wide_v.abs().transpose(-1, -2) + (grad.abs() * (p @ wide_v.abs())).sum(-1, keepdim=True))
-        * scale
-    )
-
-    def per_key_head(t: Tensor) -> Tensor:
-        return t.unflatten(1, (-1, group)).sum(2)
-
-    sizes = [
-        p @ wide_v.abs(),
-        ds @ wide_k.abs(),
-        per_key_head(ds.transpose(-1, -2) @ q.abs()),
-        per_key_head(p.transpose(-1, -2) @ grad.abs()),
-    ]
+def check_generated(given_case: Case, made: Generated, interpreter: Interpreter) -> None:
     results = [interpreter.run(made.forward)[0], *(t for t in interpreter.run(made.backward) if isinstance(t, Tensor))]
-    for name, actual, expected, bound in zip(("out", "dq", "dk", "dv"), results, (out, *exact), sizes, strict=True):
-        assert actual is not None
-        assert actual.dtype == c.q.dtype
-        # Parts of a gradient are rounded before they are added, and a saved result is rounded before delta is formed.
-        # Close to 0, float16 rounds each of them by its smallest number, whatever their size.
-        assert_within(actual, expected, 2 * error * bound + 2 * smallest(c.q.dtype), name)
+    upstream = torch.randn(made.result.shape, generator=torch.Generator().manual_seed(0)).to(given_case.q.dtype)
+    check_numbers(given_case, results, upstream)
 
 
 @st.composite
@@ -191,16 +113,16 @@ def cases(draw: st.DrawFn, what: str) -> Case:
 @given(data=st.data())
 def test_numbers_of_generated_code(what: str, interpreter: Interpreter, data: st.DataObject) -> None:
     drawn = data.draw(cases(what))
-    made, _ = drawn.generate(data.draw(st.integers(0, 1)))
-    check_numbers(drawn, made, interpreter)
+    made, _ = generated(drawn, data.draw(st.integers(0, 1)))
+    check_generated(drawn, made, interpreter)
 
 
 def test_queries_that_see_no_key_give_zero(interpreter: Interpreter) -> None:
     nothing = case(SPARSE, padded=True)
     assert nothing.key_mask is not None
     nothing.key_mask[:, :50] = False
-    made, _ = nothing.generate()
-    check_numbers(nothing, made, interpreter)
+    made, _ = generated(nothing)
+    check_generated(nothing, made, interpreter)
     out, *_ = interpreter.run(made.forward)
     assert out is not None
     assert not out[:, :, :32].any()
@@ -208,7 +130,7 @@ def test_queries_that_see_no_key_give_zero(interpreter: Interpreter) -> None:
 
 @pytest.mark.parametrize(("size", "dtype"), [(8, F32), (160, F32), (32, torch.float64), (512, BF16)])
 def test_what_has_no_kernel_runs_the_reference(size: int, dtype: torch.dtype) -> None:
-    made, _ = case(Parts(window=40), size=size, dtype=dtype, length=20).generate()
+    made, _ = generated(case(Parts(window=40), size=size, dtype=dtype, length=20))
     assert "torch.ops.mst.attention.default(" in made.forward.source
     assert not [k for k in kernels_of(made.forward.source) if k.kind == "template"]
 

@@ -1,0 +1,90 @@
+"""Tests that run the kernels on a real GPU, collected only where there is one.
+
+    python -m pytest tests/gpu -n 12
+
+``MST_TESTS_DEVICE=cpu`` runs the same tests on the CPU, and so its kernels: that tests the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import mst_compile.lowering.inductor  # noqa: F401  (registers the lowerings)
+import pytest
+import torch
+from mst_compile.lowering import compat
+
+DEVICE = os.environ.get("MST_TESTS_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
+if not DEVICE:
+    collect_ignore_glob = ["test_*.py"]
+elif "mst" not in torch._dynamo.list_backends():  # a checkout that is not installed
+    from mst_compile.graph.backend import mst
+
+    torch._dynamo.register_backend(mst, name="mst")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker("gpu")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, None, None]:
+    """End a worker process whose GPU context a kernel has broken: every test that follows would fail in it.
+
+    pytest-xdist reports the test as crashed and starts another worker; what was raised is printed.
+    """
+    yield
+    if call.excinfo is not None and DEVICE == "cuda" and "PYTEST_XDIST_WORKER" in os.environ:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            lines = traceback.format_exception(call.excinfo.value)
+            print(f"{item.nodeid} broke the GPU's context:\n", *lines[-3:], file=sys.__stderr__, flush=True)
+            os._exit(1)
+
+
+@pytest.fixture
+def device() -> Iterator[torch.device]:
+    """The device, its free memory full of NaN: what a kernel reads beside its operands shows."""
+    found = torch.device(DEVICE)
+    if found.type == "cuda":
+        for bytes_each, count in ((1 << 10, 64), (1 << 19, 32), (1 << 24, 16)):
+            held = [torch.full((bytes_each // 4,), torch.nan, device=found) for _ in range(count)]
+            del held
+    yield found
+    if found.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def take(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[int]]]:
+    """Have every product compiled with one choice of the autotuner's, the last of ours where there are fewer.
+
+    The function returned takes the number of the choice, and returns a list of how many were asked for each time.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def use(choice: int) -> list[int]:
+            asked: list[int] = []
+            select = compat.select
+
+            def one(name: str, choices: list[Any], *args: Any, **kwargs: Any) -> Any:
+                # Attention has no dense product among its choices; the others mark which are ours.
+                own = [c for c in choices if hasattr(c, "mst_product")] or choices
+                asked.append(len(own))
+                return select(name, [own[min(choice, len(own) - 1)]], *args, **kwargs)
+
+            monkeypatch.setattr(compat, "select", one)
+            # Compiled code is cached by its graph, which is the same for all choices.
+            stack.enter_context(torch._inductor.config.patch(force_disable_caches=True))
+            return asked
+
+        yield use
