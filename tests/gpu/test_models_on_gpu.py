@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import Blocks, compiled, loss_and_grads, oracle, static
 from mask_cases import element_masks
-from oracles import assert_all_as_good_as
+from oracles import assert_all_as_good_as, of_rounding
 from torch import Tensor, nn
 from training import assert_zero_outside
 
@@ -99,7 +99,7 @@ def _as_eager(model: nn.Module, run: Any, ids: Tensor, autocast: Any, eager_run:
     with autocast:
         loss = loss_of(run, ids)
     loss.backward()
-    rounding, loss, want = torch.finfo(BF16).eps, loss.detach(), want.detach()
+    rounding, loss, want = of_rounding(BF16), loss.detach(), want.detach()
     assert abs(float(loss) - float(want)) <= 8 * rounding * float(want)
     got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert got.keys() == eager.keys()
