@@ -47,7 +47,8 @@ def _cell_cache(device: torch.device) -> contextlib.AbstractContextManager[objec
 def _run_cell(cell: Cell, run: Run, args: argparse.Namespace) -> None:
     torch._dynamo.reset()
     run.stage("mst")
-    tables = {"max_autotune_gemm": True} if run.show_tuning else {}  # else Inductor keeps them to itself
+    # Else Inductor keeps them to itself. A whole model would tune every dense product too, 16 s each on an H100.
+    tables = {"max_autotune_gemm": True} if run.show_tuning and isinstance(cell, LayerCell) else {}
     with _cell_cache(run.device), inductor_config.patch(tables):
         if isinstance(cell, LayerCell):
             layers.measure(cell, run)

@@ -57,7 +57,7 @@ def error(result: Tensor, reference: Tensor) -> float:
 
     The root mean square is added to the size: sums that cancel to nearly 0 carry the rounding of their parts.
     """
-    reference = reference.float()
+    reference = reference.double()
     size = reference.abs() + reference.square().mean().sqrt()
-    worst = float(((result.float() - reference).abs() / size.clamp_min(1e-30)).max())
+    worst = float(((result.double() - reference).abs() / size.clamp_min(1e-30)).max())
     return worst / torch.finfo(result.dtype).eps if worst == worst else float("inf")
