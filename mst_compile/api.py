@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from mst_compile.blocks.shards import check_placement
@@ -14,6 +15,7 @@ from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.state import weight as weights
 from mst_compile.state.selection import Override, select
 from mst_compile.state.sparsifier import Sparsifier, attach, detach, sparsifier, sparsifier_of
+from mst_compile.state.uses import forget_compiled, is_compiled
 
 
 def sparsify(
@@ -83,6 +85,9 @@ def sparsify(
     new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, guard)
     new.draw_first_masks(rescale)
     attach(model, new)
+    if any(is_compiled(candidate.parameter) for candidate in selection.candidates):
+        torch._dynamo.reset()  # graphs that were compiled before know nothing of masks
+        forget_compiled()
     return model
 
 

@@ -3,7 +3,8 @@
 In an optimizer's state dict everything is a tensor that belongs to a parameter, and comes back in that parameter's
 dtype. So all is written in whole numbers from 0 to 255, which every floating dtype of 16 bits or more holds exactly::
 
-    mst_topology  [R, C]       0 inactive, 1 active, 2 active since the last topology event, not stepped since
+    mst_topology  [R, C]       0 inactive, 1 active, 2 active since the last topology event, not stepped since; and 3
+                               more everywhere if the weight was trained since that event
     mst_progress  [16]         step count and seed, eight bytes each, little end first
     mst_scores    [4, R, C]    float32 growth scores so far, four bytes each; where scores are added up over steps
 """
@@ -23,17 +24,19 @@ STATE_VERSION = 2
 TOPOLOGY, PROGRESS, SCORES = TOPOLOGY_KEYS = ("mst_topology", "mst_progress", "mst_scores")
 
 
-def pack_topology(mask: Tensor, grown: Tensor | None) -> Tensor:
+def pack_topology(mask: Tensor, grown: Tensor | None, moved: bool = False) -> Tensor:
     """uint8 ``[R, C]`` of two bool ``[R, C]``: the active blocks, and those of them that have just grown."""
-    packed = mask.to(torch.uint8)
+    packed = mask.to(torch.uint8) + 3 * moved
     return packed if grown is None else packed + (grown & mask).to(torch.uint8)
 
 
-def unpack_topology(packed: Tensor) -> tuple[Tensor, Tensor | None]:
+def unpack_topology(packed: Tensor) -> tuple[Tensor, Tensor | None, bool]:
     """Inverse of :func:`pack_topology`, from any dtype and device."""
     packed = packed.detach().cpu()
+    moved = bool((packed > 2.5).any())
+    packed = packed - 3 * moved
     grown = packed > 1.5
-    return packed > 0.5, grown if bool(grown.any()) else None
+    return packed > 0.5, grown if bool(grown.any()) else None, moved
 
 
 def pack_progress(step: int, seed: int) -> Tensor:
