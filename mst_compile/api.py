@@ -86,7 +86,7 @@ def sparsify(
     new.draw_first_masks(rescale)
     attach(model, new)
     if any(is_compiled(candidate.parameter) for candidate in selection.candidates):
-        torch._dynamo.reset()  # graphs that were compiled before know nothing of masks
+        torch._dynamo.reset()  # they were sparse before, perhaps on another grid of blocks, which graphs rely on
         forget_compiled()
     return model
 

@@ -21,6 +21,7 @@ from mst_compile.errors import BackendOptionError, MSTWarning
 from mst_compile.graph.cachekey import SourceKey
 from mst_compile.graph.compiler import find_weights, given_inputs
 from mst_compile.graph.dispatch import Dispatch
+from mst_compile.graph.late import Late
 from mst_compile.lowering import device, inductor  # noqa: F401  (inductor registers the lowerings)
 from mst_compile.state.uses import note_compiled
 
@@ -50,10 +51,10 @@ def mst(
     own, patches = _split_options(mode, options)
     devices = _devices(example_inputs)
     compile_fn = _inner(own["mst.inner"], patches, devices)
-    note_compiled(x for x in given_inputs(graph_module, example_inputs) if isinstance(x, torch.nn.Parameter))
     found = find_weights(graph_module, example_inputs)
+    note_compiled(x for i, x in enumerate(given_inputs(graph_module, example_inputs)) if i in found)
     if not found:
-        return compile_fn(graph_module, example_inputs)
+        return Late(graph_module, example_inputs, compile_fn, own["mst.dense_threshold"])
     if own["mst.keep_memory"]:
         for used in devices:
             used.keep_memory()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -66,6 +66,38 @@ def find_weights(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) ->
     return {i: weight for i, weight in enumerate(states) if weight is not None}
 
 
+def late_examples(tracing: torch._guards.TracingContext | None, example_inputs: Sequence[Any]) -> list[Any]:
+    """Fake example inputs for a variant that is compiled after Dynamo has returned.
+
+    Made now, because Dynamo forgets how it made its inputs symbolic once the backend returns: real tensors would then
+    all become dynamic. Fakes also keep no batch alive.
+    """
+    if tracing is None or tracing.fake_mode is None:
+        return list(example_inputs)
+    mode, out = tracing.fake_mode, []
+    for x in example_inputs:
+        if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
+            symbolic = tracing.tensor_to_context.get(x, None)
+            if symbolic is None:
+                x = mode.from_tensor(x, static_shapes=True)
+            else:
+                x = mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
+        out.append(x)
+    return out
+
+
+@contextlib.contextmanager
+def compiling_late(
+    tracing: torch._guards.TracingContext | None, compile_context: torch._guards.CompileContext | None
+) -> Iterator[None]:
+    """The contexts that Inductor asks for, as Dynamo left them; unless it is still at work."""
+    with contextlib.ExitStack() as stack:
+        if tracing is not None and torch._guards.TracingContext.try_get() is None:
+            stack.enter_context(torch._guards.compile_context(compile_context))  # type: ignore[arg-type]
+            stack.enter_context(torch._guards.tracing(_late(tracing)))
+        yield
+
+
 def _late(tracing: torch._guards.TracingContext) -> torch._guards.TracingContext:
     """Dynamo's context for a variant that is compiled after it has returned.
 
@@ -117,7 +149,7 @@ class Compiler:
         self._tracing = torch._guards.TracingContext.try_get()
         self._compile_context = torch._guards.CompileContext.try_get()
         self._examples = list(example_inputs)  # Dynamo's own for the first variant
-        self._late_examples = self._fakes(example_inputs)
+        self._late_examples = late_examples(self._tracing, example_inputs)
 
     def variant(self, kind: Kind, inputs: Sequence[Any]) -> Variant:
         """The variant of a kind; ``inputs`` are those of the call that needs it."""
@@ -164,10 +196,7 @@ class Compiler:
         if sparse:
             mode = tracing.fake_mode if tracing is not None else None
             examples = [*examples, *(fake_index(self._found[i], mode) for i in self.slots)]
-        with contextlib.ExitStack() as stack:
-            if tracing is not None and torch._guards.TracingContext.try_get() is None:
-                stack.enter_context(torch._guards.compile_context(self._compile_context))  # type: ignore[arg-type]
-                stack.enter_context(torch._guards.tracing(_late(tracing)))
+        with compiling_late(tracing, self._compile_context):
             run = self._compile_fn(graph_module, examples)
         self._examples = self._late_examples
         return run
@@ -178,23 +207,3 @@ class Compiler:
         if {Kind(sparse, patterned) for sparse in products for patterned in patterns} <= self._made.keys():
             self._graphs, self._examples, self._late_examples = {}, [], []
             self._tracing = self._compile_context = None
-
-    def _fakes(self, example_inputs: Sequence[Any]) -> list[Any]:
-        """Fake example inputs for a variant that is compiled later.
-
-        Made now, because Dynamo forgets how it made its inputs symbolic once the backend returns: real tensors would
-        then all become dynamic. Fakes also keep no batch alive.
-        """
-        tracing = self._tracing
-        if tracing is None or tracing.fake_mode is None:
-            return list(example_inputs)
-        mode, out = tracing.fake_mode, []
-        for x in example_inputs:
-            if isinstance(x, Tensor) and not isinstance(x, FakeTensor):
-                symbolic = tracing.tensor_to_context.get(x, None)
-                if symbolic is None:
-                    x = mode.from_tensor(x, static_shapes=True)
-                else:
-                    x = mode.from_tensor(x, symbolic_context=symbolic, source=symbolic.tensor_source, trace=False)
-            out.append(x)
-        return out

@@ -30,6 +30,7 @@ class Dispatch:
         found: position among the inputs -> state of the sparse parameter that came in there.
         dense_threshold: the dense variant runs when the parameters' mean density is at least this; None: at the density
             where dense products become faster on the weights' device.
+        first_call: the inputs of the first call, where ``example_inputs`` are fakes of another one's.
     """
 
     _last: Dispatch | None = None  # which graph was the last to run
@@ -41,6 +42,7 @@ class Dispatch:
         found: Mapping[int, SparseWeight],
         compile_fn: CompileFn,
         dense_threshold: float | None,
+        first_call: Sequence[Any] | None = None,
     ) -> None:
         self._found = found
         self._first = next(iter(found))
@@ -57,9 +59,9 @@ class Dispatch:
         self._epoch = -1
         self._calls_to_look = _FIRST_CALLS
         self._set_threshold()
-        indices = self._indices(example_inputs)
-        inputs = [*example_inputs, *(indices or [])]
-        self._make((indices is not None, self._patterned(example_inputs)), inputs)
+        given = example_inputs if first_call is None else first_call
+        indices = self._indices(given)
+        self._make((indices is not None, self._patterned(given)), [*given, *(indices or [])])
 
     def __call__(self, *args: Any) -> Any:
         indices = self._indices(args)

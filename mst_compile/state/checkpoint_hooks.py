@@ -1,8 +1,8 @@
 """Optimizer checkpoints as they happen: let the topology ride in what people save and load anyway.
 
 PyTorch has hooks for ``state_dict`` and ``load_state_dict`` on single optimizers alone, and an optimizer that is about
-to be resumed has not stepped, so nobody knows it yet: those two methods of ``torch.optim.Optimizer`` are wrapped, once,
-when the first model is made sparse.
+to be resumed has not stepped, so nobody knows it yet: those two methods of ``torch.optim.Optimizer`` are wrapped, once;
+``load_state_dict`` on import, as it may be called first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def watch_checkpoints(watcher: CheckpointWatcher) -> None:
     if not _registered:
         _registered = True
         _wrap_state_dict()
-        _wrap_load_state_dict()
     _watchers.add(watcher)
 
 
@@ -98,12 +97,10 @@ def _wrap_load_state_dict() -> None:
     Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
 
 
-def take_unclaimed(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+def take_unclaimed(parameter: Tensor) -> dict[str, Any]:
     """The topology of a Parameter that an optimizer was loaded with before the Parameter was sparse, if any; no longer
     kept then."""
-    entry = _unclaimed.pop(parameter, {})
-    state = optimizer.state.get(parameter, {})  # loaded before anything was sparse, when nobody looked
-    return {key: state.pop(key) for key in TOPOLOGY_KEYS if key in state} or entry
+    return _unclaimed.pop(parameter, {})
 
 
 def _take_entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -115,3 +112,7 @@ def _take_entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[int,
         if isinstance(entry, dict) and any(name in entry for name in TOPOLOGY_KEYS):
             found[id(parameter)] = {name: entry[name] for name in TOPOLOGY_KEYS if name in entry}
     return found
+
+
+# From the start: an optimizer may be loaded before anything is sparse.
+_wrap_load_state_dict()

@@ -82,6 +82,7 @@ class Run:
         if self.schedule.sparsity_at(0) > 0:
             plan = plan_first_masks(self.weights, self.densities(), self.seed)
             apply(plan, self.weights.parameters(), (), rescale=rescale)
+        self.take_unclaimed()
         self.prepare_next_step()
 
     def complete_step(self) -> None:
@@ -107,12 +108,10 @@ class Run:
     def meet(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Before an optimizer steps: its weights and its state of them shall be 0 outside the active blocks.
 
-        It may have a past, from before the model was made sparse or from a checkpoint, and may have been loaded with a
-        topology when nobody could take it.
+        It may have a past, from before the model was made sparse or from a checkpoint.
         """
         if optimizer not in self.optimizers:
             self.weights.check_replaced(self.root())
-            self._take_topology(optimizer, own)
         self._settle(own)
         if optimizer not in self.optimizers:
             for weight, parameter in own:
@@ -121,10 +120,11 @@ class Run:
         for weight, parameter in own:
             weight.version = parameter._version
 
-    def _take_topology(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+    def take_unclaimed(self) -> None:
+        """Go on from the topology that an optimizer was loaded with before the model was made sparse."""
         progress, topologies = self.progress, {}
-        for weight, parameter in own:
-            entry = take_unclaimed(optimizer, parameter)
+        for weight, parameter in self.weights.parameters():
+            entry = take_unclaimed(parameter)
             if TOPOLOGY in entry:
                 check_entry(weight.name, weight, entry)
                 found = from_entry(entry)

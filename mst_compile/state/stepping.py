@@ -230,7 +230,7 @@ class Stepping:
     def _trains_around(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer trains Parameters of the model, whose sparse weights are all frozen."""
         model = self._run.root()
-        if model is None or any(parameter.requires_grad for _, parameter in self._run.weights.parameters()):
+        if model is None or any(parameter.requires_grad for _, parameter in self._run.weights.held()):
             return False
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return any(id(parameter) in known for parameter in model.parameters())

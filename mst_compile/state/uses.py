@@ -1,5 +1,5 @@
 """What compiled graphs do with a weight: written by the graph passes and the dispatch, read by ``explain``; and which
-Parameters compiled graphs have taken before anyone made them sparse."""
+Parameters they have taken."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_compiled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Parameter that a graph of ours takes -> True
+_compiled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # sparse Parameter that a graph takes -> True
 _graphs = 0
 
 
 def note_compiled(parameters: Iterable[Tensor]) -> None:
-    """A graph is compiled that takes these Parameters, sparse or not."""
+    """A graph is compiled that takes these Parameters with the masks that they have."""
     global _graphs
     _graphs += 1
     for parameter in parameters:
@@ -23,7 +23,7 @@ def note_compiled(parameters: Iterable[Tensor]) -> None:
 
 
 def is_compiled(parameter: Tensor) -> bool:
-    """Whether a compiled graph takes this Parameter as what it was then."""
+    """Whether a compiled graph takes this Parameter with the block grid that it had then."""
     return parameter in _compiled
 
 

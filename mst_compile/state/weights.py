@@ -49,8 +49,14 @@ class Weights:
         Asked of every optimizer of the process: one that trains none of them is told nothing of their troubles.
         """
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        held = ((weight, held_parameter(*self._owners[weight.name][0])) for weight in self)
-        return [(weight, parameter) for weight, parameter in held if parameter is not None and id(parameter) in known]
+        return [(weight, parameter) for weight, parameter in self.held() if id(parameter) in known]
+
+    def held(self) -> Iterator[tuple[SparseWeight, nn.Parameter]]:
+        """As :meth:`parameters`, without the weights that are gone from their modules."""
+        for weight in self:
+            parameter = held_parameter(*self._owners[weight.name][0])
+            if parameter is not None:
+                yield weight, parameter
 
     def check_replaced(self, model: nn.Module | None) -> None:
         """Raise :class:`WeightError` if ``model`` holds another, dense Parameter in a weight's place."""
@@ -69,8 +75,7 @@ class Weights:
 
     def with_gradients(self) -> set[str]:
         """Names of the weights that have a gradient."""
-        held = ((weight, held_parameter(*self._owners[weight.name][0])) for weight in self)
-        return {weight.name for weight, parameter in held if parameter is not None and parameter.grad is not None}
+        return {weight.name for weight, parameter in self.held() if parameter.grad is not None}
 
     def densities(self, schedule: Schedule, sparsity: float) -> list[float]:
         """Target density of each weight when ``schedule`` is at ``sparsity``."""

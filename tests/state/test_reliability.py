@@ -1,0 +1,549 @@
+"""What other training code does to a sparse model, situation by situation; any order of it is in
+test_state_machine.py."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from helpers import Blocks, compiled, static
+from mask_cases import element_masks
+from oracles import assert_reordered
+from torch import Tensor, nn
+from training import assert_zero_outside, batches, loss_of
+
+from mst_compile import Constant, MSTWarning, densify, explain, sparsifier, sparsify
+from mst_compile.errors import MSTError, OptimizerError, WeightError
+from mst_compile.schedule import Mixed
+
+X = torch.randn(16, 32, generator=torch.Generator().manual_seed(3))
+Run = Callable[[Tensor], Tensor]
+
+
+def start(growth: str = "none", interval: int = 5) -> tuple[nn.Module, Run, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = sparsify(Blocks(), Constant(0.7, interval=interval, growth=growth))
+    return model, compiled(model), torch.optim.AdamW(model.parameters(), 1e-2)
+
+
+def train(run: Run, optimizer: torch.optim.Optimizer, steps: int = 1) -> None:
+    for _ in range(steps):
+        loss_of(run, X).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same(model: nn.Module, run: Run) -> None:
+    """Compiled equals eager, in evaluation and in training."""
+    for recording in (False, True):
+        with torch.set_grad_enabled(recording):
+            assert_reordered(run(X).detach(), model(X).detach(), 512)
+
+
+# -- whoever writes a weight -------------------------------------------------------------------------------------------
+
+
+def _copy(model: nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.1)
+
+
+def _data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data.add_(0.01)
+
+
+def _other_data(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data = p.detach() + 0.01
+
+
+def _vector(model: nn.Module) -> None:
+    vector = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(vector + 0.01, model.parameters())
+
+
+def _reset(model: nn.Module) -> None:
+    model.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("write", [_copy, _data, _other_data, _vector, _reset])
+def test_a_written_weight_is_noticed(write: Callable[[nn.Module], None]) -> None:
+    model, run, optimizer = start()
+    train(run, optimizer, 3)
+    masks = sparsifier(model).masks
+    write(model)
+    with pytest.warns(MSTWarning, match=r"outside the active blocks of layers\.0\.1\.weight, .*dense products"):
+        same(model, run)
+    assert all(row.kernel == "dense" and "outside the active blocks" in row.status for row in explain(model))
+    with pytest.warns(MSTWarning, match=r"are set to 0 now that an optimizer steps: \d+\.\d\d% of its squared"):
+        train(run, optimizer)
+    assert_zero_outside(model, optimizer, gradients=False)
+    assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier(model).masks.items())
+    same(model, run)
+    assert all(row.kernel == "block-sparse" for row in explain(model))
+
+
+def test_averages_are_swapped_in_and_out_again() -> None:
+    model, run, optimizer = start("random", interval=2)
+    shadow = [p.detach().clone() for p in model.parameters()]
+    for _ in range(3):
+        train(run, optimizer, 3)
+        for s, p in zip(shadow, model.parameters(), strict=True):
+            s.lerp_(p.detach(), 0.5)
+    kept = [p.detach().clone() for p in model.parameters()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MSTWarning)
+        for values in (shadow, kept):
+            for p, value in zip(model.parameters(), values, strict=True):
+                p.data.copy_(value)
+            with torch.no_grad():
+                assert_reordered(run(X), model(X), 512)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is lost: the weights are back
+        train(run, optimizer)
+
+
+# -- copies and checkpoints --------------------------------------------------------------------------------------------
+
+
+def test_copies_have_the_values_that_they_were_given() -> None:
+    model, run, optimizer = start("random", interval=2)
+    train(run, optimizer, 2)
+    target, average = copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model)
+    fast_target, fast_average = compiled(target), compiled(average)
+    same(target, fast_target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MSTWarning)
+        for _ in range(3):
+            train(run, optimizer, 2)
+            average.update_parameters(model)
+            with torch.no_grad():
+                for a, b in zip(target.parameters(), model.parameters(), strict=True):
+                    a.copy_(b)
+            same(target, fast_target)
+            same(average, fast_average)
+
+
+def test_masks_follow_values_that_come_without_them() -> None:
+    """A best checkpoint with other masks of the same density."""
+    model, run, optimizer = start("random", interval=2)
+    train(run, optimizer, 2)
+    best = {k: v.clone() for k, v in model.state_dict().items()}
+    masks = sparsifier(model).masks
+    train(run, optimizer, 8)
+    assert any(not torch.equal(mask, masks[name]) for name, mask in sparsifier(model).masks.items())
+    model.load_state_dict(best)
+    assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MSTWarning)
+        same(model, run)
+        loss_of(run, X).backward()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    for name, mask in element_masks(model).items():
+        value = model.state_dict()[name]
+        assert not value[~mask].any()
+        assert torch.equal(value, best[name]), "nothing was cut"
+
+
+def test_a_dense_checkpoint_is_cut_when_it_is_trained_and_not_before() -> None:
+    dense = Blocks()
+    model, run, optimizer = start()
+    active = {name: int(mask.sum()) for name, mask in sparsifier(model).masks.items()}
+    model.load_state_dict(dense.state_dict())
+    assert_reordered(model(X), dense(X), 1)
+    with pytest.warns(MSTWarning, match="outside the active blocks"):
+        same(model, run)
+    loss_of(run, X).backward()
+    with pytest.warns(MSTWarning, match=r"are set to 0 now that an optimizer steps: [1-9]\d\.\d\d%"):
+        optimizer.step()
+    assert_zero_outside(model, optimizer, gradients=False)
+    for name, mask in sparsifier(model).masks.items():
+        assert int(mask.sum()) == active[name]
+        assert bool(mask.any(0).all())
+        assert bool(mask.any(1).all())
+    same(model, run)
+
+
+def test_an_optimizer_loaded_before_sparsify() -> None:
+    model, run, optimizer = start("random", interval=2)
+    train(run, optimizer, 5)
+    buffer = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], buffer)
+    weights, state = torch.load(io.BytesIO(buffer.getvalue()))
+    again = Blocks()
+    other = torch.optim.AdamW(again.parameters(), 1e-2)
+    other.load_state_dict(state)
+    sparsify(again, Constant(0.7, interval=2, growth="random"))
+    again.load_state_dict(weights)
+    for m, o in ((model, optimizer), (again, other)):
+        train(m, o, 3)
+    assert sparsifier(again).step_count == sparsifier(model).step_count == 8
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# -- optimizers with a past --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, 1e-2),
+        lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+        lambda p: torch.optim.Adagrad(p, 1e-2, initial_accumulator_value=0.1),
+    ],
+)
+def test_state_from_before_is_cleaned(make: Callable[..., torch.optim.Optimizer]) -> None:
+    model = Blocks()
+    optimizer = make(model.parameters())
+    for _ in range(2):
+        train(model, optimizer, 3)
+        sparsify(model, static())
+        train(model, optimizer)
+        assert_zero_outside(model, optimizer, gradients=False)
+        densify(model)
+
+
+class Coded(torch.Tensor):
+    """State in another form: numbers times 64 as whole numbers, read and written through copies alone."""
+
+    exact = True
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> Coded:
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes: Tensor) -> None:
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and cls.exact is not None:
+            to, source = args[:2]
+            if isinstance(to, Coded):
+                to.codes.copy_((source * 64).round() + (0 if cls.exact else 1))
+            else:
+                to.copy_(source.codes / 64)
+            return to
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        raise NotImplementedError(f"{func} of Coded")
+
+
+class CodedSGD(torch.optim.Optimizer):
+    """Momentum in a tensor subclass."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = Coded(torch.zeros_like(p))
+                    codes = self.state[p]["momentum"].codes
+                    codes.mul_(0.9).add_(p.grad * 64)
+                    p.sub_(codes / 64, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("exact", [True, False, None])
+def test_state_in_a_tensor_subclass(exact: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cleaned through its own copies, or refused at the first step."""
+    monkeypatch.setattr(Coded, "exact", exact)
+    model = sparsify(Blocks(), Constant(0.7, interval=2, growth="random"))
+    optimizer = CodedSGD(model.parameters(), 0.01)
+    if not exact:
+        with pytest.raises(OptimizerError, match=r"CodedSGD keeps momentum of layers\.0\.1\.weight in a Coded"):
+            train(model, optimizer)
+        return
+    train(model, optimizer, 7)
+    for name, mask in element_masks(model).items():
+        p = model.get_parameter(name)
+        assert not p.detach()[~mask].any()
+        assert not optimizer.state[p]["momentum"].codes[~mask].any()
+
+
+# -- gradients from anywhere -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["autograd.grad", "torch.func", "noise", "noise in a hook", "left over"])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_gradients_from_anywhere(how: str, make: Any) -> None:
+    model, _, _ = start()
+    optimizer = make(model.parameters(), 1e-2, **({"momentum": 0.9} if make is torch.optim.SGD else {}))
+    parameters = dict(model.named_parameters())
+    if how == "autograd.grad":
+        found = torch.autograd.grad(loss_of(model, X), list(parameters.values()))
+    elif how == "torch.func":
+        values = {n: p.detach() for n, p in parameters.items()}
+        call = torch.func.grad(lambda v: loss_of(lambda x: torch.func.functional_call(model, v, x), X))
+        found = tuple(call(values).values())
+    else:
+        loss_of(model, X).backward()
+        found = tuple(p.grad + (0.1 if how == "noise" else 0.0) for p in parameters.values())  # type: ignore[operator]
+    for p, g in zip(parameters.values(), found, strict=True):
+        p.grad = g
+    if how == "noise in a hook":
+        optimizer.register_step_pre_hook(lambda *_: [p.grad.add_(1.0) for p in parameters.values()] and None)
+    if how == "left over":
+        for name, mask in sparsifier(model).masks.items():
+            sparsifier(model).apply_mask(name, mask.roll(1, 0))
+    optimizer.step()
+    assert_zero_outside(model, optimizer, gradients=False)
+
+
+def closure_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor = X, factors: Iterable[float] = ()
+) -> Callable[[], Tensor]:
+    """A closure as PyTorch documents it; ``factors`` of its losses, call by call."""
+    todo = list(factors)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (todo.pop(0) if todo else 1.0) * loss_of(model, x)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def trained_with(closed: bool, rule: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = sparsify(Blocks(), Constant(0.7, interval=4, growth=rule))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for x in batches(18):
+        closure = closure_of(model, optimizer, x)
+        if closed:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        assert_zero_outside(model, optimizer, gradients=False)
+    return model
+
+
+@pytest.mark.parametrize("rule", ["random", "gradient", "mixed", "none", Mixed(gradient_steps=3)], ids=str)
+def test_a_closure_changes_nothing(rule: Any) -> None:
+    """The same masks, weights, state and counts as the plain loop, bit for bit."""
+    plain, closed = trained_with(False, rule), trained_with(True, rule)
+    assert sparsifier(plain).step_count == sparsifier(closed).step_count == 18
+    for name, mask in sparsifier(plain).masks.items():
+        assert torch.equal(mask, sparsifier(closed).masks[name])
+    for a, b in zip(plain.parameters(), closed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+class Twice(torch.optim.SGD):
+    """Evaluates twice and uses the second gradients."""
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            closure()
+            closure()
+        return super().step()
+
+
+def test_growth_reads_the_last_gradients_of_a_closure() -> None:
+    scores = []
+    for make, factors in ((torch.optim.SGD, ()), (Twice, (7.0, 1.0))):
+        torch.manual_seed(0)
+        model = sparsify(Blocks(), Constant(0.7, interval=4, growth=Mixed(gradient_steps=2)))
+        optimizer = make(model.parameters(), 1e-2)
+        for _ in range(2):
+            optimizer.step(closure_of(model, optimizer))
+        optimizer.step(closure_of(model, optimizer, factors=factors))
+        scores.append([w.scores for w in sparsifier(model).weights.values()])
+    for a, b in zip(*scores, strict=True):
+        assert a is not None
+        assert torch.equal(a, b)
+
+
+# -- steps that fail, models that have nothing to do with each other ---------------------------------------------------
+
+
+def test_a_parametrized_weight_breaks_nobody() -> None:
+    model, _, optimizer = start()
+    nn.utils.parametrize.register_parametrization(model.layers[0][1], "weight", nn.Identity())
+    plain = nn.Linear(4, 4)
+    other = torch.optim.SGD(plain.parameters(), 0.1)
+    plain(torch.ones(4)).sum().backward()
+    other.step()
+    train(model, optimizer, 6)
+    assert sparsifier(model).step_count == 6
+    gone, _, trains = start()
+    del gone.layers[0][1].weight
+    other.step()
+    with pytest.raises(MSTError, match="gone from its Linear"):
+        trains.step()
+    other.step()
+
+
+def test_an_event_that_was_missed_is_made_up_for() -> None:
+    """Two optimizers of which one stops: what the clock notices too late still happens."""
+    model = sparsify(Blocks(), Constant(0.7, interval=2, growth="random"))
+    first = torch.optim.SGD(model.layers[0].parameters(), 0.1)
+    for _ in range(6):
+        loss_of(model, X).backward()
+        first.step()
+        model.zero_grad()
+    own = sparsifier(model)
+    assert own.step_count in (5, 6)
+    assert sum(w.changes for w in own.weights.values()) > 2 * len(own.weights)
+
+
+# -- frozen and idle weights -------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Two experts, of which the first alone sees tokens unless told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: Tensor, which: int = 0) -> Tensor:
+        return x + self.experts[which](x)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_idle_experts_and_frozen_weights_keep_everything(resumed: bool) -> None:
+    torch.manual_seed(0)
+    schedule = Constant(0.7, interval=3, growth="random")
+    model = sparsify(Experts(), schedule)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    (model(X, 1).square().mean() + model(X, 0).square().mean()).backward()  # both: step 1
+    optimizer.step()
+    optimizer.zero_grad()
+    for step in range(2, 12):
+        if step == 5 and resumed:
+            state = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+            model = sparsify(Experts(), schedule)
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        if step == 4:  # the event of step 3 was the idle one's last
+            idle = {
+                "mask": sparsifier(model).masks["experts.1.weight"],
+                "value": model.experts[1].weight.detach().clone(),
+            }
+        loss_of(model, X).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(sparsifier(model).masks["experts.1.weight"], idle["mask"])
+    assert torch.equal(model.experts[1].weight, idle["value"])
+    assert sparsifier(model).weights["experts.0.weight"].changes > 2
+    model.experts[0].weight.requires_grad_(False)
+    model.experts[0].weight.grad = None
+    before = sparsifier(model).masks["experts.0.weight"], model.experts[0].weight.detach().clone()
+    for _ in range(7):
+        loss_of(model, X).backward()
+        optimizer.step()
+    assert torch.equal(sparsifier(model).masks["experts.0.weight"], before[0])
+    assert torch.equal(model.experts[0].weight, before[1])
+
+
+def test_a_schedule_that_stands_still_is_said() -> None:
+    """An adapter on a frozen sparse base."""
+    model = sparsify(Blocks(), static())
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.adapter = nn.Linear(32, 32)
+    optimizer = torch.optim.SGD(model.adapter.parameters(), 0.1)
+
+    def step() -> None:
+        model.adapter(model(X)).square().mean().backward()
+        optimizer.step()
+
+    for _ in range(9):
+        step()
+    with pytest.warns(MSTWarning, match=r"does not advance: SGD has stepped 10 times but trains other Parameters"):
+        step()
+
+
+# -- nothing is dense in silence ---------------------------------------------------------------------------------------
+
+
+def test_sparsify_after_the_first_compiled_call() -> None:
+    model = Blocks()
+    run = compiled(model)
+    run(X)
+    sparsify(model, static(0.3), block=8)
+    run(X)
+    assert all(row.kernel == "block-sparse" for row in explain(model))
+    densify(model)
+    sparsify(model, static(), block=4)  # another grid than compiled graphs know
+    run(X)
+    assert all(row.kernel == "block-sparse" for row in explain(model))
+
+
+def test_weights_that_no_graph_takes_are_named() -> None:
+    model = sparsify(Blocks(), static())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(
+        MSTWarning, match=r"no graph compiled by backend=\"mst\" has taken layers\.0\.1\.weight, .*1 more"
+    ):
+        train(model, optimizer, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 20)
+        other = sparsify(Blocks(), static())
+        train(compiled(other), torch.optim.SGD(other.parameters(), 0.1), 12)
+
+
+def test_explain_says_what_runs_now() -> None:
+    model = sparsify(Blocks(), static())
+    compiled(model)(X)
+    assert {row.kernel for row in explain(model)} == {"block-sparse"}
+    for name, weight in sparsifier(model).weights.items():
+        sparsifier(model).apply_mask(name, torch.ones_like(weight.mask))
+    compiled(model)(X)
+    rows = explain(model)
+    assert all(row.kernel == "dense" and "dense products at the present density" in row.status for row in rows)
+
+
+def test_a_module_that_was_replaced() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), static())
+    model[0] = nn.Linear(32, 32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss_of(model, X).backward()
+    with pytest.raises(WeightError, match=r"0\.weight is another Parameter than the one that was made sparse"):
+        optimizer.step()
+
+
+def test_nothing_waits_for_ever() -> None:
+    """Values and state that were loaded are held by model and optimizer alone."""
+    model, run, optimizer = start()
+    train(run, optimizer)
+    state = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
+    references = [weakref.ref(v) for v in state.values()]
+    model.load_state_dict(state)
+    del state
+    gc.collect()
+    assert all(reference() is None for reference in references)
+
+
+def test_a_sparse_model_after_its_dense_twin() -> None:
+    """Dynamo lets them share a graph, whichever it was compiled for."""
+    dense = Blocks()
+    first = compiled(dense)
+    first(X)
+    model = sparsify(Blocks(), static())
+    second = compiled(model)
+    same(model, second)
+    assert all(row.kernel == "block-sparse" for row in explain(model))
+    same(dense, first)
+    other = sparsify(Blocks(), static())
+    same(other, compiled(other))
+    assert all(row.kernel == "block-sparse" for row in explain(other))
