@@ -1,6 +1,7 @@
 """CPU kernels: block-sparse products and sparse attention in C++, compiled at first use and called through ctypes."""
 
 from .attention import LSE_DTYPE, attention, attention_backward, supports_attention, supports_head
+from .build import why_inductor_has_no_compiler
 from .library import (
     available,
     block_sumsq,
@@ -24,6 +25,7 @@ __all__ = [
     "supports",
     "supports_attention",
     "supports_head",
+    "why_inductor_has_no_compiler",
     "why_unavailable",
     "zero_inactive_",
 ]

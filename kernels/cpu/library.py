@@ -22,7 +22,7 @@ class Library:
     """One compiled library; ``isa`` None means the best for this machine."""
 
     def __init__(self, isa: str | None = None) -> None:
-        self._dll = ctypes.CDLL(str(build.build(isa)))
+        self._dll = _open(isa)
 
     def call(self, function: str, arguments: ctypes.Structure) -> None:
         """Runs a function of ``abi.h``; raises RuntimeError if it reports an error."""
@@ -156,6 +156,18 @@ class Library:
         )
         self.call("mst_block_sumsq", arguments)
         return out
+
+
+def _open(isa: str | None) -> ctypes.CDLL:
+    """Load the library. One that came out of the cache and does not load, as it was built where other system libraries
+    are, or has just been replaced, is built once more."""
+    path = build.build(isa)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        if path in build.made:
+            raise
+    return ctypes.CDLL(str(build.build(isa, rejected=path)))
 
 
 def code_of(tensor: Tensor) -> int:
