@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mst_compile.blocks.bulk import block_mean_square
@@ -25,9 +26,28 @@ from .clock import StepClock
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
 from .steps import Step
-from .weight import SparseWeight
+from .weight import SparseWeight, first_gradients
 
 _PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
+
+
+class RunWatcher(Protocol):
+    """Something that looks at every run of this process before it trains."""
+
+    def first_gradient(self, run: Run, weight: SparseWeight, parameter: Tensor) -> None:
+        """The run's first gradient has arrived: of ``weight``, within the backward pass."""
+
+    def first_step(self, run: Run) -> None:
+        """An optimizer is about to step the run's weights for the first time. Raises to refuse; then it is asked again
+        at the next step."""
+
+
+_run_watchers: list[RunWatcher] = []
+
+
+def watch_runs(watcher: RunWatcher) -> None:
+    """Let ``watcher`` look at every run of this process."""
+    _run_watchers.append(watcher)
 
 
 class Stepping:
@@ -45,6 +65,9 @@ class Stepping:
         self._deferred = False  # a step within the backward pass waits for its end
         self._making_state = False  # the optimizer that steps now only makes its state
         self._foreign_steps = 0  # of optimizers without sparse weights; -1: warned
+        self._has_stepped = False
+        for weight in run.weights:
+            first_gradients[weight] = weakref.WeakMethod(self._tell_of_gradient)
 
     def step(self) -> None:
         """A training step is complete."""
@@ -66,6 +89,10 @@ class Stepping:
             self._making_state = True
             step.outermost.at_end(lambda _: setattr(self, "_making_state", False))
             return
+        if not self._has_stepped:
+            for watcher in _run_watchers:
+                watcher.first_step(run)
+            self._has_stepped = True
         run.optimizers.add(optimizer)
         run.weights.rebind()
         if not step.nested:
@@ -109,6 +136,12 @@ class Stepping:
                 self.step()  # of several optimizers the last one completes the step
         elif run.active and run.step_count == 0:
             self._warn_if_never_stepped(optimizer)
+
+    def _tell_of_gradient(self, weight: SparseWeight, parameter: Tensor) -> None:
+        for other in self._run.weights:  # one is told of, the first
+            first_gradients.pop(other, None)
+        for watcher in _run_watchers:
+            watcher.first_gradient(self._run, weight, parameter)
 
     def _after_failure(self, step: Step, names: set[str], late: set[str], versions: list[int]) -> None:
         """A step has raised: it was one if weights have moved all the same, as where a hook after it raised."""
