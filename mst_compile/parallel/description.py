@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from typing import Any
 
 from mst_compile.rules.constant import Constant
@@ -17,12 +18,14 @@ _AHEAD = 1000  # steps of a schedule of the user's own that are compared
 
 def describe(run: Run) -> dict[str, Any]:
     """Seed, step count, schedule and weights of a run, as JSON has them."""
-    return {
+    found = {
         "schedule": _schedule(run.schedule, run.step_count),
         "seed": run.seed,
         "steps taken": run.step_count,
         "weights": {w.name: {"block": w.grid.block, "guard": w.guard, "mask": digest(w)} for w in run.weights},
     }
+    described: dict[str, Any] = json.loads(json.dumps(found, default=str))  # as other ranks will see it
+    return described
 
 
 def digest(weight: SparseWeight) -> str:
@@ -63,10 +66,16 @@ def _schedule(schedule: Schedule, step: int) -> dict[str, Any]:
     if type(schedule) in (MixedSparsity, Constant):
         values = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}  # type: ignore[arg-type]
         return found | {n: v for n, v in values.items() if isinstance(v, int | float | str | None) and n != "attention"}
-    events = [s for s in range(step, step + _AHEAD) if schedule.is_topology_event(s)]
-    moments = sorted({step, step + _AHEAD, *events})
-    return found | {
-        "sparsity": [schedule.sparsity_at(s) for s in moments],
-        "topology events": events,
-        "drop fractions": [schedule.drop_fraction_at(s) for s in events],
-    }
+    return found | {"sparsity": float(schedule.sparsity_at(step)), "topology events": _events(schedule, step)}
+
+
+def _events(schedule: Schedule, step: int) -> list[tuple[int, float, float]]:
+    """Step, sparsity and drop fraction of the next topology events."""
+    found = []
+    for s in range(step, step + _AHEAD):
+        try:
+            if schedule.is_topology_event(s):
+                found.append((s, float(schedule.sparsity_at(s)), float(schedule.drop_fraction_at(s))))
+        except Exception:
+            break  # it need not know steps that the run may never take; the run asks itself if it gets there
+    return found

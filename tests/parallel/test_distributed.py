@@ -322,7 +322,7 @@ FOUR = [is_one_process, moves_active_blocks, finds_other_masks, compares_at_the_
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(TWO, 2, tmp_path_factory.mktemp("two"), limit=180)
+    return run(TWO, 2, tmp_path_factory.mktemp("two"), limit=240)
 
 
 @pytest.fixture(scope="module")

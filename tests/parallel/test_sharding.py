@@ -356,7 +356,7 @@ def flattened_parameters_are_refused() -> None:
 def compares_at_the_first_step() -> None:
     """Ranks that were given other options raise before anything has changed; over all ranks of shards and replicas."""
     ranks, last = dist.get_world_size(), dist.get_rank() == dist.get_world_size() - 1
-    meshes = [None, init_device_mesh("cpu", (2, 2))] if ranks == 4 else [None]
+    meshes = [None, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))] if ranks == 4 else [None]
     for mesh in meshes:
         for before in (False, True):
             model = net()
