@@ -26,10 +26,8 @@ def why_no_attention(dtype: torch.dtype, size: int) -> str | None:
 
 
 def _why_not_compiled() -> str | None:
-    reason = kernels.why_unavailable()
-    if reason is None:
-        return None
-    return f"no C++ compiler works here ({reason}). Install g++ or point CXX to a compiler"
+    # Kernels of a warm cache are there without a compiler; what Inductor generates is not.
+    return kernels.why_unavailable() or kernels.why_inductor_has_no_compiler()
 
 
 class _Bulk:

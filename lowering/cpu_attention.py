@@ -19,8 +19,8 @@ def _rows(*tensors: Tensor) -> list[Tensor]:
     return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
 
 
-def _bools(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.bool().contiguous()
+def _bools(t: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if t is None else t.bool().expand(q.shape[0], q.shape[2]).contiguous()
 
 
 def attention(
@@ -30,7 +30,7 @@ def attention(
     if not _supported(q, k, v):
         return None
     out, lse = empty_result(q), q.new_empty(q.shape[:3], dtype=kernels.LSE_DTYPE)
-    kernels.attention(*_rows(q, k, v), _bools(key_mask), parts, scale, out=out, lse=lse)
+    kernels.attention(*_rows(q, k, v), _bools(key_mask, q), parts, scale, out=out, lse=lse)
     return out, lse
 
 
@@ -50,6 +50,6 @@ def attention_backward(
         return None
     dq, dk, dv = empty_result(q), empty_result(k), empty_result(v)
     kernels.attention_backward(
-        *_rows(grad, q, k, v, out), lse.contiguous(), _bools(key_mask), parts, scale, dq=dq, dk=dk, dv=dv
+        *_rows(grad, q, k, v, out), lse.contiguous(), _bools(key_mask, q), parts, scale, dq=dq, dk=dk, dv=dv
     )
     return dq, dk, dv

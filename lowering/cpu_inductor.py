@@ -32,13 +32,18 @@ def _unit_stride(x: Any) -> Any:
 
 def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, *_: Any) -> Any:
     """``x W + bias`` as one extern kernel on ``x`` viewed as ``[M, in]``."""
-    if cpu_linear.why_unsupported(x.get_dtype(), weight.get_dtype(), block) is not None:
+    reason = cpu_linear.why_unsupported(x.get_dtype(), weight.get_dtype(), block)
+    if reason is not None or (bias is not None and cpu_linear.why_no_bias(bias.get_dtype()) is not None):
         return None
     view = lowerings[torch.ops.aten.view.default]
     *lead, features = x.get_size()
     out_features = weight.get_size()[1 if transposed else 0]
     rows = x if len(lead) == 1 else view(x, [-1, features])
-    operands = [_unit_stride(rows), ir.ExternKernel.require_contiguous(weight), ir.ExternKernel.realize_input(index)]
+    operands = [
+        _unit_stride(rows),
+        ir.ExternKernel.require_contiguous(weight),
+        ir.ExternKernel.require_contiguous(index),
+    ]
     if bias is not None:
         operands.append(ir.ExternKernel.require_contiguous(bias))
     layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [rows.get_size()[0], out_features])

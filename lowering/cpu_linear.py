@@ -6,18 +6,11 @@ argument, so that it plans and reuses the memory of their results; see :mod:`mst
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from mst_compile.kernels import cpu as kernels
 from torch import Tensor
 
-# Layout of the packed index (mst_compile/blocks/index.py): [0] active blocks, [1] gradient wanted on all blocks.
-_DENSE_GRAD_OFFSET = 4
-
-
-def _wants_dense_grad(index: Tensor) -> bool:
-    return ctypes.c_int32.from_address(index.data_ptr() + _DENSE_GRAD_OFFSET).value != 0
+from mst_compile.blocks.index import DENSE_GRAD
 
 
 def why_unsupported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: int) -> str | None:
@@ -30,15 +23,20 @@ def why_unsupported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: int)
     return None
 
 
-def _supported(x: Tensor, weight_dtype: torch.dtype, index: Tensor, block: int) -> bool:
-    on_cpu = x.device.type == index.device.type == "cpu"
+def why_no_bias(dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot add a bias of this dtype, or None if they can."""
+    return None if kernels.supports_dtype(dtype) else f"no CPU kernel for a bias in {dtype}"
+
+
+def _supported(block: int, x: Tensor, weight_dtype: torch.dtype, *more: Tensor) -> bool:
+    on_cpu = all(operand.device.type == "cpu" for operand in (x, *more))
     return on_cpu and kernels.supports(block, x.dtype, weight_dtype) and kernels.available()
 
 
 def _rows(x: Tensor) -> Tensor:
     """``x`` as ``[M, features]`` with unit stride along the features."""
     flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
+    return flat if kernels.has_unit_stride(flat) else flat.contiguous()
 
 
 # -- eager: allocate, then run the out variant ------------------------------------------------------------------------
@@ -48,7 +46,8 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int, transposed: bool, density: float = 0.0
 ) -> Tensor | None:
     """``mst::linear``; None where there is no kernel."""
-    if not _supported(x, weight.dtype, index, block) or not weight.is_contiguous():
+    bias_fits = bias is None or (bias.device.type == "cpu" and why_no_bias(bias.dtype) is None)
+    if not _supported(block, x, weight.dtype, weight, index) or not bias_fits:
         return None
     out = x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
     linear_out(x, weight, index, bias, block=block, transposed=transposed, out=out)
@@ -59,7 +58,7 @@ def grad_input(
     grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool, density: float = 0.0
 ) -> Tensor | None:
     """``mst::linear_grad_input``; None where there is no kernel."""
-    if not _supported(grad, weight.dtype, index, block) or not weight.is_contiguous():
+    if not _supported(block, grad, weight.dtype, weight, index):
         return None
     out = grad.new_empty((*grad.shape[:-1], weight.shape[0 if transposed else 1]))
     linear_out(grad, weight, index, block=block, transposed=not transposed, out=out)
@@ -77,13 +76,13 @@ def grad_weight(
     density: float = 0.0,
 ) -> tuple[Tensor, Tensor] | None:
     """``mst::linear_grad_weight``; None where there is no kernel, and for a gradient on all blocks."""
-    if not _supported(grad, dtype, index, block) or grad.dtype != x.dtype or _wants_dense_grad(index):
+    if not _supported(block, grad, dtype, x, index) or grad.dtype != x.dtype or int(index[DENSE_GRAD]):
         return None
     gy, x2 = _rows(grad), _rows(x)
     a, b = (x2, gy) if transposed else (gy, x2)
     gw = torch.empty(a.shape[1], b.shape[1], dtype=dtype)
     gb = torch.empty(gy.shape[1] if bias else 0, dtype=torch.float32)
-    kernels.grad_weight(a, b, index, block, gw, gb if bias else None, not transposed)
+    kernels.grad_weight(a, b, index.contiguous(), block, gw, gb if bias else None, not transposed)
     return gw, gb
 
 
@@ -100,7 +99,11 @@ def linear_out(
     transposed: bool,
     out: Tensor,
 ) -> Tensor:
-    """``out[..., :] = x W + bias``. Grad-input is the same product with the other orientation of the weight."""
+    """``out[..., :] = x W + bias``. Grad-input is the same product with the other orientation of the weight.
+
+    Operands may have any layout (other ones than the kernels' are copied), ``out`` is contiguous.
+    """
     flat = out.view(-1, out.shape[-1])
-    kernels.spmm(_rows(x), weight, bias, index, block, not transposed, flat)
+    bias = None if bias is None else bias.contiguous()
+    kernels.spmm(_rows(x), weight.contiguous(), bias, index.contiguous(), block, not transposed, flat)
     return out

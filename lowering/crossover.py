@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mst_compile.kernels.cpu.build import cache_dir
+from mst_compile.kernels.cpu.folder import open_cache_dir
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
 from mst_compile.blocks.grid import BlockGrid
@@ -45,7 +45,7 @@ def record(grid: BlockGrid, product: str, density: float, dense: float, sparse: 
     name = f"{_key(grid)} {product}.json"
     _measured[name] = density, dense, sparse
     with contextlib.suppress(OSError):
-        _folder().mkdir(parents=True, exist_ok=True)
+        _folder().mkdir(mode=0o700, exist_ok=True)
         draft = _folder() / f"{name}.{os.getpid()}"
         draft.write_text(json.dumps(_measured[name]))
         draft.replace(_folder() / name)
@@ -114,11 +114,22 @@ def _times(grid: BlockGrid) -> list[_Times]:
     """What this and other processes have measured, read anew: graphs are compiled rarely."""
     prefix = f"{_key(grid)} "
     found = {name: times for name, times in _measured.items() if name.startswith(prefix)}
-    for file in sorted(_folder().glob(f"{prefix}*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            density, dense, sparse = json.loads(file.read_text())
-            found[file.name] = density, dense, sparse
+    with contextlib.suppress(OSError):
+        for file in sorted(_folder().glob(f"{prefix}*.json")):
+            times = _read(file)
+            if times is not None:
+                found[file.name] = times
     return list(found.values())
+
+
+def _read(file: Path) -> _Times | None:
+    """The times in a file, or None if it holds anything else, as when it was cut off."""
+    try:
+        density, dense, sparse = json.loads(file.read_text())
+        times = float(density), float(dense), float(sparse)
+    except (OSError, ValueError, TypeError):
+        return None
+    return times if all(math.isfinite(number) and number > 0 for number in times) else None
 
 
 @functools.cache
@@ -127,4 +138,4 @@ def _folder() -> Path:
     ours = (Path(__file__).parent, Path(__file__).parent.parent / "kernels" / "triton")
     files = sorted(str(f) for folder in ours for f in folder.rglob("*") if f.suffix in (".py", ".jinja"))
     digest = get_hash_for_files(tuple(files), f"{torch.cuda.get_device_name()} {torch.__version__}")
-    return cache_dir() / f"crossover-{digest.hex()[:16]}"
+    return open_cache_dir() / f"crossover-{digest.hex()[:16]}"

@@ -9,7 +9,10 @@ from torch import nn
 
 from mst_compile.blocks.shards import check_placement
 from mst_compile.errors import AlreadySparseError, SelectionError
-from mst_compile.parallel import fsdp
+from mst_compile.parallel import (
+    first_step,  # noqa: F401  (compares ranks)
+    fsdp,
+)
 from mst_compile.rules.guard import GUARDS, Guard
 from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.state import weight as weights

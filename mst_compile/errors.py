@@ -56,7 +56,7 @@ class ParallelismError(MSTError, RuntimeError):
 
 
 class RankMismatchError(MSTError, RuntimeError):
-    """Ranks of one run hold different masks, or have taken different numbers of steps."""
+    """Ranks of one run were given different options, hold different masks, or have taken different numbers of steps."""
 
 
 class ForecastError(MSTError, ValueError):

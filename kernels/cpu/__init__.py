@@ -1,13 +1,16 @@
 """CPU kernels: block-sparse products and sparse attention in C++, compiled at first use and called through ctypes."""
 
 from .attention import LSE_DTYPE, attention, attention_backward, supports_attention, supports_head
+from .build import why_inductor_has_no_compiler
 from .library import (
     available,
     block_sumsq,
     grad_weight,
+    has_unit_stride,
     source_hash,
     spmm,
     supports,
+    supports_dtype,
     why_unavailable,
     zero_inactive_,
 )
@@ -19,11 +22,14 @@ __all__ = [
     "available",
     "block_sumsq",
     "grad_weight",
+    "has_unit_stride",
     "source_hash",
     "spmm",
     "supports",
     "supports_attention",
+    "supports_dtype",
     "supports_head",
+    "why_inductor_has_no_compiler",
     "why_unavailable",
     "zero_inactive_",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from mst_compile.rules.patterns import Parts
 
 from . import abi, table
-from .library import Library, code_of, loaded
+from .library import Library, code_of, loaded, pointer
 
 LSE_DTYPE = torch.float32
 
@@ -31,7 +31,7 @@ def _heads(t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, name: str) -> 
         raise ValueError(f"attention: {name} must be {tuple(shape)} {dtype}, not {tuple(t.shape)} {t.dtype}")
     if t.device.type != "cpu" or t.stride(3) != 1:
         raise ValueError(f"attention: {name} must be on the CPU, with unit stride along its last dimension")
-    return abi.Heads(t.data_ptr(), t.stride(0), t.stride(1), t.stride(2))
+    return abi.Heads(pointer(t), t.stride(0), t.stride(1), t.stride(2))
 
 
 def _key_mask(t: Tensor | None, shape: tuple[int, int]) -> int | None:
@@ -39,7 +39,7 @@ def _key_mask(t: Tensor | None, shape: tuple[int, int]) -> int | None:
         return None
     if t.shape != shape or t.dtype != torch.bool or not t.is_contiguous() or t.device.type != "cpu":
         raise ValueError(f"attention: key_mask must be contiguous bool {shape}, not {tuple(t.shape)} {t.dtype}")
-    return t.data_ptr()
+    return pointer(t)
 
 
 def _problem(
@@ -63,7 +63,7 @@ def _problem(
     numbers = abi.Parts(*(min(number, length) for number in Parts(*parts).numbers))
     problem = abi.Attention(batch, heads, k.shape[1], length, size, numbers, code_of(q), torch.get_num_threads(), scale)
     problem.key_mask = _key_mask(key_mask, (batch, length))
-    problem.lse = lse.data_ptr()
+    problem.lse = pointer(lse)
     problem.q = _heads(q, q.shape, q.dtype, "q")
     problem.k = _heads(k, k.shape, q.dtype, "k")
     problem.v = _heads(v, k.shape, q.dtype, "v")

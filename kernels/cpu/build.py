@@ -1,11 +1,14 @@
 """Compiles the C++ kernels at first use, with a plain C++ compiler, into one shared library per instruction set.
 
 Sources are all ``*.cpp`` and ``*.h`` beside this file, and two headers made from ``table.py`` and ``abi.py``. A library
-is cached on disk under a key of them, the flags, the compiler's version, the machine and the instruction set, so it is
-safe to share a cache between machines. Environment variables:
+is cached on disk. Its name holds a key of them, the flags, the machine and the instruction set, so that a cache can be
+shared between machines, and a digest of its content, so that what was cut off or exchanged is never loaded. No compiler
+is part of the key: a cache that is warm needs none. Environment variables:
 
 ``MST_COMPILE_CACHE_DIR``
-    where to keep compiled libraries (default: Inductor's cache directory, else ``~/.cache/mst_compile``)
+    where to keep compiled libraries, see ``folder.py``
+``MST_COMPILE_BUILD_TIMEOUT``
+    seconds after which a build is given up (default: 900)
 ``MST_CPU_ISA``
     the name of an instruction set of ``table.py``, or ``portable`` (the best of those that are): forces a path
 ``CXX``
@@ -21,16 +24,18 @@ import os
 import platform
 import shlex
 import shutil
-import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
 from . import abi, table
+from .folder import UntrustedFolderError, cache_dir, open_cache_dir
+from .processes import CommandError, OutOfTimeError, run_all
 
 HERE = Path(__file__).parent
 FLAGS = (
@@ -38,10 +43,18 @@ FLAGS = (
     "-Wno-uninitialized -Wno-maybe-uninitialized -Wno-unknown-warning-option -Wno-unknown-pragmas"
 )
 _OPENMP = "-fopenmp"
+_BUILD_SECONDS = 900.0  # about a minute on two cores; slow machines and busy ones take longer
+_ANSWER_SECONDS = 60.0  # for a compiler's version, or a file of two lines
+_WAIT_SECONDS = 0.05
+_INSTALL = "Install g++ or clang++, or point CXX to a C++ compiler that works"
 
 
 class BuildError(RuntimeError):
     """The kernels could not be compiled; the message says why."""
+
+
+class NoCompilerError(BuildError):
+    """There is no compiler that works."""
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -106,80 +119,140 @@ def choose_isa() -> str:
 
 
 @functools.cache
-def _version(command: tuple[str, ...]) -> str | None:
-    """First line of ``--version``, or None if the command is no working compiler."""
+def _works(command: tuple[str, ...]) -> bool:
+    """Whether a command is a compiler that answers."""
     if shutil.which(command[0]) is None:
-        return None
+        return False
     try:
-        done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.partition("\n")[0] if done.returncode == 0 else None
+        run_all([[*command, "--version"]], _ANSWER_SECONDS)
+    except CommandError:
+        return False
+    return True
 
 
 def find_compiler() -> tuple[str, ...]:
     """The C++ compiler's command: ``$CXX``, else Inductor's, else g++ or clang++ from the path."""
     if os.environ.get("CXX"):
         command = tuple(shlex.split(os.environ["CXX"]))
-        if _version(command) is None:
-            raise BuildError(f"CXX={os.environ['CXX']!r} is not a working C++ compiler")
+        if not _works(command):
+            raise NoCompilerError(f"CXX={os.environ['CXX']!r} is not a working C++ compiler: {_INSTALL}")
         return command
-    candidates = ["g++", "clang++"]
-    with contextlib.suppress(Exception):  # absent compilers raise, and the function may move between versions
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        candidates.insert(0, get_cpp_compiler())
-    for candidate in candidates:
-        if _version((candidate,)) is not None:
+    for candidate in (*_inductor_compilers(), "g++", "clang++"):
+        if _works((candidate,)):
             return (candidate,)
-    raise BuildError("no C++ compiler found: install g++ or clang++, or set CXX")
+    raise NoCompilerError(f"no C++ compiler found: {_INSTALL}")
 
 
-def cache_dir() -> Path:
-    """Where compiled libraries are kept."""
-    if os.environ.get("MST_COMPILE_CACHE_DIR"):
-        return Path(os.environ["MST_COMPILE_CACHE_DIR"])
-    with contextlib.suppress(Exception):
-        from torch._inductor.runtime.cache_dir_utils import cache_dir as inductor_cache_dir
+def _inductor_compilers() -> tuple[str, ...]:
+    """The commands that Inductor tries. It is not asked itself: it waits for a compiler that hangs."""
+    names = inductor_config.cpp.cxx
+    return tuple(name for name in (names if isinstance(names, list | tuple) else (names,)) if name)
 
-        return Path(inductor_cache_dir()) / "mst_compile"
-    return Path.home() / ".cache" / "mst_compile"
+
+def why_inductor_has_no_compiler() -> str | None:
+    """Why Inductor cannot compile C++ on this machine, or None: kernels may have been built before, elsewhere."""
+    if any(_works((name,)) for name in _inductor_compilers()):
+        return None
+    return f"no C++ compiler works here (tried {', '.join(_inductor_compilers())}): {_INSTALL}"
+
+
+def _time_limit() -> float:
+    """Seconds that a build may take."""
+    text = os.environ.get("MST_COMPILE_BUILD_TIMEOUT", "")
+    try:
+        seconds = float(text or _BUILD_SECONDS)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise BuildError(f"MST_COMPILE_BUILD_TIMEOUT={text!r} must be a positive number of seconds")
+    return seconds
 
 
 # ---- build -----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a file lock, where the platform has them, so that several processes do not compile the same thing."""
-    with open(path, "w") as file:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield  # closing the file releases the lock
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise BuildError(f"{shlex.join(command)}\n{done.stderr.strip()[-2000:]}")
-
-
-@functools.cache
-def _has_openmp(compiler: tuple[str, ...]) -> bool:
-    """Whether the compiler makes libraries with OpenMP: clang may come without the header or the runtime."""
-    with tempfile.TemporaryDirectory() as work:
-        probe = Path(work) / "openmp.cpp"
-        probe.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
-        try:
-            _run([*compiler, _OPENMP, "-fPIC", "-shared", str(probe), "-o", str(probe.with_suffix(".so"))])
-        except BuildError:
-            return False
+def _lock(file: int) -> bool:
+    """Lock an open file, if nobody else has; the lock goes when its holder dies. OSError where there are no locks."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError("no file locks on this platform") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     return True
 
 
-def _compile(compiler: tuple[str, ...], flags: list[str], isa: table.Isa, work: Path) -> Path:
+def _unlock(file: int) -> None:
+    """Closing the file alone would leave it locked while a forked child has it open too."""
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path, seconds: float) -> Iterator[None]:
+    """Waits while another process builds, so that several do not compile the same thing.
+
+    It saves work, and nothing depends on it: where there are no locks, or whoever holds this one does not get ready
+    in the time that a build may take, there is no waiting.
+    """
+    with open(folder / "build.lock", "w") as file:
+        end, held = time.monotonic() + seconds, False
+        with contextlib.suppress(OSError):
+            while not (held := _lock(file.fileno())) and time.monotonic() < end:
+                time.sleep(_WAIT_SECONDS)
+        try:
+            yield
+        finally:
+            if held:
+                _unlock(file.fileno())
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """A folder to build in, locked as long as its builder lives; those of builders that were killed are removed."""
+    for other in folder.glob("building-*"):
+        if _is_abandoned(other):
+            shutil.rmtree(other, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="building-", dir=folder, ignore_cleanup_errors=True) as work:
+        file = os.open(work, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                _lock(file)
+            yield Path(work)
+        finally:
+            os.close(file)
+
+
+def _is_abandoned(work: Path) -> bool:
+    try:
+        file = os.open(work, os.O_RDONLY)
+    except OSError:
+        return False  # its builder has just removed it
+    try:
+        return _lock(file)
+    except OSError:
+        return False
+    finally:
+        os.close(file)
+
+
+def _has_openmp(compiler: tuple[str, ...], work: Path, seconds: float) -> bool:
+    """Whether the compiler makes libraries with OpenMP: clang may come without the header or the runtime."""
+    probe = work / "openmp.cc"
+    probe.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
+    try:
+        run_all([[*compiler, _OPENMP, "-fPIC", "-shared", str(probe), "-o", str(probe.with_suffix(".so"))]], seconds)
+    except OutOfTimeError:
+        raise
+    except CommandError:
+        return False
+    return True
+
+
+def _compile(compiler: tuple[str, ...], flags: list[str], isa: table.Isa, work: Path, seconds: float) -> Path:
     for name, text in _headers(isa).items():
         (work / name).write_text(text)
     sources = units()
@@ -188,44 +261,99 @@ def _compile(compiler: tuple[str, ...], flags: list[str], isa: table.Isa, work: 
         [*compiler, *flags, f"-I{HERE}", f"-I{work}", "-c", str(unit), "-o", made]
         for unit, made in zip(sources, objects, strict=True)
     ]
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        list(pool.map(_run, commands))
     target = work / "library.so"
-    _run([*compiler, *flags, "-shared", *objects, "-o", str(target)])
+    end = time.monotonic() + seconds
+    run_all(commands, seconds)
+    run_all([[*compiler, *flags, "-shared", *objects, "-o", str(target)]], max(1.0, end - time.monotonic()))
     return target
 
 
-def _target(isa: table.Isa, compiler: tuple[str, ...], flags: list[str]) -> Path:
-    """Where the library is kept. One without OpenMP has a name of its own: it may be wanted no more tomorrow."""
-    identity = [source_hash(), isa.name, platform.machine(), *flags, *compiler, _version(compiler) or ""]
+# ---- cache -----------------------------------------------------------------------------------------------------------
+
+made: set[Path] = set()  # libraries that this process has compiled
+
+
+def _flags(isa: table.Isa, openmp: bool) -> list[str]:
+    return [*FLAGS.split(), *isa.flags.split(), *([_OPENMP] if openmp else [])]
+
+
+def _stem(isa: table.Isa, openmp: bool) -> str:
+    """What the names of libraries begin with that may serve. One without OpenMP has a name of its own: it may be wanted
+    no more tomorrow."""
+    identity = [source_hash(), isa.name, platform.machine(), *_flags(isa, openmp)]
     key = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
-    return cache_dir() / f"cpu_kernels_{isa.name}{'' if _OPENMP in flags else '_one_thread'}_{key}.so"
+    return f"cpu_kernels_{isa.name}{'' if openmp else '_one_thread'}_{key}_"
 
 
-def build(isa: str | None = None) -> Path:
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:32]
+
+
+def _is_whole(library: Path, stem: str) -> bool:
+    """Whether a file is what its name says: it may be cut off, empty, or another's."""
+    try:
+        return library.is_file() and library.name == f"{stem}{_digest(library)}.so"
+    except OSError:
+        return False
+
+
+def _cached(folder: Path, stem: str, rejected: Path | None) -> Path | None:
+    found = (library for library in sorted(folder.glob(f"{stem}*.so")) if library != rejected)
+    return next((library for library in found if _is_whole(library, stem)), None)
+
+
+def _keep(library: Path, folder: Path, stem: str) -> Path:
+    """Move a library into the cache, in one step, and remove those that did not serve."""
+    target = folder / f"{stem}{_digest(library)}.so"
+    os.replace(library, target)
+    for other in folder.glob(f"{stem}*.so"):
+        if other != target and not other.is_dir():
+            other.unlink(missing_ok=True)
+    made.add(target)
+    return target
+
+
+def build(isa: str | None = None, *, rejected: Path | None = None) -> Path:
     """Path of the shared library for ``isa`` (default: :func:`choose_isa`), compiled unless the cache has it.
 
     The library has OpenMP if the cache has one that does, or the compiler can make one; else it runs on one thread.
-    Raises :class:`BuildError` if there is no compiler, it fails, or the instruction set is not supported.
+
+    Args:
+        rejected: a library of the cache that could not be loaded; another one takes its place.
+
+    Raises:
+        BuildError: there is no compiler, it fails or hangs, the instruction set is not supported, or others could write
+            to the cache. The message says what to do.
     """
     chosen = table.isa_named(isa or choose_isa())
-    compiler = find_compiler()
-    flags = [*FLAGS.split(), *chosen.flags.split()]
-    target = _target(chosen, compiler, [*flags, _OPENMP])
-    if target.exists():
-        return target
     try:
-        if _has_openmp(compiler):
-            flags.append(_OPENMP)
-        target = _target(chosen, compiler, flags)
-        if target.exists():
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_suffix(".lock")):
-            if target.exists():
-                return target
-            with tempfile.TemporaryDirectory(dir=target.parent) as work:
-                os.replace(_compile(compiler, flags, chosen, Path(work)), target)
+        folder = open_cache_dir()
+        threaded = _stem(chosen, openmp=True)
+        return _cached(folder, threaded, rejected) or _build(chosen, folder, rejected)
+    except UntrustedFolderError as error:
+        raise BuildError(str(error)) from error
     except OSError as error:
-        raise BuildError(f"cannot write the compiled kernels to {target.parent}: {error}") from error
-    return target
+        raise BuildError(
+            f"cannot keep the compiled kernels in {cache_dir()}: {error}; set MST_COMPILE_CACHE_DIR to a folder in "
+            "which you can write"
+        ) from error
+
+
+def _build(isa: table.Isa, folder: Path, rejected: Path | None) -> Path:
+    """Make what the cache lacks, a library with OpenMP, or one without where the compiler knows none."""
+    stems = {openmp: _stem(isa, openmp) for openmp in (True, False)}
+    single = _cached(folder, stems[False], rejected)
+    try:
+        compiler, seconds = find_compiler(), _time_limit()
+        with _turn(folder, seconds), _workspace(folder) as work:
+            openmp = _has_openmp(compiler, work, min(seconds, _ANSWER_SECONDS))
+            # Another process may have been faster.
+            return _cached(folder, stems[openmp], rejected) or _keep(
+                _compile(compiler, _flags(isa, openmp), isa, work, seconds), folder, stems[openmp]
+            )
+    except CommandError as error:
+        raise BuildError(f"the kernels could not be compiled: {error}\n{_INSTALL}") from error
+    except (NoCompilerError, OSError):
+        if single is None:
+            raise
+        return single

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.memory import is_plain
 
 from . import abi, build, table
 
@@ -22,7 +23,7 @@ class Library:
     """One compiled library; ``isa`` None means the best for this machine."""
 
     def __init__(self, isa: str | None = None) -> None:
-        self._dll = ctypes.CDLL(str(build.build(isa)))
+        self._dll = _open(isa)
 
     def call(self, function: str, arguments: ctypes.Structure) -> None:
         """Runs a function of ``abi.h``; raises RuntimeError if it reports an error."""
@@ -43,11 +44,11 @@ class Library:
         rows, cols = w.shape
         m = x2d.shape[0]
         outputs, reduction = (rows, cols) if outputs_are_rows else (cols, rows)
-        if x2d.stride(1) != 1 and reduction > 1:
+        if not has_unit_stride(x2d):
             raise ValueError("spmm: x must be contiguous along its last dimension")
         if not w.is_contiguous():
             raise ValueError("spmm: the weight must be contiguous")
-        if out.stride(1) != 1 and outputs > 1:
+        if not has_unit_stride(out):
             raise ValueError("spmm: out must be contiguous along its last dimension")
         if x2d.shape[1] != reduction or out.shape != (m, outputs) or out.dtype != x2d.dtype:
             raise ValueError(
@@ -58,15 +59,15 @@ class Library:
         if bias is not None and (bias.shape != (outputs,) or not bias.is_contiguous()):
             raise ValueError(f"spmm: bias must be contiguous with {outputs} elements")
         arguments = abi.Spmm(
-            x=x2d.data_ptr(),
+            x=pointer(x2d),
             ldx=x2d.stride(0),
-            w=w.data_ptr(),
+            w=pointer(w),
             ldw=cols,
             rows=rows,
             cols=cols,
-            index=index.data_ptr(),
-            bias=None if bias is None else bias.data_ptr(),
-            y=out.data_ptr(),
+            index=pointer(index),
+            bias=None if bias is None else pointer(bias),
+            y=pointer(out),
             ldy=out.stride(0),
             m=m,
             x_dtype=code_of(x2d),
@@ -90,7 +91,7 @@ class Library:
     ) -> None:
         m, rows = a2d.shape
         cols = b2d.shape[1]
-        if (a2d.stride(1) != 1 and rows > 1) or (b2d.stride(1) != 1 and cols > 1) or (out.stride(1) != 1 and cols > 1):
+        if not all(map(has_unit_stride, (a2d, b2d, out))):
             raise ValueError("grad_weight: a, b and out must be contiguous along their last dimension")
         if b2d.shape[0] != m or out.shape != (rows, cols) or a2d.dtype != b2d.dtype:
             raise ValueError(
@@ -103,17 +104,17 @@ class Library:
             if colsum.shape != (length,) or colsum.dtype != torch.float32 or not colsum.is_contiguous():
                 raise ValueError(f"grad_weight: colsum must be contiguous float32 with {length} elements")
         arguments = abi.GradWeight(
-            a=a2d.data_ptr(),
+            a=pointer(a2d),
             lda=a2d.stride(0),
-            b=b2d.data_ptr(),
+            b=pointer(b2d),
             ldb=b2d.stride(0),
             m=m,
             rows=rows,
             cols=cols,
-            index=index.data_ptr(),
-            out=out.data_ptr(),
+            index=pointer(index),
+            out=pointer(out),
             ldo=out.stride(0),
-            colsum=None if colsum is None else colsum.data_ptr(),
+            colsum=None if colsum is None else pointer(colsum),
             in_dtype=code_of(a2d),
             out_dtype=code_of(out),
             block=block,
@@ -124,15 +125,15 @@ class Library:
 
     def zero_inactive_(self, w: Tensor, index: Tensor, block: int) -> None:
         rows, cols = w.shape
-        if w.stride(1) != 1 and cols > 1:
+        if not has_unit_stride(w):
             raise ValueError("zero_inactive_: the weight must be contiguous along its last dimension")
         _check_index(index, rows, cols, block)
         arguments = abi.ZeroInactive(
-            w=w.data_ptr(),
+            w=pointer(w),
             ldw=w.stride(0),
             rows=rows,
             cols=cols,
-            index=index.data_ptr(),
+            index=pointer(index),
             element_size=w.element_size(),
             block=block,
             threads=torch.get_num_threads(),
@@ -141,21 +142,45 @@ class Library:
 
     def block_sumsq(self, w: Tensor, block: int) -> Tensor:
         rows, cols = w.shape
-        if w.stride(1) != 1 and cols > 1:
+        if not has_unit_stride(w):
             raise ValueError("block_sumsq: the weight must be contiguous along its last dimension")
         out = torch.empty(-(-rows // block), -(-cols // block), dtype=torch.float32)
         arguments = abi.BlockSumsq(
-            w=w.data_ptr(),
+            w=pointer(w),
             ldw=w.stride(0),
             rows=rows,
             cols=cols,
-            out=out.data_ptr(),
+            out=pointer(out),
             dtype=code_of(w),
             block=block,
             threads=torch.get_num_threads(),
         )
         self.call("mst_block_sumsq", arguments)
         return out
+
+
+def _open(isa: str | None) -> ctypes.CDLL:
+    """Load the library. One that came out of the cache and does not load, as it was built where other system libraries
+    are, or has just been replaced, is built once more."""
+    path = build.build(isa)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        if path in build.made:
+            raise
+    return ctypes.CDLL(str(build.build(isa, rejected=path)))
+
+
+def has_unit_stride(tensor: Tensor) -> bool:
+    """Whether elements lie side by side along the last dimension, or there are none that could not."""
+    return tensor.stride(-1) == 1 or tensor.shape[-1] == 1 or tensor.numel() == 0
+
+
+def pointer(tensor: Tensor) -> int:
+    """Address of the first element; raises ValueError if the values are not in this process's memory."""
+    if tensor.device.type != "cpu" or not is_plain(tensor):
+        raise ValueError(f"CPU kernels take plain tensors on the CPU, not {type(tensor).__name__} on {tensor.device}")
+    return tensor.data_ptr()
 
 
 def code_of(tensor: Tensor) -> int:
@@ -214,6 +239,11 @@ def why_unavailable() -> str | None:
 def supports(block: int, x_dtype: torch.dtype, w_dtype: torch.dtype) -> bool:
     """Whether the kernels take activations and weights of these dtypes under this block size."""
     return block in table.BLOCKS and (x_dtype, w_dtype) in table.PRODUCTS
+
+
+def supports_dtype(dtype: torch.dtype) -> bool:
+    """Whether the kernels take a bias of this dtype."""
+    return dtype in table.CODES
 
 
 def source_hash() -> str:

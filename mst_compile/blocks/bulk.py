@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import read_mask
+from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import is_sharded, local_rows, sum_over_shards, unsharded
 
 
@@ -17,7 +18,7 @@ class Kernels(Protocol):
     """Passes over a whole tensor that a device computes faster than PyTorch."""
 
     def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
-        """Whether there are kernels for this tensor, ``[rows, cols]``, under this grid."""
+        """Whether there are kernels for this tensor, ``[rows, cols]``, under this grid; asked of plain ones."""
 
     def zero_inactive_(self, tensor: Tensor, index: Tensor, grid: BlockGrid) -> None:
         """Zero what lies outside the active blocks, in place."""
@@ -34,9 +35,12 @@ def register(device_type: str, kernels: Kernels) -> None:
     _kernels[device_type] = kernels
 
 
-def _native(tensor: Tensor, grid: BlockGrid) -> Kernels | None:
+def _native(tensor: Tensor, grid: BlockGrid, *more: Tensor) -> Kernels | None:
+    """What passes over ``tensor`` with the help of ``more``; None where PyTorch does, as over tensor subclasses."""
     kernels = _kernels.get(tensor.device.type)
-    return kernels if kernels is not None and kernels.takes(tensor, grid) else None
+    if kernels is None or not all(map(is_plain, (tensor, *more))):
+        return None
+    return kernels if kernels.takes(tensor, grid) else None
 
 
 @torch.no_grad()
@@ -52,7 +56,7 @@ def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor 
     if is_sharded(tensor):
         _zero_sharded_(tensor, grid, ~mask)
         return
-    native = _native(tensor, grid) if index is not None else None
+    native = _native(tensor, grid, index) if index is not None else None
     if native is not None and index is not None:
         native.zero_inactive_(tensor, index, grid)
         # Autograd cannot see what a kernel writes: a change between forward and backward must not pass unnoticed.

@@ -154,6 +154,12 @@ def held_parameter(module: nn.Module, attribute: str) -> nn.Parameter | None:
     return None if parameter is None else stored(parameter)  # type: ignore[return-value]
 
 
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 has made this Parameter of others, or a view of such a one."""
+    base = parameter._base if parameter._is_view() else parameter
+    return getattr(base, "_is_flat_param", False) or getattr(parameter, "_is_flat_param", False)
+
+
 def _flattened(name: str, what: str) -> ParallelismError:
     return ParallelismError(
         f"the Parameter {name} that was made sparse is {what}. FSDP1 (FullyShardedDataParallel) flattens Parameters "

@@ -114,7 +114,7 @@ def _devices(example_inputs: Sequence[Any]) -> list[device.Device]:
 @functools.cache
 def _warn_not_compiled(reason: str) -> None:
     warnings.warn(
-        f"the model runs in eager mode with dense products, which is correct but saves no time: {reason}",
+        f"the model runs in eager mode (correct, but it saves little or no time): {reason}",
         MSTWarning,
         stacklevel=2,
     )

@@ -44,6 +44,10 @@ def _probabilities(
     return torch.exp(scores - finite[..., None]), lse, wide
 
 
+def _queries_a_key_head(q: Tensor, k: Tensor) -> int:
+    return q.shape[1] // k.shape[1] if k.shape[1] else 1
+
+
 def _mask(q: Tensor, key_mask: Tensor | None, parts: Sequence[int]) -> Tensor:
     mask = allowed(Parts(*parts), q.shape[2], q.device)
     return mask if key_mask is None else mask & key_mask[:, None, None, :]
@@ -53,7 +57,7 @@ def attention_reference(
     q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, parts: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale q k^T + mask) v`` on the keys that the parts hold, and the log-denominators."""
-    group = q.shape[1] // k.shape[1]
+    group = _queries_a_key_head(q, k)
     mask = _mask(q, key_mask, parts)
     p, lse, wide = _probabilities(q, k.repeat_interleave(group, 1), None, mask, scale)
     out = empty_result(q)
@@ -74,7 +78,7 @@ def attention_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attention_reference` with respect to ``q``, ``k`` and ``v``."""
     batch, heads, length, size = q.shape
-    group = heads // k.shape[1]
+    group = _queries_a_key_head(q, k)
     mask = _mask(q, key_mask, parts)
     p, _, wide = _probabilities(q, k.repeat_interleave(group, 1), lse, mask, scale)
     grad = grad.to(wide)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mst_compile.blocks.memory import is_plain
+
 library = torch.library.Library("mst", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _references: dict[str, Callable[..., Any]] = {}
@@ -30,12 +32,14 @@ def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> Non
     Args:
         name: of the operator, without its namespace.
         dispatch_key: PyTorch's key of the device, ``"CPU"`` or ``"CUDA"``.
-        function: returns the operator's result, or None for operands that it has no kernel for.
+        function: returns the operator's result, or None for operands that it has no kernel for. It is asked of plain
+            tensors alone: the data pointer of one that is not leads elsewhere, see :func:`is_plain`.
     """
     reference = _references[name]
 
     def dispatch(*args: Any) -> Any:
-        result = function(*args)
+        plain = all(is_plain(operand) for operand in args if isinstance(operand, torch.Tensor))
+        result = function(*args) if plain else None
         return reference(*args) if result is None else result
 
     library.impl(name, dispatch, dispatch_key)

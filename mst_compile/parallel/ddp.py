@@ -2,7 +2,9 @@
 
 # Annotations are evaluated here: DistributedDataParallel compares a communication hook's with its own types.
 
+import hashlib
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mst_compile.blocks.bulk import elements_of
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.errors import RankMismatchError
+from mst_compile.parallel.description import digest
 from mst_compile.state import weight as weights
 from mst_compile.state.weight import SparseWeight
 
@@ -21,6 +25,9 @@ class ActiveBlocks:
 
     The gradient of a weight on the step before a topology event, which is dense, and those of all other parameters
     move whole. With 2 ranks the result is that of plain DDP, bit for bit; with more up to the order of the sums.
+
+    Before anything moves, once a backward pass, ranks compare what they are about to send, in a message of 8 bytes:
+    where masks differ, all of them raise :class:`~mst_compile.errors.RankMismatchError`.
 
     Example::
 
@@ -41,6 +48,9 @@ class ActiveBlocks:
         self.bytes_moved = 0
         self.bytes_dense = 0
         self._blocks: weakref.WeakKeyDictionary[SparseWeight, _Blocks] = weakref.WeakKeyDictionary()
+        self._digests: weakref.WeakKeyDictionary[SparseWeight, tuple[int, str]] = weakref.WeakKeyDictionary()
+        self._known: dict[Tensor, None] = {}  # parameters of buckets so far, in the same order on all ranks
+        self._knows_all = False
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """The hook (``torch.nn.parallel.DistributedDataParallel.register_comm_hook``): average one bucket.
@@ -54,6 +64,7 @@ class ActiveBlocks:
         buffer = bucket.buffer()
         group = self.group if self.group is not None else dist.group.WORLD
         assert group is not None
+        self._check(bucket, group)
         pairs = [(g, self._blocks_of(p)) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True)]
         whole = all(blocks is None for _, blocks in pairs)
         if whole:
@@ -78,6 +89,50 @@ class ActiveBlocks:
             return buffer
 
         return reduced.then(finish)
+
+    def _check(self, bucket: dist.GradBucket, group: dist.ProcessGroup) -> None:
+        """Raise on all ranks where they would move different blocks; the messages would not fit together.
+
+        The first bucket of a backward pass answers for all parameters, once all have been seen: masks do not change
+        within one.
+        """
+        parameters = bucket.parameters()
+        new = [p for p in parameters if p not in self._known]
+        if self._knows_all and not new and bucket.index() > 0:
+            return
+        self._known.update(dict.fromkeys(new))
+        self._knows_all = self._knows_all or bucket.is_last()
+        moved = [self._digest(p) for p in (self._known if self._knows_all else parameters)]
+        mine = hashlib.sha256("\n".join(moved).encode()).digest()[:8]
+        buffer = bucket.buffer()
+        number = torch.tensor([int.from_bytes(mine, "big", signed=True)], device=buffer.device)
+        found = [torch.empty_like(number) for _ in range(group.size())]
+        dist.all_gather(found, number, group=group)
+        if len(set(torch.cat(found).tolist())) > 1:
+            self._refuse(moved, group)
+
+    def _digest(self, parameter: Tensor) -> str:
+        """Name, mask, and whether the gradient moves whole; of a parameter that is not sparse nothing."""
+        weight = weights.of(parameter)
+        if weight is None:
+            return "dense"
+        changes, mask = self._digests.get(weight, (-1, ""))
+        if changes != weight.changes:
+            mask = digest(weight)
+            self._digests[weight] = weight.changes, mask
+        return f"{weight.name} {mask} {'whole' if weight.dense_grad else 'active'}"
+
+    def _refuse(self, moved: list[str], group: dist.ProcessGroup) -> None:
+        found: list[Any] = [None] * group.size()
+        dist.all_gather_object(found, moved, group=group)
+        rank, theirs = next((r, t) for r, t in enumerate(found) if t != found[0])
+        pairs = [(a, b) for a, b in zip(found[0], theirs, strict=False) if a != b]
+        name = pairs[0][0].split(" ")[0] if pairs else "the number of parameters"
+        raise RankMismatchError(
+            f"ranks 0 and {rank} of the group hold different masks ({name} differs; {len(pairs)} weights in all), so "
+            "their gradients cannot be added up. Call sparsify with the same schedule, seed and options on all ranks, "
+            "load the same checkpoint, and apply masks on all of them"
+        )
 
     def _blocks_of(self, parameter: Tensor) -> "_Blocks | None":
         """The blocks to move of the gradient of ``parameter``, or None if it moves whole."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 
 from mst_compile.errors import RankMismatchError
+from mst_compile.parallel.description import digest
 from mst_compile.state.sparsifier import sparsifier
-from mst_compile.state.weight import SparseWeight
 
 
 def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Check that all ranks of ``group`` hold the same masks and have taken the same number of steps.
 
-    They do as long as they sparsify with the same schedule, seed and options, and step together. All ranks of the
-    group must call it (``torch.distributed.all_gather_object``); it costs one small message. Does nothing where
+    They do as long as they sparsify with the same schedule, seed and options, and step together, which is checked at
+    the first training step without being asked (:mod:`mst_compile.parallel.first_step`). All ranks of the group must
+    call it (``torch.distributed.all_gather_object``); it costs one small message. Does nothing where
     ``torch.distributed`` is not initialised.
 
     Args:
@@ -30,7 +30,7 @@ def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
     own = sparsifier(model)
     if not dist.is_initialized():
         return
-    mine = own.step_count, {name: _digest(weight) for name, weight in own.weights.items()}
+    mine = own.step_count, {name: digest(weight) for name, weight in own.weights.items()}
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group=group)
     steps = [step for step, _ in found]
@@ -48,9 +48,3 @@ def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
             f"the ranks have taken different numbers of steps: {steps}; every rank must call optimizer.step() equally "
             "often, and load the same checkpoint"
         )
-
-
-def _digest(weight: SparseWeight) -> str:
-    """Of the block grid and the mask."""
-    data = f"{weight.grid.rows}x{weight.grid.cols}/{weight.grid.block}".encode()
-    return hashlib.sha256(data + weight.mask.numpy().tobytes()).hexdigest()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from .clock import StepClock
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
 from .steps import Step
-from .weight import SparseWeight
+from .weight import SparseWeight, first_gradients
 
 _PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
 
@@ -52,6 +53,25 @@ class _Turn:
     told: bool = False
 
 
+class RunWatcher(Protocol):
+    """Something that looks at every run of this process before it trains."""
+
+    def first_gradient(self, run: Run, weight: SparseWeight, parameter: Tensor) -> None:
+        """The run's first gradient has arrived: of ``weight``, within the backward pass."""
+
+    def first_step(self, run: Run) -> None:
+        """An optimizer is about to step the run's weights for the first time. Raises to refuse; then it is asked again
+        at the next step."""
+
+
+_run_watchers: list[RunWatcher] = []
+
+
+def watch_runs(watcher: RunWatcher) -> None:
+    """Let ``watcher`` look at every run of this process."""
+    _run_watchers.append(watcher)
+
+
 class Stepping:
     """Moves a run on as optimizers step: a :class:`~mst_compile.state.steps.StepWatcher`.
 
@@ -69,6 +89,9 @@ class Stepping:
         self._deferred = False  # a step within the backward pass waits for its end
         self._making_state = False  # the optimizer that steps now only makes its state
         self._foreign_steps = 0  # of optimizers without sparse weights; -1: warned
+        self._has_stepped = False
+        for weight in run.weights:
+            first_gradients[weight] = weakref.WeakMethod(self._tell_of_gradient)
 
     def step(self) -> None:
         """A training step is complete."""
@@ -84,12 +107,18 @@ class Stepping:
         """An optimizer steps: harvest growth scores, and let it see zeros outside the active blocks."""
         run, optimizer = self._run, step.optimizer
         own = run.of(optimizer)
+        if not own and run.active:
+            run.weights.check_not_flattened(optimizer)
         if not own or self._making_state or optimizers.skipped_by_scaler(optimizer):
             return
         if not optimizer.state and optimizers.only_makes_state(optimizer):
             self._making_state = True
             step.outermost.at_end(lambda _: setattr(self, "_making_state", False))
             return
+        if not self._has_stepped:
+            for watcher in _run_watchers:
+                watcher.first_step(run)
+            self._has_stepped = True
         run.weights.rebind()
         run.meet(optimizer, own)
         if not step.nested:
@@ -157,6 +186,12 @@ class Stepping:
             elif not step.nested:
                 self.after_step(step)
         self._turns.pop(step, None)
+
+    def _tell_of_gradient(self, weight: SparseWeight, parameter: Tensor) -> None:
+        for other in self._run.weights:  # one is told of, the first
+            first_gradients.pop(other, None)
+        for watcher in _run_watchers:
+            watcher.first_gradient(self._run, weight, parameter)
 
     def _step_after_backward(self) -> None:
         """Optimizers that step within the backward pass, one a parameter: count once, when all gradients are there."""

@@ -7,6 +7,8 @@ compiled graph then serves all layers that Dynamo shares it among.
 from __future__ import annotations
 
 import functools
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +41,10 @@ class _Epoch:
 
 
 epoch = _Epoch()
+# Who is told, once, that a weight has got its first gradient. Weak methods, as they lead back to the weight.
+first_gradients: weakref.WeakKeyDictionary[SparseWeight, weakref.WeakMethod[Callable[[SparseWeight, Tensor], None]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @dataclass(eq=False)
@@ -272,6 +278,10 @@ def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
     if parameter.grad is not None and not weight.dense_grad:
         weight.mask_gradient(parameter.grad)
+    told = first_gradients.pop(weight, None) if first_gradients else None
+    tell = None if told is None else told()
+    if tell is not None:
+        tell(weight, parameter)
 
 
 def _address(parameter: Tensor) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.shards import check_placement, held_parameter, parameter_of, stored
+from mst_compile.blocks.shards import check_placement, held_parameter, is_flattened, parameter_of, stored
 from mst_compile.errors import WeightError
 from mst_compile.rules.density import layer_densities
 from mst_compile.rules.guard import Guard
@@ -72,6 +72,15 @@ class Weights:
                     f"{tuple(there.shape)}: its module has been replaced since, as resize_token_embeddings does. Call "
                     "sparsify after such changes (densify(model) first, if it is sparse already)"
                 )
+
+    def check_not_flattened(self, optimizer: Optimizer) -> None:
+        """Raise :class:`ParallelismError` if ``optimizer`` trains Parameters that FSDP1 has made, and weights are gone.
+
+        Which model they are of cannot be known; no optimizer of another kind is troubled.
+        """
+        if any(is_flattened(p) for group in optimizer.param_groups for p in group["params"]):
+            for _ in self.parameters():
+                pass
 
     def with_gradients(self) -> set[str]:
         """Names of the weights that have a gradient."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from mst_compile.kernels import cpu
 from mst_compile.kernels.cpu import abi, build, table
+from mst_compile.kernels.cpu.processes import CommandError, run_all
+from stub_compiler import StubCompiler
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.why_unavailable()}")
@@ -33,10 +35,17 @@ def test_portable_path_can_be_forced():
     assert "avx512" not in name
 
 
-@pytest.mark.parametrize("environment", [{"CXX": "/nonexistent/c++"}, {"CXX": "false"}, {"MST_CPU_ISA": "z80"}])
-def test_without_a_compiler_importing_works(environment):
+@pytest.mark.parametrize(
+    ("environment", "error"),
+    [
+        ({"CXX": "/none/c++"}, "NoCompilerError"),
+        ({"CXX": "false"}, "NoCompilerError"),
+        ({"MST_CPU_ISA": "z80"}, "BuildError"),
+    ],
+)
+def test_without_a_compiler_importing_works(environment, error, tmp_path):
     code = "from mst_compile.kernels import cpu; print(cpu.available(), cpu.why_unavailable())"
-    assert run_python(code, **environment).startswith("False BuildError: ")
+    assert run_python(code, MST_COMPILE_CACHE_DIR=str(tmp_path), **environment).startswith(f"False {error}: ")
 
 
 def test_failing_compiler_is_reported(tmp_path):
@@ -70,68 +79,39 @@ def test_processes_share_one_build(tmp_path):
     assert (tmp_path / "calls").read_text().count(" -c ") == len(build.units())
 
 
-class Compiler:
-    """A stub that writes empty libraries, and knows OpenMP while its runtime is installed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.runtime, self.calls, self.command = folder / "runtime", folder / "calls", folder / "c++"
-        self.command.write_text(
-            "#!/bin/sh\n"
-            '[ "$1" = --version ] && echo stub 1.0 && exit 0\n'
-            f'echo "$*" >> {self.calls}\n'
-            f'case "$*" in *-fopenmp*) [ -e {self.runtime} ] || {{ echo no libomp >&2; exit 1; }} ;; esac\n'
-            'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo > "$2"; shift; done\n'
-        )
-        self.command.chmod(0o755)
-
-    def compiled(self) -> int:
-        """How many units since the last time."""
-        calls = self.calls.read_text() if self.calls.exists() else ""
-        self.calls.unlink(missing_ok=True)
-        return calls.count(" -c ")
-
-
-def new_process() -> None:
-    build._has_openmp.cache_clear()
-
-
 @pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    stub = Compiler(tmp_path)
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubCompiler:
+    stub = StubCompiler(tmp_path)
     monkeypatch.setenv("CXX", str(stub.command))
     monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
     return stub
 
 
-def test_a_library_without_openmp_is_not_taken_for_one_with_it(compiler: Compiler) -> None:
+def test_a_library_without_openmp_is_not_taken_for_one_with_it(compiler: StubCompiler) -> None:
     single = build.build("baseline")
     assert compiler.compiled() == len(build.units())
-    new_process()
     assert build.build("baseline") == single  # the only one there is, and no better one can be made
     assert compiler.compiled() == 0
 
     compiler.runtime.touch()
-    new_process()
     threaded = build.build("baseline")
     assert threaded != single
     assert compiler.compiled() == len(build.units())
     single.unlink()
-    new_process()
     assert build.build("baseline") == threaded
     assert compiler.compiled() == 0
 
 
-def test_a_library_with_openmp_stays_when_the_compiler_has_lost_it(compiler: Compiler) -> None:
+def test_a_library_with_openmp_stays_when_the_compiler_has_lost_it(compiler: StubCompiler) -> None:
     compiler.runtime.touch()
     threaded = build.build("baseline")
     compiler.runtime.unlink()
-    new_process()
     assert build.build("baseline") == threaded
     assert compiler.compiled() == len(build.units())
 
 
 def test_an_error_of_the_sources_is_no_lack_of_openmp(
-    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiler.runtime.touch()
     monkeypatch.setattr(build, "HERE", tmp_path / "empty")  # the stub is asked to link nothing, and does
@@ -187,10 +167,10 @@ def test_a_struct_that_ctypes_sees_otherwise_is_not_compiled(
     (tmp_path / "layout.h").write_text(abi.checks())
     (tmp_path / "unit.cpp").write_text('#include "layout.h"')
     command = [*build.find_compiler(), "-std=c++17", "-fsyntax-only", str(tmp_path / "unit.cpp")]
-    with pytest.raises(build.BuildError, match="MstSpmm"):
-        build._run(command)
+    with pytest.raises(CommandError, match="MstSpmm"):
+        run_all([command], 60)
     (tmp_path / "abi.h").write_text(header)
-    build._run(command)
+    run_all([command], 60)
 
 
 # ---- this machine ----------------------------------------------------------------------------------------------------

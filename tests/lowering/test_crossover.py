@@ -74,11 +74,12 @@ def test_crossover_of_several_weights_counts_their_sizes(fresh: Path) -> None:
     assert device.of("cpu").crossover([small, large], False) == 0.8
 
 
-def test_a_broken_record_is_no_error(fresh: Path) -> None:
+@pytest.mark.parametrize("text", ["[0.1, ", "", "5", '["a", 1, 2]', "[0.1, -1, 2]", "[0, 1, 1]", "[NaN, 1, 1]", "{}"])
+def test_a_broken_record_is_no_error(text: str, fresh: Path) -> None:
     crossover.record(GRID, "forward", 0.1, dense=1.0, sparse=1.0)
     crossover._measured.clear()
     (broken,) = crossover._folder().iterdir()
-    broken.write_text("[0.1, ")
+    broken.write_text(text)
     estimate = crossover.of_grid(GRID)
     assert estimate == crossover._estimate(GRID)
     crossover.record(GRID, "forward", 0.1, dense=2.0, sparse=1.0)
@@ -90,6 +91,21 @@ def test_a_cache_that_cannot_be_written_costs_no_more_than_measuring_again(fresh
     crossover._folder().parent.joinpath(crossover._folder().name).write_text("in the way of the folder")
     crossover.record(GRID, "forward", 0.1, dense=2.0, sparse=1.0)
     assert crossover.of_grid(GRID) == pytest.approx(0.2)
+
+
+def test_a_cache_in_which_others_write_is_left_alone(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MST_COMPILE_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    crossover.record(GRID, "forward", 0.1, dense=2.0, sparse=1.0)
+    crossover._measured.clear()
+    assert crossover.of_grid(GRID) == pytest.approx(0.2)
+    (tmp_path / "mst_compile").chmod(0o777)
+    crossover._folder.cache_clear()
+    assert crossover.of_grid(GRID) == crossover._estimate(GRID)
+    crossover.record(GRID, "forward", 0.1, dense=3.0, sparse=1.0)
+    assert crossover.of_grid(GRID) == pytest.approx(0.3)
 
 
 def test_processes_that_measure_at_the_same_time_lose_nothing_of_each_other(fresh: Path) -> None:

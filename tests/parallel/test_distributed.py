@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from ranks import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from mst_compile import sparsifier, sparsify
+from mst_compile import Constant, sparsifier, sparsify
 from mst_compile.communication import ActiveBlocks, check_ranks, reduce_active_blocks
 from mst_compile.errors import NotSparseError, RankMismatchError
+from mst_compile.parallel import first_step
 from mst_compile.rules.schedule import Schedule
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one group of processes at a time
@@ -185,13 +186,143 @@ def finds_other_masks() -> None:
     check_ranks(model)
 
 
-TWO = [is_one_process, accumulates_and_recomputes, compiles, moves_active_blocks, finds_other_masks]
-FOUR = [is_one_process, moves_active_blocks, finds_other_masks]
+def reduce_by_hand(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+
+
+def differing() -> Iterator[tuple[str, nn.Module]]:
+    """What a message says, and a model that the last rank was given otherwise."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    yield "seed 0 and 1", sparsify(net(), SCHEDULES[0], seed=int(last))
+    yield "interval 5 and 7", sparsify(net(), Constant(0.7, interval=7 if last else 5))
+    yield r"sparsity 0\.7 and 0\.6", sparsify(net(), Constant(0.6 if last else 0.7, interval=5))
+    yield "class 'Constant' and 'MixedSparsity'", sparsify(net(), SCHEDULES[int(last)])
+    yield r"block of first\.up\.weight \(4 and 1\)", sparsify(net(), SCHEDULES[0], block=1 if last else 4)
+    yield r"first\.up\.weight is sparse on one", sparsify(net(), SCHEDULES[0], exclude="first.up.*" if last else None)
+    model = sparse_net(SCHEDULES[0])
+    if last:
+        masks = sparsifier(model).masks
+        sparsifier(model).apply_mask("head.weight", ~masks["head.weight"])
+    yield r"mask of head\.weight, one of 1 ", model
+    model = sparse_net(SCHEDULES[0])
+    if last:
+        sparsifier(model).load_state_dict({**sparsifier(model).state_dict(), "step": 3})
+    yield "steps taken 0 and 3", model
+
+
+def compares_at_the_first_step() -> None:
+    """Without being asked, on all ranks, before anything has changed; of DDP, and where gradients are reduced by hand.
+    A model on which they agree is trained in between: ranks are still in step."""
+    for by_hand in (False, True):
+        for message, model in differing():
+            run = model if by_hand else DDP(model)
+            optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            steps = sparsifier(model).step_count
+            for x, y in batches(2):  # refused again, if somebody goes on
+                optimizer.zero_grad()
+                mse(run(mine(x)), mine(y)).backward()
+                if by_hand:
+                    reduce_by_hand(model)
+                with pytest.raises(RankMismatchError, match=message):
+                    optimizer.step()
+            assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+            assert sparsifier(model).step_count == steps
+            assert not optimizer.state
+        good = sparse_net(SCHEDULES[0])
+        run, optimizer = good if by_hand else DDP(good), torch.optim.SGD(good.parameters(), 0.01)
+        for x, y in batches(7):
+            mse(run(mine(x)), mine(y)).backward()
+            if by_hand:
+                reduce_by_hand(good)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_ranks_agree(good)
+
+
+def other_models_are_left_alone() -> None:
+    """Ranks that train models of their own, with other options, data, or not at all, wait for nobody."""
+    rank = dist.get_rank()
+    for options, data in ((True, False), (True, True), (False, True)):
+        model = sparsify(net(), Constant(0.7, interval=5 + rank * options), seed=rank * options)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        for x, y in batches(3 + rank):
+            if rank == 0:
+                time.sleep(0.05)
+            mse(model(mine(x) if data else x), mine(y) if data else y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert sparsifier(model).step_count == 3 + rank
+    if rank == 0:
+        alone = sparse_net(SCHEDULES[0])
+        mse(alone(torch.ones(4, 30).double()), torch.ones(4, 5).double()).backward()
+        torch.optim.SGD(alone.parameters(), 0.01).step()
+        assert sparsifier(alone).step_count == 1
+
+
+def the_hook_refuses_other_masks() -> None:
+    """All ranks raise within the backward pass, at the first one and at any later one."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    x, y = next(batches(1))
+    for message, model in differing():
+        if "mask" not in message and "seed" not in message and "block" not in message and "sparse on" not in message:
+            continue
+        ddp = DDP(model, bucket_cap_mb=0.01)
+        reduce_active_blocks(ddp)
+        with pytest.raises(RankMismatchError, match=r"hold different masks \((first|second|head)"):
+            mse(ddp(mine(x)), mine(y)).backward()
+    for change in (
+        lambda own: own.apply_mask("first.up.weight", ~own.masks["first.up.weight"]),
+        lambda own: own.step(),
+    ):
+        model = sparsify(net(), Constant(0.7, interval=4))
+        ddp = DDP(model, bucket_cap_mb=0.01)
+        reduce_active_blocks(ddp)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        for _ in range(3):
+            mse(ddp(mine(x)), mine(y)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if last:
+            change(sparsifier(model))
+        with pytest.raises(RankMismatchError, match="hold different masks"):
+            mse(ddp(mine(x)), mine(y)).backward()
+
+
+def a_rank_that_is_not_sparse_is_missed() -> None:
+    """The others wait for it, but not for ever."""
+    model = net()
+    if dist.get_rank():
+        sparsify(model, SCHEDULES[0])
+    first_step._PATIENCE = 0.5
+    ddp, optimizer = DDP(model), torch.optim.SGD(model.parameters(), 0.01)
+    x, y = next(batches(1))
+    mse(ddp(mine(x)), mine(y)).backward()
+    if dist.get_rank():
+        with pytest.raises(RankMismatchError, match=r"1 of the ranks \[0, 1\] .* Call sparsify on all"):
+            optimizer.step()
+
+
+TWO = [
+    is_one_process,
+    accumulates_and_recomputes,
+    compiles,
+    moves_active_blocks,
+    finds_other_masks,
+    compares_at_the_first_step,
+    other_models_are_left_alone,
+    the_hook_refuses_other_masks,
+    a_rank_that_is_not_sparse_is_missed,
+]
+FOUR = [is_one_process, moves_active_blocks, finds_other_masks, compares_at_the_first_step, other_models_are_left_alone]
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(TWO, 2, tmp_path_factory.mktemp("two"), limit=180)
+    return run(TWO, 2, tmp_path_factory.mktemp("two"), limit=240)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from mst_compile import sparsifier, sparsify
 from mst_compile.blocks.bulk import block_mean_square, zero_blocks_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.shards import check_placement, local_rows, stored
-from mst_compile.errors import ParallelismError
+from mst_compile.errors import ParallelismError, RankMismatchError
 from mst_compile.parallel.ranks import check_ranks
 from mst_compile.rules.schedule import Schedule
 from mst_compile.state import weight as weights
@@ -353,6 +353,28 @@ def flattened_parameters_are_refused() -> None:
             optimizer.step()
 
 
+def compares_at_the_first_step() -> None:
+    """Ranks that were given other options raise before anything has changed; over all ranks of shards and replicas."""
+    ranks, last = dist.get_world_size(), dist.get_rank() == dist.get_world_size() - 1
+    meshes = [None, init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))] if ranks == 4 else [None]
+    for mesh in meshes:
+        for before in (False, True):
+            model = net()
+            options = {} if mesh is None else {"mesh": mesh}
+            if not before:
+                shard(model, **options)
+            sparsify(model, SCHEDULES[0], seed=int(last))
+            if before:
+                shard(model, **options)
+            optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+            weights_before = [whole(p).clone() for p in model.parameters()]
+            x, y = next(batches(1))
+            mse(model(mine(x)), mine(y)).backward()
+            with pytest.raises(RankMismatchError, match=rf"ranks \d and {ranks - 1} .* seed 0 and 1"):
+                optimizer.step()
+            assert all(torch.equal(whole(p), q) for p, q in zip(model.parameters(), weights_before, strict=True))
+
+
 TWO = [
     block_operations,
     is_one_process,
@@ -361,10 +383,17 @@ TWO = [
     resumes,
     other_layouts_are_refused,
     flattened_parameters_are_refused,
+    compares_at_the_first_step,
     mixed_precision_and_replicas,
     compiles,
 ]
-FOUR = [block_operations, is_one_process, other_layouts_are_refused, mixed_precision_and_replicas]
+FOUR = [
+    block_operations,
+    is_one_process,
+    other_layouts_are_refused,
+    compares_at_the_first_step,
+    mixed_precision_and_replicas,
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,94 @@
+"""Runs compilers: several at a time, for a limited time, and none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+
+_POLL_SECONDS = 0.01
+
+
+class CommandError(RuntimeError):
+    """A command could not be started, failed, or did not end in time; the message says which, and what it wrote."""
+
+
+class OutOfTimeError(CommandError):
+    """A command did not end in time."""
+
+
+class _Process:
+    """A command that runs in a process group of its own, so that it can be ended with its children."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.command = command
+        # A file and no pipe: a child that outlives the command would keep a pipe open, and its reader waiting.
+        self._written = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._written,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            self._written.close()
+            raise CommandError(f"{shlex.join(command)}\n{error}") from error
+
+    def ended(self) -> bool:
+        """Whether it has succeeded; raises CommandError if it has failed."""
+        status = self._process.poll()
+        if status:
+            raise CommandError(f"{shlex.join(self.command)}\n{self.output().strip()[-2000:] or f'status {status}'}")
+        return status is not None
+
+    def output(self) -> str:
+        self._written.seek(0)
+        return self._written.read().decode(errors="replace")
+
+    def close(self) -> None:
+        """End it and its children, if it still runs."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._written.close()
+
+
+def run_all(commands: Sequence[Sequence[str]], seconds: float) -> list[str]:
+    """Run commands, as many at a time as there are cores.
+
+    Args:
+        seconds: how long all of them may take together.
+
+    Returns:
+        What each has written.
+
+    Raises:
+        CommandError: of the first that failed. All have been ended, children included.
+        OutOfTimeError: the time is over. Likewise.
+    """
+    end = time.monotonic() + seconds
+    waiting = list(reversed(commands))
+    started: list[_Process] = []
+    running: list[_Process] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                started.append(_Process(waiting.pop()))
+                running.append(started[-1])
+            running = [process for process in running if not process.ended()]
+            if running and time.monotonic() > end:
+                raise OutOfTimeError(f"{shlex.join(running[0].command)}\nnot finished after {seconds:g} seconds; ended")
+            if running:
+                time.sleep(_POLL_SECONDS)
+        return [process.output() for process in started]
+    finally:
+        for process in started:
+            process.close()

@@ -1,0 +1,33 @@
+"""Which tensors a kernel may read by their data pointer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+
+# Tensors whose values are not what their pointer leads to, if it leads anywhere: subclasses that intercept operators
+# (DTensor, fake and functional tensors, every wrapper), those within functorch's transforms, and lazy ones.
+_ELSEWHERE = (
+    DispatchKey.Python,
+    DispatchKey.Functionalize,
+    DispatchKey.FuncTorchBatched,
+    DispatchKey.FuncTorchGradWrapper,
+    DispatchKey.Negative,
+    DispatchKey.Conjugate,
+    DispatchKey.ZeroTensor,
+    DispatchKey.NestedTensor,
+    DispatchKey.Quantized,  # type: ignore[attr-defined]  # PyTorch's stub lacks it
+)
+_BITS = 0
+for _key in _ELSEWHERE:
+    _BITS |= DispatchKeySet(_key).raw_repr()
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor's values lie in memory where its data pointer, strides and dtype say.
+
+    It asks the dispatcher, not the class: ``nn.Parameter`` and other subclasses that intercept no operator are plain.
+    """
+    keys: int = torch._C._dispatch_keys(tensor).raw_repr()
+    return tensor.layout is torch.strided and tensor.device.type != "meta" and not keys & _BITS
