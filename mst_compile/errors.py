@@ -11,6 +11,10 @@ class MSTError(Exception):
     """Base class of all errors raised by mst_compile."""
 
 
+class ArgumentError(MSTError, ValueError):
+    """An argument is of the wrong type or out of range, and no other error is nearer."""
+
+
 class ScheduleError(MSTError, ValueError):
     """A schedule's parameters are out of range, contradict each other, or the object is not a schedule."""
 
@@ -21,6 +25,10 @@ class BlockSizeError(MSTError, ValueError):
 
 class SelectionError(MSTError, ValueError):
     """``include``/``exclude`` patterns match nothing, or the model has no weight that can be sparsified."""
+
+
+class ModelError(SelectionError, TypeError):
+    """A function that takes a model got something else."""
 
 
 class WeightError(MSTError, ValueError):
