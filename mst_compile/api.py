@@ -9,6 +9,7 @@ from torch import nn
 from mst_compile.blocks.shards import check_placement
 from mst_compile.errors import AlreadySparseError, SelectionError
 from mst_compile.parallel import fsdp
+from mst_compile.rules.checks import check_choice, check_flag, check_model, check_seed
 from mst_compile.rules.guard import GUARDS, Guard
 from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.state import weight as weights
@@ -61,21 +62,19 @@ def sparsify(
         ``model`` itself.
 
     Raises:
-        ScheduleError, BlockSizeError, SelectionError, WeightError, AlreadySparseError: see the message; the model is
-            unchanged.
+        ScheduleError, BlockSizeError, SelectionError, WeightError, AlreadySparseError, ArgumentError: see the message;
+            the model is unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise SelectionError(f"sparsify takes an nn.Module, got {type(model).__name__}")
+    check_model("sparsify", model)
     schedule = as_schedule(schedule)
     if sparsifier_of(model) is not None or any(weights.of(p) is not None for p in model.parameters()):
         raise AlreadySparseError(
             "the model (or a part of it) is sparse already; call densify(model) first to start again with another "
             "schedule"
         )
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise SelectionError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
-    if guard not in GUARDS:
-        raise SelectionError(f"guard must be one of {', '.join(map(repr, GUARDS))}, got {guard!r}")
+    seed = check_seed("seed", seed, SelectionError)
+    check_choice("guard", guard, GUARDS, SelectionError)
+    rescale, auto_step = check_flag("rescale", rescale), check_flag("auto_step", auto_step)
     selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
     fsdp.adopt(model)
     for candidate in selection.candidates:
@@ -94,6 +93,7 @@ def densify(model: nn.Module) -> nn.Module:
     Raises:
         NotSparseError: the model is not sparse.
     """
+    check_model("densify", model)
     sparsifier(model).release()
     detach(model)
     return model

@@ -11,6 +11,7 @@ from torch import nn
 from mst_compile.blocks.shards import is_sharded
 from mst_compile.cost.flops import linear_training
 from mst_compile.lowering import device
+from mst_compile.rules.checks import check_model
 from mst_compile.state.sparsifier import sparsifier
 from mst_compile.state.weight import SparseWeight
 
@@ -86,7 +87,9 @@ def explain(model: nn.Module) -> Explanation:
 
     Raises:
         NotSparseError: the model is not sparse.
+        ModelError: it is no model.
     """
+    check_model("explain", model)
     own = sparsifier(model)
     rows = [_row(weight, parameter) for weight, parameter in own.parameters()]
     parameters = dict(model.named_parameters())

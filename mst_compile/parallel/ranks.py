@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mst_compile.errors import RankMismatchError
+from mst_compile.rules.checks import check_instance, check_model
 from mst_compile.state.sparsifier import sparsifier
 from mst_compile.state.weight import SparseWeight
 
@@ -27,7 +28,10 @@ def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
         RankMismatchError: on all ranks, naming the first weight that differs.
         NotSparseError: the model is not sparse.
     """
+    check_model("check_ranks", model)
     own = sparsifier(model)
+    if group is not None:
+        check_instance("group", group, dist.ProcessGroup, "a torch.distributed.ProcessGroup or None")
     if not dist.is_initialized():
         return
     mine = own.step_count, {name: _digest(weight) for name, weight in own.weights.items()}

@@ -22,7 +22,9 @@ _SHOWN = 300  # characters of a value in a message
 
 
 def shown(value: object) -> str:
-    """``repr(value)``, cut where it is long; also of values that have none."""
+    """``repr(value)``, cut where it is long; also of values that have none. Of a module its class."""
+    if isinstance(value, nn.Module):
+        return type(value).__name__
     try:
         text = repr(value)
     except Exception as problem:  # somebody else's __repr__, or an int of thousands of digits: not what was asked about
@@ -76,20 +78,20 @@ def check_number(
     value: object,
     *,
     least: float = -math.inf,
-    above: float = -math.inf,
+    positive: bool = False,
     error: type[MSTError] = ArgumentError,
 ) -> float:
-    """The finite number ``value``, at least ``least`` and more than ``above``.
+    """The finite number ``value``, at least ``least``, and more than 0 if ``positive``.
 
     Raises:
         MSTError: of the class ``error``, if it is none.
     """
     found = as_number(value)
     # An int may be too large for a float: compared, not converted.
-    if found is None or not -_FLOAT_MAX <= found <= _FLOAT_MAX or not found >= least or not found > above:
+    if found is None or not -_FLOAT_MAX <= found <= _FLOAT_MAX or not found >= least or (positive and found <= 0):
+        kind = "positive number" if positive else "finite number"
         limits = "" if least == -math.inf else f", at least {least:g}"
-        limits += "" if above == -math.inf else f", more than {above:g}"
-        raise error(f"{name} must be a finite number{limits}, got {shown(value)}")
+        raise error(f"{name} must be a {kind}{limits}, got {shown(value)}")
     return float(found)
 
 
@@ -102,14 +104,13 @@ def check_flag(name: str, value: object, error: type[MSTError] = ArgumentError) 
     Raises:
         MSTError: of the class ``error``, if it is something else, be it 0 or 1.
     """
-    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):  # NumPy's, not imported here
+    numpys = type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")  # not imported here
+    if not isinstance(value, bool) and not numpys:
         raise error(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
-def check_instance(
-    name: str, value: object, kinds: Any, should: str, error: type[MSTError] = ArgumentError
-) -> None:
+def check_instance(name: str, value: object, kinds: Any, should: str, error: type[MSTError] = ArgumentError) -> None:
     """Raise ``error`` unless ``value`` is an instance of ``kinds``; ``should`` says in words what it must be."""
     if not isinstance(value, kinds):
         raise error(f"{name} must be {should}, got {shown(value)}")
@@ -119,13 +120,11 @@ def check_model(function: str, model: object) -> None:
     """Raise :class:`ModelError` unless the first argument of ``function`` is a module."""
     if not isinstance(model, nn.Module):
         raise ModelError(
-            f"{function} takes an nn.Module, got {shown(model)} of type {type(model).__name__}; pass the model itself"
+            f"{function} takes an nn.Module, got {shown(model)} ({type(model).__name__}); pass the model itself"
         )
 
 
-def check_choice(
-    name: str, value: object, choices: Iterable[str], error: type[MSTError] = ScheduleError
-) -> str:
+def check_choice(name: str, value: object, choices: Iterable[str], error: type[MSTError] = ScheduleError) -> str:
     """``value`` if it is one of ``choices``; else ``error`` is raised."""
     known = tuple(choices)
     if not isinstance(value, str) or value not in known:

@@ -121,7 +121,7 @@ def as_growth(growth: str | Growth, share: float = 0.75, gradient_steps: int = 1
         check_whole(f"gradient_steps of {growth!r}", growth.gradient_steps, least=0, of="optimizer steps")
         return growth
     if isinstance(growth, type) and issubclass(growth, Growth):
-        raise ScheduleError(f"growth must be a rule, not a class of rules: pass {growth.__name__}(...)")
+        raise ScheduleError(f"growth must be a rule, got the class {growth!r}: pass {growth.__name__}(...)")
     kind = RULES[check_choice("growth", growth, RULES)]
     if kind is Mixed:
         return Mixed(share, gradient_steps)
@@ -141,7 +141,9 @@ def _check_question(inactive: Tensor, count: int, gradient: Tensor | None, gener
 
 def at_random(among: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """``count`` of the blocks ``among``, each as likely as any other: bool ``[R, C]``."""
-    return largest(torch.rand(among.shape, generator=generator, dtype=torch.float32, device="cpu").masked_fill(~among, -1.0), count)
+    return largest(
+        torch.rand(among.shape, generator=generator, dtype=torch.float32, device="cpu").masked_fill(~among, -1.0), count
+    )
 
 
 def largest(score: Tensor, count: int) -> Tensor:

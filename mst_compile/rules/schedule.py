@@ -13,7 +13,16 @@ from typing import Any
 from mst_compile.errors import ScheduleError
 
 from .attention import Attention, as_attention
-from .checks import check_choice, check_flag, check_positions, check_share, check_sparsity, check_step, check_steps, shown
+from .checks import (
+    check_choice,
+    check_flag,
+    check_positions,
+    check_share,
+    check_sparsity,
+    check_step,
+    check_steps,
+    shown,
+)
 from .density import DISTRIBUTIONS
 from .growth import Growth, as_growth
 from .patterns import Pattern
@@ -135,9 +144,10 @@ def check_parts(schedule: Schedule, interval: int, total_steps: int | None = Non
     value, (start, end) = schedule.attention_value, _two_steps(schedule)
     asked = value.name != "full" or value.start is not None or value.end is not None
     if asked and start >= (end if total_steps is None else min(end, total_steps)):
+        of = f" of {total_steps}" if total_steps else ""
         raise ScheduleError(
-            f"attention {schedule.attention!r} would never be on: its first step is {start}, and its first step "
-            f"without the pattern is {end}{f' of {total_steps}' if total_steps else ''} (attention_window={schedule.attention_window!r})"
+            f"attention {schedule.attention!r} would never be on: its first step is {start}{of}, and its first step "
+            f"without the pattern is {end} (attention_window={schedule.attention_window!r})"
         )
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn, optim
 
+from mst_compile.rules.checks import check_model, check_number
+
 from .weight import SparseWeight, of
 
 DENSITY_RATE = "density_rate"
@@ -30,7 +32,14 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.0, density_rate: f
     Returns:
         A group for the sparse weights of each target density (layers of one shape), one for other parameters of two and
         more dimensions, and one for vectors.
+
+    Raises:
+        ModelError: ``model`` is no module.
+        ArgumentError: ``weight_decay`` or ``density_rate`` is negative or not finite.
     """
+    check_model("param_groups", model)
+    weight_decay = check_number("weight_decay", weight_decay, least=0)
+    density_rate = check_number(DENSITY_RATE, density_rate, least=0)
     sparse: dict[float, list[nn.Parameter]] = {}
     kinds: list[list[nn.Parameter]] = [[], []]
     for parameter in model.parameters():
@@ -50,11 +59,14 @@ def scale_rates(
     optimizer: optim.Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]
 ) -> list[tuple[dict[str, Any], Any]]:
     """Let groups with a ``density_rate`` step with their learning rate scaled; returns what :func:`restore_rates`
-    needs."""
-    before = []
-    for group in optimizer.param_groups:
-        rate = group.get(DENSITY_RATE)
-        if not rate:
+    needs.
+
+    Raises:
+        ArgumentError: the rate of a group is negative or not finite. No learning rate has changed.
+    """
+    before: list[tuple[dict[str, Any], Any]] = []
+    for group, rate in [(group, _rate_of(group)) for group in optimizer.param_groups]:
+        if rate == 0:
             continue
         members = {id(p) for p in group["params"]}
         inside = [weight for weight, parameter in own if id(parameter) in members]
@@ -63,6 +75,11 @@ def scale_rates(
             before.append((group, group["lr"]))
             group["lr"] = group["lr"] * (active / total) ** -rate
     return before
+
+
+def _rate_of(group: dict[str, Any]) -> float:
+    rate = group.get(DENSITY_RATE)
+    return 0.0 if rate is None else check_number(f"{DENSITY_RATE!r} of a parameter group", rate, least=0)
 
 
 def restore_rates(before: list[tuple[dict[str, Any], Any]]) -> None:

@@ -52,10 +52,10 @@ def from_state_dict(state: Any, weights: Weights) -> tuple[Progress, dict[str, T
     Raises:
         CheckpointError: it is of another format, or does not fit the model.
     """
-    packing.check_state(state, weights.by_name)
+    progress = Progress(*packing.check_state(state, weights.by_name))
     masks, grown, scores = state["masks"], state["grown"], state["scores"]
     found = {name: Topology(masks[name], grown.get(name), scores.get(name)) for name in weights.by_name}
-    return Progress(state["step"], state["seed"]), found
+    return progress, found
 
 
 def entry_of(weight: SparseWeight, progress: Progress, keeps_scores: bool) -> dict[str, Tensor]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.errors import BlockSizeError, SelectionError, WeightError
 from mst_compile.lowering import device as devices
-from mst_compile.rules.checks import check_sparsity
+from mst_compile.rules.checks import as_whole, check_sparsity, shown
 from mst_compile.rules.density import layer_densities
 from mst_compile.rules.schedule import Schedule
 
@@ -37,9 +38,9 @@ class Override:
     block: int | None = None
 
     def __post_init__(self) -> None:
-        check_block(self.block)
+        object.__setattr__(self, "block", check_block(self.block))
         if self.sparsity is not None:
-            check_sparsity("sparsity of an override", self.sparsity)
+            object.__setattr__(self, "sparsity", check_sparsity("sparsity of an override", self.sparsity))
 
 
 @dataclass
@@ -79,9 +80,11 @@ def _is_projection(module: nn.Module, attribute: str) -> bool:
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:
     if patterns is None:
         return None
-    found = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not found or not all(isinstance(p, str) for p in found):
-        raise SelectionError(f"{name} must be a pattern or a non-empty list of patterns, got {patterns!r}")
+    listed = isinstance(patterns, Iterable) and not isinstance(patterns, Mapping | Tensor)
+    found: list[Any] = [patterns] if isinstance(patterns, str) else list(patterns) if listed else []
+    if not found or not all(isinstance(p, str) and p for p in found):
+        given = patterns if isinstance(patterns, str | Sequence) or not listed else found  # what an iterator gave
+        raise SelectionError(f"{name} must be a pattern or a non-empty list of patterns, got {shown(given)}")
     return found
 
 
@@ -100,7 +103,7 @@ def select(
     backbone: bool = True,
 ) -> Selection:
     """Find the weights to make sparse and lay block grids over them. Changes nothing."""
-    check_block(block)
+    block = check_block(block)
     selection = _find(model, _patterns("include", include), _patterns("exclude", exclude))
     candidates = selection.candidates
     shapes = [(c.parameter.shape[0], c.parameter.shape[1]) for c in candidates]
@@ -125,9 +128,11 @@ def _take_overrides(candidates: list[Candidate], overrides: Mapping[str, Overrid
     """Give each candidate the override of the first pattern that its name matches."""
     if overrides is None:
         return
+    if not isinstance(overrides, Mapping):
+        raise SelectionError(f"overrides maps patterns to Override(...), got {shown(overrides)}")
     for pattern, override in overrides.items():
-        if not isinstance(pattern, str) or not isinstance(override, Override):
-            raise SelectionError(f"overrides maps patterns to Override(...), got {pattern!r}: {override!r}")
+        if not isinstance(pattern, str) or not pattern or not isinstance(override, Override):
+            raise SelectionError(f"overrides maps patterns to Override(...), got {shown(dict(overrides))}")
         if not any(_matches(c.name, [pattern]) for c in candidates):
             names = ", ".join(repr(c.name) for c in candidates)[:200]
             raise SelectionError(f"override {pattern!r} matches no sparse weight; their names look like {names}")
@@ -136,16 +141,17 @@ def _take_overrides(candidates: list[Candidate], overrides: Mapping[str, Overrid
         candidate.override = next(found, candidate.override)
 
 
-def check_block(block: object) -> None:
-    """Raise :class:`BlockSizeError` unless ``block`` is None or a power of two up to 128."""
+def check_block(block: object) -> int | None:
+    """``block`` as an int if it is None or a power of two up to 128; else :class:`BlockSizeError` is raised."""
     if block is None:
-        return
-    power = isinstance(block, int) and not isinstance(block, bool) and block >= 1 and block & (block - 1) == 0
-    if not power or block > MAX_BLOCK:  # type: ignore[operator]
+        return None
+    found = as_whole(block)
+    if found is None or not 1 <= found <= MAX_BLOCK or found & (found - 1):
         raise BlockSizeError(
-            f"block must be a power of two from 1 to {MAX_BLOCK}, got {block!r}; 8 suits a CPU, 32 or 64 a GPU, and "
-            "1 gives unstructured masks on dense products"
+            f"block must be a power of two from 1 to {MAX_BLOCK}, got {shown(block)}; 8 suits a CPU, 32 or 64 a GPU, "
+            "and 1 gives unstructured masks on dense products"
         )
+    return found
 
 
 def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None) -> Selection:
@@ -183,12 +189,13 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
         _check_weight(name, parameter)
         holders = owners[id(parameter)]
         selection.candidates.append(Candidate(name, parameter, holders, tied=len(holders) > 1))
-    lost = [p for p in (include or []) + (exclude or []) if p not in hit]
-    if lost:
-        raise SelectionError(
-            f"pattern{'s' * (len(lost) > 1)} {', '.join(map(repr, lost))} match no parameter; names look like "
-            f"{', '.join(repr(n) for n, p in model.named_parameters() if p.dim() == 2)[:200]}"
-        )
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        lost = [p for p in patterns or [] if p not in hit]
+        if lost:
+            raise SelectionError(
+                f"{argument}: {', '.join(map(repr, lost))} match no parameter; names look like "
+                f"{', '.join(repr(n) for n, p in model.named_parameters() if p.dim() == 2)[:200]}"
+            )
     if not selection.candidates:
         raise SelectionError(
             "the model has no weight that can be made sparse: nn.Linear and Hugging Face Conv1D weights are found by "

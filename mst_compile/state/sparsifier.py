@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mst_compile.errors import NotSparseError, SelectionError
+from mst_compile.rules.checks import check_model, shown
 from mst_compile.rules.guard import Guard
 from mst_compile.rules.schedule import Schedule
 
@@ -90,7 +91,11 @@ class Sparsifier:
         return self._run.weights.parameters()
 
     def densities(self, sparsity: float) -> list[float]:
-        """Target density of each of :attr:`weights` when the schedule is at ``sparsity``."""
+        """Target density of each of :attr:`weights` when the schedule is at ``sparsity``.
+
+        Raises:
+            ScheduleError: ``sparsity`` does not lie in [0, 1).
+        """
         return self._run.weights.densities(self.schedule, sparsity)
 
     def plan_event(self) -> Plan:
@@ -123,9 +128,10 @@ class Sparsifier:
             SelectionError: no sparse weight has this name.
             MaskError: the mask has another shape or dtype. Nothing has changed.
         """
-        found = next(((w, p) for w, p in self.parameters() if w.name == name), None)
+        known = isinstance(name, str)
+        found = next(((w, p) for w, p in self.parameters() if known and w.name == name), None)
         if found is None:
-            raise SelectionError(f"no sparse weight is called {name!r}; there are {', '.join(self.weights)}")
+            raise SelectionError(f"no sparse weight is called {shown(name)}; there are {', '.join(self.weights)}")
         packing.check_mask(name, mask, found[0])
         self._run.change_mask(*found, mask)
 
@@ -193,7 +199,9 @@ def sparsifier(model: nn.Module) -> Sparsifier:
 
     Raises:
         NotSparseError: the model is not sparse.
+        ModelError: it is no model.
     """
+    check_model("sparsifier", model)
     found = sparsifier_of(model)
     if found is None:
         raise NotSparseError("the model is not sparse; call mst_compile.sparsify(model, schedule) first")
