@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import nn
 
 from mst_compile.blocks.shards import check_placement
@@ -14,7 +15,9 @@ from mst_compile.rules.guard import GUARDS, Guard
 from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.state import weight as weights
 from mst_compile.state.selection import Override, select
-from mst_compile.state.sparsifier import Sparsifier, attach, detach, sparsifier, sparsifier_of
+from mst_compile.state.sparsifier import Sparsifier, attach, detach, parts_of, some_parts_of, sparsifier
+
+__all__ = ["densify", "sparsifier", "sparsify"]
 
 
 def sparsify(
@@ -34,7 +37,9 @@ def sparsify(
 
     Weights keep their Parameter, shape and storage; outside the active blocks they hold exactly 0. The model runs as
     it is, in eager mode too; ``torch.compile(model, backend="mst")`` makes the zeros save time. Call it before or after
-    building the optimizer, and before or after moving the model.
+    building the optimizer, and before or after moving the model. Modules of one model that share no weight may be
+    sparsified separately, with schedules of their own: :func:`explain`, :func:`param_groups`, :func:`densify` and the
+    optimizer's state dict serve the whole model then, :func:`sparsifier` one module.
 
     Args:
         model: any module. Weights of ``nn.Linear`` and Hugging Face ``Conv1D`` are eligible, a tied LM head included;
@@ -67,33 +72,49 @@ def sparsify(
     """
     check_model("sparsify", model)
     schedule = as_schedule(schedule)
-    if sparsifier_of(model) is not None or any(weights.of(p) is not None for p in model.parameters()):
-        raise AlreadySparseError(
-            "the model (or a part of it) is sparse already; call densify(model) first to start again with another "
-            "schedule"
-        )
+    _check_plain(model)
     seed = check_seed("seed", seed, SelectionError)
     check_choice("guard", guard, GUARDS, SelectionError)
     rescale, auto_step = check_flag("rescale", rescale), check_flag("auto_step", auto_step)
-    selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
-    fsdp.adopt(model)
-    for candidate in selection.candidates:
-        check_placement(candidate.name, candidate.parameter)
-    new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, guard)
-    new.draw_first_masks(rescale)
-    attach(model, new)
+    with torch.inference_mode(False):  # what is made here is written again at every event
+        selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
+        fsdp.adopt(model)
+        for candidate in selection.candidates:
+            check_placement(candidate.name, candidate.parameter)
+        new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, guard)
+        try:
+            new.draw_first_masks(rescale)  # asks the schedule, which may be the user's, before it changes a weight
+        except BaseException:
+            new.release()
+            raise
+        attach(model, new)
     return model
 
 
+def _check_plain(model: nn.Module) -> None:
+    """Raise :class:`AlreadySparseError` if a weight of ``model`` is sparse, here or as that of another module."""
+    found = [(name, weight) for name, p in model.named_parameters() if (weight := weights.of(p)) is not None]
+    if parts_of(model) or found:
+        which = f": {found[0][0]} is, under the name {found[0][1].name}" if found else ""
+        raise AlreadySparseError(
+            f"the model (or a part of it) is sparse already{which}; call densify first, on the module that was "
+            "sparsified, to start again with another schedule. Modules that share a weight must be sparsified as one: "
+            "pass the module that holds both"
+        )
+
+
 def densify(model: nn.Module) -> nn.Module:
-    """End sparse training early: from now on every weight may become non-zero, and nothing of us is left on the model.
+    """End sparse training early: from now on every weight may become non-zero, and nothing of us is left on the model,
+    nor on its modules if they were sparsified separately.
 
     Weights that are zero stay zero until the optimizer moves them.
 
     Raises:
         NotSparseError: the model is not sparse.
+        ModelError: it is no model.
     """
     check_model("densify", model)
-    sparsifier(model).release()
+    for part in some_parts_of(model):
+        part.sparsifier.release()
     detach(model)
     return model

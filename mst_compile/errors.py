@@ -43,6 +43,10 @@ class NotSparseError(MSTError, RuntimeError):
     """A function that needs a sparsified model got one that is not."""
 
 
+class SeveralSparsifiersError(MSTError, RuntimeError):
+    """Parts of the model were sparsified separately, and a function that serves one of them got the whole."""
+
+
 class TopologyChangedError(MSTError, RuntimeError):
     """The topology changed between a forward pass and its backward pass."""
 

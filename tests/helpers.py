@@ -178,6 +178,6 @@ def _held(value: Any) -> Any:
 def _state(own: mst_compile.Sparsifier) -> list[Any]:
     """All that a sparsifier's next step depends on."""
     state = own.state_dict()
-    weights = [(w.changes, w.dense_grad, w.active) for w in own.weights.values()]
+    weights = [(w.dense_grad, w.active) for w in own.weights.values()]
     tensors = {k: {n: t.tolist() for n, t in state[k].items()} for k in ("masks", "grown", "scores")}
     return [own.step_count, own.seed, own.attention.pattern, own.auto_step, weights, tensors]

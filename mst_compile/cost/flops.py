@@ -36,7 +36,7 @@ from mst_compile.rules.checks import (
 )
 from mst_compile.rules.patterns import Parts, pairs
 from mst_compile.state.selection import is_linear
-from mst_compile.state.sparsifier import sparsifier_of
+from mst_compile.state.sparsifier import parts_of
 from mst_compile.state.weight import SparseWeight
 
 
@@ -62,8 +62,7 @@ def dense_linear_training(model: nn.Module) -> int:
         ModelError: ``model`` is no module.
     """
     check_model("dense_linear_training", model)
-    own = sparsifier_of(model)
-    sparse = set() if own is None else {id(parameter) for _, parameter in own.parameters()}
+    sparse = {id(parameter) for part in parts_of(model) for _, parameter in part.sparsifier.parameters()}
     weights = (m.weight for m in model.modules() if is_linear(m))
     linear = {id(w): w for w in weights if isinstance(w, Tensor)}
     return sum((6 if w.requires_grad else 4) * w.numel() for i, w in linear.items() if i not in sparse)
@@ -121,7 +120,7 @@ class Meter:
         print(meter.flops)
 
     Args:
-        model: a sparsified model, or a plain one to compare with.
+        model: a sparsified model, or a plain one to compare with; modules that were sparsified separately are added up.
         tokens_per_step: tokens of one optimizer step.
         rest: FLOPs of a step in everything but the products with sparse weights; default the other linear layers'
             (:func:`dense_linear_training`), which leaves attention out.
@@ -146,16 +145,21 @@ class Meter:
         else:
             self.rest = check_number("rest", rest, least=0, error=ForecastError)
         self.attention_saved = check_number("attention_saved", attention_saved, least=0, error=ForecastError)
-        self._sparsifier = sparsifier_of(model)
+        self._sparsifiers = [part.sparsifier for part in parts_of(model)]
+        if self.attention_saved and len(self._sparsifiers) > 1:
+            raise ForecastError(
+                f"attention_saved={attention_saved!r} is of one schedule, and {len(self._sparsifiers)} modules of the "
+                "model were sparsified separately: make a meter of each of them"
+            )
         self.flops = 0.0
         self.steps = 0
 
     def step(self) -> None:
         """Count the step that comes."""
-        weights = [] if self._sparsifier is None else list(self._sparsifier.weights.values())
+        weights = [weight for own in self._sparsifiers for weight in own.weights.values()]
         self.flops += self.tokens_per_step * sum(linear_training(w, dense_grad=w.dense_grad) for w in weights)
         self.flops += self.rest
-        if self._sparsifier is not None and self._sparsifier.attention.pattern != "full":
+        if any(own.attention.pattern != "full" for own in self._sparsifiers):
             self.flops -= self.attention_saved
         self.steps += 1
 

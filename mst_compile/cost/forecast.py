@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -235,16 +236,17 @@ def timeline(own: Sparsifier, steps: int) -> Timeline:
     changes = [0, *(t for t in events if t < steps)]
     targets = [schedule.sparsity_at(t) for t in changes]
     found = _active_at(own, set(targets))
-    lengths = torch.tensor([*changes[1:], steps]) - torch.tensor(changes)
-    active = torch.tensor([found[s] for s in targets], dtype=torch.float64).repeat_interleave(lengths)
+    cpu = functools.partial(torch.tensor, device="cpu")
+    lengths = cpu([*changes[1:], steps]) - cpu(changes)
+    active = cpu([found[s] for s in targets], dtype=torch.float64).repeat_interleave(lengths)
     before = {s for t in events for s in range(max(0, t - reach), min(t, steps))}
     dense = [s for s in before if schedule.wants_gradient_after(s)]
     gradient = active.clone()
     gradient[dense] = total
-    event, pattern = torch.zeros(steps, dtype=torch.bool), torch.zeros(steps, dtype=torch.bool)
+    event, pattern = (torch.zeros(steps, dtype=torch.bool, device="cpu") for _ in range(2))
     event[[t - 1 for t in events if t <= steps]] = True
     if own.attention.sparse != "full":
-        pattern = torch.tensor([schedule.attention_at(s) != "full" for s in range(steps)])
+        pattern = cpu([schedule.attention_at(s) != "full" for s in range(steps)])
     return Timeline(active, gradient, event, pattern)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mst_compile.errors import RankMismatchError
 from mst_compile.rules.checks import check_instance, check_model
-from mst_compile.state.sparsifier import sparsifier
+from mst_compile.state.sparsifier import some_parts_of
 from mst_compile.state.weight import SparseWeight
 
 
@@ -19,7 +19,7 @@ def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
 
     They do as long as they sparsify with the same schedule, seed and options, and step together. All ranks of the
     group must call it (``torch.distributed.all_gather_object``); it costs one small message. Does nothing where
-    ``torch.distributed`` is not initialised.
+    ``torch.distributed`` is not initialised. Modules that were sparsified separately are all checked.
 
     Args:
         group: default the world.
@@ -29,12 +29,14 @@ def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
         NotSparseError: the model is not sparse.
     """
     check_model("check_ranks", model)
-    own = sparsifier(model)
+    parts = some_parts_of(model)
     if group is not None:
         check_instance("group", group, dist.ProcessGroup, "a torch.distributed.ProcessGroup or None")
     if not dist.is_initialized():
         return
-    mine = own.step_count, {name: _digest(weight) for name, weight in own.weights.items()}
+    counts = [part.sparsifier.step_count for part in parts]
+    digests = {part.full(name): _digest(w) for part in parts for name, w in part.sparsifier.weights.items()}
+    mine = counts[0] if len(counts) == 1 else tuple(counts), digests
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group=group)
     steps = [step for step, _ in found]

@@ -30,8 +30,8 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.0, density_rate: f
         density_rate: 1 is SµPar's rule, 0 gives all weights the same learning rate.
 
     Returns:
-        A group for the sparse weights of each target density (layers of one shape), one for other parameters of two and
-        more dimensions, and one for vectors.
+        A group for the sparse weights of each target density (layers of one shape) and schedule, one for other
+        parameters of two and more dimensions, and one for vectors.
 
     Raises:
         ModelError: ``model`` is no module.
@@ -40,12 +40,13 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.0, density_rate: f
     check_model("param_groups", model)
     weight_decay = check_number("weight_decay", weight_decay, least=0)
     density_rate = check_number(DENSITY_RATE, density_rate, least=0)
-    sparse: dict[float, list[nn.Parameter]] = {}
+    sparse: dict[tuple[int, float], list[nn.Parameter]] = {}
     kinds: list[list[nn.Parameter]] = [[], []]
     for parameter in model.parameters():
         weight = of(parameter)
         if weight is not None:
-            sparse.setdefault(weight.density_target, []).append(parameter)
+            schedule = id(weight.attention)  # one of each module that was sparsified
+            sparse.setdefault((schedule, weight.density_target), []).append(parameter)
         else:
             kinds[0 if parameter.dim() >= 2 else 1].append(parameter)
     groups: list[dict[str, Any]] = [
@@ -68,8 +69,10 @@ def scale_rates(
     for group, rate in [(group, _rate_of(group)) for group in optimizer.param_groups]:
         if rate == 0:
             continue
-        members = {id(p) for p in group["params"]}
-        inside = [weight for weight, parameter in own if id(parameter) in members]
+        inside = [weight for p in group["params"] if (weight := of(p)) is not None]
+        # Of modules that were sparsified separately each is told of the step: one of them scales the group.
+        if not inside or not any(weight is inside[0] for weight, _ in own):
+            continue
         active, total = sum(w.active for w in inside), sum(w.numel for w in inside)
         if 0 < active < total:
             before.append((group, group["lr"]))

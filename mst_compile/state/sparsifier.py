@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from mst_compile.errors import NotSparseError, SelectionError
+from mst_compile.errors import NotSparseError, SelectionError, SeveralSparsifiersError
 from mst_compile.rules.checks import check_model, shown
 from mst_compile.rules.guard import Guard
 from mst_compile.rules.schedule import Schedule
@@ -22,10 +23,15 @@ from .run import Run
 from .selection import Candidate
 from .stepping import Stepping
 from .steps import watch_steps
-from .weight import SparseWeight
+from .weight import SparseWeight, of
 from .weights import Weights
 
 _ATTRIBUTE = "_mst_sparsifier"
+_WRAPPERS = {  # class of a module that wraps another -> what it calls it
+    ("OptimizedModule", "_orig_mod"),
+    ("DistributedDataParallel", "module"),
+    ("DataParallel", "module"),
+}
 
 
 class Sparsifier:
@@ -189,20 +195,84 @@ def detach(model: nn.Module) -> None:
         module.__dict__.pop(_ATTRIBUTE, None)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A module that was sparsified, within a model.
+
+    Attributes:
+        name: of the module in the model, wrappers like ``torch.compile``'s left out; empty for the model itself.
+    """
+
+    name: str
+    module: nn.Module
+    sparsifier: Sparsifier
+
+    def full(self, parameter: str) -> str:
+        """Name in the whole model of a parameter of the part."""
+        return f"{self.name}.{parameter}" if self.name else parameter
+
+
+def parts_of(model: nn.Module) -> list[Part]:
+    """The model if it was sparsified, or each of its modules that was, also through ``torch.compile``'s or DDP's
+    wrapper."""
+    return [
+        Part(_plain_name(model, name), module, found)
+        for name, module in model.named_modules()
+        if (found := module.__dict__.get(_ATTRIBUTE)) is not None
+    ]
+
+
+def _plain_name(model: nn.Module, name: str) -> str:
+    """The name of a module as it was before wrappers."""
+    parts, module = [], model
+    for part in name.split(".") if name else []:
+        wrapped = (type(module).__name__, part) in _WRAPPERS
+        parts += [] if wrapped else [part]
+        module = getattr(module, part)
+    return ".".join(parts)
+
+
 def sparsifier_of(model: nn.Module) -> Sparsifier | None:
-    """The :class:`Sparsifier` of a model, also through ``torch.compile``'s or DDP's wrapper; None of a plain one."""
-    return next((found for m in model.modules() if (found := m.__dict__.get(_ATTRIBUTE)) is not None), None)
+    """As :func:`sparsifier`, but None of a plain model."""
+    parts = parts_of(model)
+    if len(parts) > 1:
+        names = ", ".join(repr(part.name) if part.name else "the model itself" for part in parts)
+        raise SeveralSparsifiersError(
+            f"{len(parts)} modules of the model were sparsified, each with a sparsifier of its own: {names}. Pass one "
+            "of these modules, not the whole model"
+        )
+    return parts[0].sparsifier if parts else None
+
+
+def some_parts_of(model: nn.Module) -> list[Part]:
+    """As :func:`parts_of`.
+
+    Raises:
+        NotSparseError: there are none.
+    """
+    parts = parts_of(model)
+    if parts:
+        return parts
+    inside = next((weight.name for p in model.parameters() if (weight := of(p)) is not None), None)
+    if inside is not None:
+        raise NotSparseError(
+            f"the module is a part of one that was sparsified, where a weight of it is called {inside!r}; pass that "
+            "module, the one given to mst_compile.sparsify"
+        )
+    raise NotSparseError("the model is not sparse; call mst_compile.sparsify(model, schedule) first")
 
 
 def sparsifier(model: nn.Module) -> Sparsifier:
-    """The :class:`Sparsifier` of a model that was sparsified, also through ``torch.compile``'s or DDP's wrapper.
+    """The :class:`Sparsifier` of a model that was sparsified, also through ``torch.compile``'s or DDP's wrapper, or of
+    the one module in it that was.
 
     Raises:
         NotSparseError: the model is not sparse.
+        SeveralSparsifiersError: several modules of the model were sparsified separately; the message names them.
         ModelError: it is no model.
     """
     check_model("sparsifier", model)
+    some_parts_of(model)
     found = sparsifier_of(model)
-    if found is None:
-        raise NotSparseError("the model is not sparse; call mst_compile.sparsify(model, schedule) first")
+    assert found is not None
     return found
