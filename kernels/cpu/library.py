@@ -143,7 +143,7 @@ class Library:
         rows, cols = w.shape
         if w.stride(1) != 1 and cols > 1:
             raise ValueError("block_sumsq: the weight must be contiguous along its last dimension")
-        out = torch.empty(-(-rows // block), -(-cols // block), dtype=torch.float32)
+        out = torch.empty(-(-rows // block), -(-cols // block), dtype=torch.float32, device="cpu")
         arguments = abi.BlockSumsq(
             w=w.data_ptr(),
             ldw=w.stride(0),

@@ -109,7 +109,7 @@ def allowed(parts: Parts, length: int, device: str | torch.device = "cpu") -> Te
 
 def pairs(parts: Parts, length: int) -> int:
     """Number of query-key pairs among ``length`` positions: the sum of :func:`allowed`, without forming it."""
-    query = torch.arange(length)
+    query = torch.arange(length, device="cpu")
     keys = (query + 1).clamp(max=parts.window)
     if parts.chunk:
         keys = keys + query % parts.chunk + 1

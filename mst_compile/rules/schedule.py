@@ -105,7 +105,26 @@ class Schedule:
     def reads_gradient_at(self, step: int) -> bool:
         """Whether a topology event after ``step`` steps reads gradients: at sparsity 0 all grows, with no choice."""
         step = check_step(step)
-        return self.growth_rule.gradient_steps > 0 and self.is_topology_event(step) and self.sparsity_at(step) > 0
+        return self.growth_rule.gradient_steps > 0 and self.is_topology_event(step) and sparsity_of(self, step) > 0
+
+
+def sparsity_of(schedule: Schedule, step: int) -> float:
+    """What ``schedule.sparsity_at(step)`` returns, which may be of the user's own making.
+
+    Raises:
+        ScheduleError: it is no share of zeros below 1.
+    """
+    return check_sparsity(f"sparsity_at({step}) of the schedule", schedule.sparsity_at(step))
+
+
+def attention_of(schedule: Schedule, step: int) -> str:
+    """What ``schedule.attention_at(step)`` returns.
+
+    Raises:
+        ScheduleError: it is neither ``"full"`` nor the name of the schedule's pattern.
+    """
+    known = dict.fromkeys(("full", schedule.attention_value.name))
+    return check_choice(f"attention_at({step}) of the schedule", schedule.attention_at(step), known)
 
 
 def take_plain_parts(schedule: Schedule) -> None:
@@ -177,14 +196,14 @@ def as_schedule(schedule: object) -> Schedule:
 
 def _check_beginning(schedule: Schedule, highest: float) -> None:
     """Ask a schedule, before anything is changed, what will be asked of it first."""
-    first = check_sparsity("sparsity_at(0) of the schedule", schedule.sparsity_at(0))
+    first = sparsity_of(schedule, 0)
     if first > highest:
         raise ScheduleError(
             f"sparsity_at(0) of the schedule is {first!r}, above its max_sparsity {highest!r}; max_sparsity is the "
             "highest value that sparsity_at returns"
         )
     check_share("drop_fraction_at(0) of the schedule", schedule.drop_fraction_at(0))
-    check_choice("attention_at(0) of the schedule", schedule.attention_at(0), {"full", schedule.attention_value.name})
+    attention_of(schedule, 0)
     schedule.wants_gradient_after(0)
     check_flag("is_topology_event(1) of the schedule", schedule.is_topology_event(1), ScheduleError)
 

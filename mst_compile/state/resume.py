@@ -95,4 +95,6 @@ def _copy_if_any(values: Tensor | None) -> Tensor | None:
 
 
 def _scores_or_zeros(weight: SparseWeight) -> Tensor:
-    return torch.zeros(weight.grid.shape) if weight.scores is None else weight.scores
+    if weight.scores is not None:
+        return weight.scores
+    return torch.zeros(weight.grid.shape, dtype=torch.float32, device="cpu")

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.shards import is_sharded
 from mst_compile.errors import BlockSizeError, SelectionError, WeightError
 from mst_compile.lowering import device as devices
 from mst_compile.rules.checks import as_whole, check_sparsity, shown
@@ -186,8 +189,8 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
         if min(parameter.shape) < MIN_BLOCK:
             selection.skipped[name] = f"shape {tuple(parameter.shape)} is narrower than the finest block, {MIN_BLOCK}"
             continue
-        _check_weight(name, parameter)
         holders = owners[id(parameter)]
+        _check_weight(name, parameter, holders)
         selection.candidates.append(Candidate(name, parameter, holders, tied=len(holders) > 1))
     for argument, patterns in (("include", include), ("exclude", exclude)):
         lost = [p for p in patterns or [] if p not in hit]
@@ -199,7 +202,8 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
     if not selection.candidates:
         raise SelectionError(
             "the model has no weight that can be made sparse: nn.Linear and Hugging Face Conv1D weights are found by "
-            f"themselves, any 2-D parameter can be named by include; skipped: {selection.skipped or 'none'}"
+            "themselves, any 2-D parameter can be named by include (scripted and quantised modules have none); "
+            f"skipped: {selection.skipped or 'none'}"
         )
     return selection
 
@@ -213,17 +217,47 @@ def _parametrized(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _check_weight(name: str, parameter: nn.Parameter) -> None:
-    if parameter.is_meta:
-        raise WeightError(
-            f"{name} is on the meta device: it has no values yet. Materialise the model first (model.to_empty(...), "
-            "then initialise it) or leave the weight out with exclude"
+def _check_weight(name: str, parameter: Tensor, holders: list[tuple[nn.Module, str]]) -> None:
+    """Raise :class:`WeightError` unless a weight can be trained sparse, as far as the weight itself is concerned."""
+    problem = _problem(parameter)
+    if any(isinstance(module, torch.jit.ScriptModule) for module, _ in holders):
+        problem = "belongs to a ScriptModule, whose code runs without us: sparsify before torch.jit.script or trace"
+    if problem is not None:
+        raise WeightError(f"{name} {problem}. Or leave the weight out with exclude")
+
+
+def _problem(parameter: Tensor) -> str | None:
+    """What keeps a weight from being trained sparse, and what to do about it; None if nothing does."""
+    if parameter.is_meta or is_fake(parameter):
+        return (
+            "is on the meta device, or fake: it has no values yet. Materialise the model first (model.to_empty(...), "
+            "then initialise it)"
         )
     if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
-        raise WeightError(
-            f"{name} has dtype {parameter.dtype}: only floating-point weights of 16 bits or more can be trained "
-            "sparse; sparsify before quantising, or leave the weight out with exclude"
+        return (
+            f"has dtype {parameter.dtype}: only floating-point weights of 16 bits or more can be trained sparse; "
+            "sparsify before quantising"
         )
+    if parameter.layout != torch.strided:
+        return f"has layout {parameter.layout}: only dense, strided weights can be trained; pass it through to_dense()"
+    if is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter):
+        return f"is a {type(parameter).__name__}, which stands for other tensors; sparsify before it is wrapped"
+    if parameter.is_inference():
+        return "was made under torch.inference_mode and cannot be trained; make or load the model outside of it"
+    if not parameter.is_leaf:
+        return "is computed from other tensors (no leaf), so that no optimizer can train it; sparsify its source"
+    if not is_sharded(parameter) and _overlaps(parameter):
+        return (
+            f"has elements that share memory (shape {tuple(parameter.shape)}, strides {parameter.stride()}), as after "
+            "expand: replace it by nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))"
+        )
+    return None
+
+
+def _overlaps(weight: Tensor) -> bool:
+    """Whether elements of a matrix share memory."""
+    (near, steps), (far, _) = sorted((stride, size) for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    return near == 0 or far < near * (steps - 1) + 1
 
 
 def _grid(

@@ -71,7 +71,7 @@ class SparseWeight:
         """A weight whose blocks are all active."""
         grid = candidate.grid
         assert grid is not None
-        mask = torch.ones(grid.shape, dtype=torch.bool)
+        mask = torch.ones(grid.shape, dtype=torch.bool, device="cpu")
         backbone = torch.zeros_like(mask) if guard == "none" else wrapped_diagonal(grid.shape)
         index = None if grid.block == 1 else new_index(grid, candidate.parameter.device)
         density, tied, note = candidate.density, candidate.tied, candidate.note
