@@ -188,7 +188,24 @@ class CompiledFlopCounter(FlopCounterMode):
     With ``"mst.inner"`` ``"eager"`` or ``"aot_eager"`` every operator of the graph is dispatched, and so counted.
     Inductor's code calls most kernels directly, past any counter: what it leaves to the dispatcher is counted alone,
     so that the total is too small. Counts are not split by module (PyTorch's way to do so stops Dynamo).
+
+    Args:
+        mods: ignored, as by PyTorch.
+        depth: of the table.
+        display: print the table at the end.
+        custom_mapping: operator -> formula of its FLOPs, as PyTorch's counter takes it.
+
+    Raises:
+        ArgumentError: one of them is of the wrong type.
     """
+
+    def __init__(
+        self, mods: Any = None, depth: int = 2, display: bool = True, custom_mapping: dict[Any, Any] | None = None
+    ) -> None:
+        if custom_mapping is not None:
+            check_instance("custom_mapping", custom_mapping, dict, "a dict of operators and formulas")
+        depth = check_whole("depth", depth, least=0, error=ArgumentError)
+        super().__init__(mods, depth, check_flag("display", display), custom_mapping)
 
     def __enter__(self) -> CompiledFlopCounter:
         self.flop_counts.clear()

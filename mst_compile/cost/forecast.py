@@ -82,6 +82,14 @@ class Forecast:
     rates: Rates | None
     expressions: dict[str, sympy.Expr]
 
+    def __post_init__(self) -> None:
+        check_instance("phases", self.phases, list, "a list of phases", ForecastError)
+        for phase in self.phases:
+            check_instance("phases", phase, Phase, "a list of phases", ForecastError)
+        check_number("rest", self.rest, least=0, error=ForecastError)
+        check_instance("rates", self.rates, Rates | None, "what was measured, or None", ForecastError)
+        check_instance("expressions", self.expressions, dict, "a dict of expressions", ForecastError)
+
     @property
     def flops(self) -> float:
         """Training FLOPs of the run."""

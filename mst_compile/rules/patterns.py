@@ -133,12 +133,18 @@ class Pattern(ABC):
         """What queries see, given the numbers of positions of the schedule, both at least 1."""
 
 
+def _numbers(window: int, stride: int) -> tuple[int, int]:
+    """The two numbers of a pattern, which need not play a part in it."""
+    return check_positions("window", window), check_positions("stride", stride)
+
+
 class Full(Pattern):
     """Every key up to the query; the numbers play no part."""
 
     name = "full"
 
     def parts(self, window: int, stride: int) -> Parts:
+        window, stride = _numbers(window, stride)
         return FULL
 
 
@@ -148,6 +154,7 @@ class Local(Pattern):
     name = "local"
 
     def parts(self, window: int, stride: int) -> Parts:
+        window, stride = _numbers(window, stride)
         return Parts(window=window)
 
 
@@ -157,6 +164,7 @@ class Strided(Pattern):
     name = "strided"
 
     def parts(self, window: int, stride: int) -> Parts:
+        window, stride = _numbers(window, stride)
         return Parts(step=stride)
 
 
@@ -166,7 +174,7 @@ class Sparse(Pattern):
     name = "sparse"
 
     def parts(self, window: int, stride: int) -> Parts:
-        window, stride = check_positions("window", window), check_positions("stride", stride)
+        window, stride = _numbers(window, stride)
         return Parts(window=window, first=min(-(-window // stride) * stride, UNBOUNDED), step=stride)
 
 
@@ -176,6 +184,7 @@ class Fixed(Pattern):
     name = "fixed"
 
     def parts(self, window: int, stride: int) -> Parts:
+        window, stride = _numbers(window, stride)
         return Parts(chunk=stride, summary=stride)
 
 

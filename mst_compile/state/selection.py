@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -83,12 +83,19 @@ def _is_projection(module: nn.Module, attribute: str) -> bool:
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:
     if patterns is None:
         return None
-    listed = isinstance(patterns, Iterable) and not isinstance(patterns, Mapping | Tensor)
-    found: list[Any] = [patterns] if isinstance(patterns, str) else list(patterns) if listed else []
+    found: list[Any] = [patterns] if isinstance(patterns, str) else _listed(patterns)
     if not found or not all(isinstance(p, str) and p for p in found):
-        given = patterns if isinstance(patterns, str | Sequence) or not listed else found  # what an iterator gave
+        given = found if isinstance(patterns, Iterator) else patterns  # it has nothing left to show
         raise SelectionError(f"{name} must be a pattern or a non-empty list of patterns, got {shown(given)}")
     return found
+
+
+def _listed(values: object) -> list[Any]:
+    """What can be iterated over, as a list; of anything else, and of mappings, an empty one."""
+    shape = getattr(values, "shape", (0,))  # arrays and tensors without dimensions cannot be
+    if not isinstance(values, Iterable) or isinstance(values, Mapping) or shape == ():
+        return []
+    return list(values)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

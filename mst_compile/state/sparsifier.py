@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from mst_compile.errors import NotSparseError, SelectionError, SeveralSparsifiersError
-from mst_compile.rules.checks import check_model, shown
-from mst_compile.rules.guard import Guard
+from mst_compile.rules.checks import check_choice, check_flag, check_instance, check_model, check_seed, shown
+from mst_compile.rules.guard import GUARDS, Guard
 from mst_compile.rules.schedule import Schedule
 
 from . import packing, resume
@@ -54,7 +54,16 @@ class Sparsifier:
         skipped: dict[str, str],
         guard: Guard = "coverage",
     ) -> None:
-        self.auto_step = auto_step
+        check_instance("schedule", schedule, Schedule, "a Schedule; call mst_compile.sparsify")
+        check_instance("candidates", candidates, list, "a list of weights; call mst_compile.sparsify")
+        for candidate in candidates:
+            check_instance("candidates", candidate, Candidate, "a list of weights; call mst_compile.sparsify")
+        if not candidates:
+            raise SelectionError("candidates must be weights to make sparse, got []; call mst_compile.sparsify")
+        seed = check_seed("seed", seed, SelectionError)
+        check_choice("guard", guard, GUARDS, SelectionError)
+        check_instance("skipped", skipped, dict, "a dict of names and reasons")
+        self.auto_step = check_flag("auto_step", auto_step)
         self.skipped = skipped
         attention = AttentionState.create(schedule)
         self._run = Run(schedule, Weights(candidates, guard, attention), attention, seed)
@@ -118,7 +127,7 @@ class Sparsifier:
 
     def draw_first_masks(self, rescale: bool) -> None:
         """The masks of step 0, at random; with ``rescale`` the weights that stay grow by ``density ** -0.5``."""
-        self._run.draw_first_masks(rescale)
+        self._run.draw_first_masks(check_flag("rescale", rescale))
 
     def apply_mask(self, name: str, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule; call it between a step and the next forward.
