@@ -162,6 +162,43 @@ def test_a_schedule_that_returns_nonsense(value: Any) -> None:
         sparsify(model, Failing(0, [value]))
 
 
+class WrongLater(Schedule):
+    """A schedule one of whose methods returns ``value`` at step 2, which has a topology event."""
+
+    max_sparsity, growth = 0.7, "random"
+
+    def __init__(self, method: str, value: Any) -> None:
+        self.wrong = {method: value}
+
+    def sparsity_at(self, step: int) -> float:
+        return self.wrong.get("sparsity_at", 0.6) if step == 2 else 0.7
+
+    def is_topology_event(self, step: int) -> bool:
+        return step == 2
+
+    def drop_fraction_at(self, step: int) -> float:
+        return self.wrong.get("drop_fraction_at", 0.1) if step == 2 else 0.1
+
+
+@pytest.mark.parametrize("method", ["sparsity_at", "drop_fraction_at"])
+@pytest.mark.parametrize("value", [float("nan"), -0.5, 1.5, None, "much"])
+def test_a_schedule_that_goes_wrong_later(method: str, value: Any) -> None:
+    """The optimizer's step was one, and counts once; masks stay; another module's schedule goes on."""
+    model = nn.Sequential(Blocks(), Blocks())
+    sparsify(model[0], WrongLater(method, value))
+    sparsify(model[1], SPARSE)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    masks = sparsifier(model[0]).masks
+    for step in range(1, 5):
+        model(torch.randn(4, 32)).square().mean().backward()
+        wrong = pytest.raises(ScheduleError, match=method) if step == 2 else contextlib.nullcontext()
+        with wrong:
+            optimizer.step()
+        optimizer.zero_grad()
+        assert [sparsifier(part).step_count for part in model] == [step, step]
+    assert all(torch.equal(masks[n], m) for n, m in sparsifier(model[0]).masks.items())
+
+
 def test_an_interrupt_in_the_middle(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
