@@ -14,7 +14,7 @@ from mst_compile.rules.checks import check_choice, check_flag, check_model, chec
 from mst_compile.rules.guard import GUARDS, Guard
 from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.state import weight as weights
-from mst_compile.state.selection import Override, select
+from mst_compile.state.selection import Override, check_memory, select
 from mst_compile.state.sparsifier import Sparsifier, attach, detach, parts_of, some_parts_of, sparsifier
 
 __all__ = ["densify", "sparsifier", "sparsify"]
@@ -78,6 +78,7 @@ def sparsify(
     rescale, auto_step = check_flag("rescale", rescale), check_flag("auto_step", auto_step)
     with torch.inference_mode(False):  # what is made here is written again at every event
         selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
+        check_memory(selection.candidates, [*model.named_parameters(), *weights.bound()])
         fsdp.adopt(model)
         for candidate in selection.candidates:
             check_placement(candidate.name, candidate.parameter)

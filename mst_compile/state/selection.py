@@ -267,6 +267,52 @@ def _overlaps(weight: Tensor) -> bool:
     return near == 0 or far < near * (steps - 1) + 1
 
 
+def check_memory(candidates: Iterable[Candidate], others: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise :class:`WeightError` if a candidate shares memory with another Parameter: the zeros of one would be values
+    of the other. (One Parameter that several modules hold is fine.)
+
+    Args:
+        others: names and Parameters, the candidates among them or not.
+    """
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, other in others:
+        if _in_memory(other):
+            by_storage.setdefault(other.untyped_storage().data_ptr(), []).append((name, other))
+    for candidate in candidates:
+        weight = candidate.parameter
+        near = by_storage.get(weight.untyped_storage().data_ptr(), []) if _in_memory(weight) else []
+        found = next((name for name, other in near if other is not weight and _share_elements(weight, other)), None)
+        if found is not None:
+            raise WeightError(
+                f"{candidate.name} shares memory with {found}, which is another Parameter: tie them by letting both "
+                "modules hold one Parameter, or replace one by nn.Parameter(weight.detach().clone()). Or leave the "
+                "weight out with exclude"
+            )
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    plain = not is_sharded(tensor) and not is_traceable_wrapper_subclass(tensor) and not is_fake(tensor)
+    return plain and tensor.layout == torch.strided and not tensor.is_meta and tensor.numel() > 0
+
+
+def _share_elements(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common."""
+    spans = []
+    for tensor in (one, other):
+        start, size = tensor.storage_offset(), tensor.element_size()
+        last = start + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        spans.append((start * size, (last + 1) * size))
+    (first, end), (start, stop) = spans
+    if end <= start or stop <= first:
+        return False
+    if one.dtype != other.dtype:
+        return True
+    # Columns of one matrix lie between each other's elements.
+    used = torch.zeros(max(end, stop) // one.element_size(), dtype=torch.bool, device="cpu")
+    used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
 def _grid(
     device: torch.device, shape: tuple[int, int], density: float, block: int | None, backbone: bool = True
 ) -> tuple[BlockGrid, str]:

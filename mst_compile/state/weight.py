@@ -174,6 +174,11 @@ def of(parameter: object) -> SparseWeight | None:
     return getattr(parameter, _ATTRIBUTE, None)
 
 
+def bound() -> list[tuple[str, Tensor]]:
+    """Names and Parameters of all sparse weights of this process that are alive."""
+    return [(weight.name, p) for p in _hooks if (weight := of(p)) is not None]
+
+
 def carry(old: Tensor, new: Tensor) -> None:
     """Let a Parameter that takes another's place, as FSDP2's do, have the other's sparse state, also if it has none."""
     weight = of(old)

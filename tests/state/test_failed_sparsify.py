@@ -97,6 +97,38 @@ def test_weights_of_odd_forms_that_can_be_sparse(change: Callable[[Tensor], Tens
     assert len(sparsifier(sparsify(model, SPARSE)).weights) == 3
 
 
+def columns(first: slice, second: slice) -> nn.Module:
+    """Two layers whose weights are columns of one matrix."""
+    matrix, model = torch.randn(32, 64), nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    model[0].weight, model[1].weight = nn.Parameter(matrix[:, first]), nn.Parameter(matrix[:, second])
+    return model
+
+
+def tied_by_data() -> nn.Module:
+    model = nn.Sequential(nn.Embedding(32, 32), nn.Linear(32, 32))
+    model[1].weight.data = model[0].weight.data
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: columns(slice(0, 32), slice(16, 48)), tied_by_data])
+def test_parameters_that_share_memory(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    with unchanged(model), pytest.raises(WeightError, match=r"\d\.weight shares memory with \d\.weight"):
+        sparsify(model, SPARSE)
+    nothing_left(model)
+    apart = columns(slice(0, 32), slice(32, 64))
+    assert len(sparsifier(sparsify(apart, SPARSE)).weights) == 2
+
+
+def test_a_weight_that_shares_memory_with_one_of_another_module() -> None:
+    one, other = nn.Sequential(nn.Linear(32, 32)), nn.Sequential(nn.Linear(32, 32))
+    other[0].weight.data = one[0].weight.data
+    sparsify(one, SPARSE)
+    with unchanged(one, other), pytest.raises(WeightError, match="shares memory"):
+        sparsify(other, SPARSE)
+    nothing_left(other)
+
+
 # -- schedules that fail in the middle ---------------------------------------------------------------------------------
 
 
