@@ -16,6 +16,7 @@ from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.state import weight as weights
 from mst_compile.state.selection import Override, check_memory, select
 from mst_compile.state.sparsifier import Sparsifier, attach, detach, parts_of, some_parts_of, sparsifier
+from mst_compile.state.uses import forget_compiled, is_compiled
 
 __all__ = ["densify", "sparsifier", "sparsify"]
 
@@ -89,6 +90,9 @@ def sparsify(
             new.release()
             raise
         attach(model, new)
+    if any(is_compiled(candidate.parameter) for candidate in selection.candidates):
+        torch._dynamo.reset()  # graphs that were compiled before know nothing of masks
+        forget_compiled()
     return model
 
 

@@ -59,6 +59,10 @@ class MaskError(CheckpointError):
     """A mask does not fit the weight that it is meant for."""
 
 
+class OptimizerError(MSTError, RuntimeError):
+    """An optimizer keeps state of a sparse weight in which dropped blocks cannot be made 0."""
+
+
 class ParallelismError(MSTError, RuntimeError):
     """A weight is distributed over ranks in a way that sparse training does not support, like tensor parallelism."""
 

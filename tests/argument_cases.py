@@ -304,7 +304,7 @@ def resume(b: Bench, value: Any, key: str, at: int | None = None) -> None:
 for _key in ("mst_topology", "mst_progress", "mst_scores"):
     bad(_key, functools.partial(resume, key=_key), [5, None, [1], "x"])
     bad(_key, functools.partial(resume, key=_key, at=3), [-1.0, 0.5, 256.0, NAN, INF])
-bad("mst_topology", functools.partial(resume, key="mst_topology", at=0), [3.0])
+bad("mst_topology", functools.partial(resume, key="mst_topology", at=0), [6.0])
 # The top byte: a step below 0, or one beyond 64 bits with a sign.
 bad("step count", lambda b, v: resume(b, 255.0, "mst_progress", 7), [255 * 2**56 + 2])
 for _tensor in (torch.ones(16, dtype=torch.bool), torch.ones(16, device="meta"), torch.ones(16, dtype=torch.complex64)):

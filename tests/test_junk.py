@@ -37,6 +37,7 @@ def fail(*_: Any) -> Any:
 
 SHARED: list[Any] = [
     *[None, True, 0, -1, 3, 2**70, 10**400, 0.5, -0.5, math.nan, math.inf, 1j, NotImplemented, Fraction(1, 2)],
+    *[Fraction(10**400), Fraction(-(10**400), 3)],
     *["", "x", b"x", [], [1], (), (1, 2), {}, {"a": 1}, set(), range(3), slice(3), object(), int, nn.Linear],
     *[np.int64(3), np.float32(0.5), np.array([1.0, 2.0]), np.array(None), np.bool_(True)],
     *[torch.tensor(3), torch.tensor(math.nan), torch.ones(2), torch.ones((), device="meta"), torch.float32],

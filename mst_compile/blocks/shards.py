@@ -137,10 +137,21 @@ def parameter_of(name: str, module: nn.Module, attribute: str) -> nn.Parameter:
     Raises:
         ParallelismError: it is there no more.
     """
-    parameter = module._parameters.get(attribute)
+    parameter = held_parameter(module, attribute)
     if parameter is None:
         raise _flattened(name, f"gone from its {type(module).__name__}")
-    return stored(parameter)  # type: ignore[return-value]
+    return parameter
+
+
+def held_parameter(module: nn.Module, attribute: str) -> nn.Parameter | None:
+    """The Parameter, as optimizers know it, that ``module`` holds as ``attribute``, also under a parametrization of it;
+    None if it is there no more."""
+    parameter = module._parameters.get(attribute)
+    if parameter is None:
+        parametrizations = module._modules.get("parametrizations")
+        inside = parametrizations._modules.get(attribute) if parametrizations is not None else None
+        parameter = None if inside is None else inside._parameters.get("original")
+    return None if parameter is None else stored(parameter)  # type: ignore[return-value]
 
 
 def _flattened(name: str, what: str) -> ParallelismError:

@@ -151,6 +151,9 @@ def kept(model: nn.Module) -> Iterator[None]:
     grads = {p: p.grad for p in model.parameters()}
     buffers = [(m._buffers, n, b, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
     with torch.random.fork_rng(), _no_steps({id(p) for p in grads}):
+        for name in masks:
+            assert own is not None
+            own.weights[name].timed = True
         try:
             yield
         finally:
@@ -159,6 +162,7 @@ def kept(model: nn.Module) -> Iterator[None]:
                 if own.weights[name].mask is not mask:
                     own.weights[name].set_mask(mask)
                 own.weights[name].set_dense_grad(dense_grad)
+                own.weights[name].timed = False
             for parameter, grad in grads.items():
                 parameter.grad = grad
             with torch.no_grad():

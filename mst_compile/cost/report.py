@@ -122,11 +122,17 @@ def _row(name: str, weight: SparseWeight, parameter: nn.Parameter) -> Row:
         kernel, status = "block-sparse", f"matched ({uses})"
         if seen.unmatched:
             status += f"; dense: {', '.join(seen.unmatched)}"
+        if seen.dense_now:
+            kernel = "dense"
+            status += "; dense products at the present density, where they are faster"
     elif seen.unmatched:
         kernel, status = "dense", f"not matched: {', '.join(seen.unmatched)}"
     else:
         kernel = "dense"
         status = missing or 'not seen by backend="mst" yet'
+    if weight.index is not None and not (parameter.is_meta or is_sharded(parameter) or weight.look(parameter)):
+        kernel = "dense"
+        status += "; values stand outside the active blocks: dense products until an optimizer steps"
     if weight.note:
         status += f"; {weight.note}"
     if weight.tied:

@@ -19,9 +19,10 @@ from torch._inductor.compile_fx import compile_fx
 
 from mst_compile.errors import BackendOptionError, MSTWarning
 from mst_compile.graph.cachekey import SourceKey
-from mst_compile.graph.compiler import find_weights
+from mst_compile.graph.compiler import find_weights, given_inputs
 from mst_compile.graph.dispatch import Dispatch
 from mst_compile.lowering import device, inductor  # noqa: F401  (inductor registers the lowerings)
+from mst_compile.state.uses import note_compiled
 
 _INNER = ("inductor", "aot_eager", "eager")
 _DEFAULTS: dict[str, Any] = {"mst.dense_threshold": None, "mst.inner": "inductor", "mst.keep_memory": True}
@@ -49,6 +50,7 @@ def mst(
     own, patches = _split_options(mode, options)
     devices = _devices(example_inputs)
     compile_fn = _inner(own["mst.inner"], patches, devices)
+    note_compiled(x for x in given_inputs(graph_module, example_inputs) if isinstance(x, torch.nn.Parameter))
     found = find_weights(graph_module, example_inputs)
     if not found:
         return compile_fn(graph_module, example_inputs)

@@ -48,18 +48,22 @@ class Variant:
     queries: Sequence[tuple[Any, ...]] = ()
 
 
-def find_weights(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, SparseWeight]:
-    """Position of each input that is a sparse parameter -> its state."""
-    found = {}
-    for i, (node, example) in enumerate(zip(placeholders(graph_module.graph), example_inputs, strict=False)):
-        # Under DDP's graph splitting the example is fake; the graph argument still knows the Parameter.
+def given_inputs(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
+    """What the graph's inputs were when Dynamo traced it: under DDP's graph splitting the examples are fake, and only
+    the graph's arguments still know the Parameters."""
+    given = []
+    for node, example in zip(placeholders(graph_module.graph), example_inputs, strict=False):
         argument = node.meta.get("grapharg")
         with contextlib.suppress(Exception):
             example = argument.example if argument is not None else example
-        weight = weights.of(example)
-        if weight is not None:
-            found[i] = weight
-    return found
+        given.append(example)
+    return given
+
+
+def find_weights(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, SparseWeight]:
+    """Position of each input that is a sparse parameter -> its state."""
+    states = (weights.of(given) for given in given_inputs(graph_module, example_inputs))
+    return {i: weight for i, weight in enumerate(states) if weight is not None}
 
 
 def _late(tracing: torch._guards.TracingContext) -> torch._guards.TracingContext:

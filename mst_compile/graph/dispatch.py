@@ -16,8 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from mst_compile.errors import TopologyChangedError
 from mst_compile.graph.compiler import CompileFn, Compiler, Kind, Variant
 from mst_compile.graph.linear import fake_index
+from mst_compile.graph.notes import warn_written
 from mst_compile.lowering import device
-from mst_compile.state.weight import SparseWeight
+from mst_compile.state.weight import SparseWeight, epoch
+
+_FIRST_CALLS = 2  # at which the values of weights are looked at
 
 
 class Dispatch:
@@ -28,6 +31,8 @@ class Dispatch:
         dense_threshold: the dense variant runs when the parameters' mean density is at least this; None: at the density
             where dense products become faster on the weights' device.
     """
+
+    _last: Dispatch | None = None  # which graph was the last to run
 
     def __init__(
         self,
@@ -44,7 +49,13 @@ class Dispatch:
         self._device = device.of(example_inputs[self._first].device.type)
         self._compiler = Compiler(graph_module, example_inputs, found, compile_fn)
         self._slots = [(i, found[i].signature) for i in self._compiler.slots]
+        self._positions = [i for i, _ in self._slots]
         self._variants: dict[tuple[bool, bool], Variant] = {}
+        # What was found at the last call, and by what it holds still; which graph was the last to look.
+        self._held: list[SparseWeight | None] = []
+        self._chosen: list[Tensor] | None = None
+        self._epoch = -1
+        self._calls_to_look = _FIRST_CALLS
         self._set_threshold()
         indices = self._indices(example_inputs)
         inputs = [*example_inputs, *(indices or [])]
@@ -71,20 +82,63 @@ class Dispatch:
 
     def _indices(self, args: Sequence[Any]) -> list[Tensor] | None:
         """The index tensors of the parameters that came in, or None if the dense variant shall run."""
-        if not self._slots:
+        if not self._positions:
             return None
-        indices = []
-        active = total = 0
-        threshold = self._threshold
-        for i, signature in self._slots:
+        held, written, recording = [], False, torch.is_grad_enabled()
+        look = self._calls_to_look > 0
+        for i in self._positions:
             parameter = args[i]
             weight = getattr(parameter, "_mst_weight", None)
+            held.append(weight)
+            if weight is not None:
+                if weight.clean != parameter._version or weight.address != parameter.data_ptr():
+                    written = True
+                if weight.recording is not recording:
+                    weight.recording, look = recording, True
+        # Writes through .data leave no trace: looked for at the first calls, and where training and evaluation change
+        # places, as that is when averages are swapped in and adapters merged.
+        if look:
+            self._calls_to_look = max(0, self._calls_to_look - 1)
+            written |= self._look(args)
+        if written and not self._hold_zeros(args):
+            self._held = []
+            return None
+        if held != self._held or self._epoch != epoch.value or Dispatch._last is not self:
+            self._chosen = self._choose(args)
+            self._held, self._epoch, Dispatch._last = held, epoch.value, self
+        return self._chosen
+
+    def _look(self, args: Sequence[Any]) -> bool:
+        """Look at the values of all weights that came in; whether any stand outside the active blocks."""
+        found = False
+        for i in self._positions:
+            weight = getattr(args[i], "_mst_weight", None)
+            if weight is not None and not isinstance(args[i], FakeTensor):
+                found |= not weight.look(args[i])
+        return found
+
+    def _hold_zeros(self, args: Sequence[Any]) -> bool:
+        """Whether all weights that came in are 0 outside their active blocks, as sparse products take them to be."""
+        wrong = [
+            weight
+            for i in self._positions
+            if (weight := getattr(args[i], "_mst_weight", None)) is not None and not weight.holds_zeros(args[i])
+        ]
+        if wrong:
+            warn_written(wrong)
+        return not wrong
+
+    def _choose(self, args: Sequence[Any]) -> list[Tensor] | None:
+        """The index tensors, or None, by the masks of the moment."""
+        indices: list[Tensor] = []
+        active = total = 0
+        held = [(args[i], getattr(args[i], "_mst_weight", None), signature) for i, signature in self._slots]
+        for i, (parameter, weight, signature) in enumerate(held):
             if weight is None and isinstance(parameter, FakeTensor):
-                weight = self._found[i]  # DDP's first call
+                weight = self._found[self._positions[i]]  # DDP's first call
             # Another layer may share this graph: one that is not sparse, or on another grid, runs dense.
             if weight is None or weight.signature != signature:
-                return None
-            weight.uses.dense_threshold = threshold
+                break
             index = weight.index
             if index.device != parameter.device:
                 weight.to_device(parameter.device)
@@ -92,7 +146,13 @@ class Dispatch:
             indices.append(index if not isinstance(parameter, FakeTensor) else fake_index(weight, parameter.fake_mode))
             active += weight.active
             total += weight.numel
-        return indices if active < threshold * total else None
+        sparse = len(indices) == len(held) and active < self._threshold * total
+        for _, weight, signature in held:
+            if weight is not None:
+                weight.uses.seen, weight.uses.dense_now = True, not sparse
+                if weight.signature == signature:
+                    weight.uses.dense_threshold = self._threshold
+        return indices if sparse else None
 
     def _patterned(self, args: Sequence[Any]) -> bool:
         """Whether attention is sparse in the model that is running: another may share this graph."""
@@ -111,10 +171,10 @@ class Dispatch:
         if node is None:
             return
         used = [w for w in (getattr(args[i], "_mst_weight", None) for i in self._found) if w is not None]
-        before = [w.changes for w in used]
+        before, then = [w.changes for w in used], epoch.value
 
         def check(_: Any) -> None:
-            if before != [w.changes for w in used]:
+            if then != epoch.value and before != [w.changes for w in used]:
                 changed = next(w.name for w, b in zip(used, before, strict=True) if w.changes != b)
                 raise TopologyChangedError(
                     f"the topology of {changed} changed between the forward pass and this backward pass, so the "
@@ -135,3 +195,4 @@ class Dispatch:
         grids = [self._found[i].grid for i, _ in self._slots]
         given, tuned = self._given_threshold, any(sparse for sparse, _ in self._variants)
         self._threshold = self._device.crossover(grids, tuned) if given is None else given
+        self._epoch = -1

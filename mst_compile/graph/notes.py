@@ -41,3 +41,20 @@ def warn_unmatched(weights: Sequence[SparseWeight]) -> None:
         MSTWarning,
         stacklevel=2,
     )
+
+
+def warn_written(weights: Sequence[SparseWeight]) -> None:
+    """Warn of weights with values outside their active blocks, once each: sparse products would leave those out."""
+    new = [w for w in weights if not w.uses.written]
+    if not new:
+        return
+    for weight in new:
+        weight.uses.written = True
+    names = ", ".join(w.name for w in new[:3]) + (f" and {len(new) - 3} more" if len(new) > 3 else "")
+    warnings.warn(
+        f"values stand outside the active blocks of {names}: somebody has written or loaded them. Compiled calls run "
+        "dense products, as eager mode does, until they are 0 again. When an optimizer steps, values that a state dict "
+        "brought choose the masks anew as far as the density allows, and all others are set to 0",
+        MSTWarning,
+        stacklevel=2,
+    )

@@ -47,7 +47,12 @@ def as_number(value: object) -> int | float | None:
         return whole
     if isinstance(value, Tensor):
         return float(value.item()) if value.dim() == 0 and not value.is_meta and value.is_floating_point() else None
-    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # a fraction beyond all floats, of whatever sign: no argument may be infinite
+        return math.inf
 
 
 def check_whole(

@@ -86,3 +86,18 @@ def update_mask(
             f"{growth!r} must choose {wanted} inactive blocks as a bool mask of {tuple(mask.shape)}, got {got}"
         )
     return kept | grown
+
+
+def following_mask(mask: Tensor, magnitude: Tensor, count: int, safe: Tensor) -> Tensor:
+    """``count`` blocks for values that came without their mask: those that are not 0, else the largest of them.
+
+    Args:
+        mask: bool ``[R, C]``, the active blocks before; they fill up where fewer blocks than ``count`` are not 0, as
+            blocks that have just grown are.
+        magnitude: float ``[R, C]``, of the values.
+        safe: bool ``[R, C]``, at most ``count`` blocks to keep whatever they hold, if not all that are not 0 fit.
+    """
+    score = magnitude.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if int((score > 0).sum()) > count:
+        return largest(score.masked_fill(safe, torch.inf), count)
+    return largest((score > 0).float() * 2 + mask.float(), count)

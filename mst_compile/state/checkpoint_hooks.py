@@ -11,7 +11,9 @@ import functools
 import weakref
 from typing import Any, Protocol
 
+from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .packing import PROGRESS, TOPOLOGY_KEYS
 
@@ -21,11 +23,13 @@ class CheckpointWatcher(Protocol):
     it."""
 
     def save_into(self, optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None: ...
+    def owned(self, optimizer: Optimizer) -> set[int]: ...
     def check_loaded(self, optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None: ...
     def after_load(self, optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None: ...
 
 
 _watchers: weakref.WeakSet[Any] = weakref.WeakSet()
+_unclaimed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Parameter that was not sparse -> its topology
 _registered = False
 
 
@@ -84,10 +88,22 @@ def _wrap_load_state_dict() -> None:
             }
             state_dict = {**state_dict, "state": {key: entry for key, entry in state.items() if entry != {}}}
         original(self, state_dict, *args, **kwargs)
+        owned: set[int] = set().union(*(watcher.owned(self) for watcher in list(_watchers)))
+        for parameter in _positions(self.param_groups):
+            if id(parameter) in entries and id(parameter) not in owned:
+                _unclaimed[parameter] = entries[id(parameter)]
         for watcher in list(_watchers):
             watcher.after_load(self, entries)
 
     Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+
+def take_unclaimed(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """The topology of a Parameter that an optimizer was loaded with before the Parameter was sparse, if any; no longer
+    kept then."""
+    entry = _unclaimed.pop(parameter, {})
+    state = optimizer.state.get(parameter, {})  # loaded before anything was sparse, when nobody looked
+    return {key: state.pop(key) for key in TOPOLOGY_KEYS if key in state} or entry
 
 
 def _take_entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[int, dict[str, Any]]:

@@ -28,6 +28,10 @@ class OptimizerCheckpoints:
             entry = resume.entry_of(weight, self._run.progress, self._run.keeps_scores)
             entries[id(parameter)] = {key: value.to(parameter.device) for key, value in entry.items()}
 
+    def owned(self, optimizer: Optimizer) -> set[int]:
+        """Ids of the Parameters whose topology this run takes."""
+        return {id(parameter) for _, parameter in self._run.of(optimizer)}
+
     def check_loaded(self, optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None:
         """Raise :class:`CheckpointError` if the topology in an optimizer's state dict does not fit."""
         for weight, parameter in self._run.of(optimizer):
@@ -39,7 +43,7 @@ class OptimizerCheckpoints:
         own = self._run.of(optimizer)
         if not own:
             return
-        self._run.optimizers.add(optimizer)
+        self._run.optimizers.discard(optimizer)  # of its new state nothing is known
         progress, topologies = self._run.progress, {}
         for weight, parameter in own:
             found = resume.from_entry(entries.get(id(parameter)))
@@ -47,7 +51,8 @@ class OptimizerCheckpoints:
                 progress, topologies[weight.name] = found
             elif optimizer.state.get(parameter):
                 self._warn_without_topology(weight)
-        self._run.go_on(progress, topologies)
+        if topologies:
+            self._run.go_on(progress, topologies)
 
     def _warn_without_topology(self, weight: SparseWeight) -> None:
         if not self._warned:

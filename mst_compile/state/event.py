@@ -13,7 +13,7 @@ from mst_compile.blocks.bulk import block_mean_square, zero_blocks_
 from mst_compile.rules.masks import generator, random_mask, update_mask
 from mst_compile.rules.schedule import Schedule
 
-from .optimizers import state_like
+from .optimizers import zero_state_
 from .weight import SparseWeight
 
 _FEW = 0.05  # share of dropped blocks up to which visiting them alone beats a pass over the weight
@@ -46,7 +46,10 @@ def plan_event(
         densities: target density of each.
     """
     changes: dict[str, Tensor] = {}
-    for density, (weight, parameter) in zip(densities, parameters, strict=True):
+    own = list(parameters)
+    for density, (weight, parameter) in zip(densities, own, strict=True):
+        if rests(weight, parameter, own):
+            continue
         count = weight.blocks_at(density)
         drop = schedule.drop_fraction_at(step) if density < 1 else 0.0
         active = int(weight.mask.sum())
@@ -68,6 +71,12 @@ def plan_event(
             generator(seed, step, weight.name),
         )
     return Plan(changes)
+
+
+def rests(weight: SparseWeight, parameter: Tensor, own: Sequence[tuple[SparseWeight, Tensor]]) -> bool:
+    """Whether a weight keeps its topology: it is frozen, or others were trained since the last event and it was not,
+    as an expert that saw no token."""
+    return not parameter.requires_grad or (not weight.moved and any(w.moved for w, _ in own))
 
 
 def plan_first_masks(weights: Iterable[SparseWeight], densities: Sequence[float], seed: int) -> Plan:
@@ -92,6 +101,7 @@ def apply(
             if rescale:
                 with torch.no_grad():
                     parameter.mul_(weight.density**-0.5)
+                weight.note_clean(parameter)
 
 
 def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, optimizers: Iterable[Optimizer]) -> None:
@@ -106,18 +116,16 @@ def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, opt
         grown |= weight.grown & mask
     if bool(grown.any()):
         weight.grown = grown
+    # Few blocks are visited alone, but only where nothing else can be wrong.
+    few = int(dropped.sum()) < _FEW * dropped.numel() and weight.is_clean(parameter)
     weight.set_mask(mask)
-    count = int(dropped.sum())
-    if count == 0:
-        return
-    tensors: list[Tensor] = [parameter]
-    if parameter.grad is not None:
-        tensors.append(parameter.grad)
-    for optimizer in optimizers:
-        tensors += state_like(optimizer, parameter)
-    few = count < _FEW * dropped.numel()
-    for tensor in tensors:
-        if few:
-            zero_blocks_(tensor, weight.grid, dropped)
-        else:
-            weight.zero_inactive_(tensor)
+    if bool(dropped.any()):
+        for tensor in [parameter, *([] if parameter.grad is None else [parameter.grad])]:
+            if few:
+                zero_blocks_(tensor, weight.grid, dropped)
+            else:
+                weight.zero_inactive_(tensor)
+        for optimizer in optimizers:
+            zero_state_(optimizer, weight, parameter, dropped if few else None)
+    if few or bool(dropped.any()) or weight.is_dense:
+        weight.note_clean(parameter)

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, optim
+from torch.nn import Parameter
 
-from mst_compile.blocks.bulk import block_mean_square
+from mst_compile.blocks.bulk import block_mean_square, zero_blocks_
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.shards import local_rows, sum_over_shards
+from mst_compile.blocks.shards import is_sharded, local_rows, sum_over_shards
+from mst_compile.errors import OptimizerError
+
+from .weight import SparseWeight
 
 _ELEMENTWISE = {
     optim.SGD,
@@ -39,11 +43,55 @@ def keeps_zeros(optimizer: optim.Optimizer) -> bool:
     return type(optimizer) in _ELEMENTWISE
 
 
-def state_like(optimizer: optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:
-    """The optimizer's state of ``parameter`` that has one number for each of its elements."""
-    for value in optimizer.state.get(parameter, {}).values():
+def state_like(optimizer: optim.Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The optimizer's state of ``parameter`` that has one number for each of its elements, by its key."""
+    state = optimizer.state.get(parameter, {})
+    for key, value in state.items() if isinstance(state, dict) else ():
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-            yield value
+            yield key, value
+
+
+@torch.no_grad()
+def zero_state_(
+    optimizer: optim.Optimizer, weight: SparseWeight, parameter: Tensor, blocks: Tensor | None = None
+) -> None:
+    """Set what ``optimizer`` remembers of a weight to 0 outside its active blocks.
+
+    Args:
+        blocks: bool ``[R, C]``, the only ones that can be anything else; None: all that are not active.
+
+    Raises:
+        OptimizerError: state in a tensor subclass cannot be read or written.
+    """
+    for key, value in state_like(optimizer, parameter):
+        if type(value) not in (Tensor, Parameter) and not is_sharded(value):
+            _zero_wrapped_(f"{type(optimizer).__name__} keeps {key} of {weight.name}", value, weight)
+        elif blocks is not None:
+            zero_blocks_(value, weight.grid, blocks)
+        else:
+            weight.zero_inactive_(value)
+
+
+def _zero_wrapped_(what: str, value: Tensor, weight: SparseWeight) -> None:
+    """Through the subclass's own copies, as of 8-bit state: what an address would show is not its numbers."""
+    try:
+        plain = torch.empty(value.shape, dtype=torch.float32, device=value.device)
+        plain.copy_(value)
+        weight.zero_inactive_(plain)
+        value.copy_(plain)
+        plain.copy_(value)
+    except (NotImplementedError, RuntimeError, TypeError) as error:
+        raise OptimizerError(
+            f"{what} in a {type(value).__name__}, which cannot be copied to a plain tensor and back ({error}), so that "
+            "dropped blocks would keep their old state. Use an optimizer with state in plain tensors for the sparse "
+            "weights (mst_compile.param_groups lists them)"
+        ) from error
+    if bool((plain[weight.grid.expand(~weight.mask).to(plain.device)] != 0).any()):
+        raise OptimizerError(
+            f"{what} in a {type(value).__name__}, which does not hold a 0 exactly, so that dropped blocks would keep "
+            "state. Use an optimizer with state in plain tensors for the sparse weights (mst_compile.param_groups "
+            "lists them)"
+        )
 
 
 def foreign_state(optimizer: optim.Optimizer) -> list[str]:

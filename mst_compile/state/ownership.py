@@ -1,13 +1,12 @@
-"""Modules know their sparse weights, so that a checkpoint loaded into a module cannot fill their zeros."""
+"""Modules know their sparse weights, so that they learn of a checkpoint that is loaded into a module."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from .weight import SparseWeight, bind
+from .weight import UNKNOWN, SparseWeight, bind
 
 _OWNED = "_mst_owned_weights"
 
@@ -29,12 +28,14 @@ def forget_owner(module: nn.Module) -> None:
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    """``load_state_dict`` may bring other Parameter objects (``assign=True``) and values outside the active blocks."""
+    """``load_state_dict`` may bring other Parameter objects (``assign=True``) and values outside the active blocks.
+
+    Nothing is cut here: their masks may come later, with the optimizer's state or the sparsifier's. Until then the
+    model computes with what was loaded; the next optimizer step settles what stays.
+    """
     for attribute, weight in module.__dict__.get(_OWNED, {}).items():
         parameter = module._parameters[attribute]
         if parameter is not None:
             bind(parameter, weight)
-            whole = parameter.detach().clone()
-            weight.zero_inactive_(parameter)
-            if not torch.equal(whole, parameter):
-                weight.loaded = whole  # its masks may follow, with the optimizer's state or the sparsifier's
+            weight.clean = weight.version = UNKNOWN
+            weight.dirty, weight.follows = None, True

@@ -3,7 +3,8 @@
 In an optimizer's state dict everything is a tensor that belongs to a parameter, and comes back in that parameter's
 dtype. So all is written in whole numbers from 0 to 255, which every floating dtype of 16 bits or more holds exactly::
 
-    mst_topology  [R, C]       0 inactive, 1 active, 2 active since the last topology event, not stepped since
+    mst_topology  [R, C]       0 inactive, 1 active, 2 active since the last topology event, not stepped since; and 3
+                               more everywhere if the weight was trained since that event
     mst_progress  [16]         step count and seed, eight bytes each, little end first
     mst_scores    [4, R, C]    float32 growth scores so far, four bytes each; where scores are added up over steps
 """
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mst_compile.errors import CheckpointError, MaskError
-from mst_compile.rules.checks import as_whole, check_seed, check_whole, shown
+from mst_compile.rules.checks import as_whole, check_flag, check_seed, check_whole, shown
 
 from .weight import SparseWeight
 
@@ -24,17 +25,19 @@ STATE_VERSION = 2
 TOPOLOGY, PROGRESS, SCORES = TOPOLOGY_KEYS = ("mst_topology", "mst_progress", "mst_scores")
 
 
-def pack_topology(mask: Tensor, grown: Tensor | None) -> Tensor:
+def pack_topology(mask: Tensor, grown: Tensor | None, moved: bool = False) -> Tensor:
     """uint8 ``[R, C]`` of two bool ``[R, C]``: the active blocks, and those of them that have just grown."""
-    packed = mask.to(torch.uint8)
+    packed = mask.to(torch.uint8) + 3 * moved
     return packed if grown is None else packed + (grown & mask).to(torch.uint8)
 
 
-def unpack_topology(packed: Tensor) -> tuple[Tensor, Tensor | None]:
+def unpack_topology(packed: Tensor) -> tuple[Tensor, Tensor | None, bool]:
     """Inverse of :func:`pack_topology`, from any dtype and device."""
     packed = packed.detach().cpu()
+    moved = bool((packed > 2.5).any())
+    packed = packed - 3 * moved
     grown = packed > 1.5
-    return packed > 0.5, grown if bool(grown.any()) else None
+    return packed > 0.5, grown if bool(grown.any()) else None, moved
 
 
 def pack_progress(step: int, seed: int) -> Tensor:
@@ -72,7 +75,14 @@ def check_entry(name: str, weight: SparseWeight, entry: dict[str, Any]) -> None:
                 f"the optimizer state holds {key} of {got} for {name}, which has {shapes[key]} here (block "
                 f"{weight.grid.block}); sparsify the model with the block that the checkpoint was written with"
             )
-        _check_bytes(f"{key} of {name} in the optimizer state", value, 2 if key == TOPOLOGY else 255)
+        _check_bytes(f"{key} of {name} in the optimizer state", value, 5 if key == TOPOLOGY else 255)
+    if TOPOLOGY in entry:
+        low, high = (int(n) for n in entry[TOPOLOGY].detach().cpu().aminmax())
+        if low < 3 <= high:
+            raise CheckpointError(
+                f"{TOPOLOGY} of {name} in the optimizer state holds {low} and {high}: of a weight that was trained "
+                "since the last topology event all are 3 or more, of another none; it was not written by this library"
+            )
     if PROGRESS in entry:
         step, _ = unpack_progress(entry[PROGRESS])
         check_whole(f"the step count of {name} in the optimizer state", step, least=0, error=CheckpointError)
@@ -123,6 +133,11 @@ def check_state(state: Any, own: dict[str, SparseWeight]) -> tuple[int, int]:
             check_mask(name, state["grown"][name], weight, "record of grown blocks")
         if name in state["scores"]:
             _check_scores_of(name, state["scores"][name], weight)
+    moved = state.get("moved", {})
+    if not isinstance(moved, dict):
+        raise CheckpointError(f"'moved' of the sparsifier state must be a dict, got {shown(moved)}")
+    for name, value in moved.items():
+        check_flag(f"'moved' of {name} in the sparsifier state", value, CheckpointError)
     for key in ("grown", "scores"):
         more = sorted(state[key].keys() - own.keys(), key=str)
         if more:

@@ -3,16 +3,13 @@ optimizer's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from . import packing
-from .event import change_mask
 from .weight import SparseWeight
 from .weights import Weights
 
@@ -32,6 +29,7 @@ class Topology:
     mask: Tensor
     grown: Tensor | None
     scores: Tensor | None
+    moved: bool = False
 
 
 def state_dict(weights: Weights, progress: Progress, keeps_scores: bool) -> dict[str, Any]:
@@ -42,6 +40,7 @@ def state_dict(weights: Weights, progress: Progress, keeps_scores: bool) -> dict
         "seed": progress.seed,
         "masks": {w.name: w.mask.clone() for w in weights},
         "grown": {w.name: torch.zeros_like(w.mask) if w.grown is None else w.grown for w in weights},
+        "moved": {w.name: w.moved for w in weights},
         "scores": {w.name: _scores_or_zeros(w) for w in weights if keeps_scores},
     }
 
@@ -53,15 +52,18 @@ def from_state_dict(state: Any, weights: Weights) -> tuple[Progress, dict[str, T
         CheckpointError: it is of another format, or does not fit the model.
     """
     progress = Progress(*packing.check_state(state, weights.by_name))
-    masks, grown, scores = state["masks"], state["grown"], state["scores"]
-    found = {name: Topology(masks[name], grown.get(name), scores.get(name)) for name in weights.by_name}
+    masks, grown, scores, moved = state["masks"], state["grown"], state["scores"], state.get("moved", {})
+    found = {
+        name: Topology(masks[name], grown.get(name), scores.get(name), bool(moved.get(name, False)))
+        for name in weights.by_name
+    }
     return progress, found
 
 
 def entry_of(weight: SparseWeight, progress: Progress, keeps_scores: bool) -> dict[str, Tensor]:
     """What an optimizer's state dict shall hold of a weight."""
     entry = {
-        packing.TOPOLOGY: packing.pack_topology(weight.mask, weight.grown),
+        packing.TOPOLOGY: packing.pack_topology(weight.mask, weight.grown, weight.moved),
         packing.PROGRESS: packing.pack_progress(progress.step, progress.seed),
     }
     if keeps_scores:
@@ -73,21 +75,25 @@ def from_entry(entry: dict[str, Tensor] | None) -> tuple[Progress, Topology] | N
     """What an optimizer's state dict says of a weight; inverse of :func:`entry_of`. None if it says nothing."""
     if entry is None or packing.TOPOLOGY not in entry or packing.PROGRESS not in entry:
         return None
-    mask, grown = packing.unpack_topology(entry[packing.TOPOLOGY])
+    mask, grown, moved = packing.unpack_topology(entry[packing.TOPOLOGY])
     scores = packing.unpack_scores(entry[packing.SCORES]) if packing.SCORES in entry else None
-    return Progress(*packing.unpack_progress(entry[packing.PROGRESS])), Topology(mask, grown, scores)
+    return Progress(*packing.unpack_progress(entry[packing.PROGRESS])), Topology(mask, grown, scores, moved)
 
 
-def restore(weight: SparseWeight, parameter: nn.Parameter, topology: Topology, optimizers: Iterable[Optimizer]) -> None:
-    """Let a weight go on from a checkpoint's topology; values that were loaded before it are taken as they came."""
-    if weight.loaded is not None:
-        with torch.no_grad():
-            parameter.copy_(weight.loaded)
-        weight.loaded = None
-    change_mask(weight, parameter, topology.mask.detach().cpu().clone(), optimizers)
-    weight.zero_inactive_(parameter)
+def restore(weight: SparseWeight, topology: Topology) -> None:
+    """Let a weight go on from a checkpoint's topology.
+
+    Values are left alone: those of the same checkpoint may have come before or be still to come, and what stands
+    outside the active blocks is settled when an optimizer steps. A topology that is the present one, as when an
+    optimizer loads its own state, is no news: it does not make masks newer than the values.
+    """
+    mask = topology.mask.detach().cpu().clone()
+    if not torch.equal(mask, weight.mask):
+        weight.set_mask(mask)
+        weight.follows = False
     weight.grown = _copy_if_any(topology.grown)
     weight.scores = _copy_if_any(topology.scores)
+    weight.moved = topology.moved
 
 
 def _copy_if_any(values: Tensor | None) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,18 +14,31 @@ from mst_compile.errors import MSTWarning
 from mst_compile.rules.schedule import Schedule, attention_of, sparsity_of
 
 from .attention import AttentionState
+from .checkpoint_hooks import take_unclaimed
 from .event import Plan, apply, change_mask, plan_event, plan_first_masks
-from .resume import Progress, Topology, restore
-from .weight import SparseWeight
+from .optimizers import zero_state_
+from .packing import TOPOLOGY, check_entry
+from .resume import Progress, Topology, from_entry, restore
+from .settle import settle
+from .unseen import warn_unseen
+from .weight import UNKNOWN, SparseWeight
 from .weights import Weights
+
+_PATIENCE = 10  # steps after which weights that no compiled graph has taken are named
+
+
+def _unknown() -> None:
+    """The model of a copy."""
 
 
 class Run:
     """What steps and checkpoints work on.
 
     Attributes:
-        optimizers: those that have stepped or loaded a checkpoint: their state of dropped blocks is zeroed.
+        optimizers: those that have stepped since masks were last loaded: their state is 0 outside the active blocks.
         active: False once the model was made dense again.
+        root: the model, if it is known: a copy's is not.
+        overdue: a topology event has been missed and is made up for at the next step.
     """
 
     def __init__(self, schedule: Schedule, weights: Weights, attention: AttentionState, seed: int) -> None:
@@ -34,13 +48,16 @@ class Run:
         self.seed = seed
         self.step_count = 0
         self.active = True
+        self.overdue = False
+        self.root: Callable[[], nn.Module | None] = _unknown
+        self._steps_here = 0  # in this process, until weights that no graph takes were looked for
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "optimizers"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("optimizers", "root")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, optimizers=weakref.WeakSet())  # a copy knows none yet
+        self.__dict__.update(state, optimizers=weakref.WeakSet(), root=_unknown)  # a copy knows none yet
 
     @property
     def progress(self) -> Progress:
@@ -70,13 +87,59 @@ class Run:
     def complete_step(self) -> None:
         """Count a training step, change the topology if the schedule says so, and prepare the next."""
         self.step_count += 1
-        for weight in self.weights:
-            weight.loaded = None
-        if self.schedule.is_topology_event(self.step_count):
+        own = list(self.weights.parameters())
+        for weight, parameter in own:
+            weight.moved |= parameter.grad is not None or weight.version not in (UNKNOWN, parameter._version)
+        if self.overdue or self.schedule.is_topology_event(self.step_count):
             self._change_topology()
+        for weight, parameter in own:
+            weight.version = parameter._version
+        self._steps_here += 1
+        if self._steps_here == _PATIENCE:
+            warn_unseen([weight for weight, parameter in own if parameter.grad is not None])
         self.prepare_next_step()
 
+    def skip_step(self) -> None:
+        """Count a training step that was over before it was known to be one: too late for its topology event."""
+        self.step_count += 1
+        self.overdue |= self.schedule.is_topology_event(self.step_count)
+
+    def meet(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Before an optimizer steps: its weights and its state of them shall be 0 outside the active blocks.
+
+        It may have a past, from before the model was made sparse or from a checkpoint, and may have been loaded with a
+        topology when nobody could take it.
+        """
+        if optimizer not in self.optimizers:
+            self.weights.check_replaced(self.root())
+            self._take_topology(optimizer, own)
+        self._settle(own)
+        if optimizer not in self.optimizers:
+            for weight, parameter in own:
+                zero_state_(optimizer, weight, parameter)
+            self.optimizers.add(optimizer)
+        for weight, parameter in own:
+            weight.version = parameter._version
+
+    def _take_topology(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+        progress, topologies = self.progress, {}
+        for weight, parameter in own:
+            entry = take_unclaimed(optimizer, parameter)
+            if TOPOLOGY in entry:
+                check_entry(weight.name, weight, entry)
+                found = from_entry(entry)
+                if found is not None:
+                    progress, topologies[weight.name] = found
+        if topologies:
+            self.go_on(progress, topologies)
+
+    def _settle(self, own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = False) -> None:
+        if settle(own, look=look):
+            self.optimizers.clear()
+
     def _change_topology(self) -> None:
+        self.overdue = False
+        self._settle(self.weights.parameters(), look=True)
         plan = self.plan_event()
         if plan.skipped:
             warnings.warn(
@@ -86,7 +149,7 @@ class Run:
             )
         apply(plan, self.weights.parameters(), self.optimizers)
         for weight in self.weights:
-            weight.scores = None
+            weight.scores, weight.moved = None, False
 
     def plan_event(self) -> Plan:
         """What a topology event would do now, at the present step count and with the scores so far."""
@@ -107,7 +170,8 @@ class Run:
     def go_on(self, progress: Progress, topologies: dict[str, Topology]) -> None:
         """Continue from a checkpoint."""
         self.step_count, self.seed = progress.step, progress.seed
-        for weight, parameter in self.weights.parameters():
+        for weight in self.weights:
             if weight.name in topologies:
-                restore(weight, parameter, topologies[weight.name], self.optimizers)
+                restore(weight, topologies[weight.name])
+        self.optimizers.clear()
         self.prepare_next_step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -163,6 +164,10 @@ class Sparsifier:
         """
         self._run.go_on(*resume.from_state_dict(state, self._run.weights))
 
+    def belongs_to(self, model: nn.Module) -> None:
+        """The weights are those of ``model``."""
+        self._run.root = weakref.ref(model)
+
     def release(self) -> None:
         """Detach from the model: it is an ordinary one again. Zeros stay zeros until an optimizer moves them."""
         self._run.weights.release()
@@ -196,6 +201,7 @@ class Sparsifier:
 def attach(model: nn.Module, sparsifier: Sparsifier) -> None:
     """Let :func:`sparsifier_of` find the sparsifier of ``model``."""
     model.__dict__[_ATTRIBUTE] = sparsifier
+    sparsifier.belongs_to(model)
 
 
 def detach(model: nn.Module) -> None:

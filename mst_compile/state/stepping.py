@@ -4,20 +4,25 @@ Within one training step::
 
     forward, backward   gradients arrive; outside the active blocks they are set to 0 as soon as they have accumulated
                         (kept dense on the steps before a topology event, so that growth can read them)
-    optimizer.step()    before: growth scores are harvested and the inactive part of the gradient is zeroed
-                        after:  the step is counted and, on an event, the topology changes
+    optimizer.step()    before: values that stand outside the active blocks are settled, a new optimizer's state is
+                        cleaned; growth scores are harvested and the inactive part of the gradient is zeroed, with a
+                        closure each time it has run
+                        after:  what cannot be trusted to have stayed 0 is zeroed, the step is counted and, on an event,
+                        the topology changes
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mst_compile.blocks.bulk import block_mean_square
+from mst_compile.blocks.shards import is_sharded
 from mst_compile.errors import MSTWarning
 
 from . import optimizers
@@ -28,6 +33,23 @@ from .steps import Step
 from .weight import SparseWeight
 
 _PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
+
+
+@dataclass
+class _Turn:
+    """What was found when a step began.
+
+    Attributes:
+        late: weights whose training step was counted before.
+        scores: growth scores before it, by name.
+        versions: of the Parameters, by name.
+        told: whether its end has been seen.
+    """
+
+    late: set[str]
+    scores: dict[str, Tensor | None]
+    versions: dict[str, int]
+    told: bool = False
 
 
 class Stepping:
@@ -42,6 +64,8 @@ class Stepping:
         self._auto_step = auto_step
         self._clock = StepClock()
         self._warned: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # unknown ones, their first state cleaned
+        self._turns: dict[Step, _Turn] = {}  # steps under way
         self._deferred = False  # a step within the backward pass waits for its end
         self._making_state = False  # the optimizer that steps now only makes its state
         self._foreign_steps = 0  # of optimizers without sparse weights; -1: warned
@@ -53,7 +77,7 @@ class Stepping:
         late = self._clock.complete(weights.with_gradients())
         for weight, parameter in weights.parameters():
             if weight.name in late:  # another optimizer's, whose turn is still to come
-                _harvest(weight, parameter, 1.0)
+                _harvest(weight, parameter, 1.0, weight.scores)
         self._run.complete_step()
 
     def before_step(self, step: Step) -> None:
@@ -66,25 +90,38 @@ class Stepping:
             self._making_state = True
             step.outermost.at_end(lambda _: setattr(self, "_making_state", False))
             return
-        run.optimizers.add(optimizer)
         run.weights.rebind()
+        run.meet(optimizer, own)
         if not step.nested:
             scaled = scale_rates(optimizer, own)
             step.at_end(lambda _: restore_rates(scaled))
         names = {weight.name for weight, _ in own}
         late = self._clock.turn(names, run.weights.with_gradients(), nested=step.nested)
         if self._clock.missed:
-            run.step_count += 1  # too late for its topology event: the forward pass has been
-        versions = [parameter._version for _, parameter in own]
-        step.at_end(lambda failed: self._after_failure(step, names, late, versions) if failed else None)
-        scale, in_backward = optimizers.gradient_scale(optimizer), _in_backward()
+            run.skip_step()
+        turn = self._turns[step] = _Turn(late, {w.name: w.scores for w, _ in own}, {w.name: p._version for w, p in own})
+        step.at_end(lambda failed: self._end(step, turn, failed))
+        self._take_gradients(step, own)
+
+    def after_closure(self, step: Step) -> None:
+        """The closure of a step has computed gradients: they are what the optimizer will use."""
+        if step in self._turns:
+            self._take_gradients(step, self._run.of(step.optimizer))
+
+    def _take_gradients(self, step: Step, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Harvest growth scores from the gradients that the optimizer will use, and zero their inactive part.
+
+        A closure that runs again begins its scores again, so that they are of its last gradients.
+        """
+        optimizer, turn = step.optimizer, self._turns[step]
+        scale = optimizers.gradient_scale(optimizer)
         for weight, parameter in own:
-            if weight.name not in late:
-                _harvest(weight, parameter, scale)
-            # Within the backward pass the hook that masks gradients may come after the one that steps.
-            if (weight.name in late or in_backward) and parameter.grad is not None:
-                weight.zero_inactive_(parameter.grad)
-            if weight.grown is not None and parameter.grad is not None:
+            if parameter.grad is None:
+                continue
+            if weight.name not in turn.late:
+                _harvest(weight, parameter, scale, turn.scores.get(weight.name), again=step.has_closure)
+            weight.mask_gradient(parameter.grad)
+            if weight.grown is not None:
                 optimizers.start_second_moment(optimizer, parameter, weight.grid, weight.grown)
 
     def after_step(self, step: Step) -> None:
@@ -93,8 +130,8 @@ class Stepping:
         if self._making_state or optimizers.skipped_by_scaler(optimizer):
             return
         own = run.of(optimizer)
-        if own and not optimizers.keeps_zeros(optimizer):
-            self._mask_after(optimizer, own)
+        if step in self._turns:
+            self._keep_zeros(optimizer, own, self._turns[step])
         if step.nested:
             return
         for weight, parameter in own:
@@ -110,12 +147,16 @@ class Stepping:
         elif run.active and run.step_count == 0:
             self._warn_if_never_stepped(optimizer)
 
-    def _after_failure(self, step: Step, names: set[str], late: set[str], versions: list[int]) -> None:
-        """A step has raised: it was one if weights have moved all the same, as where a hook after it raised."""
-        if versions == [parameter._version for _, parameter in self._run.of(step.optimizer)]:
-            self._clock.failed(names, late)
-        elif not step.nested:
-            self.after_step(step)
+    def _end(self, step: Step, turn: _Turn, failed: bool) -> None:
+        """A step is over. One that has raised was one if weights have moved all the same, as where a hook after it
+        raised."""
+        if failed and not turn.told:
+            own = self._run.of(step.optimizer)
+            if all(parameter._version == turn.versions.get(weight.name) for weight, parameter in own):
+                self._clock.failed(set(turn.versions), turn.late)
+            elif not step.nested:
+                self.after_step(step)
+        self._turns.pop(step, None)
 
     def _step_after_backward(self) -> None:
         """Optimizers that step within the backward pass, one a parameter: count once, when all gradients are there."""
@@ -127,10 +168,29 @@ class Stepping:
         self._deferred = False
         self.step()
 
-    def _mask_after(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
-        """Zero what an optimizer of unknown arithmetic made non-zero, and warn once if it keeps foreign state."""
+    def _keep_zeros(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]], turn: _Turn) -> None:
+        """Zero what a step may have made non-zero, and warn once if its optimizer keeps foreign state.
+
+        A weight has stayed 0 if three things hold: the optimizer's arithmetic is known to keep zeros, so did its state
+        begin, and the gradient that it read is the one that was masked, unchanged.
+        """
+        turn.told = True
+        known = optimizers.keeps_zeros(optimizer)
         for weight, parameter in own:
-            weight.zero_inactive_(parameter)
+            weight.set_dense_grad(False)
+            if parameter._version == turn.versions.get(weight.name) and not is_sharded(parameter):
+                continue  # it was not stepped
+            weight.moved = True
+            gradient = parameter.grad
+            kept = weight.is_dense or gradient is None or weight.is_masked(gradient)
+            if not (known and kept):
+                weight.zero_inactive_(parameter)
+            if not kept or (not known and optimizer not in self._checked):
+                optimizers.zero_state_(optimizer, weight, parameter)
+            weight.note_clean(parameter)
+        if known:
+            return
+        self._checked.add(optimizer)
         found = [] if optimizer in self._warned else optimizers.foreign_state(optimizer)
         if found:
             self._warned.add(optimizer)
@@ -143,28 +203,55 @@ class Stepping:
             )
 
     def _warn_if_never_stepped(self, optimizer: Optimizer) -> None:
-        if self._foreign_steps < 0 or not self._run.weights.with_gradients():
+        if self._foreign_steps < 0:
+            return
+        if self._run.weights.with_gradients():
+            what = (
+                "owns none of the sparse weights. Build the optimizer from model.parameters() of the sparsified model, "
+                "or pass auto_step=False to sparsify and call sparsifier(model).step() yourself"
+            )
+        elif self._trains_around(optimizer):
+            what = (
+                "trains other Parameters of the model while all sparse weights are frozen, which keep their values and "
+                "masks. Unfreeze them, or densify(model) and train what is left as an ordinary model"
+            )
+        else:
             return
         self._foreign_steps += 1
         if self._foreign_steps >= _PATIENCE:
             self._foreign_steps = -1
             warnings.warn(
-                f"{type(optimizer).__name__} has stepped {_PATIENCE} times but owns none of the sparse weights, so the "
-                "sparsity schedule does not advance. Build the optimizer from model.parameters() of the sparsified "
-                "model, or pass auto_step=False to sparsify and call sparsifier(model).step() yourself",
+                f"the sparsity schedule does not advance: {type(optimizer).__name__} has stepped {_PATIENCE} times but "
+                f"{what}",
                 MSTWarning,
                 stacklevel=4,
             )
 
+    def _trains_around(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer trains Parameters of the model, whose sparse weights are all frozen."""
+        model = self._run.root()
+        if model is None or any(parameter.requires_grad for _, parameter in self._run.weights.parameters()):
+            return False
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(parameter) in known for parameter in model.parameters())
 
-def _harvest(weight: SparseWeight, parameter: nn.Parameter, scale: float) -> None:
-    """Add a dense gradient (times ``scale``) to the growth scores, and zero its inactive part."""
-    if not weight.dense_grad or parameter.grad is None:
+
+def _harvest(
+    weight: SparseWeight, parameter: nn.Parameter, scale: float, base: Tensor | None, *, again: bool = False
+) -> None:
+    """Add a dense gradient (times ``scale``) to the growth scores ``base``, and zero its inactive part.
+
+    Args:
+        again: another dense gradient may take this one's place in the same step.
+    """
+    gradient = parameter.grad
+    if not weight.dense_grad or gradient is None or weight.is_masked(gradient):
         return
-    weight.set_dense_grad(False)
-    score = block_mean_square(parameter.grad, weight.grid) / (scale * scale)
-    weight.scores = score if weight.scores is None else weight.scores + score
-    weight.zero_inactive_(parameter.grad)
+    weight.set_dense_grad(again)
+    score = block_mean_square(gradient, weight.grid) / (scale * scale)
+    weight.scores = score if base is None else base + score
+    weight.zero_inactive_(gradient)
+    weight.note_masked(gradient)
 
 
 def _in_backward() -> bool:

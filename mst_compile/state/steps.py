@@ -33,6 +33,7 @@ class Step:
     Attributes:
         optimizer: who steps.
         outer: the step that it was taken within, which will be counted instead, or None.
+        has_closure: whether the optimizer was given a function that computes its gradients.
     """
 
     def __init__(self, optimizer: Optimizer, outer: Step | None, guarded: bool) -> None:
@@ -40,6 +41,7 @@ class Step:
         self.outer = outer
         self.guarded = guarded
         self.begun = False
+        self.has_closure = False
         self._ends: list[Callable[[bool], None]] = []
 
     @property
@@ -65,7 +67,10 @@ class StepWatcher(Protocol):
     """Something that wants to know of optimizer steps."""
 
     def before_step(self, step: Step) -> None:
-        """A step begins; gradients are those that the optimizer was called with."""
+        """A step begins; gradients are those that the optimizer was called with, if it has no closure."""
+
+    def after_closure(self, step: Step) -> None:
+        """The step's closure has run, perhaps not for the last time: gradients are those that it has computed."""
 
     def after_step(self, step: Step) -> None:
         """A step has succeeded."""
@@ -105,14 +110,34 @@ def refusing_steps(refuse: Callable[[Optimizer], None]) -> Iterator[None]:
 
 
 @torch._dynamo.disable
-def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     top = _running.steps[-1] if _running.steps else None
     if top is None or top.optimizer is not optimizer or top.begun:
         top = _enter(optimizer, guarded=False)
         _guard_instance(optimizer)
     top.begun = True
+    given = len(args) > 1  # the optimizer itself is the first of them
+    closure = args[1] if given else kwargs.get("closure")
+    top.has_closure = callable(closure)
     for watcher in list(_watchers):
         watcher.before_step(top)
+    if not top.has_closure:
+        return None
+    told = _telling(closure, top)
+    return ((args[0], told, *args[2:]), kwargs) if given else (args, {**kwargs, "closure": told})
+
+
+def _telling(closure: Callable[..., Any], step: Step) -> Callable[..., Any]:
+    """A closure that tells the watchers when it has run."""
+
+    @functools.wraps(closure, updated=())
+    def told(*args: Any, **kwargs: Any) -> Any:
+        result = closure(*args, **kwargs)
+        for watcher in list(_watchers):
+            watcher.after_closure(step)
+        return result
+
+    return told
 
 
 @torch._dynamo.disable

@@ -1,10 +1,40 @@
-"""What compiled graphs do with a weight: written by the graph passes and the dispatch, read by ``explain``."""
+"""What compiled graphs do with a weight: written by the graph passes and the dispatch, read by ``explain``; and which
+Parameters compiled graphs have taken before anyone made them sparse."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_compiled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Parameter that a graph of ours takes -> True
+_graphs = 0
+
+
+def note_compiled(parameters: Iterable[Tensor]) -> None:
+    """A graph is compiled that takes these Parameters, sparse or not."""
+    global _graphs
+    _graphs += 1
+    for parameter in parameters:
+        _compiled[parameter] = True
+
+
+def is_compiled(parameter: Tensor) -> bool:
+    """Whether a compiled graph takes this Parameter as what it was then."""
+    return parameter in _compiled
+
+
+def forget_compiled() -> None:
+    """No graph is compiled any more."""
+    _compiled.clear()
+
+
+def compiled_graphs() -> int:
+    """How many graphs the backend has compiled in this process."""
+    return _graphs
 
 
 @dataclass
@@ -16,13 +46,19 @@ class Uses:
             same code compiled again, for another batch size perhaps, adds none.
         dense_threshold: mean density from which the graph that last ran with the weight, perhaps one compiled for
             another layer of the same form, takes dense products; None: no graph could take sparse ones.
+        seen: whether a compiled graph has taken the weight.
+        dense_now: whether the graph that last ran with the weight took dense products.
         warned: the user was told that its products stay dense.
+        written: the user was told that values stand outside the active blocks.
         unmatched: why uses stay dense.
     """
 
     places: dict[str, int] = field(default_factory=dict)
     dense_threshold: float | None = None
+    seen: bool = False
+    dense_now: bool = False
     warned: bool = False
+    written: bool = False
     unmatched: list[str] = field(default_factory=list)
 
     @property
@@ -37,6 +73,7 @@ class Uses:
 
     def note(self, places: Iterable[str], reasons: Iterable[str]) -> None:
         """Note what one graph does with the weight: the place of each sparse product, and why others stay dense."""
+        self.seen = True
         for place, count in Counter(places).items():
             self.places[place] = max(count, self.places.get(place, 0))
         self.unmatched += [reason for reason in dict.fromkeys(reasons) if reason not in self.unmatched]

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.nn import Parameter
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from mst_compile.blocks.bulk import zero_inactive_
+from mst_compile.blocks.bulk import block_mean_square, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, new_index, write_index
-from mst_compile.blocks.shards import check_placement, is_sharded, stored
+from mst_compile.blocks.shards import check_placement, holder_of, is_sharded, stored
 from mst_compile.rules.density import active_count
 from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
@@ -26,6 +28,17 @@ from mst_compile.state.uses import Uses
 
 _ATTRIBUTE = "_mst_weight"
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> handle of its gradient hook
+UNKNOWN = -1  # no version of a tensor
+
+
+class _Epoch:
+    """Counts what changes between calls of a compiled graph beside the versions of weights: masks, and who holds
+    them."""
+
+    value = 0
+
+
+epoch = _Epoch()
 
 
 @dataclass(eq=False)
@@ -45,7 +58,16 @@ class SparseWeight:
         changes: number of topology changes so far.
         scores: growth scores since the last event, float32 ``[R, C]``; None where nothing was read.
         grown: blocks that grew at the last event and have not been stepped since, bool ``[R, C]``, or None.
-        loaded: values of a checkpoint that the present masks cut, until masks are loaded or a step is taken.
+        clean: version of the Parameter (``Tensor._version``) at which it was last known to be 0 outside the active
+            blocks; ``UNKNOWN`` if somebody must look.
+        address: where its elements were then.
+        dirty: version and address at which values were seen outside.
+        recording: whether the compiled graph that last took the weight recorded gradients.
+        timed: somebody times products under masks that are not the weight's: its values do not matter.
+        follows: whether values were loaded after the masks, so that masks have to follow them.
+        moved: whether the weight has been trained since the last topology event.
+        version: version of the Parameter after the last training step.
+        masked: the gradient that was last masked, its version then, and ``changes`` then.
     """
 
     name: str
@@ -62,7 +84,15 @@ class SparseWeight:
     dense_grad: bool = False
     scores: Tensor | None = None
     grown: Tensor | None = None
-    loaded: Tensor | None = None
+    clean: int = UNKNOWN
+    address: int = 0
+    dirty: tuple[int, int] | None = None
+    recording: bool | None = None
+    timed: bool = False
+    follows: bool = False
+    moved: bool = False
+    version: int = UNKNOWN
+    masked: tuple[TensorWeakRef, int, int] | None = None
     attention: AttentionState = field(default_factory=AttentionState)
     uses: Uses = field(default_factory=Uses)
 
@@ -107,6 +137,8 @@ class SparseWeight:
         self.mask = mask
         self.active = self.grid.count_elements(mask)
         self.changes += 1
+        self.clean, self.dirty = UNKNOWN, None
+        epoch.value += 1
         if self.index is not None:
             write_index(self.index, self.grid, mask, dense_grad=self.dense_grad)
 
@@ -126,6 +158,77 @@ class SparseWeight:
         """Follow a weight that was moved."""
         if self.index is not None and self.index.device != device:
             self.index = self.index.to(device)
+            epoch.value += 1
+
+    # -- zeros: what is known of them --
+
+    def note_clean(self, parameter: Tensor) -> None:
+        """The parameter is 0 outside the active blocks, as it is now."""
+        self.clean, self.address, self.dirty, self.follows = parameter._version, _address(parameter), None, False
+
+    def is_clean(self, parameter: Tensor) -> bool:
+        """Whether nobody has written to the parameter since it was known to be 0 outside the active blocks.
+
+        Writes through ``parameter.data`` in place leave no trace and are not seen. Of a weight that FSDP2 has sharded
+        only what was loaded is known to have been written.
+        """
+        if self.is_dense or is_sharded(parameter):
+            return self.is_dense or self.clean != UNKNOWN
+        return self.clean == parameter._version and self.address == _address(parameter)
+
+    def look(self, parameter: Tensor) -> bool:
+        """Whether the parameter is 0 outside the active blocks, by its values; what was found is remembered.
+
+        Of a weight that FSDP2 has sharded all ranks must ask.
+        """
+        if self.timed:
+            return True
+        with unset_fake_temporarily():  # also while a graph is compiled
+            if is_sharded(parameter):
+                found = bool(block_mean_square(parameter, self.grid)[~self.mask].any())
+            else:
+                found = not self.is_dense and bool(((parameter.detach() != 0) & self._outside(parameter)).any())
+        if found:
+            self.clean, self.dirty = UNKNOWN, (parameter._version, _address(parameter))
+        elif holder_of(parameter) is None or is_sharded(parameter):
+            self.note_clean(parameter)
+        return not found
+
+    def holds_zeros(self, parameter: Tensor) -> bool:
+        """Whether a compiled graph may take the parameter to be 0 outside the active blocks; looks where nobody knows.
+
+        What FSDP2 has gathered is known by what it was gathered from.
+        """
+        if self.is_clean(parameter):
+            return True
+        if self.dirty == (parameter._version, _address(parameter)):
+            return False
+        gathered = holder_of(parameter) is not None and not is_sharded(parameter)
+        return (gathered and self.clean != UNKNOWN) or self.look(parameter)
+
+    def _outside(self, parameter: Tensor) -> Tensor:
+        return self.grid.expand(~self.mask).to(parameter.device)
+
+    def note_masked(self, gradient: Tensor) -> None:
+        """The gradient is 0 outside the active blocks, as it is now."""
+        self.masked = TensorWeakRef(gradient), gradient._version, self.changes
+
+    def is_masked(self, gradient: Tensor) -> bool:
+        """Whether nobody has written to the gradient since it was masked with the present mask."""
+        if self.masked is None:
+            return False
+        reference, version, changes = self.masked
+        return changes == self.changes and version == gradient._version and reference() is gradient
+
+    def mask_gradient(self, gradient: Tensor) -> None:
+        """Set a gradient to 0 outside the active blocks unless it is known to be."""
+        if not self.is_dense and not self.is_masked(gradient):
+            self.zero_inactive_(gradient)
+            self.note_masked(gradient)
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy's Parameter is another one, of which nothing is known, and its gradient too.
+        return self.__dict__ | {"clean": UNKNOWN, "version": UNKNOWN, "dirty": None, "masked": None}
 
 
 def bind(parameter: Tensor, weight: SparseWeight) -> bool:
@@ -137,6 +240,7 @@ def bind(parameter: Tensor, weight: SparseWeight) -> bool:
     if changed:
         _remove_hook(parameter)
         setattr(parameter, _ATTRIBUTE, weight)
+        epoch.value += 1
     if not is_sharded(parameter):  # FSDP2 may keep shards on the host: the index belongs where products are computed
         weight.to_device(parameter.device)
     if parameter not in _hooks:
@@ -155,6 +259,7 @@ def unbind(parameter: Tensor) -> None:
         _remove_hook(holder)
         if hasattr(holder, _ATTRIBUTE):
             delattr(holder, _ATTRIBUTE)
+    epoch.value += 1
 
 
 def _remove_hook(parameter: Tensor) -> None:
@@ -165,8 +270,13 @@ def _remove_hook(parameter: Tensor) -> None:
 
 def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
-    if parameter.grad is not None and not weight.is_dense and not weight.dense_grad:
-        weight.zero_inactive_(parameter.grad)
+    if parameter.grad is not None and not weight.dense_grad:
+        weight.mask_gradient(parameter.grad)
+
+
+def _address(parameter: Tensor) -> int:
+    """Where the elements are; 0 of tensors that wrap others."""
+    return parameter.data_ptr() if type(parameter) in (Parameter, Tensor) else 0
 
 
 def of(parameter: object) -> SparseWeight | None:

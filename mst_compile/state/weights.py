@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.shards import check_placement, parameter_of
+from mst_compile.blocks.shards import check_placement, held_parameter, parameter_of, stored
+from mst_compile.errors import WeightError
 from mst_compile.rules.density import layer_densities
 from mst_compile.rules.guard import Guard
 from mst_compile.rules.schedule import Schedule
@@ -15,7 +16,7 @@ from mst_compile.rules.schedule import Schedule
 from .attention import AttentionState
 from .ownership import forget_owner, remember_owner
 from .selection import Candidate
-from .weight import SparseWeight, bind, unbind
+from .weight import UNKNOWN, SparseWeight, bind, of, unbind
 
 
 class Weights:
@@ -43,13 +44,33 @@ class Weights:
             yield weight, parameter_of(name, *self._owners[name][0])
 
     def of(self, optimizer: Optimizer) -> list[tuple[SparseWeight, nn.Parameter]]:
-        """The weights that ``optimizer`` trains."""
+        """The weights that ``optimizer`` trains.
+
+        Asked of every optimizer of the process: one that trains none of them is told nothing of their troubles.
+        """
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [(weight, parameter) for weight, parameter in self.parameters() if id(parameter) in known]
+        held = ((weight, held_parameter(*self._owners[weight.name][0])) for weight in self)
+        return [(weight, parameter) for weight, parameter in held if parameter is not None and id(parameter) in known]
+
+    def check_replaced(self, model: nn.Module | None) -> None:
+        """Raise :class:`WeightError` if ``model`` holds another, dense Parameter in a weight's place."""
+        for weight in self if model is not None else ():
+            *path, attribute = weight.name.split(".")
+            try:
+                there = model.get_submodule(".".join(path))._parameters.get(attribute)  # type: ignore[union-attr]
+            except AttributeError:
+                continue  # taken out of the model, or the model out of what was made sparse
+            if there is not None and of(there) is None and of(stored(there)) is None:
+                raise WeightError(
+                    f"{weight.name} is another Parameter than the one that was made sparse, of shape "
+                    f"{tuple(there.shape)}: its module has been replaced since, as resize_token_embeddings does. Call "
+                    "sparsify after such changes (densify(model) first, if it is sparse already)"
+                )
 
     def with_gradients(self) -> set[str]:
         """Names of the weights that have a gradient."""
-        return {weight.name for weight, parameter in self.parameters() if parameter.grad is not None}
+        held = ((weight, held_parameter(*self._owners[weight.name][0])) for weight in self)
+        return {weight.name for weight, parameter in held if parameter is not None and parameter.grad is not None}
 
     def densities(self, schedule: Schedule, sparsity: float) -> list[float]:
         """Target density of each weight when ``schedule`` is at ``sparsity``."""
@@ -66,9 +87,7 @@ class Weights:
         for weight, parameter in self.parameters():
             check_placement(weight.name, parameter)
             if bind(parameter, weight):
-                weight.zero_inactive_(parameter)
-                if parameter.grad is not None and not weight.dense_grad:
-                    weight.zero_inactive_(parameter.grad)
+                weight.clean = UNKNOWN
 
     def release(self) -> None:
         """Leave the model as an ordinary one."""

@@ -1,0 +1,65 @@
+"""What becomes of values that stand outside the active blocks when a step is taken.
+
+They come from a checkpoint without its topology, or somebody has written them. Where a state dict brought them, masks
+follow the values as far as the density of the moment allows; where a program wrote them, masks stay. What is cut is
+said.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from mst_compile.blocks.bulk import block_mean_square
+from mst_compile.errors import MSTWarning
+from mst_compile.rules.guard import coverage
+from mst_compile.rules.masks import following_mask
+
+from .weight import SparseWeight
+
+
+def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = False) -> bool:
+    """Let weights be 0 outside their active blocks; returns whether a mask has changed.
+
+    Args:
+        look: look at every weight, also where nobody is known to have written.
+    """
+    cut, changed = {}, False
+    for weight, parameter in own:
+        if not parameter.requires_grad or (not look and weight.is_clean(parameter)) or weight.look(parameter):
+            continue  # a frozen weight never changes
+        whole = block_mean_square(parameter, weight.grid).double()
+        if weight.follows:
+            weight.set_mask(_following(weight, whole))
+            changed = True
+        outside = whole[~weight.mask].sum()
+        if bool(outside):
+            cut[weight.name] = float(outside / whole.sum())
+        weight.zero_inactive_(parameter)
+        weight.note_clean(parameter)
+    if cut:
+        _warn(cut)
+    return changed
+
+
+def _following(weight: SparseWeight, magnitude: torch.Tensor) -> torch.Tensor:
+    """As many active blocks as there are now, where the values are largest."""
+    count, everywhere = int(weight.mask.sum()), torch.ones_like(weight.mask)
+    safe = coverage(everywhere, magnitude) if weight.guard == "coverage" else weight.backbone
+    return following_mask(weight.mask, magnitude.float(), count, safe if int(safe.sum()) <= count else weight.backbone)
+
+
+def _warn(cut: dict[str, float]) -> None:
+    worst = max(cut, key=lambda name: cut[name])
+    more = f" and of {len(cut) - 1} more" if len(cut) > 1 else ""
+    warnings.warn(
+        f"values stood outside the active blocks of {worst}{more}, loaded without their topology or written by the "
+        f"program, and are set to 0 now that an optimizer steps: {cut[worst]:.2%} of its squared magnitude. To keep "
+        "them load the optimizer's or the sparsifier's state of the same checkpoint, give "
+        "sparsifier(model).apply_mask(...) the blocks that they need, or densify(model)",
+        MSTWarning,
+        stacklevel=5,
+    )
