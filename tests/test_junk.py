@@ -104,6 +104,7 @@ def doors() -> Doors:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:mods argument is not needed:UserWarning")
 @pytest.mark.parametrize("name", doors())
 def test_junk_never_raises_a_raw_error(name: str) -> None:
     """It is taken, or refused by an error of ours."""

@@ -13,7 +13,7 @@ from mst_compile.cost.flops import linear_training
 from mst_compile.lowering import device
 from mst_compile.rules.checks import check_model
 from mst_compile.state.sparsifier import Part, some_parts_of
-from mst_compile.state.weight import SparseWeight
+from mst_compile.state.weight import SparseWeight, of
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ def _skipped(part: Part) -> Iterator[Row]:
     parameters = dict(part.module.named_parameters())
     for name, reason in part.sparsifier.skipped.items():
         parameter = parameters.get(name)
+        if of(parameter) is not None:
+            continue  # it became sparse with a part of its own
         shape = tuple(parameter.shape) if parameter is not None and parameter.dim() == 2 else (0, 0)
         flops, nonzero = 6 * shape[0] * shape[1], 1.0 if parameter is None else _nonzero(parameter)
         why = f"skipped: {reason}"

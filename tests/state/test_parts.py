@@ -104,6 +104,7 @@ def test_a_part_within_a_sparse_model_has_its_own() -> None:
     with pytest.raises(SeveralSparsifiersError, match="the model itself, 'decoder'"):
         sparsifier(model)
     assert {n.partition(".")[0] for n in names(model)} == {"encoder", "decoder", "head"}
+    assert len(explain(model)) == len(names(model)) == 9
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     train(model, optimizer, 3)
     assert own.step_count == sparsifier(model.decoder).step_count == 3
