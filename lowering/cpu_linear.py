@@ -80,8 +80,8 @@ def grad_weight(
         return None
     gy, x2 = _rows(grad), _rows(x)
     a, b = (x2, gy) if transposed else (gy, x2)
-    gw = torch.empty(a.shape[1], b.shape[1], dtype=dtype)
-    gb = torch.empty(gy.shape[1] if bias else 0, dtype=torch.float32)
+    gw = torch.empty(a.shape[1], b.shape[1], dtype=dtype, device="cpu")
+    gb = torch.empty(gy.shape[1] if bias else 0, dtype=torch.float32, device="cpu")
     kernels.grad_weight(a, b, index.contiguous(), block, gw, gb if bias else None, not transposed)
     return gw, gb
 

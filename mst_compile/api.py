@@ -13,12 +13,15 @@ from mst_compile.parallel import (
     first_step,  # noqa: F401  (compares ranks)
     fsdp,
 )
+from mst_compile.rules.checks import check_choice, check_flag, check_model, check_seed
 from mst_compile.rules.guard import GUARDS, Guard
 from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.state import weight as weights
-from mst_compile.state.selection import Override, select
-from mst_compile.state.sparsifier import Sparsifier, attach, detach, sparsifier, sparsifier_of
+from mst_compile.state.selection import Override, check_memory, select
+from mst_compile.state.sparsifier import Sparsifier, attach, detach, parts_of, some_parts_of, sparsifier
 from mst_compile.state.uses import forget_compiled, is_compiled
+
+__all__ = ["densify", "sparsifier", "sparsify"]
 
 
 def sparsify(
@@ -38,7 +41,9 @@ def sparsify(
 
     Weights keep their Parameter, shape and storage; outside the active blocks they hold exactly 0. The model runs as
     it is, in eager mode too; ``torch.compile(model, backend="mst")`` makes the zeros save time. Call it before or after
-    building the optimizer, and before or after moving the model.
+    building the optimizer, and before or after moving the model. Modules of one model that share no weight may be
+    sparsified separately, with schedules of their own: :func:`explain`, :func:`param_groups`, :func:`densify` and the
+    optimizer's state dict serve the whole model then, :func:`sparsifier` one module.
 
     Args:
         model: any module. Weights of ``nn.Linear`` and Hugging Face ``Conv1D`` are eligible, a tied LM head included;
@@ -66,42 +71,58 @@ def sparsify(
         ``model`` itself.
 
     Raises:
-        ScheduleError, BlockSizeError, SelectionError, WeightError, AlreadySparseError: see the message; the model is
-            unchanged.
+        ScheduleError, BlockSizeError, SelectionError, WeightError, AlreadySparseError, ArgumentError: see the message;
+            the model is unchanged.
     """
-    if not isinstance(model, nn.Module):
-        raise SelectionError(f"sparsify takes an nn.Module, got {type(model).__name__}")
+    check_model("sparsify", model)
     schedule = as_schedule(schedule)
-    if sparsifier_of(model) is not None or any(weights.of(p) is not None for p in model.parameters()):
-        raise AlreadySparseError(
-            "the model (or a part of it) is sparse already; call densify(model) first to start again with another "
-            "schedule"
-        )
-    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-        raise SelectionError(f"seed must be a whole number of at most 64 bits, got {seed!r}")
-    if guard not in GUARDS:
-        raise SelectionError(f"guard must be one of {', '.join(map(repr, GUARDS))}, got {guard!r}")
-    selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
-    fsdp.adopt(model)
-    for candidate in selection.candidates:
-        check_placement(candidate.name, candidate.parameter)
-    new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, guard)
-    new.draw_first_masks(rescale)
-    attach(model, new)
+    _check_plain(model)
+    seed = check_seed("seed", seed, SelectionError)
+    check_choice("guard", guard, GUARDS, SelectionError)
+    rescale, auto_step = check_flag("rescale", rescale), check_flag("auto_step", auto_step)
+    with torch.inference_mode(False):  # what is made here is written again at every event
+        selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
+        check_memory(selection.candidates, [*model.named_parameters(), *weights.bound()])
+        fsdp.adopt(model)
+        for candidate in selection.candidates:
+            check_placement(candidate.name, candidate.parameter)
+        new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, guard)
+        try:
+            new.draw_first_masks(rescale)  # asks the schedule, which may be the user's, before it changes a weight
+        except BaseException:
+            new.release()
+            raise
+        attach(model, new)
     if any(is_compiled(candidate.parameter) for candidate in selection.candidates):
         torch._dynamo.reset()  # they were sparse before, perhaps on another grid of blocks, which graphs rely on
         forget_compiled()
     return model
 
 
+def _check_plain(model: nn.Module) -> None:
+    """Raise :class:`AlreadySparseError` if a weight of ``model`` is sparse, here or as that of another module."""
+    found = [(name, weight) for name, p in model.named_parameters() if (weight := weights.of(p)) is not None]
+    if parts_of(model) or found:
+        which = f": {found[0][0]} is, under the name {found[0][1].name}" if found else ""
+        raise AlreadySparseError(
+            f"the model (or a part of it) is sparse already{which}; call densify first, on the module that was "
+            "sparsified, to start again with another schedule. Modules that share a weight must be sparsified as one: "
+            "pass the module that holds both"
+        )
+
+
 def densify(model: nn.Module) -> nn.Module:
-    """End sparse training early: from now on every weight may become non-zero, and nothing of us is left on the model.
+    """End sparse training early: from now on every weight may become non-zero, and nothing of us is left on the model,
+    nor on its modules if they were sparsified separately.
 
     Weights that are zero stay zero until the optimizer moves them.
 
     Raises:
         NotSparseError: the model is not sparse.
+        ModelError: it is no model.
     """
-    sparsifier(model).release()
+    check_model("densify", model)
+    for part in some_parts_of(model):
+        part.sparsifier.release()
     detach(model)
     return model

@@ -11,6 +11,10 @@ class MSTError(Exception):
     """Base class of all errors raised by mst_compile."""
 
 
+class ArgumentError(MSTError, ValueError):
+    """An argument is of the wrong type or out of range, and no other error is nearer."""
+
+
 class ScheduleError(MSTError, ValueError):
     """A schedule's parameters are out of range, contradict each other, or the object is not a schedule."""
 
@@ -23,6 +27,10 @@ class SelectionError(MSTError, ValueError):
     """``include``/``exclude`` patterns match nothing, or the model has no weight that can be sparsified."""
 
 
+class ModelError(SelectionError, TypeError):
+    """A function that takes a model got something else."""
+
+
 class WeightError(MSTError, ValueError):
     """A weight that was selected cannot be sparsified: on the meta device, of integer or quantised dtype, ..."""
 
@@ -33,6 +41,10 @@ class AlreadySparseError(MSTError, RuntimeError):
 
 class NotSparseError(MSTError, RuntimeError):
     """A function that needs a sparsified model got one that is not."""
+
+
+class SeveralSparsifiersError(MSTError, RuntimeError):
+    """Parts of the model were sparsified separately, and a function that serves one of them got the whole."""
 
 
 class TopologyChangedError(MSTError, RuntimeError):

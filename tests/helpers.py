@@ -140,20 +140,44 @@ def statuses(model: nn.Module) -> dict[str, str]:
 
 @contextlib.contextmanager
 def unchanged(*modules: nn.Module) -> Iterator[None]:
-    """The block leaves weights, attributes, hooks and keys of the modules as they were."""
-
-    def picture(module: nn.Module) -> list[Any]:
-        return [
-            {n: (id(p), p._version, set(vars(p)), dict(p._post_accumulate_grad_hooks or {}))  # type: ignore[attr-defined]
-             for n, p in module.named_parameters(remove_duplicate=False)},
-            {n: set(vars(m)) for n, m in module.named_modules()},
-            list(module.state_dict()),
-        ]  # fmt: skip
-
-    before = [picture(m) for m in modules]
-    values = [{n: p.detach().clone() for n, p in m.named_parameters() if not p.is_meta} for m in modules]
+    """The block leaves weights, attributes, hooks and keys of the modules as they were, their sparse state, and the
+    global random state."""
+    before = [_picture(m) for m in modules]
+    values = [{n: p.detach().clone() for n, p in _with_values(m)} for m in modules]
+    random = torch.random.get_rng_state()
     yield
-    assert [picture(m) for m in modules] == before
+    assert [_picture(m) for m in modules] == before
+    assert torch.equal(torch.random.get_rng_state(), random)
     for module, old in zip(modules, values, strict=True):
         now = dict(module.named_parameters())
         assert all(torch.equal(now[n], v) for n, v in old.items())
+
+
+def _with_values(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters whose values can be compared."""
+    plain = [(n, p) for n, p in module.named_parameters() if not isinstance(p, nn.UninitializedParameter)]
+    return [(n, p) for n, p in plain if p.layout == torch.strided and not p.is_meta]
+
+
+def _picture(module: nn.Module) -> list[Any]:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return [
+        {n: (id(p), None if p.is_inference() else p._version, p.requires_grad) for n, p in parameters.items()},
+        {n: (set(vars(p)), dict(getattr(p, "_post_accumulate_grad_hooks", None) or {})) for n, p in parameters.items()},
+        {n: {k: _held(v) for k, v in vars(m).items()} for n, m in module.named_modules()},
+        list(module.state_dict()),
+        [_state(m._mst_sparsifier) for m in module.modules() if "_mst_sparsifier" in vars(m)],
+    ]
+
+
+def _held(value: Any) -> Any:
+    """Hooks, children and other dicts of a module by what they hold."""
+    return {k: id(v) for k, v in value.items()} if isinstance(value, dict) else id(value)
+
+
+def _state(own: mst_compile.Sparsifier) -> list[Any]:
+    """All that a sparsifier's next step depends on."""
+    state = own.state_dict()
+    weights = [(w.dense_grad, w.active) for w in own.weights.values()]
+    tensors = {k: {n: t.tolist() for n, t in state[k].items()} for k in ("masks", "grown", "scores")}
+    return [own.step_count, own.seed, own.attention.pattern, own.auto_step, weights, tensors]

@@ -144,7 +144,7 @@ class Library:
         rows, cols = w.shape
         if not has_unit_stride(w):
             raise ValueError("block_sumsq: the weight must be contiguous along its last dimension")
-        out = torch.empty(-(-rows // block), -(-cols // block), dtype=torch.float32)
+        out = torch.empty(-(-rows // block), -(-cols // block), dtype=torch.float32, device="cpu")
         arguments = abi.BlockSumsq(
             w=pointer(w),
             ldw=w.stride(0),

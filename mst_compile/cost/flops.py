@@ -21,11 +21,22 @@ from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, register
 
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, read_mask
+from mst_compile.errors import ArgumentError, ForecastError
 from mst_compile.ops import attention as _attention_op  # noqa: F401  (defines the operators)
 from mst_compile.ops import linear as _linear_op  # noqa: F401
+from mst_compile.rules.checks import (
+    LARGEST,
+    as_number,
+    check_flag,
+    check_instance,
+    check_model,
+    check_number,
+    check_whole,
+    shown,
+)
 from mst_compile.rules.patterns import Parts, pairs
 from mst_compile.state.selection import is_linear
-from mst_compile.state.sparsifier import sparsifier_of
+from mst_compile.state.sparsifier import parts_of
 from mst_compile.state.weight import SparseWeight
 
 
@@ -34,15 +45,24 @@ def linear_training(weight: SparseWeight, *, dense_grad: bool = False) -> int:
 
     Args:
         dense_grad: grad-weight on all blocks, as on the steps before a topology event that grows by gradient.
+
+    Raises:
+        ArgumentError: ``weight`` is no :class:`SparseWeight`, or ``dense_grad`` no bool.
     """
+    check_instance("weight", weight, SparseWeight, "a SparseWeight, as in sparsifier(model).weights")
+    check_flag("dense_grad", dense_grad)
     return 4 * weight.active + 2 * (weight.numel if dense_grad else weight.active)
 
 
 def dense_linear_training(model: nn.Module) -> int:
     """FLOPs per token of forward, grad-input and grad-weight of the linear layers that are not sparse: of all, if
-    ``model`` is a plain one. A frozen weight has no grad-weight. A weight used by several layers counts once."""
-    own = sparsifier_of(model)
-    sparse = set() if own is None else {id(parameter) for _, parameter in own.parameters()}
+    ``model`` is a plain one. A frozen weight has no grad-weight. A weight used by several layers counts once.
+
+    Raises:
+        ModelError: ``model`` is no module.
+    """
+    check_model("dense_linear_training", model)
+    sparse = {id(parameter) for part in parts_of(model) for _, parameter in part.sparsifier.parameters()}
     weights = (m.weight for m in model.modules() if is_linear(m))
     linear = {id(w): w for w in weights if isinstance(w, Tensor)}
     return sum((6 if w.requires_grad else 4) * w.numel() for i, w in linear.items() if i not in sparse)
@@ -57,10 +77,32 @@ def attention_saving(query: Sequence[int], parts: Parts) -> float:
     Args:
         query: shape of the queries, ``[..., length, head size]``.
         parts: what queries see.
+
+    Raises:
+        ArgumentError: ``query`` is no shape of two or more dimensions with a length of at least 1, or ``parts`` no
+            :class:`~mst_compile.schedule.Parts`.
     """
-    length = query[-2]
+    check_instance("query", query, Sequence, "a shape [..., length, head size]")
+    if len(query) < 2:
+        raise ArgumentError(f"query must be a shape [..., length, head size], got {shown(query)}")
+    sizes = [check_whole(f"query {shown(query)}: each size", n, least=0, error=ArgumentError) for n in query]
+    length = check_whole(f"query {shown(query)}: the length", sizes[-2], error=ArgumentError)
+    check_instance("parts", parts, Parts, "a mst_compile.schedule.Parts")
     kept = 2 * pairs(parts, length) / (length * (length + 1))
-    return 12 * math.prod(query) * length * (1 - kept)
+    return 12 * math.prod(sizes) * length * (1 - kept)
+
+
+def check_tokens(name: str, value: object) -> int:
+    """The number of tokens ``value``; a float may say a whole number too, such as ``2e9``.
+
+    Raises:
+        ForecastError: it is not a positive whole number.
+    """
+    found = as_number(value)
+    whole = int(found) if isinstance(found, float) and found.is_integer() else found
+    if not isinstance(whole, int) or not 0 < whole <= LARGEST:
+        raise ForecastError(f"{name} must be a positive number, got {shown(value)}; it counts whole tokens")
+    return whole
 
 
 class Meter:
@@ -78,7 +120,7 @@ class Meter:
         print(meter.flops)
 
     Args:
-        model: a sparsified model, or a plain one to compare with.
+        model: a sparsified model, or a plain one to compare with; modules that were sparsified separately are added up.
         tokens_per_step: tokens of one optimizer step.
         rest: FLOPs of a step in everything but the products with sparse weights; default the other linear layers'
             (:func:`dense_linear_training`), which leaves attention out.
@@ -87,24 +129,37 @@ class Meter:
     Attributes:
         flops: so far; may be set, as when a run is resumed.
         steps: number of calls of :meth:`step`.
+
+    Raises:
+        ModelError: ``model`` is no module.
+        ForecastError: a number is negative or not finite, or ``tokens_per_step`` no whole one.
     """
 
     def __init__(
         self, model: nn.Module, tokens_per_step: int, rest: float | None = None, attention_saved: float = 0.0
     ) -> None:
-        self._sparsifier = sparsifier_of(model)
-        self.tokens_per_step = tokens_per_step
-        self.rest = float(tokens_per_step * dense_linear_training(model)) if rest is None else rest
-        self.attention_saved = attention_saved
+        check_model("Meter", model)
+        self.tokens_per_step = check_tokens("tokens_per_step", tokens_per_step)
+        if rest is None:
+            self.rest = float(self.tokens_per_step * dense_linear_training(model))
+        else:
+            self.rest = check_number("rest", rest, least=0, error=ForecastError)
+        self.attention_saved = check_number("attention_saved", attention_saved, least=0, error=ForecastError)
+        self._sparsifiers = [part.sparsifier for part in parts_of(model)]
+        if self.attention_saved and len(self._sparsifiers) > 1:
+            raise ForecastError(
+                f"attention_saved={attention_saved!r} is of one schedule, and {len(self._sparsifiers)} modules of the "
+                "model were sparsified separately: make a meter of each of them"
+            )
         self.flops = 0.0
         self.steps = 0
 
     def step(self) -> None:
         """Count the step that comes."""
-        weights = [] if self._sparsifier is None else list(self._sparsifier.weights.values())
+        weights = [weight for own in self._sparsifiers for weight in own.weights.values()]
         self.flops += self.tokens_per_step * sum(linear_training(w, dense_grad=w.dense_grad) for w in weights)
         self.flops += self.rest
-        if self._sparsifier is not None and self._sparsifier.attention.pattern != "full":
+        if any(own.attention.pattern != "full" for own in self._sparsifiers):
             self.flops -= self.attention_saved
         self.steps += 1
 
@@ -133,7 +188,24 @@ class CompiledFlopCounter(FlopCounterMode):
     With ``"mst.inner"`` ``"eager"`` or ``"aot_eager"`` every operator of the graph is dispatched, and so counted.
     Inductor's code calls most kernels directly, past any counter: what it leaves to the dispatcher is counted alone,
     so that the total is too small. Counts are not split by module (PyTorch's way to do so stops Dynamo).
+
+    Args:
+        mods: ignored, as by PyTorch.
+        depth: of the table.
+        display: print the table at the end.
+        custom_mapping: operator -> formula of its FLOPs, as PyTorch's counter takes it.
+
+    Raises:
+        ArgumentError: one of them is of the wrong type.
     """
+
+    def __init__(
+        self, mods: Any = None, depth: int = 2, display: bool = True, custom_mapping: dict[Any, Any] | None = None
+    ) -> None:
+        if custom_mapping is not None:
+            check_instance("custom_mapping", custom_mapping, dict, "a dict of operators and formulas")
+        depth = check_whole("depth", depth, least=0, error=ArgumentError)
+        super().__init__(mods, depth, check_flag("display", display), custom_mapping)
 
     def __enter__(self) -> CompiledFlopCounter:
         self.flop_counts.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,12 +16,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mst_compile.api import sparsify
-from mst_compile.cost.flops import dense_linear_training
-from mst_compile.cost.rates import Rates, kept, measure
+from mst_compile.cost.flops import check_tokens, dense_linear_training
+from mst_compile.cost.rates import Rates, kept, loss_of, measure
 from mst_compile.errors import ForecastError, NotSparseError
+from mst_compile.rules.checks import check_instance, check_model, check_number
 from mst_compile.rules.density import active_count
 from mst_compile.rules.schedule import Schedule
 from mst_compile.state.sparsifier import Sparsifier, sparsifier
+
+MOST_STEPS = 10**9  # of a run: it is gone through step by step
 
 STEPS, TOKENS, ACTIVE, GRADIENT, REST = sympy.symbols("steps tokens active gradient rest", nonnegative=True)
 SPARSE, DENSE, PATTERN, EVENTS = sympy.symbols("sparse_steps dense_steps pattern_steps events", nonnegative=True)
@@ -77,6 +81,14 @@ class Forecast:
     rest: float
     rates: Rates | None
     expressions: dict[str, sympy.Expr]
+
+    def __post_init__(self) -> None:
+        check_instance("phases", self.phases, list, "a list of phases", ForecastError)
+        for phase in self.phases:
+            check_instance("phases", phase, Phase, "a list of phases", ForecastError)
+        check_number("rest", self.rest, least=0, error=ForecastError)
+        check_instance("rates", self.rates, Rates | None, "what was measured, or None", ForecastError)
+        check_instance("expressions", self.expressions, dict, "a dict of expressions", ForecastError)
 
     @property
     def flops(self) -> float:
@@ -150,18 +162,27 @@ def forecast(
         any other schedule one, ``"training"``. Seconds are known if a sparsified model came with ``loss``.
 
     Raises:
-        ForecastError: ``tokens`` or ``tokens_per_step`` is not positive, model and schedule do not go together, or an
-            optimizer steps within the backward pass of ``loss``.
+        ForecastError: ``tokens`` or ``tokens_per_step`` is not positive or too large, model and schedule do not go
+            together, ``loss`` returns no loss, or an optimizer steps within the backward pass of ``loss``.
+        ModelError: ``model`` is no module.
     """
-    for name, value in (("tokens", tokens), ("tokens_per_step", tokens_per_step)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0 or math.isinf(value):
-            raise ForecastError(f"{name} must be a positive number, got {value!r}")
+    check_model("forecast", model)
+    tokens_per_step = check_tokens("tokens_per_step", tokens_per_step)
+    steps = math.ceil(check_number("tokens", tokens, positive=True, error=ForecastError) / tokens_per_step)
+    if steps > MOST_STEPS:
+        raise ForecastError(
+            f"tokens={tokens!r} at tokens_per_step={tokens_per_step!r} are {steps} optimizer steps, more than "
+            f"{MOST_STEPS}; are these the numbers of the whole run and of one step?"
+        )
+    if loss is not None:
+        check_instance("loss", loss, Callable, "a function without arguments that returns the loss", ForecastError)
+    if optimizer is not None:
+        check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer", ForecastError)
     sparse, own = _sparse(model, schedule, options)
     if loss is None:
         rest = float(dense_linear_training(sparse) * tokens_per_step)
     else:
         rest = _rest(model, own, tokens_per_step, loss)
-    steps = math.ceil(tokens / tokens_per_step)
     rates = measure(model, loss, optimizer, steps=steps) if loss is not None and schedule is None else None
     line = timeline(own, steps)
     phases = [_phase(own, line, *phase, tokens_per_step, rest, rates) for phase in own.schedule.phases(steps)]
@@ -190,7 +211,7 @@ def _rest(model: nn.Module, own: Sparsifier, tokens: int, loss: Callable[[], Ten
     trained = [p for p in model.parameters() if p.requires_grad]
     counter = FlopCounterMode(display=False)
     with kept(model), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
-        torch.autograd.grad(loss(), trained, allow_unused=True)
+        torch.autograd.grad(loss_of(loss), trained, allow_unused=True)
     sparse = 6.0 * tokens * sum(w.numel for w in own.weights.values())
     return max(0.0, counter.get_total_flops() - sparse)
 
@@ -223,16 +244,17 @@ def timeline(own: Sparsifier, steps: int) -> Timeline:
     changes = [0, *(t for t in events if t < steps)]
     targets = [schedule.sparsity_at(t) for t in changes]
     found = _active_at(own, set(targets))
-    lengths = torch.tensor([*changes[1:], steps]) - torch.tensor(changes)
-    active = torch.tensor([found[s] for s in targets], dtype=torch.float64).repeat_interleave(lengths)
+    cpu = functools.partial(torch.tensor, device="cpu")
+    lengths = cpu([*changes[1:], steps]) - cpu(changes)
+    active = cpu([found[s] for s in targets], dtype=torch.float64).repeat_interleave(lengths)
     before = {s for t in events for s in range(max(0, t - reach), min(t, steps))}
     dense = [s for s in before if schedule.wants_gradient_after(s)]
     gradient = active.clone()
     gradient[dense] = total
-    event, pattern = torch.zeros(steps, dtype=torch.bool), torch.zeros(steps, dtype=torch.bool)
+    event, pattern = (torch.zeros(steps, dtype=torch.bool, device="cpu") for _ in range(2))
     event[[t - 1 for t in events if t <= steps]] = True
     if own.attention.sparse != "full":
-        pattern = torch.tensor([schedule.attention_at(s) != "full" for s in range(steps)])
+        pattern = cpu([schedule.attention_at(s) != "full" for s in range(steps)])
     return Timeline(active, gradient, event, pattern)
 
 

@@ -17,6 +17,7 @@ from mst_compile.blocks.index import new_index, write_index
 from mst_compile.cost.flops import attention_saving
 from mst_compile.errors import ForecastError
 from mst_compile.lowering import device
+from mst_compile.rules.checks import shown
 from mst_compile.rules.masks import generator, random_mask
 from mst_compile.state.event import plan_event
 from mst_compile.state.sparsifier import sparsifier, sparsifier_of
@@ -158,7 +159,8 @@ def kept(model: nn.Module) -> Iterator[None]:
         finally:
             for name, (mask, dense_grad) in masks.items():
                 assert own is not None
-                own.weights[name].set_mask(mask)
+                if own.weights[name].mask is not mask:
+                    own.weights[name].set_mask(mask)
                 own.weights[name].set_dense_grad(dense_grad)
                 own.weights[name].timed = False
             for parameter, grad in grads.items():
@@ -204,11 +206,26 @@ def _clear_gradients(model: nn.Module) -> None:
         parameter.grad = None
 
 
+def loss_of(loss: Callable[[], Tensor]) -> Tensor:
+    """What ``loss`` returns: one number that depends on parameters.
+
+    Raises:
+        ForecastError: it returns something else.
+    """
+    found: object = loss()
+    if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad:
+        raise ForecastError(
+            f"loss must return the loss, a tensor of one element to differentiate, got {shown(found)}; pass "
+            "lambda: model(x, y), of a model whose parameters require gradients"
+        )
+    return found
+
+
 def _pass(model: nn.Module, loss: Callable[[], Tensor]) -> float:
     _clear_gradients(model)
     _synchronize()
     start = time.perf_counter()
-    loss().backward()
+    loss_of(loss).backward()
     _synchronize()
     return time.perf_counter() - start
 

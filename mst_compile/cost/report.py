@@ -11,8 +11,9 @@ from torch import nn
 from mst_compile.blocks.shards import is_sharded
 from mst_compile.cost.flops import linear_training
 from mst_compile.lowering import device
-from mst_compile.state.sparsifier import sparsifier
-from mst_compile.state.weight import SparseWeight
+from mst_compile.rules.checks import check_model
+from mst_compile.state.sparsifier import Part, some_parts_of
+from mst_compile.state.weight import SparseWeight, of
 
 
 @dataclass(frozen=True)
@@ -82,23 +83,38 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """What became of each linear weight of a sparsified model: matched by the graph pass or why not, block, density
     now and at the schedule's highest sparsity, share of elements that are not 0, kernel, and training FLOPs per token.
-    Compile and run the model first to see what the pass matched.
+    Compile and run the model first to see what the pass matched. Modules that were sparsified separately are all in it,
+    and names are those of the whole model.
 
     Raises:
         NotSparseError: the model is not sparse.
+        ModelError: it is no model.
     """
-    own = sparsifier(model)
-    rows = [_row(weight, parameter) for weight, parameter in own.parameters()]
-    parameters = dict(model.named_parameters())
-    for name, reason in own.skipped.items():
+    check_model("explain", model)
+    rows: list[Row] = []
+    attention: dict[str, str] = {}
+    for part in some_parts_of(model):
+        own = part.sparsifier
+        rows += [_row(part.full(weight.name), weight, parameter) for weight, parameter in own.parameters()]
+        rows += _skipped(part)
+        attention |= own.attention.reasons
+    return Explanation(rows, attention)
+
+
+def _skipped(part: Part) -> Iterator[Row]:
+    """The linear weights of a sparsified module that stay dense."""
+    parameters = dict(part.module.named_parameters())
+    for name, reason in part.sparsifier.skipped.items():
         parameter = parameters.get(name)
+        if of(parameter) is not None:
+            continue  # it became sparse with a part of its own
         shape = tuple(parameter.shape) if parameter is not None and parameter.dim() == 2 else (0, 0)
         flops, nonzero = 6 * shape[0] * shape[1], 1.0 if parameter is None else _nonzero(parameter)
-        rows.append(Row(name, shape, None, 1.0, nonzero, 1.0, "dense", f"skipped: {reason}", flops, flops))  # type: ignore[arg-type]
-    return Explanation(rows, own.attention.reasons)
+        why = f"skipped: {reason}"
+        yield Row(part.full(name), shape, None, 1.0, nonzero, 1.0, "dense", why, flops, flops)  # type: ignore[arg-type]
 
 
-def _row(weight: SparseWeight, parameter: nn.Parameter) -> Row:
+def _row(name: str, weight: SparseWeight, parameter: nn.Parameter) -> Row:
     seen = weight.uses
     missing = device.of(parameter.device.type).why_unsupported(parameter.dtype, parameter.dtype, weight.grid.block)
     if weight.grid.block == 1:
@@ -125,7 +141,7 @@ def _row(weight: SparseWeight, parameter: nn.Parameter) -> Row:
         status += "; tied"
     grid = weight.grid
     return Row(
-        weight.name,
+        name,
         (grid.rows, grid.cols),
         grid.block,
         weight.density,

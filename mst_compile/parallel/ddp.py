@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mst_compile.blocks.bulk import elements_of
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.errors import RankMismatchError
+from mst_compile.errors import ModelError, RankMismatchError
 from mst_compile.parallel.description import digest
+from mst_compile.rules.checks import check_instance, shown
 from mst_compile.state import weight as weights
 from mst_compile.state.weight import SparseWeight
 
@@ -44,6 +45,8 @@ class ActiveBlocks:
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        if group is not None:
+            check_instance("group", group, dist.ProcessGroup, "a torch.distributed.ProcessGroup or None")
         self.group = group
         self.bytes_moved = 0
         self.bytes_dense = 0
@@ -61,6 +64,7 @@ class ActiveBlocks:
         Returns:
             A future of the bucket's buffer, 1-D, reduced in place.
         """
+        check_instance("bucket", bucket, dist.GradBucket, "a torch.distributed.GradBucket, as DDP passes it")
         buffer = bucket.buffer()
         group = self.group if self.group is not None else dist.group.WORLD
         assert group is not None
@@ -182,13 +186,13 @@ def reduce_active_blocks(model: DistributedDataParallel) -> ActiveBlocks:
         The hook's state, which counts bytes.
 
     Raises:
-        TypeError: ``model`` is not wrapped in DistributedDataParallel.
+        ModelError: ``model`` is not wrapped in DistributedDataParallel.
         RuntimeError: of PyTorch, if a communication hook is registered already.
     """
     if not isinstance(model, DistributedDataParallel):
-        raise TypeError(
-            f"reduce_active_blocks takes a DistributedDataParallel model, got {type(model).__name__}; call it on the "
-            "wrapper itself, before torch.compile"
+        raise ModelError(
+            f"reduce_active_blocks takes a DistributedDataParallel model, got {shown(model)}; call it on the wrapper "
+            "itself, before torch.compile"
         )
     state = ActiveBlocks(model.process_group)
     model.register_comm_hook(state, ActiveBlocks.reduce)

@@ -9,7 +9,8 @@ from torch import nn
 
 from mst_compile.errors import RankMismatchError
 from mst_compile.parallel.description import digest
-from mst_compile.state.sparsifier import sparsifier
+from mst_compile.rules.checks import check_instance, check_model
+from mst_compile.state.sparsifier import some_parts_of
 
 
 def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> None:
@@ -18,7 +19,8 @@ def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
     They do as long as they sparsify with the same schedule, seed and options, and step together, which is checked at
     the first training step without being asked (:mod:`mst_compile.parallel.first_step`). All ranks of the group must
     call it (``torch.distributed.all_gather_object``); it costs one small message. Does nothing where
-    ``torch.distributed`` is not initialised.
+    ``torch.distributed`` is not initialised. Modules that were sparsified
+    separately are all checked.
 
     Args:
         group: default the world.
@@ -27,10 +29,15 @@ def check_ranks(model: nn.Module, group: dist.ProcessGroup | None = None) -> Non
         RankMismatchError: on all ranks, naming the first weight that differs.
         NotSparseError: the model is not sparse.
     """
-    own = sparsifier(model)
+    check_model("check_ranks", model)
+    parts = some_parts_of(model)
+    if group is not None:
+        check_instance("group", group, dist.ProcessGroup, "a torch.distributed.ProcessGroup or None")
     if not dist.is_initialized():
         return
-    mine = own.step_count, {name: digest(weight) for name, weight in own.weights.items()}
+    counts = [part.sparsifier.step_count for part in parts]
+    digests = {part.full(name): digest(w) for part in parts for name, w in part.sparsifier.weights.items()}
+    mine = counts[0] if len(counts) == 1 else tuple(counts), digests
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group=group)
     steps = [step for step, _ in found]

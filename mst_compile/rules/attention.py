@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from mst_compile.errors import ScheduleError
 
-from .checks import check_positions, is_moment
+from .checks import as_moment, check_positions, shown
 from .patterns import Parts, Pattern, as_pattern
 
 
@@ -33,12 +34,15 @@ class Attention:
     end: float | int | None = None
 
     def __post_init__(self) -> None:
-        check_positions("stride", self.stride)
+        put = functools.partial(object.__setattr__, self)  # plain values, whatever kind of number was given
+        put("stride", check_positions("stride", self.stride))
         if self.window is not None:
-            check_positions("window", self.window)
-        start, end = self.start, self.end
-        if not all(edge is None or is_moment(edge) for edge in (start, end)):
-            raise _not_moments((start, end))
+            put("window", check_positions("window", self.window))
+        start, end = (None if edge is None else as_moment(edge) for edge in (self.start, self.end))
+        if (start is None) != (self.start is None) or (end is None) != (self.end is None):
+            raise _not_moments((self.start, self.end))
+        put("start", start)
+        put("end", end)
         if start is not None and end is not None and type(start) is type(end) and start >= end:
             raise ScheduleError(
                 f"attention_window {(start, end)!r} is empty, the pattern would never be on: the first step must lie "
@@ -54,7 +58,11 @@ class Attention:
     @property
     def parts(self) -> Parts:
         """What queries see under the pattern."""
-        return as_pattern(self.pattern).parts(self.window or self.stride, self.stride)
+        pattern = as_pattern(self.pattern)
+        found = pattern.parts(self.window or self.stride, self.stride)
+        if not isinstance(found, Parts):
+            raise ScheduleError(f"attention: {pattern!r}.parts(...) must return a Parts, got {shown(found)}")
+        return found
 
 
 def as_attention(attention: str | Pattern | Attention, window: object, stride: int, span: int | None) -> Attention:
@@ -68,7 +76,7 @@ def as_attention(attention: str | Pattern | Attention, window: object, stride: i
         ScheduleError: a value is out of range, or something is said twice.
     """
     if isinstance(attention, Attention):
-        if window is not None or stride != Attention.stride or span is not None:
+        if window is not None or span is not None or check_positions("stride", stride) != Attention.stride:
             raise ScheduleError(
                 f"{attention!r} says its own window, stride, start and end: leave attention_window={window!r}, "
                 f"stride={stride!r} and span={span!r} out"
@@ -79,7 +87,7 @@ def as_attention(attention: str | Pattern | Attention, window: object, stride: i
     if window is None:
         return Attention(attention, span, stride)
     edges = tuple(window) if isinstance(window, tuple | list) else ()
-    if len(edges) != 2 or not all(map(is_moment, edges)):
+    if len(edges) != 2 or any(as_moment(edge) is None for edge in edges):
         raise _not_moments(window)
     return Attention(attention, span, stride, *edges)
 
@@ -87,5 +95,5 @@ def as_attention(attention: str | Pattern | Attention, window: object, stride: i
 def _not_moments(window: object) -> ScheduleError:
     return ScheduleError(
         "attention_window must be the first sparse step and the first full step after it, shares of the run as floats "
-        f"in [0, 1] or numbers of steps, got {window!r}"
+        f"in [0, 1] or numbers of steps, got {shown(window)}"
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from .attention import Attention
-from .checks import check_share, check_sparsity, check_steps
+from .checks import check_share, check_sparsity, check_step, check_steps
 from .growth import Growth
 from .patterns import Pattern
-from .schedule import Schedule, check_parts, cosine
+from .schedule import Schedule, check_parts, cosine, take_plain_parts
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class Constant(Schedule):
     span: int | None = None
 
     def __post_init__(self) -> None:
-        check_sparsity("sparsity", self.sparsity)
-        check_steps("interval", self.interval)
+        put = functools.partial(object.__setattr__, self)  # plain values, whatever kind of number was given
+        put("sparsity", check_sparsity("sparsity", self.sparsity))
+        put("interval", check_steps("interval", self.interval))
         if self.total_steps is not None:
-            check_steps("total_steps", self.total_steps)
-        check_share("drop_fraction", self.drop_fraction)
+            put("total_steps", check_steps("total_steps", self.total_steps))
+        put("drop_fraction", check_share("drop_fraction", self.drop_fraction))
+        take_plain_parts(self)
         check_parts(self, self.interval)
 
     @property
@@ -66,10 +69,12 @@ class Constant(Schedule):
 
     def sparsity_at(self, step: int) -> float:
         """Target share of zeros: the same at every step."""
+        check_step(step)
         return self.sparsity
 
     def drop_fraction_at(self, step: int) -> float:
         """Share of the active blocks to drop and regrow at an event after ``step`` steps."""
+        step = check_step(step)
         if not self.growth_rule.moves:
             return 0.0
         if self.last_event is None:
@@ -78,6 +83,7 @@ class Constant(Schedule):
 
     def is_topology_event(self, step: int) -> bool:
         """Whether the topology changes after the ``step``-th optimizer step."""
+        step = check_step(step)
         if not self.growth_rule.moves or step < 1 or (self.last_event is not None and step > self.last_event):
             return False
         return step % self.interval == 0

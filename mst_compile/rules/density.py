@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .checks import check_sparsity
+
 
 def uniform(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
     """The same density, ``1 - sparsity``, for each layer."""
@@ -44,7 +46,11 @@ def layer_densities(
 
     Layers with an override have that sparsity when the schedule is at ``max_sparsity``, and the same share of it as
     the schedule has of its own at other times. The others meet ``sparsity`` among themselves.
+
+    Raises:
+        ScheduleError: ``sparsity`` is no share of zeros, below 1, as of a schedule that cannot be checked beforehand.
     """
+    sparsity = check_sparsity("sparsity", sparsity)
     free = [i for i, override in enumerate(overrides) if override is None]
     found = dict(zip(free, DISTRIBUTIONS[distribution]([shapes[i] for i in free], sparsity), strict=True))
     share = sparsity / max_sparsity if max_sparsity > 0 else 0.0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mst_compile.errors import ScheduleError
 
-from .checks import check_choice, check_share, check_steps
+from .checks import check_choice, check_flag, check_instance, check_share, check_steps, check_whole, shown
 
 
 class Growth(ABC):
@@ -52,6 +52,7 @@ class NoGrowth(Growth):
     moves = False
 
     def grow(self, inactive: Tensor, count: int, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        _check_question(inactive, count, gradient, generator)
         return at_random(inactive, count, generator)
 
 
@@ -60,6 +61,7 @@ class SET(Growth):
     """At random (SET, arXiv 1707.04780)."""
 
     def grow(self, inactive: Tensor, count: int, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        _check_question(inactive, count, gradient, generator)
         return at_random(inactive, count, generator)
 
 
@@ -80,10 +82,11 @@ class Mixed(Growth):
     gradient_steps: int = 1
 
     def __post_init__(self) -> None:
-        check_share("gradient_share", self.share)
-        check_steps("gradient_steps", self.gradient_steps)
+        object.__setattr__(self, "share", check_share("gradient_share", self.share))
+        object.__setattr__(self, "gradient_steps", check_steps("gradient_steps", self.gradient_steps))
 
     def grow(self, inactive: Tensor, count: int, gradient: Tensor | None, generator: torch.Generator) -> Tensor:
+        _check_question(inactive, count, gradient, generator)
         by_gradient = 0 if gradient is None else round(count * self.share)
         chosen = torch.zeros_like(inactive)
         if by_gradient and gradient is not None:
@@ -114,24 +117,38 @@ def as_growth(growth: str | Growth, share: float = 0.75, gradient_steps: int = 1
         ScheduleError: there is no such rule, or a value is out of range.
     """
     if isinstance(growth, Growth):
+        check_flag(f"moves of {growth!r}", growth.moves, ScheduleError)
+        check_whole(f"gradient_steps of {growth!r}", growth.gradient_steps, least=0, of="optimizer steps")
         return growth
     if isinstance(growth, type) and issubclass(growth, Growth):
-        raise ScheduleError(f"growth must be a rule, not a class of rules: pass {growth.__name__}(...)")
-    check_choice("growth", growth, RULES)
-    kind = RULES[growth]
+        raise ScheduleError(f"growth must be a rule, got the class {growth!r}: pass {growth.__name__}(...)")
+    kind = RULES[check_choice("growth", growth, RULES)]
     if kind is Mixed:
         return Mixed(share, gradient_steps)
     return RigL(gradient_steps=gradient_steps) if kind is RigL else kind()
 
 
+def _check_question(inactive: Tensor, count: int, gradient: Tensor | None, generator: torch.Generator) -> None:
+    """Raise :class:`ScheduleError` unless these are arguments of :meth:`Growth.grow`."""
+    blocks = isinstance(inactive, Tensor) and inactive.dtype == torch.bool and inactive.dim() == 2
+    if not blocks:
+        raise ScheduleError(f"inactive must be a bool mask [R, C] of blocks, got {shown(inactive)}")
+    check_whole("count", count, least=0, most=int(inactive.sum()), of="inactive blocks")
+    if gradient is not None and (not isinstance(gradient, Tensor) or gradient.shape != inactive.shape):
+        raise ScheduleError(f"gradient must be scores of shape {tuple(inactive.shape)}, or None, got {shown(gradient)}")
+    check_instance("generator", generator, torch.Generator, "a torch.Generator", ScheduleError)
+
+
 def at_random(among: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """``count`` of the blocks ``among``, each as likely as any other: bool ``[R, C]``."""
-    return largest(torch.rand(among.shape, generator=generator).masked_fill(~among, -1.0), count)
+    return largest(
+        torch.rand(among.shape, generator=generator, dtype=torch.float32, device="cpu").masked_fill(~among, -1.0), count
+    )
 
 
 def largest(score: Tensor, count: int) -> Tensor:
     """The ``count`` blocks of largest ``score``: bool of its shape."""
-    mask = torch.zeros(score.numel(), dtype=torch.bool)
+    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
     if count > 0:
         mask[score.flatten().topk(count, sorted=False).indices] = True
     return mask.view(score.shape)

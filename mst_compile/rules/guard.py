@@ -22,8 +22,8 @@ def backbone(shape: tuple[int, int]) -> Tensor:
     zero: the pair is dead for ever.
     """
     rows, cols = shape
-    mask = torch.zeros(shape, dtype=torch.bool)
-    i = torch.arange(max(rows, cols))
+    mask = torch.zeros(shape, dtype=torch.bool, device="cpu")
+    i = torch.arange(max(rows, cols), device="cpu")
     mask[i % rows, i % cols] = True
     return mask
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mst_compile.errors import ScheduleError
 
+from .checks import check_share
 from .growth import Growth, largest
 
 
@@ -21,7 +22,7 @@ def generator(seed: int, step: int, name: str) -> torch.Generator:
     Never of call order, rank or device: every rank of a run, resumed or not, draws the same numbers.
     """
     digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
-    g = torch.Generator()
+    g = torch.Generator("cpu")
     g.manual_seed(int.from_bytes(digest[:7], "little"))
     return g
 
@@ -30,7 +31,7 @@ def random_mask(backbone: Tensor, count: int, gen: torch.Generator) -> Tensor:
     """``count`` active blocks: the ``backbone`` and a uniform random choice of the others."""
     if count >= backbone.numel():
         return torch.ones_like(backbone)
-    score = torch.rand(backbone.shape, generator=gen)
+    score = torch.rand(backbone.shape, generator=gen, dtype=torch.float32, device="cpu")  # whatever the defaults are
     score[backbone] = 2.0
     return largest(score, count)
 
@@ -65,8 +66,9 @@ def update_mask(
         growth: chooses what grows.
 
     Raises:
-        ScheduleError: ``growth`` chose something else than it was asked for.
+        ScheduleError: ``growth`` chose something else than it was asked for, or ``drop_fraction`` is no share.
     """
+    drop_fraction = check_share("drop_fraction_at(step) of the schedule", drop_fraction)
     if count >= mask.numel():
         return torch.ones_like(mask)
     active = int(mask.sum())

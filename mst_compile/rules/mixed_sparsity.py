@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 from mst_compile.errors import ScheduleError
 
 from .attention import Attention
-from .checks import check_choice, check_length, check_share, check_sparsity, check_steps
+from .checks import check_choice, check_length, check_share, check_sparsity, check_step, check_steps
 from .growth import Growth
 from .patterns import Pattern
-from .schedule import Schedule, check_parts, cosine
+from .schedule import Schedule, check_parts, cosine, take_plain_parts
 
 RAMPS = ("mirrored", "early")
 
@@ -82,20 +83,21 @@ class MixedSparsity(Schedule):
     span: int | None = None
 
     def __post_init__(self) -> None:
-        check_steps("total_steps", self.total_steps)
-        check_sparsity("sparsity", self.sparsity)
+        put = functools.partial(object.__setattr__, self)  # plain values, whatever kind of number was given
+        put("total_steps", check_steps("total_steps", self.total_steps))
+        put("sparsity", check_sparsity("sparsity", self.sparsity))
         if self.initial_sparsity is not None:
-            check_sparsity("initial_sparsity", self.initial_sparsity)
+            put("initial_sparsity", check_sparsity("initial_sparsity", self.initial_sparsity))
         if self.initial_sparsity is not None and self.initial_sparsity > self.sparsity:
             raise ScheduleError(
                 f"initial_sparsity {self.initial_sparsity} is above sparsity {self.sparsity}: the warm-up rises to it"
             )
         for name, length in (("warmup", self.warmup), ("restoration", self.restoration), ("settle", self.settle)):
-            check_length(name, length)
+            put(name, check_length(name, length))
         for name, steps in (("interval", self.interval), ("ramp_interval", self.ramp_interval)):
             if steps is not None:
-                check_steps(name, steps)
-        check_share("drop_fraction", self.drop_fraction)
+                put(name, check_steps(name, steps))
+        put("drop_fraction", check_share("drop_fraction", self.drop_fraction))
         check_choice("restoration_ramp", self.restoration_ramp, RAMPS)
         used = self.warmup_steps + self.restoration_steps + self.settle_steps
         if used > self.total_steps:
@@ -110,7 +112,8 @@ class MixedSparsity(Schedule):
                 f"initial_sparsity={self.initial_sparsity!r} is where a warm-up begins, and warmup={self.warmup!r} is "
                 f"none; give warmup steps, or leave initial_sparsity out and start at {self.sparsity!r}"
             )
-        check_parts(self, self.plateau_interval)
+        take_plain_parts(self)
+        check_parts(self, self.plateau_interval, self.total_steps)
 
     @classmethod
     def published(cls, total_steps: int, sparsity: float = 0.9, **changes: Any) -> MixedSparsity:
@@ -164,6 +167,7 @@ class MixedSparsity(Schedule):
 
     def sparsity_at(self, step: int) -> float:
         """Target share of zeros after ``step`` optimizer steps."""
+        step = max(0, check_step(step))
         if step >= self.restoration_end:
             return 0.0
         if step > self.restoration_start:
@@ -176,12 +180,14 @@ class MixedSparsity(Schedule):
 
     def drop_fraction_at(self, step: int) -> float:
         """Share of the active blocks to drop and regrow at an event after ``step`` steps."""
+        step = check_step(step)
         if not self.growth_rule.moves:
             return 0.0
         return cosine(self.drop_fraction, step, max(1, self.restoration_start))
 
     def is_topology_event(self, step: int) -> bool:
         """Whether the topology changes after the ``step``-th optimizer step."""
+        step = check_step(step)
         if step < 1 or step > self.restoration_end:
             return False
         if step in (self.warmup_steps, self.restoration_end):
@@ -194,6 +200,7 @@ class MixedSparsity(Schedule):
 
     def phases(self, steps: int) -> list[tuple[str, int, int]]:
         """Warm-up, plateau, restoration and settle, without those that have no steps, cut at ``steps``."""
+        steps = check_step(steps)
         edges = [0, self.warmup_steps, self.restoration_start, self.restoration_end, steps]
         names = ["warm-up", "plateau", "restoration", "settle"]
         found = [(n, min(a, steps), min(b, steps)) for n, a, b in zip(names, edges[:-1], edges[1:], strict=True)]

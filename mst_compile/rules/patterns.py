@@ -16,6 +16,8 @@ from torch import Tensor
 
 from mst_compile.errors import ScheduleError
 
+from .checks import check_positions, check_whole, shown
+
 UNBOUNDED = torch.iinfo(torch.int64).max  # a window of every key up to the query
 
 
@@ -45,9 +47,8 @@ class Parts:
     summary: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= UNBOUNDED:
-                raise ScheduleError(f"attention: {name} must be a whole number of positions, at least 0, got {value!r}")
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, check_whole(f"attention: {name}", value, least=0, of="positions"))
         problem = self._problem()
         if problem is not None:
             raise ScheduleError(f"attention: {self} {problem}")
@@ -108,7 +109,7 @@ def allowed(parts: Parts, length: int, device: str | torch.device = "cpu") -> Te
 
 def pairs(parts: Parts, length: int) -> int:
     """Number of query-key pairs among ``length`` positions: the sum of :func:`allowed`, without forming it."""
-    query = torch.arange(length)
+    query = torch.arange(length, device="cpu")
     keys = (query + 1).clamp(max=parts.window)
     if parts.chunk:
         keys = keys + query % parts.chunk + 1
@@ -132,12 +133,18 @@ class Pattern(ABC):
         """What queries see, given the numbers of positions of the schedule, both at least 1."""
 
 
+def _numbers(window: int, stride: int) -> tuple[int, int]:
+    """The two numbers of a pattern, which need not play a part in it."""
+    return check_positions("window", window), check_positions("stride", stride)
+
+
 class Full(Pattern):
     """Every key up to the query; the numbers play no part."""
 
     name = "full"
 
     def parts(self, window: int, stride: int) -> Parts:
+        window, stride = _numbers(window, stride)
         return FULL
 
 
@@ -147,6 +154,7 @@ class Local(Pattern):
     name = "local"
 
     def parts(self, window: int, stride: int) -> Parts:
+        window, stride = _numbers(window, stride)
         return Parts(window=window)
 
 
@@ -156,6 +164,7 @@ class Strided(Pattern):
     name = "strided"
 
     def parts(self, window: int, stride: int) -> Parts:
+        window, stride = _numbers(window, stride)
         return Parts(step=stride)
 
 
@@ -165,6 +174,7 @@ class Sparse(Pattern):
     name = "sparse"
 
     def parts(self, window: int, stride: int) -> Parts:
+        window, stride = _numbers(window, stride)
         return Parts(window=window, first=min(-(-window // stride) * stride, UNBOUNDED), step=stride)
 
 
@@ -174,6 +184,7 @@ class Fixed(Pattern):
     name = "fixed"
 
     def parts(self, window: int, stride: int) -> Parts:
+        window, stride = _numbers(window, stride)
         return Parts(chunk=stride, summary=stride)
 
 
@@ -190,7 +201,10 @@ def as_pattern(pattern: object) -> Pattern:
         return PATTERNS[pattern]
     if not isinstance(pattern, Pattern):
         names = ", ".join(map(repr, PATTERNS))
-        raise ScheduleError(f"attention must be one of {names} or a Pattern, got {pattern!r}")
+        raise ScheduleError(f"attention must be one of {names} or a Pattern, got {shown(pattern)}")
+    name: object = pattern.name
+    if not isinstance(name, str) or not name:
+        raise ScheduleError(f"attention: the name of {pattern!r} must be a non-empty string, got {shown(name)}")
     if not isinstance(pattern, type(PATTERNS.get(pattern.name, pattern))):  # a copy of a known one will do
         raise ScheduleError(f"attention: {pattern!r} needs a name of its own, {pattern.name!r} is taken")
     return pattern

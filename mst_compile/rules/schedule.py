@@ -13,7 +13,16 @@ from typing import Any
 from mst_compile.errors import ScheduleError
 
 from .attention import Attention, as_attention
-from .checks import check_choice, check_sparsity
+from .checks import (
+    check_choice,
+    check_flag,
+    check_positions,
+    check_share,
+    check_sparsity,
+    check_step,
+    check_steps,
+    shown,
+)
 from .density import DISTRIBUTIONS
 from .growth import Growth, as_growth
 from .patterns import Pattern
@@ -63,6 +72,7 @@ class Schedule:
     def attention_at(self, step: int) -> str:
         """Attention pattern of the forward pass after ``step`` optimizer steps."""
         start, end = self.attention_steps()
+        step = check_step(step)
         return self.attention_value.name if start <= step < end else "full"
 
     def attention_steps(self) -> tuple[int, int]:
@@ -74,6 +84,7 @@ class Schedule:
 
     def phases(self, steps: int) -> list[tuple[str, int, int]]:
         """Name, first step and end of each phase of a run of ``steps`` steps that has any."""
+        steps = check_step(steps)
         return [("training", 0, steps)] if steps > 0 else []
 
     @functools.cached_property
@@ -88,18 +99,52 @@ class Schedule:
 
     def wants_gradient_after(self, step: int) -> bool:
         """Whether the training step that follows ``step`` others computes gradients on all blocks."""
+        step = check_step(step)
         return any(self.reads_gradient_at(step + 1 + i) for i in range(self.growth_rule.gradient_steps))
 
     def reads_gradient_at(self, step: int) -> bool:
         """Whether a topology event after ``step`` steps reads gradients: at sparsity 0 all grows, with no choice."""
-        return self.growth_rule.gradient_steps > 0 and self.is_topology_event(step) and self.sparsity_at(step) > 0
+        step = check_step(step)
+        return self.growth_rule.gradient_steps > 0 and self.is_topology_event(step) and sparsity_of(self, step) > 0
 
 
-def check_parts(schedule: Schedule, interval: int) -> None:
+def sparsity_of(schedule: Schedule, step: int) -> float:
+    """What ``schedule.sparsity_at(step)`` returns, which may be of the user's own making.
+
+    Raises:
+        ScheduleError: it is no share of zeros below 1.
+    """
+    return check_sparsity(f"sparsity_at({step}) of the schedule", schedule.sparsity_at(step))
+
+
+def attention_of(schedule: Schedule, step: int) -> str:
+    """What ``schedule.attention_at(step)`` returns.
+
+    Raises:
+        ScheduleError: it is neither ``"full"`` nor the name of the schedule's pattern.
+    """
+    known = dict.fromkeys(("full", schedule.attention_value.name))
+    return check_choice(f"attention_at({step}) of the schedule", schedule.attention_at(step), known)
+
+
+def take_plain_parts(schedule: Schedule) -> None:
+    """Let a frozen schedule hold plain Python values of what all have in common, whatever kind of number was given."""
+    put = functools.partial(object.__setattr__, schedule)
+    put("gradient_share", check_share("gradient_share", schedule.gradient_share))
+    put("gradient_steps", check_steps("gradient_steps", schedule.gradient_steps))
+    put("stride", check_positions("stride", schedule.stride))
+    if schedule.span is not None:
+        put("span", check_positions("span", schedule.span))
+    if isinstance(schedule.attention_window, list):
+        put("attention_window", tuple(schedule.attention_window))
+
+
+def check_parts(schedule: Schedule, interval: int, total_steps: int | None = None) -> None:
     """Check what all schedules have in common.
 
     Args:
         interval: least number of steps between topology events that move blocks.
+        total_steps: of the run, if known.
 
     Raises:
         ScheduleError: a value is out of range, or two contradict each other.
@@ -110,15 +155,17 @@ def check_parts(schedule: Schedule, interval: int) -> None:
             f"{rule!r} says its own share and gradient_steps: leave gradient_share={schedule.gradient_share!r} and "
             f"gradient_steps={schedule.gradient_steps!r} out"
         )
-    as_growth("mixed", schedule.gradient_share, schedule.gradient_steps)  # of any named rule
-    steps = max(rule.gradient_steps, schedule.gradient_steps)
+    named = as_growth("mixed", schedule.gradient_share, schedule.gradient_steps)  # the numbers of any named rule
+    steps = max(rule.gradient_steps, named.gradient_steps)
     if steps > interval:
         raise ScheduleError(f"gradient_steps={steps} is more than the {interval} steps between topology events")
     check_choice("distribution", schedule.distribution, DISTRIBUTIONS)
-    start, end = schedule.attention_steps()
-    if schedule.attention_value.name != "full" and start >= end:
+    value, (start, end) = schedule.attention_value, _two_steps(schedule)
+    asked = value.name != "full" or value.start is not None or value.end is not None
+    if asked and start >= (end if total_steps is None else min(end, total_steps)):
+        of = f" of {total_steps}" if total_steps else ""
         raise ScheduleError(
-            f"attention {schedule.attention!r} would never be on: its first step is {start}, and its first step "
+            f"attention {schedule.attention!r} would never be on: its first step is {start}{of}, and its first step "
             f"without the pattern is {end} (attention_window={schedule.attention_window!r})"
         )
 
@@ -133,14 +180,40 @@ def as_schedule(schedule: object) -> Schedule:
     missing = [name for name in _REQUIRED if getattr(schedule, name, None) is None or _inherited(schedule, name)]
     if isinstance(schedule, type) or missing:
         raise ScheduleError(
-            f"{schedule!r} is not a schedule{_list(missing)}; pass mst_compile.MixedSparsity(total_steps=...), "
+            f"{shown(schedule)} is not a schedule{_list(missing)}; pass mst_compile.MixedSparsity(total_steps=...), "
             "mst_compile.Constant(sparsity=...) or an object of a class derived from mst_compile.Schedule"
         )
     found = schedule if isinstance(schedule, Schedule) else _Adopted(schedule)
-    check_sparsity("max_sparsity", found.max_sparsity)
+    for name in [name for name in vars(Schedule) if callable(getattr(Schedule, name)) and not name.startswith("_")]:
+        if not callable(getattr(found, name)):
+            raise ScheduleError(f"{name} of a schedule must be a method, got {shown(getattr(found, name))}")
+    highest = check_sparsity("max_sparsity", found.max_sparsity)
     check_sparsity("min_sparsity", found.min_sparsity)
-    check_parts(found, max(1, found.growth_rule.gradient_steps, found.gradient_steps))
+    check_parts(found, max(1, found.growth_rule.gradient_steps))
+    _check_beginning(found, highest)
     return found
+
+
+def _check_beginning(schedule: Schedule, highest: float) -> None:
+    """Ask a schedule, before anything is changed, what will be asked of it first."""
+    first = sparsity_of(schedule, 0)
+    if first > highest:
+        raise ScheduleError(
+            f"sparsity_at(0) of the schedule is {first!r}, above its max_sparsity {highest!r}; max_sparsity is the "
+            "highest value that sparsity_at returns"
+        )
+    check_share("drop_fraction_at(0) of the schedule", schedule.drop_fraction_at(0))
+    attention_of(schedule, 0)
+    schedule.wants_gradient_after(0)
+    check_flag("is_topology_event(1) of the schedule", schedule.is_topology_event(1), ScheduleError)
+
+
+def _two_steps(schedule: Schedule) -> tuple[int, int]:
+    """The first and the last step of attention with a pattern, as the schedule says."""
+    found: object = schedule.attention_steps()
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        raise ScheduleError(f"attention_steps() of the schedule must return two numbers of steps, got {shown(found)}")
+    return check_step(found[0]), check_step(found[1])
 
 
 def _inherited(schedule: object, name: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mst_compile.rules.patterns import FULL, Parts
-from mst_compile.rules.schedule import Schedule
+from mst_compile.rules.schedule import Schedule, attention_of
 
 
 @dataclass
@@ -31,4 +31,4 @@ class AttentionState:
     def create(cls, schedule: Schedule) -> AttentionState:
         """The state before the first step."""
         value = schedule.attention_value
-        return cls(schedule.attention_at(0), value.name, value.parts)
+        return cls(attention_of(schedule, 0), value.name, value.parts)

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn, optim
 
+from mst_compile.rules.checks import check_model, check_number
+
 from .weight import SparseWeight, of
 
 DENSITY_RATE = "density_rate"
@@ -28,15 +30,23 @@ def param_groups(model: nn.Module, *, weight_decay: float = 0.0, density_rate: f
         density_rate: 1 is SµPar's rule, 0 gives all weights the same learning rate.
 
     Returns:
-        A group for the sparse weights of each target density (layers of one shape), one for other parameters of two and
-        more dimensions, and one for vectors.
+        A group for the sparse weights of each target density (layers of one shape) and schedule, one for other
+        parameters of two and more dimensions, and one for vectors.
+
+    Raises:
+        ModelError: ``model`` is no module.
+        ArgumentError: ``weight_decay`` or ``density_rate`` is negative or not finite.
     """
-    sparse: dict[float, list[nn.Parameter]] = {}
+    check_model("param_groups", model)
+    weight_decay = check_number("weight_decay", weight_decay, least=0)
+    density_rate = check_number(DENSITY_RATE, density_rate, least=0)
+    sparse: dict[tuple[int, float], list[nn.Parameter]] = {}
     kinds: list[list[nn.Parameter]] = [[], []]
     for parameter in model.parameters():
         weight = of(parameter)
         if weight is not None:
-            sparse.setdefault(weight.density_target, []).append(parameter)
+            schedule = id(weight.attention)  # one of each module that was sparsified
+            sparse.setdefault((schedule, weight.density_target), []).append(parameter)
         else:
             kinds[0 if parameter.dim() >= 2 else 1].append(parameter)
     groups: list[dict[str, Any]] = [
@@ -50,19 +60,29 @@ def scale_rates(
     optimizer: optim.Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]
 ) -> list[tuple[dict[str, Any], Any]]:
     """Let groups with a ``density_rate`` step with their learning rate scaled; returns what :func:`restore_rates`
-    needs."""
-    before = []
-    for group in optimizer.param_groups:
-        rate = group.get(DENSITY_RATE)
-        if not rate:
+    needs.
+
+    Raises:
+        ArgumentError: the rate of a group is negative or not finite. No learning rate has changed.
+    """
+    before: list[tuple[dict[str, Any], Any]] = []
+    for group, rate in [(group, _rate_of(group)) for group in optimizer.param_groups]:
+        if rate == 0:
             continue
-        members = {id(p) for p in group["params"]}
-        inside = [weight for weight, parameter in own if id(parameter) in members]
+        inside = [weight for p in group["params"] if (weight := of(p)) is not None]
+        # Of modules that were sparsified separately each is told of the step: one of them scales the group.
+        if not inside or not any(weight is inside[0] for weight, _ in own):
+            continue
         active, total = sum(w.active for w in inside), sum(w.numel for w in inside)
         if 0 < active < total:
             before.append((group, group["lr"]))
             group["lr"] = group["lr"] * (active / total) ** -rate
     return before
+
+
+def _rate_of(group: dict[str, Any]) -> float:
+    rate = group.get(DENSITY_RATE)
+    return 0.0 if rate is None else check_number(f"{DENSITY_RATE!r} of a parameter group", rate, least=0)
 
 
 def restore_rates(before: list[tuple[dict[str, Any], Any]]) -> None:

@@ -162,7 +162,7 @@ def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: Blo
     here = slice(first, first + gradient.shape[0])
     means = block_mean_square(parameter.grad, grid)
     if grid.block < _ENOUGH:
-        means = torch.full(means.shape, means[grown].mean().item())
+        means = torch.full_like(means, means[grown].mean().item())
     mask = grid.expand(grown)[here].to(gradient.device)
     least = grid.expand(means)[here].to(gradient.device)
     square = torch.maximum(gradient.float().square(), least) / (scale * scale)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mst_compile.errors import CheckpointError, MaskError
+from mst_compile.rules.checks import as_whole, check_flag, check_seed, check_whole, shown
 
 from .weight import SparseWeight
 
@@ -41,7 +42,9 @@ def unpack_topology(packed: Tensor) -> tuple[Tensor, Tensor | None, bool]:
 
 def pack_progress(step: int, seed: int) -> Tensor:
     """uint8 ``[16]``."""
-    return torch.tensor([*step.to_bytes(8, "little"), *seed.to_bytes(8, "little", signed=True)], dtype=torch.uint8)
+    return torch.tensor(
+        [*step.to_bytes(8, "little"), *seed.to_bytes(8, "little", signed=True)], dtype=torch.uint8, device="cpu"
+    )
 
 
 def unpack_progress(packed: Tensor) -> tuple[int, int]:
@@ -67,38 +70,112 @@ def check_entry(name: str, weight: SparseWeight, entry: dict[str, Any]) -> None:
     shapes = {TOPOLOGY: (rows, cols), PROGRESS: (16,), SCORES: (4, rows, cols)}
     for key, value in entry.items():
         if not isinstance(value, Tensor) or tuple(value.shape) != shapes[key]:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            got = tuple(value.shape) if isinstance(value, Tensor) else _form(value)
             raise CheckpointError(
                 f"the optimizer state holds {key} of {got} for {name}, which has {shapes[key]} here (block "
                 f"{weight.grid.block}); sparsify the model with the block that the checkpoint was written with"
             )
-
-
-def check_state(state: Any, own: dict[str, SparseWeight]) -> None:
-    """Raise :class:`CheckpointError` unless ``state`` is a sparsifier's state dict that fits the model."""
-    if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-        version = state.get("version") if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(f"not a sparsifier state of version {STATE_VERSION}: got {version!r}")
-    for key, kind in (("step", int), ("seed", int), ("masks", dict), ("grown", dict), ("scores", dict)):
-        if not isinstance(state.get(key), kind):
+        _check_bytes(f"{key} of {name} in the optimizer state", value, 5 if key == TOPOLOGY else 255)
+    if TOPOLOGY in entry:
+        low, high = (int(n) for n in entry[TOPOLOGY].detach().cpu().aminmax())
+        if low < 3 <= high:
             raise CheckpointError(
-                f"the sparsifier state has no {key!r} of type {kind.__name__}: got {state.get(key)!r}"
+                f"{TOPOLOGY} of {name} in the optimizer state holds {low} and {high}: of a weight that was trained "
+                "since the last topology event all are 3 or more, of another none; it was not written by this library"
             )
+    if PROGRESS in entry:
+        step, _ = unpack_progress(entry[PROGRESS])
+        check_whole(f"the step count of {name} in the optimizer state", step, least=0, error=CheckpointError)
+    if SCORES in entry:
+        _check_scores(f"{SCORES} of {name} in the optimizer state", unpack_scores(entry[SCORES]))
+
+
+def _check_bytes(what: str, packed: Tensor, most: int) -> None:
+    """Raise :class:`CheckpointError` unless all is whole numbers from 0 to ``most``, of whatever dtype."""
+    if packed.is_meta or packed.dtype == torch.bool or packed.dtype.is_complex:
+        raise CheckpointError(f"{what} must be whole numbers, got a tensor of {packed.dtype} on {packed.device}")
+    values = packed.detach().cpu().double()
+    bad = values[~((values >= 0) & (values <= most) & (values == values.round()))]
+    if bad.numel():
+        raise CheckpointError(
+            f"{what} must be whole numbers from 0 to {most}, got {bad[0].item()!r}; it was not written by this "
+            "library, or was changed since, as by a cast to a dtype that cannot hold it"
+        )
+
+
+def check_state(state: Any, own: dict[str, SparseWeight]) -> tuple[int, int]:
+    """Step count and seed of a sparsifier's state dict.
+
+    Raises:
+        CheckpointError: ``state`` is none, or does not fit the model.
+    """
+    version = state.get("version", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or as_whole(version) != STATE_VERSION:
+        raise CheckpointError(
+            f"not a sparsifier state of version {STATE_VERSION}: got {shown(version)}; pass what "
+            "sparsifier(model).state_dict() returned"
+        )
+    step = check_whole("'step' of the sparsifier state", state.get("step"), least=0, error=CheckpointError)
+    seed = check_seed("'seed' of the sparsifier state", state.get("seed"), CheckpointError)
+    for key in ("masks", "grown", "scores"):
+        if not isinstance(state.get(key), dict):
+            raise CheckpointError(f"the sparsifier state has no {key!r} of type dict: got {shown(state.get(key))}")
     masks = state["masks"]
     if masks.keys() != own.keys():
+        missing, more = (sorted(names, key=str) for names in (own.keys() - masks.keys(), masks.keys() - own.keys()))
         raise CheckpointError(
-            f"the checkpoint's masks do not fit the model: missing {sorted(own.keys() - masks.keys())}, "
-            f"unexpected {sorted(masks.keys() - own.keys())}; sparsify the model as it was when it was saved"
+            f"the checkpoint's masks do not fit the model: missing {missing}, unexpected {more}; sparsify the model as "
+            "it was when it was saved"
         )
     for name, weight in own.items():
         check_mask(name, masks[name], weight)
+        if name in state["grown"]:
+            check_mask(name, state["grown"][name], weight, "record of grown blocks")
+        if name in state["scores"]:
+            _check_scores_of(name, state["scores"][name], weight)
+    moved = state.get("moved", {})
+    if not isinstance(moved, dict):
+        raise CheckpointError(f"'moved' of the sparsifier state must be a dict, got {shown(moved)}")
+    for name, value in moved.items():
+        check_flag(f"'moved' of {name} in the sparsifier state", value, CheckpointError)
+    for key in ("grown", "scores"):
+        more = sorted(state[key].keys() - own.keys(), key=str)
+        if more:
+            raise CheckpointError(f"the checkpoint has {key!r} of weights that are not sparse here: {more}")
+    return step, seed
 
 
-def check_mask(name: str, mask: Any, weight: SparseWeight) -> None:
-    """Raise :class:`MaskError` unless ``mask`` is a block mask of ``weight``."""
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != weight.grid.shape or mask.dtype != torch.bool:
-        got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise MaskError(
-            f"the mask of {name} must have {weight.grid.shape} blocks of torch.bool (block {weight.grid.block}), got "
-            f"{got}; a checkpoint needs the block that it was written with"
+def _check_scores_of(name: str, scores: Any, weight: SparseWeight) -> None:
+    """Raise :class:`CheckpointError` unless ``scores`` are growth scores of the blocks of ``weight``."""
+    fits = isinstance(scores, Tensor) and scores.dtype == torch.float32 and tuple(scores.shape) == weight.grid.shape
+    if not fits or scores.is_meta:
+        raise CheckpointError(
+            f"the growth scores of {name} must be torch.float32 of {weight.grid.shape} blocks, got {_form(scores)}"
         )
+    _check_scores(f"the growth scores of {name}", scores)
+
+
+def _check_scores(what: str, scores: Tensor) -> None:
+    """Raise :class:`CheckpointError` unless all are mean squares."""
+    bad = scores[~(scores >= 0)]
+    if bad.numel():
+        raise CheckpointError(
+            f"{what} must be mean squares, at least 0, got {bad[0].item()!r}; go on from a checkpoint whose gradients "
+            "were numbers"
+        )
+
+
+def check_mask(name: str, mask: Any, weight: SparseWeight, what: str = "mask") -> None:
+    """Raise :class:`MaskError` unless ``mask`` is a block mask of ``weight``."""
+    fits = isinstance(mask, Tensor) and tuple(mask.shape) == weight.grid.shape and mask.dtype == torch.bool
+    if not fits or mask.is_meta or mask.layout != torch.strided:
+        raise MaskError(
+            f"the {what} of {name} must have {weight.grid.shape} blocks of torch.bool (block {weight.grid.block}), got "
+            f"{_form(mask)}; a checkpoint needs the block that it was written with"
+        )
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{shown(value)} of type {type(value).__name__}"
+    return f"{tuple(value.shape)} of {value.dtype} ({value.layout}, on {value.device})"

@@ -51,13 +51,13 @@ def from_state_dict(state: Any, weights: Weights) -> tuple[Progress, dict[str, T
     Raises:
         CheckpointError: it is of another format, or does not fit the model.
     """
-    packing.check_state(state, weights.by_name)
+    progress = Progress(*packing.check_state(state, weights.by_name))
     masks, grown, scores, moved = state["masks"], state["grown"], state["scores"], state.get("moved", {})
     found = {
         name: Topology(masks[name], grown.get(name), scores.get(name), bool(moved.get(name, False)))
         for name in weights.by_name
     }
-    return Progress(state["step"], state["seed"]), found
+    return progress, found
 
 
 def entry_of(weight: SparseWeight, progress: Progress, keeps_scores: bool) -> dict[str, Tensor]:
@@ -101,4 +101,6 @@ def _copy_if_any(values: Tensor | None) -> Tensor | None:
 
 
 def _scores_or_zeros(weight: SparseWeight) -> Tensor:
-    return torch.zeros(weight.grid.shape) if weight.scores is None else weight.scores
+    if weight.scores is not None:
+        return weight.scores
+    return torch.zeros(weight.grid.shape, dtype=torch.float32, device="cpu")

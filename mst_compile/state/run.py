@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mst_compile.errors import MSTWarning
-from mst_compile.rules.schedule import Schedule
+from mst_compile.rules.schedule import Schedule, attention_of, sparsity_of
 
 from .attention import AttentionState
 from .checkpoint_hooks import take_unclaimed
@@ -75,15 +75,15 @@ class Run:
 
     def densities(self) -> list[float]:
         """Target density of each weight after the steps that were taken."""
-        return self.weights.densities(self.schedule, self.schedule.sparsity_at(self.step_count))
+        return self.weights.densities(self.schedule, sparsity_of(self.schedule, self.step_count))
 
     def draw_first_masks(self, rescale: bool) -> None:
         """The masks of step 0, at random; with ``rescale`` the weights that stay grow by ``density ** -0.5``."""
-        if self.schedule.sparsity_at(0) > 0:
-            plan = plan_first_masks(self.weights, self.densities(), self.seed)
-            apply(plan, self.weights.parameters(), (), rescale=rescale)
+        sparse = sparsity_of(self.schedule, 0) > 0
+        plan = plan_first_masks(self.weights, self.densities(), self.seed) if sparse else Plan({})
+        self.prepare_next_step()  # asks the schedule, which may fail, before weights have changed
+        apply(plan, self.weights.parameters(), (), rescale=rescale and sparse)
         self.take_unclaimed()
-        self.prepare_next_step()
 
     def complete_step(self) -> None:
         """Count a training step, change the topology if the schedule says so, and prepare the next."""
@@ -158,7 +158,7 @@ class Run:
     def prepare_next_step(self) -> None:
         """Choose the attention pattern of the next forward pass; and if the next step belongs to a topology event
         whose growth reads gradients, have them computed on all blocks."""
-        self.attention.pattern = self.schedule.attention_at(self.step_count)
+        self.attention.pattern = attention_of(self.schedule, self.step_count)
         wanted = self.schedule.wants_gradient_after(self.step_count)
         for weight in self.weights:
             weight.set_dense_grad(wanted and weight.density_target < 1)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.shards import is_sharded
 from mst_compile.errors import BlockSizeError, SelectionError, WeightError
 from mst_compile.lowering import device as devices
-from mst_compile.rules.checks import check_sparsity
+from mst_compile.rules.checks import as_whole, check_sparsity, shown
 from mst_compile.rules.density import layer_densities
 from mst_compile.rules.schedule import Schedule
 
@@ -37,9 +41,9 @@ class Override:
     block: int | None = None
 
     def __post_init__(self) -> None:
-        check_block(self.block)
+        object.__setattr__(self, "block", check_block(self.block))
         if self.sparsity is not None:
-            check_sparsity("sparsity of an override", self.sparsity)
+            object.__setattr__(self, "sparsity", check_sparsity("sparsity of an override", self.sparsity))
 
 
 @dataclass
@@ -79,10 +83,19 @@ def _is_projection(module: nn.Module, attribute: str) -> bool:
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:
     if patterns is None:
         return None
-    found = [patterns] if isinstance(patterns, str) else list(patterns)
-    if not found or not all(isinstance(p, str) for p in found):
-        raise SelectionError(f"{name} must be a pattern or a non-empty list of patterns, got {patterns!r}")
+    found: list[Any] = [patterns] if isinstance(patterns, str) else _listed(patterns)
+    if not found or not all(isinstance(p, str) and p for p in found):
+        given = found if isinstance(patterns, Iterator) else patterns  # it has nothing left to show
+        raise SelectionError(f"{name} must be a pattern or a non-empty list of patterns, got {shown(given)}")
     return found
+
+
+def _listed(values: object) -> list[Any]:
+    """What can be iterated over, as a list; of anything else, and of mappings, an empty one."""
+    shape = getattr(values, "shape", (0,))  # arrays and tensors without dimensions cannot be
+    if not isinstance(values, Iterable) or isinstance(values, Mapping) or shape == ():
+        return []
+    return list(values)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -100,7 +113,7 @@ def select(
     backbone: bool = True,
 ) -> Selection:
     """Find the weights to make sparse and lay block grids over them. Changes nothing."""
-    check_block(block)
+    block = check_block(block)
     selection = _find(model, _patterns("include", include), _patterns("exclude", exclude))
     candidates = selection.candidates
     shapes = [(c.parameter.shape[0], c.parameter.shape[1]) for c in candidates]
@@ -125,9 +138,11 @@ def _take_overrides(candidates: list[Candidate], overrides: Mapping[str, Overrid
     """Give each candidate the override of the first pattern that its name matches."""
     if overrides is None:
         return
+    if not isinstance(overrides, Mapping):
+        raise SelectionError(f"overrides maps patterns to Override(...), got {shown(overrides)}")
     for pattern, override in overrides.items():
-        if not isinstance(pattern, str) or not isinstance(override, Override):
-            raise SelectionError(f"overrides maps patterns to Override(...), got {pattern!r}: {override!r}")
+        if not isinstance(pattern, str) or not pattern or not isinstance(override, Override):
+            raise SelectionError(f"overrides maps patterns to Override(...), got {shown(dict(overrides))}")
         if not any(_matches(c.name, [pattern]) for c in candidates):
             names = ", ".join(repr(c.name) for c in candidates)[:200]
             raise SelectionError(f"override {pattern!r} matches no sparse weight; their names look like {names}")
@@ -136,16 +151,17 @@ def _take_overrides(candidates: list[Candidate], overrides: Mapping[str, Overrid
         candidate.override = next(found, candidate.override)
 
 
-def check_block(block: object) -> None:
-    """Raise :class:`BlockSizeError` unless ``block`` is None or a power of two up to 128."""
+def check_block(block: object) -> int | None:
+    """``block`` as an int if it is None or a power of two up to 128; else :class:`BlockSizeError` is raised."""
     if block is None:
-        return
-    power = isinstance(block, int) and not isinstance(block, bool) and block >= 1 and block & (block - 1) == 0
-    if not power or block > MAX_BLOCK:  # type: ignore[operator]
+        return None
+    found = as_whole(block)
+    if found is None or not 1 <= found <= MAX_BLOCK or found & (found - 1):
         raise BlockSizeError(
-            f"block must be a power of two from 1 to {MAX_BLOCK}, got {block!r}; 8 suits a CPU, 32 or 64 a GPU, and "
-            "1 gives unstructured masks on dense products"
+            f"block must be a power of two from 1 to {MAX_BLOCK}, got {shown(block)}; 8 suits a CPU, 32 or 64 a GPU, "
+            "and 1 gives unstructured masks on dense products"
         )
+    return found
 
 
 def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None) -> Selection:
@@ -180,19 +196,21 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
         if min(parameter.shape) < MIN_BLOCK:
             selection.skipped[name] = f"shape {tuple(parameter.shape)} is narrower than the finest block, {MIN_BLOCK}"
             continue
-        _check_weight(name, parameter)
         holders = owners[id(parameter)]
+        _check_weight(name, parameter, holders)
         selection.candidates.append(Candidate(name, parameter, holders, tied=len(holders) > 1))
-    lost = [p for p in (include or []) + (exclude or []) if p not in hit]
-    if lost:
-        raise SelectionError(
-            f"pattern{'s' * (len(lost) > 1)} {', '.join(map(repr, lost))} match no parameter; names look like "
-            f"{', '.join(repr(n) for n, p in model.named_parameters() if p.dim() == 2)[:200]}"
-        )
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        lost = [p for p in patterns or [] if p not in hit]
+        if lost:
+            raise SelectionError(
+                f"{argument}: {', '.join(map(repr, lost))} match no parameter; names look like "
+                f"{', '.join(repr(n) for n, p in model.named_parameters() if p.dim() == 2)[:200]}"
+            )
     if not selection.candidates:
         raise SelectionError(
             "the model has no weight that can be made sparse: nn.Linear and Hugging Face Conv1D weights are found by "
-            f"themselves, any 2-D parameter can be named by include; skipped: {selection.skipped or 'none'}"
+            "themselves, any 2-D parameter can be named by include (scripted and quantised modules have none); "
+            f"skipped: {selection.skipped or 'none'}"
         )
     return selection
 
@@ -206,17 +224,93 @@ def _parametrized(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _check_weight(name: str, parameter: nn.Parameter) -> None:
-    if parameter.is_meta:
-        raise WeightError(
-            f"{name} is on the meta device: it has no values yet. Materialise the model first (model.to_empty(...), "
-            "then initialise it) or leave the weight out with exclude"
+def _check_weight(name: str, parameter: Tensor, holders: list[tuple[nn.Module, str]]) -> None:
+    """Raise :class:`WeightError` unless a weight can be trained sparse, as far as the weight itself is concerned."""
+    problem = _problem(parameter)
+    if any(isinstance(module, torch.jit.ScriptModule) for module, _ in holders):
+        problem = "belongs to a ScriptModule, whose code runs without us: sparsify before torch.jit.script or trace"
+    if problem is not None:
+        raise WeightError(f"{name} {problem}. Or leave the weight out with exclude")
+
+
+def _problem(parameter: Tensor) -> str | None:
+    """What keeps a weight from being trained sparse, and what to do about it; None if nothing does."""
+    if parameter.is_meta or is_fake(parameter):
+        return (
+            "is on the meta device, or fake: it has no values yet. Materialise the model first (model.to_empty(...), "
+            "then initialise it)"
         )
     if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
-        raise WeightError(
-            f"{name} has dtype {parameter.dtype}: only floating-point weights of 16 bits or more can be trained "
-            "sparse; sparsify before quantising, or leave the weight out with exclude"
+        return (
+            f"has dtype {parameter.dtype}: only floating-point weights of 16 bits or more can be trained sparse; "
+            "sparsify before quantising"
         )
+    if parameter.layout != torch.strided:
+        return f"has layout {parameter.layout}: only dense, strided weights can be trained; pass it through to_dense()"
+    if is_traceable_wrapper_subclass(parameter) and not is_sharded(parameter):
+        return f"is a {type(parameter).__name__}, which stands for other tensors; sparsify before it is wrapped"
+    if parameter.is_inference():
+        return "was made under torch.inference_mode and cannot be trained; make or load the model outside of it"
+    if not parameter.is_leaf:
+        return "is computed from other tensors (no leaf), so that no optimizer can train it; sparsify its source"
+    if not is_sharded(parameter) and _overlaps(parameter):
+        return (
+            f"has elements that share memory (shape {tuple(parameter.shape)}, strides {parameter.stride()}), as after "
+            "expand: replace it by nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))"
+        )
+    return None
+
+
+def _overlaps(weight: Tensor) -> bool:
+    """Whether elements of a matrix share memory."""
+    (near, steps), (far, _) = sorted((stride, size) for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    return near == 0 or far < near * (steps - 1) + 1
+
+
+def check_memory(candidates: Iterable[Candidate], others: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise :class:`WeightError` if a candidate shares memory with another Parameter: the zeros of one would be values
+    of the other. (One Parameter that several modules hold is fine.)
+
+    Args:
+        others: names and Parameters, the candidates among them or not.
+    """
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, other in others:
+        if _in_memory(other):
+            by_storage.setdefault(other.untyped_storage().data_ptr(), []).append((name, other))
+    for candidate in candidates:
+        weight = candidate.parameter
+        near = by_storage.get(weight.untyped_storage().data_ptr(), []) if _in_memory(weight) else []
+        found = next((name for name, other in near if other is not weight and _share_elements(weight, other)), None)
+        if found is not None:
+            raise WeightError(
+                f"{candidate.name} shares memory with {found}, which is another Parameter: tie them by letting both "
+                "modules hold one Parameter, or replace one by nn.Parameter(weight.detach().clone()). Or leave the "
+                "weight out with exclude"
+            )
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    plain = not is_sharded(tensor) and not is_traceable_wrapper_subclass(tensor) and not is_fake(tensor)
+    return plain and tensor.layout == torch.strided and not tensor.is_meta and tensor.numel() > 0
+
+
+def _share_elements(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common."""
+    spans = []
+    for tensor in (one, other):
+        start, size = tensor.storage_offset(), tensor.element_size()
+        last = start + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        spans.append((start * size, (last + 1) * size))
+    (first, end), (start, stop) = spans
+    if end <= start or stop <= first:
+        return False
+    if one.dtype != other.dtype:
+        return True
+    # Columns of one matrix lie between each other's elements.
+    used = torch.zeros(max(end, stop) // one.element_size(), dtype=torch.bool, device="cpu")
+    used.as_strided(one.shape, one.stride(), one.storage_offset()).fill_(True)
+    return bool(used.as_strided(other.shape, other.stride(), other.storage_offset()).any())
 
 
 def _grid(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from mst_compile.errors import NotSparseError, SelectionError
-from mst_compile.rules.guard import Guard
+from mst_compile.errors import NotSparseError, SelectionError, SeveralSparsifiersError
+from mst_compile.rules.checks import check_choice, check_flag, check_instance, check_model, check_seed, shown
+from mst_compile.rules.guard import GUARDS, Guard
 from mst_compile.rules.schedule import Schedule
 
 from . import packing, resume
@@ -22,10 +24,15 @@ from .run import Run
 from .selection import Candidate
 from .stepping import Stepping
 from .steps import watch_steps
-from .weight import SparseWeight
+from .weight import SparseWeight, of
 from .weights import Weights
 
 _ATTRIBUTE = "_mst_sparsifier"
+_WRAPPERS = {  # class of a module that wraps another -> what it calls it
+    ("OptimizedModule", "_orig_mod"),
+    ("DistributedDataParallel", "module"),
+    ("DataParallel", "module"),
+}
 
 
 class Sparsifier:
@@ -48,7 +55,16 @@ class Sparsifier:
         skipped: dict[str, str],
         guard: Guard = "coverage",
     ) -> None:
-        self.auto_step = auto_step
+        check_instance("schedule", schedule, Schedule, "a Schedule; call mst_compile.sparsify")
+        check_instance("candidates", candidates, list, "a list of weights; call mst_compile.sparsify")
+        for candidate in candidates:
+            check_instance("candidates", candidate, Candidate, "a list of weights; call mst_compile.sparsify")
+        if not candidates:
+            raise SelectionError("candidates must be weights to make sparse, got []; call mst_compile.sparsify")
+        seed = check_seed("seed", seed, SelectionError)
+        check_choice("guard", guard, GUARDS, SelectionError)
+        check_instance("skipped", skipped, dict, "a dict of names and reasons")
+        self.auto_step = check_flag("auto_step", auto_step)
         self.skipped = skipped
         attention = AttentionState.create(schedule)
         self._run = Run(schedule, Weights(candidates, guard, attention), attention, seed)
@@ -91,7 +107,11 @@ class Sparsifier:
         return self._run.weights.parameters()
 
     def densities(self, sparsity: float) -> list[float]:
-        """Target density of each of :attr:`weights` when the schedule is at ``sparsity``."""
+        """Target density of each of :attr:`weights` when the schedule is at ``sparsity``.
+
+        Raises:
+            ScheduleError: ``sparsity`` does not lie in [0, 1).
+        """
         return self._run.weights.densities(self.schedule, sparsity)
 
     def plan_event(self) -> Plan:
@@ -108,7 +128,7 @@ class Sparsifier:
 
     def draw_first_masks(self, rescale: bool) -> None:
         """The masks of step 0, at random; with ``rescale`` the weights that stay grow by ``density ** -0.5``."""
-        self._run.draw_first_masks(rescale)
+        self._run.draw_first_masks(check_flag("rescale", rescale))
 
     def apply_mask(self, name: str, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule; call it between a step and the next forward.
@@ -124,9 +144,10 @@ class Sparsifier:
             SelectionError: no sparse weight has this name.
             MaskError: the mask has another shape or dtype. Nothing has changed.
         """
-        found = next(((w, p) for w, p in self.parameters() if w.name == name), None)
+        known = isinstance(name, str)
+        found = next(((w, p) for w, p in self.parameters() if known and w.name == name), None)
         if found is None:
-            raise SelectionError(f"no sparse weight is called {name!r}; there are {', '.join(self.weights)}")
+            raise SelectionError(f"no sparse weight is called {shown(name)}; there are {', '.join(self.weights)}")
         packing.check_mask(name, mask, found[0])
         self._run.change_mask(*found, mask)
 
@@ -189,18 +210,84 @@ def detach(model: nn.Module) -> None:
         module.__dict__.pop(_ATTRIBUTE, None)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A module that was sparsified, within a model.
+
+    Attributes:
+        name: of the module in the model, wrappers like ``torch.compile``'s left out; empty for the model itself.
+    """
+
+    name: str
+    module: nn.Module
+    sparsifier: Sparsifier
+
+    def full(self, parameter: str) -> str:
+        """Name in the whole model of a parameter of the part."""
+        return f"{self.name}.{parameter}" if self.name else parameter
+
+
+def parts_of(model: nn.Module) -> list[Part]:
+    """The model if it was sparsified, or each of its modules that was, also through ``torch.compile``'s or DDP's
+    wrapper."""
+    return [
+        Part(_plain_name(model, name), module, found)
+        for name, module in model.named_modules()
+        if (found := module.__dict__.get(_ATTRIBUTE)) is not None
+    ]
+
+
+def _plain_name(model: nn.Module, name: str) -> str:
+    """The name of a module as it was before wrappers."""
+    parts, module = [], model
+    for part in name.split(".") if name else []:
+        wrapped = (type(module).__name__, part) in _WRAPPERS
+        parts += [] if wrapped else [part]
+        module = getattr(module, part)
+    return ".".join(parts)
+
+
 def sparsifier_of(model: nn.Module) -> Sparsifier | None:
-    """The :class:`Sparsifier` of a model, also through ``torch.compile``'s or DDP's wrapper; None of a plain one."""
-    return next((found for m in model.modules() if (found := m.__dict__.get(_ATTRIBUTE)) is not None), None)
+    """As :func:`sparsifier`, but None of a plain model."""
+    parts = parts_of(model)
+    if len(parts) > 1:
+        names = ", ".join(repr(part.name) if part.name else "the model itself" for part in parts)
+        raise SeveralSparsifiersError(
+            f"{len(parts)} modules of the model were sparsified, each with a sparsifier of its own: {names}. Pass one "
+            "of these modules, not the whole model"
+        )
+    return parts[0].sparsifier if parts else None
+
+
+def some_parts_of(model: nn.Module) -> list[Part]:
+    """As :func:`parts_of`.
+
+    Raises:
+        NotSparseError: there are none.
+    """
+    parts = parts_of(model)
+    if parts:
+        return parts
+    inside = next((weight.name for p in model.parameters() if (weight := of(p)) is not None), None)
+    if inside is not None:
+        raise NotSparseError(
+            f"the module is a part of one that was sparsified, where a weight of it is called {inside!r}; pass that "
+            "module, the one given to mst_compile.sparsify"
+        )
+    raise NotSparseError("the model is not sparse; call mst_compile.sparsify(model, schedule) first")
 
 
 def sparsifier(model: nn.Module) -> Sparsifier:
-    """The :class:`Sparsifier` of a model that was sparsified, also through ``torch.compile``'s or DDP's wrapper.
+    """The :class:`Sparsifier` of a model that was sparsified, also through ``torch.compile``'s or DDP's wrapper, or of
+    the one module in it that was.
 
     Raises:
         NotSparseError: the model is not sparse.
+        SeveralSparsifiersError: several modules of the model were sparsified separately; the message names them.
+        ModelError: it is no model.
     """
+    check_model("sparsifier", model)
+    some_parts_of(model)
     found = sparsifier_of(model)
-    if found is None:
-        raise NotSparseError("the model is not sparse; call mst_compile.sparsify(model, schedule) first")
+    assert found is not None
     return found

@@ -107,7 +107,7 @@ class SparseWeight:
         """A weight whose blocks are all active."""
         grid = candidate.grid
         assert grid is not None
-        mask = torch.ones(grid.shape, dtype=torch.bool)
+        mask = torch.ones(grid.shape, dtype=torch.bool, device="cpu")
         backbone = torch.zeros_like(mask) if guard == "none" else wrapped_diagonal(grid.shape)
         index = None if grid.block == 1 else new_index(grid, candidate.parameter.device)
         density, tied, note = candidate.density, candidate.tied, candidate.note
@@ -292,6 +292,11 @@ def _address(parameter: Tensor) -> int:
 def of(parameter: object) -> SparseWeight | None:
     """The sparse state of ``parameter``, or ``None``."""
     return getattr(parameter, _ATTRIBUTE, None)
+
+
+def bound() -> list[tuple[str, Tensor]]:
+    """Names and Parameters of all sparse weights of this process that are alive."""
+    return [(weight.name, p) for p in _hooks if (weight := of(p)) is not None]
 
 
 def carry(old: Tensor, new: Tensor) -> None:

@@ -176,8 +176,9 @@ def test_checkpoints_that_do_not_fit(which: str) -> None:
     model = sparsify(Blocks(), SPARSE, seed=3)
     own = sparsifier(model)
     masks, step, seed = own.masks, own.step_count, own.seed
+    state = other_states()[which]
     with unchanged(model), pytest.raises(CheckpointError):
-        own.load_state_dict(other_states()[which])
+        own.load_state_dict(state)
     assert all(torch.equal(masks[n], m) for n, m in own.masks.items())
     assert (own.step_count, own.seed) == (step, seed)
 
