@@ -1,0 +1,149 @@
+"""What does not train, or trains on dense products, keeps what it has and is said."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from helpers import Blocks, compiled, static
+from situations import X, same, train
+from torch import Tensor, nn
+from training import loss_of
+
+from mst_compile import Constant, MSTWarning, densify, explain, sparsifier, sparsify
+from mst_compile.errors import WeightError
+
+# -- frozen and idle weights -------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Two experts, of which the first alone sees tokens unless told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: Tensor, which: int = 0) -> Tensor:
+        return x + self.experts[which](x)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_idle_experts_and_frozen_weights_keep_everything(resumed: bool) -> None:
+    torch.manual_seed(0)
+    schedule = Constant(0.7, interval=3, growth="random")
+    model = sparsify(Experts(), schedule)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    (model(X, 1).square().mean() + model(X, 0).square().mean()).backward()  # both: step 1
+    optimizer.step()
+    optimizer.zero_grad()
+    for step in range(2, 12):
+        if step == 5 and resumed:
+            state = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+            model = sparsify(Experts(), schedule)
+            optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        if step == 4:  # the event of step 3 was the idle one's last
+            idle = {
+                "mask": sparsifier(model).masks["experts.1.weight"],
+                "value": model.experts[1].weight.detach().clone(),
+            }
+        loss_of(model, X).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(sparsifier(model).masks["experts.1.weight"], idle["mask"])
+    assert torch.equal(model.experts[1].weight, idle["value"])
+    assert sparsifier(model).weights["experts.0.weight"].changes > 2
+    model.experts[0].weight.requires_grad_(False)
+    model.experts[0].weight.grad = None
+    before = sparsifier(model).masks["experts.0.weight"], model.experts[0].weight.detach().clone()
+    for _ in range(7):
+        loss_of(model, X).backward()
+        optimizer.step()
+    assert torch.equal(sparsifier(model).masks["experts.0.weight"], before[0])
+    assert torch.equal(model.experts[0].weight, before[1])
+
+
+def test_a_schedule_that_stands_still_is_said() -> None:
+    """An adapter on a frozen sparse base."""
+    model = sparsify(Blocks(), static())
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.adapter = nn.Linear(32, 32)
+    optimizer = torch.optim.SGD(model.adapter.parameters(), 0.1)
+
+    def step() -> None:
+        model.adapter(model(X)).square().mean().backward()
+        optimizer.step()
+
+    for _ in range(9):
+        step()
+    with pytest.warns(MSTWarning, match=r"does not advance: SGD has stepped 10 times but trains other Parameters"):
+        step()
+
+
+# -- nothing is dense in silence ---------------------------------------------------------------------------------------
+
+
+def test_sparsify_after_the_first_compiled_call() -> None:
+    model = Blocks()
+    run = compiled(model)
+    run(X)
+    sparsify(model, static(0.3), block=8)
+    run(X)
+    assert all(row.kernel == "block-sparse" for row in explain(model))
+    densify(model)
+    sparsify(model, static(), block=4)  # another grid than compiled graphs know
+    run(X)
+    assert all(row.kernel == "block-sparse" for row in explain(model))
+
+
+def test_weights_that_no_graph_takes_are_named() -> None:
+    model = sparsify(Blocks(), static())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(
+        MSTWarning, match=r"no graph compiled by backend=\"mst\" has taken layers\.0\.1\.weight, .*1 more"
+    ):
+        train(model, optimizer, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 20)
+        other = sparsify(Blocks(), static())
+        train(compiled(other), torch.optim.SGD(other.parameters(), 0.1), 12)
+
+
+def test_explain_says_what_runs_now() -> None:
+    model = sparsify(Blocks(), static())
+    compiled(model)(X)
+    assert {row.kernel for row in explain(model)} == {"block-sparse"}
+    for name, weight in sparsifier(model).weights.items():
+        sparsifier(model).apply_mask(name, torch.ones_like(weight.mask))
+    compiled(model)(X)
+    rows = explain(model)
+    assert all(row.kernel == "dense" and "dense products at the present density" in row.status for row in rows)
+
+
+def test_a_module_that_was_replaced() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)), static())
+    model[0] = nn.Linear(32, 32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss_of(model, X).backward()
+    with pytest.raises(WeightError, match=r"0\.weight is another Parameter than the one that was made sparse"):
+        optimizer.step()
+
+
+def test_a_sparse_model_after_its_dense_twin() -> None:
+    """Dynamo lets them share a graph, whichever it was compiled for."""
+    dense = Blocks()
+    first = compiled(dense)
+    first(X)
+    model = sparsify(Blocks(), static())
+    second = compiled(model)
+    same(model, second)
+    assert all(row.kernel == "block-sparse" for row in explain(model))
+    same(dense, first)
+    other = sparsify(Blocks(), static())
+    same(other, compiled(other))
+    assert all(row.kernel == "block-sparse" for row in explain(other))
