@@ -33,7 +33,7 @@ class Dispatch:
         first_call: the inputs of the first call, where ``example_inputs`` are fakes of another one's.
     """
 
-    _last: Dispatch | None = None  # which graph was the last to run
+    _last = 0  # id of the graph that was the last to run: no reference, which would keep it alive
 
     def __init__(
         self,
@@ -105,9 +105,9 @@ class Dispatch:
         if written and not self._hold_zeros(args):
             self._held = []
             return None
-        if held != self._held or self._epoch != epoch.value or Dispatch._last is not self:
+        if held != self._held or self._epoch != epoch.value or Dispatch._last != id(self):
             self._chosen = self._choose(args)
-            self._held, self._epoch, Dispatch._last = held, epoch.value, self
+            self._held, self._epoch, Dispatch._last = held, epoch.value, id(self)
         return self._chosen
 
     def _look(self, args: Sequence[Any]) -> bool:
