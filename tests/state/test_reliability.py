@@ -347,6 +347,61 @@ def test_growth_reads_the_last_gradients_of_a_closure() -> None:
         assert torch.equal(a, b)
 
 
+class Sam(torch.optim.Optimizer):
+    """Sharpness-aware minimization (arXiv 2010.01412): AdamW after weights were moved and put back, through ``.data``."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1e-2})
+        self.base = torch.optim.AdamW(self.param_groups, 1e-2)
+        self.param_groups = self.base.param_groups
+        self.before: list[Tensor] = []
+
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        self.before = [p.detach().clone() for p in self.parameters()]
+        for p in self.parameters():
+            p.add_(p.grad, alpha=0.05)  # type: ignore[arg-type]
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for p, before in zip(self.parameters(), self.before, strict=True):
+            p.data = before
+        self.base.step()
+        self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_optimizer_in_two_calls(closed: bool) -> None:
+    model, run, _ = start("gradient", interval=3)
+    optimizer = Sam(model.parameters())
+    with warnings.catch_warnings():
+        # On the step before an event gradients are dense, and so is what moves the weights for a moment.
+        warnings.filterwarnings("ignore", "values stand outside", MSTWarning)
+        for _ in range(10):
+            loss_of(run, X).backward()
+            if closed:
+                optimizer.step(lambda: loss_of(run, X).backward())
+            else:
+                optimizer.first_step()
+                loss_of(run, X).backward()
+                optimizer.second_step()
+            assert_zero_outside(model, optimizer.base, gradients=False)
+    assert sparsifier(model).step_count == 10
+    assert all(weight.changes > 3 for weight in sparsifier(model).weights.values())
+    same(model, run)
+
+
 # -- steps that fail, models that have nothing to do with each other ---------------------------------------------------
 
 
