@@ -348,7 +348,7 @@ def test_growth_reads_the_last_gradients_of_a_closure() -> None:
 
 
 class Sam(torch.optim.Optimizer):
-    """Sharpness-aware minimization (arXiv 2010.01412): AdamW after weights were moved and put back, through ``.data``."""
+    """Sharpness-aware minimization (arXiv 2010.01412): weights are moved, and put back through ``.data``."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {"lr": 1e-2})
