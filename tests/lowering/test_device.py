@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mst_compile
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.state import selection
 from mst_compile.state.selection import select
 
 F32 = torch.float32
@@ -43,8 +44,9 @@ def toy(kind: str, **more: Any) -> device.Device:
     )
 
 
-def test_a_device_is_added_from_outside(registered: dict[str, device.Device]) -> None:
+def test_a_device_is_added_from_outside(registered: dict[str, device.Device], monkeypatch: pytest.MonkeyPatch) -> None:
     device.register(toy("xpu"))
+    monkeypatch.setattr(selection, "is_fake", lambda tensor: False)  # a real weight, but for the device
     model = nn.Linear(64, 64, device="meta")
     with FakeTensorMode():  # needs no such device
         model.weight = nn.Parameter(torch.empty(64, 64, device="xpu"))
