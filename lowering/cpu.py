@@ -11,10 +11,8 @@ from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
 
-from . import cpu_attention, cpu_linear, device
+from . import cpu_attention, cpu_choice, cpu_linear, device
 from .memory import keep_freed_memory
-
-_CROSSOVER = 0.8  # a little below where the lines of benchmarks/layers.py meet
 
 
 def why_no_attention(dtype: torch.dtype, size: int) -> str | None:
@@ -55,7 +53,8 @@ device.register(
         "cpu",
         why_unsupported=cpu_linear.why_unsupported,
         why_no_attention=why_no_attention,
-        crossover=lambda *_: _CROSSOVER,
+        times=cpu_choice.times,
+        chooses=True,
         default_block=8,
         implementations={
             "linear": cpu_linear.linear,

@@ -15,6 +15,8 @@ from torch._inductor.lowering import lowerings
 from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
 
+from mst_compile.ops.linear import DENSITY
+
 from . import cpu_linear
 
 _KERNEL = "mst_linear_out"
@@ -30,7 +32,16 @@ def _unit_stride(x: Any) -> Any:
     return x if V.graph.sizevars.statically_known_equals(strides[-1], 1) else ir.ExternKernel.copy_input(x)
 
 
-def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, *_: Any) -> Any:
+def _linear(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    index: Any,
+    block: int,
+    transposed: bool,
+    density: float = DENSITY,
+    choose: bool = False,
+) -> Any:
     """``x W + bias`` as one extern kernel on ``x`` viewed as ``[M, in]``."""
     reason = cpu_linear.why_unsupported(x.get_dtype(), weight.get_dtype(), block)
     if reason is not None or (bias is not None and cpu_linear.why_no_bias(bias.get_dtype()) is not None):
@@ -51,15 +62,15 @@ def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: 
         ir.ExternKernelOut(
             layout,
             operands,
-            kwargs={"block": block, "transposed": transposed},
+            kwargs={"block": block, "transposed": transposed, "choose": choose},
             python_kernel_name=f"extern_kernels.{_KERNEL}",
         )
     )
     return out if len(lead) == 1 else view(out, [*lead, out_features])
 
 
-def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool, *_: Any) -> Any:
-    return _linear(grad, weight, None, index, block, not transposed)
+def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool, *tuning: Any) -> Any:
+    return _linear(grad, weight, None, index, block, not transposed, *tuning)
 
 
 LOWERINGS: Mapping[str, Callable[..., Any]] = {"linear": _linear, "linear_grad_input": _grad_input}

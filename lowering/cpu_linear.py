@@ -10,7 +10,9 @@ import torch
 from mst_compile.kernels import cpu as kernels
 from torch import Tensor
 
-from mst_compile.blocks.index import DENSE_GRAD
+from mst_compile.blocks.index import DENSE_GRAD, NNZ
+
+from . import cpu_choice, cpu_dense, cpu_times
 
 
 def why_unsupported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: int) -> str | None:
@@ -43,25 +45,38 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, block: int, transposed: bool, density: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    block: int,
+    transposed: bool,
+    density: float = 0.0,
+    choose: bool = False,
 ) -> Tensor | None:
     """``mst::linear``; None where there is no kernel."""
     bias_fits = bias is None or (bias.device.type == "cpu" and why_no_bias(bias.dtype) is None)
     if not _supported(block, x, weight.dtype, weight, index) or not bias_fits:
         return None
     out = x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
-    linear_out(x, weight, index, bias, block=block, transposed=transposed, out=out)
+    linear_out(x, weight, index, bias, block=block, transposed=transposed, choose=choose, out=out)
     return out
 
 
 def grad_input(
-    grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool, density: float = 0.0
+    grad: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    block: int,
+    transposed: bool,
+    density: float = 0.0,
+    choose: bool = False,
 ) -> Tensor | None:
     """``mst::linear_grad_input``; None where there is no kernel."""
     if not _supported(block, grad, weight.dtype, weight, index):
         return None
     out = grad.new_empty((*grad.shape[:-1], weight.shape[0 if transposed else 1]))
-    linear_out(grad, weight, index, block=block, transposed=not transposed, out=out)
+    linear_out(grad, weight, index, block=block, transposed=not transposed, choose=choose, out=out)
     return out
 
 
@@ -74,6 +89,7 @@ def grad_weight(
     dtype: torch.dtype,
     bias: bool,
     density: float = 0.0,
+    choose: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """``mst::linear_grad_weight``; None where there is no kernel, and for a gradient on all blocks."""
     if not _supported(block, grad, dtype, x, index) or grad.dtype != x.dtype or int(index[DENSE_GRAD]):
@@ -82,8 +98,22 @@ def grad_weight(
     a, b = (x2, gy) if transposed else (gy, x2)
     gw = torch.empty(a.shape[1], b.shape[1], dtype=dtype, device="cpu")
     gb = torch.empty(gy.shape[1] if bias else 0, dtype=torch.float32, device="cpu")
-    kernels.grad_weight(a, b, index.contiguous(), block, gw, gb if bias else None, not transposed)
+    operands = a, b, index.contiguous(), block, gw, gb if bias else None, not transposed
+    if choose and _is_dense_faster(cpu_times.GRAD_WEIGHT, gw, block, x2, bias, index):
+        cpu_dense.grad_weight(*operands)
+    else:
+        kernels.grad_weight(*operands)
     return gw, gb
+
+
+def _is_dense_faster(kind: str, weight: Tensor, block: int, x: Tensor, bias: bool, index: Tensor) -> bool:
+    """Of a product with ``x`` ``[M, features]``; ``weight`` is one, or its gradient."""
+    if not x.numel() or not weight.numel():
+        return False
+    rows, cols = weight.shape
+    tokens = cpu_times.bucket(x.shape[0])
+    product = cpu_times.Product(kind, rows, cols, block, tokens, x.dtype, weight.dtype, bias)
+    return cpu_choice.is_dense_faster(product, int(index[NNZ]))
 
 
 # -- out variants, called by Inductor's generated code ----------------------------------------------------------------
@@ -97,13 +127,19 @@ def linear_out(
     *,
     block: int,
     transposed: bool,
+    choose: bool = False,
     out: Tensor,
 ) -> Tensor:
     """``out[..., :] = x W + bias``. Grad-input is the same product with the other orientation of the weight.
 
-    Operands may have any layout (other ones than the kernels' are copied), ``out`` is contiguous.
+    Operands may have any layout (other ones than the kernels' are copied), ``out`` is contiguous. With ``choose`` the
+    faster one of our product and the dense one runs.
     """
-    flat = out.view(-1, out.shape[-1])
-    bias = None if bias is None else bias.contiguous()
-    kernels.spmm(_rows(x), weight.contiguous(), bias, index.contiguous(), block, not transposed, flat)
+    flat, rows = out.view(-1, out.shape[-1]), _rows(x)
+    kind = cpu_times.COLS if transposed else cpu_times.ROWS
+    if choose and _is_dense_faster(kind, weight, block, rows, False, index):
+        cpu_dense.linear(rows, weight, bias, not transposed, flat)
+    else:
+        bias = None if bias is None else bias.contiguous()
+        kernels.spmm(rows, weight.contiguous(), bias, index.contiguous(), block, not transposed, flat)
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,12 @@ def _why_no_kernels() -> str | None:
     return None
 
 
+def _times(layers: Sequence[device.Layer], tuned: bool) -> list[device.LayerTimes]:
+    """One crossover for the whole graph: its products are all dense or all sparse."""
+    density = crossover.of_weights([layer.grid for layer in layers], tuned)
+    return [device.at_crossover(layer, density) for layer in layers]
+
+
 def _lowerings() -> Mapping[str, Callable[..., Any]]:
     from .gpu_inductor import LOWERINGS
 
@@ -64,7 +70,7 @@ device.register(
         "cuda",
         why_unsupported=why_unsupported,
         why_no_attention=why_no_attention,
-        crossover=crossover.of_weights,
+        times=_times,
         finest_block=TILE_BLOCK,  # a coarse grid costs density, a finer one all that could be saved
         lowerings=_lowerings,
     )

@@ -7,9 +7,10 @@ lowerings. A device is added by one file that registers one record; nothing else
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +22,59 @@ from mst_compile.ops.library import implement
 
 FINEST_BLOCK = 4  # that any device has kernels for
 _BLOCK = 32
+PRODUCTS = ("forward", "grad-input", "grad-weight")
+WORTH = 0.97  # of the dense time: what a sparse product may take to be called faster
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One place of a graph where ``tokens`` are multiplied with a sparse weight.
+
+    Attributes:
+        transposed: how the weight is stored, see :mod:`mst_compile.ops.linear`.
+        dtype: of the activations. weight_dtype: of the weight.
+        bias: whether a bias is added.
+        trained: whether gradients are wanted.
+    """
+
+    grid: BlockGrid
+    transposed: bool
+    tokens: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    bias: bool
+    trained: bool
+
+
+class Times(NamedTuple):
+    """Time of a dense product, and of the sparse one at density ``d``: ``fixed + per_density * d``.
+
+    In any unit that the products of a graph share.
+    """
+
+    dense: float
+    fixed: float
+    per_density: float
+
+    def saved(self, density: float) -> float:
+        """What the sparse product saves at ``density``; negative where it costs."""
+        return self.dense - self.fixed - self.per_density * density
+
+    @property
+    def crossover(self) -> float:
+        """The density from which the dense product is as fast or :data:`WORTH` faster; infinite where it never is."""
+        density = (WORTH * self.dense - self.fixed) / self.per_density
+        return math.inf if density > 1 else max(0.0, density)
+
+
+LayerTimes = Mapping[str, Times]
+"""Product of a layer (:data:`PRODUCTS`; the first alone if no gradients are wanted) -> its times."""
+
+
+def at_crossover(layer: Layer, density: float) -> LayerTimes:
+    """Times, in a unit of their own, of a layer of which no more is known than its crossover."""
+    size = layer.grid.rows * layer.grid.cols
+    return {product: Times(density * size / WORTH, 0.0, size) for product in PRODUCTS[: 3 if layer.trained else 1]}
 
 
 @dataclass(frozen=True)
@@ -32,8 +86,9 @@ class Device:
         why_unsupported: given the dtypes of input and weight and the block, why there is no kernel for such a product,
             or None if there is one.
         why_no_attention: the same of attention, given the dtype and the size of a head.
-        crossover: given the grids of a graph's weights, and whether a variant with sparse products has been compiled
-            yet, the mean density from which its dense products are faster. The same on all ranks.
+        times: given the layers of a graph, and whether a variant with sparse products has been compiled yet, how long
+            their products take. The same on all ranks.
+        chooses: whether the operators themselves run the faster product at every call, where they are allowed to.
         default_block: block of weights for which the user names none.
         finest_block: finest block with kernels; a weight that the default suits badly gets no finer one.
         implementations: operator (``"linear"``, ...) -> what computes it; it may decline, see
@@ -51,7 +106,8 @@ class Device:
     type: str
     why_unsupported: Callable[[torch.dtype, torch.dtype, int], str | None]
     why_no_attention: Callable[[torch.dtype, int], str | None]
-    crossover: Callable[[Sequence[BlockGrid], bool], float]
+    times: Callable[[Sequence[Layer], bool], Sequence[LayerTimes]]
+    chooses: bool = False
     default_block: int = _BLOCK
     finest_block: int = FINEST_BLOCK
     implementations: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -84,5 +140,5 @@ def of(device_type: str) -> Device:
         device_type,
         why_unsupported=lambda *_: f"no kernel for device {device_type}",
         why_no_attention=lambda *_: f"no attention kernel for device {device_type}",
-        crossover=lambda *_: 0.0,  # all products are dense
+        times=lambda layers, _: [at_crossover(layer, 0.0) for layer in layers],  # all products are dense
     )

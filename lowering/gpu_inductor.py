@@ -21,7 +21,9 @@ def _takes(x: Any, weight_dtype: torch.dtype, block: int, out_features: Any) -> 
     return not all(V.graph.sizevars.statically_known_equals(s, 1) for s in (*x.get_size()[:-1], out_features))
 
 
-def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, density: float = DENSITY) -> Any:
+def _linear(
+    x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, density: float = DENSITY, *_: Any
+) -> Any:
     if not _takes(x, weight.get_dtype(), block, weight.get_size()[1 if transposed else 0]):
         return None
     out = gpu.linear(x, weight, index, block, not transposed, density)
@@ -29,7 +31,9 @@ def _linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: 
     return out if bias is None else lowerings[torch.ops.aten.add.Tensor](out, to_dtype(bias, out.get_dtype()))
 
 
-def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool, density: float = DENSITY) -> Any:
+def _grad_input(
+    grad: Any, weight: Any, index: Any, block: int, transposed: bool, density: float = DENSITY, *_: Any
+) -> Any:
     if not _takes(grad, weight.get_dtype(), block, weight.get_size()[0 if transposed else 1]):
         return None
     return gpu.linear(grad, weight, index, block, transposed, density)
@@ -44,6 +48,7 @@ def _grad_weight(
     dtype: torch.dtype,
     bias: bool,
     density: float = DENSITY,
+    *_: Any,
 ) -> Any:
     features = x.get_size()[-1] * grad.get_size()[-1]
     if features == 1 or x.get_dtype() != grad.get_dtype() or not _takes(grad, dtype, block, features):

@@ -16,6 +16,8 @@ from mst_compile.kernels.cpu import build
 # The C++ kernels are keyed by their sources and may be shared between runs; Inductor's caches must not be: a test that
 # is served code of an earlier run proves nothing.
 os.environ.setdefault("MST_COMPILE_CACHE_DIR", str(build.cache_dir()))
+# Which product is faster depends on the machine and its load: tests that are not about the choice pin it.
+os.environ.setdefault("MST_COMPILE_DENSE_THRESHOLD", "0.8")
 _inductor_cache = tempfile.mkdtemp(prefix="mst-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache
 atexit.register(shutil.rmtree, _inductor_cache, ignore_errors=True)

@@ -1,7 +1,7 @@
 """CPU kernels: block-sparse products and sparse attention in C++, compiled at first use and called through ctypes."""
 
 from .attention import LSE_DTYPE, attention, attention_backward, supports_attention, supports_head
-from .build import why_inductor_has_no_compiler
+from .build import choose_isa, why_inductor_has_no_compiler
 from .library import (
     available,
     block_sumsq,
@@ -14,6 +14,7 @@ from .library import (
     why_unavailable,
     zero_inactive_,
 )
+from .processor import processor_name
 
 __all__ = [
     "LSE_DTYPE",
@@ -21,8 +22,10 @@ __all__ = [
     "attention_backward",
     "available",
     "block_sumsq",
+    "choose_isa",
     "grad_weight",
     "has_unit_stride",
+    "processor_name",
     "source_hash",
     "spmm",
     "supports",

@@ -29,11 +29,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
-from . import abi, table
+from . import abi, processor, table
 from .folder import UntrustedFolderError, cache_dir, open_cache_dir
 from .processes import CommandError, OutOfTimeError, run_all
 
@@ -81,24 +80,10 @@ def source_hash() -> str:
 # ---- instruction set -------------------------------------------------------------------------------------------------
 
 
-def _cpu_features() -> set[str]:
-    """What this CPU has, spelled without underscores."""
-    features: set[str] = set()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                features = set(line.split(":", 1)[1].split())
-                break
-    if not features:
-        capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        features = {"fma" if name == "fma3" else name for name, value in capabilities.items() if value is True}
-    return {feature.replace("_", "") for feature in features}
-
-
 @functools.cache
 def supported_isas() -> tuple[str, ...]:
     """Instruction sets this machine can run, best first."""
-    has = _cpu_features()
+    has = processor.features()
     return tuple(isa.name for isa in table.ISAS if has.issuperset(isa.needs.replace("_", "").split()))
 
 

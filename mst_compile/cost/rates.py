@@ -16,7 +16,6 @@ from mst_compile.blocks.bulk import block_mean_square
 from mst_compile.blocks.index import new_index, write_index
 from mst_compile.cost.flops import attention_saving
 from mst_compile.errors import ForecastError
-from mst_compile.lowering import device
 from mst_compile.rules.checks import shown
 from mst_compile.rules.masks import generator, random_mask
 from mst_compile.state.event import plan_event
@@ -116,7 +115,8 @@ def _points(model: nn.Module) -> tuple[dict[str, tuple[float, bool, str]], float
     own = sparsifier(model)
     highest, lowest = own.schedule.max_sparsity, own.schedule.min_sparsity
     threshold = _threshold(model)
-    middle = max((highest + max(lowest, 1 - 0.9 * threshold)) / 2, 1 - 0.9 * threshold)
+    middle = 1 - 0.9 * min(1.0, threshold)
+    middle = max((highest + max(lowest, middle)) / 2, middle)
     points = {
         "dense": (0.0, False, "full"),
         "top": (highest, False, "full"),
@@ -129,14 +129,10 @@ def _points(model: nn.Module) -> tuple[dict[str, tuple[float, bool, str]], float
 
 
 def _threshold(model: nn.Module) -> float:
-    """Mean density from which dense products run: as the compiled graphs have it, ``mst.dense_threshold`` included;
-    else where they become faster on the model's device."""
-    own = sparsifier(model)
-    known = [(w.numel, w.uses.dense_threshold) for w in own.weights.values() if w.uses.dense_threshold is not None]
-    if known:
-        return sum(n * threshold for n, threshold in known) / sum(n for n, _ in known)
-    where = device.of(next(own.parameters())[1].device.type)
-    return where.crossover([w.grid for w in own.weights.values()], False)
+    """Mean density from which dense products run, as the compiled graphs have it; 1 where none has taken a weight."""
+    weights = sparsifier(model).weights.values()
+    known = [(w.numel, w.uses.dense_threshold) for w in weights if w.uses.dense_threshold is not None]
+    return sum(n * threshold for n, threshold in known) / sum(n for n, _ in known) if known else 1.0
 
 
 @contextmanager

@@ -127,6 +127,8 @@ def _row(name: str, weight: SparseWeight, parameter: nn.Parameter) -> Row:
         if seen.dense_now:
             kernel = "dense"
             status += "; dense products at the present density, where they are faster"
+        elif seen.dense_products:
+            status += f"; dense {', '.join(seen.dense_products)} at the present density, where faster"
     elif seen.unmatched:
         kernel, status = "dense", f"not matched: {', '.join(seen.unmatched)}"
     else:

@@ -7,6 +7,7 @@ weights it is ``"inductor"``.
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,7 +42,8 @@ def mst(
     Args:
         mode: as for ``torch.compile(backend="inductor")``.
         options: Inductor's options, and our own: ``"mst.dense_threshold"`` (mean density from which the dense variant
-            runs; by default 0.8 on a CPU, and on a GPU where dense products were measured to become faster),
+            runs, and below which all products are sparse; by default ``$MST_COMPILE_DENSE_THRESHOLD``, else what was
+            measured to be faster, on a CPU for every product by itself),
             ``"mst.keep_memory"`` (see :mod:`mst_compile.lowering.memory`; default true) and ``"mst.inner"``
             (``"inductor"``, or ``"aot_eager"``/``"eager"`` for debugging).
 
@@ -79,7 +81,7 @@ def _split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[di
             patches[name.replace("-", "_")] = given
         else:
             raise BackendOptionError(f"option {name!r} is neither ours nor Inductor's (torch._inductor.list_options())")
-    threshold = own["mst.dense_threshold"]
+    threshold = own["mst.dense_threshold"] = _threshold(own["mst.dense_threshold"])
     number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
     if threshold is not None and not (number and 0 <= threshold <= 1):
         raise BackendOptionError(f"mst.dense_threshold must lie in [0, 1] or be None, got {threshold!r}")
@@ -92,6 +94,17 @@ def _split_options(mode: str | None, options: dict[str, Any] | None) -> tuple[di
     slot = "post_grad_custom_post_pass"
     patches[slot] = SourceKey(patches.get(slot, inductor_config.post_grad_custom_post_pass))
     return own, patches
+
+
+def _threshold(given: Any) -> Any:
+    """The user's threshold, that of the environment where there is none."""
+    text = os.environ.get("MST_COMPILE_DENSE_THRESHOLD", "")
+    if given is not None or not text:
+        return given
+    try:
+        return float(text)
+    except ValueError:
+        raise BackendOptionError(f"MST_COMPILE_DENSE_THRESHOLD must be a number in [0, 1], got {text!r}") from None
 
 
 def _inner(name: str, patches: dict[str, Any], devices: Sequence[device.Device]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from mst_compile.graph import passes
 from mst_compile.graph.attention.constant import Constant
-from mst_compile.graph.context import Context, Site
+from mst_compile.graph.context import Context, Product, Site
 from mst_compile.graph.fx import clone, placeholders, value
 from mst_compile.graph.linear import fake_index
 from mst_compile.graph.notes import note_attention, warn_unmatched
@@ -22,6 +23,8 @@ from mst_compile.graph.passes import Stage
 from mst_compile.lowering import device
 from mst_compile.state import weight as weights
 from mst_compile.state.weight import SparseWeight
+
+_MANY_TOKENS = 1 << 16
 
 CompileFn = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -111,14 +114,23 @@ def _late(tracing: torch._guards.TracingContext) -> torch._guards.TracingContext
     return own
 
 
+def _varies(example: Any) -> bool:
+    if isinstance(example, Tensor):
+        return any(isinstance(size, torch.SymInt) for size in example.shape)
+    return isinstance(example, torch.SymInt)
+
+
 class Compiler:
     """Compiles variants of one graph when they are asked for, and forgets the graph when all exist.
 
     Args:
         found: position among the inputs -> state of the sparse parameter that came in there.
+        choose: whether products of a variant with sparse ones may run dense where that is faster.
 
     Attributes:
         slots: positions of the sparse parameters whose index a variant with sparse products takes, in this order.
+        products: position of a sparse parameter -> the products with it that can be sparse.
+        varying: positions of the inputs whose sizes may differ from call to call.
     """
 
     def __init__(
@@ -127,6 +139,7 @@ class Compiler:
         example_inputs: Sequence[Any],
         found: Mapping[int, SparseWeight],
         compile_fn: CompileFn,
+        choose: bool,
     ) -> None:
         self._compile_fn = compile_fn
         self._found = found
@@ -136,12 +149,15 @@ class Compiler:
             found,
             why_unsupported=lambda where, *operands: device.of(where).why_unsupported(*operands),
             why_no_attention=lambda where, *operands: device.of(where).why_no_attention(*operands),
+            choose=choose,
         )
         self._inputs = [value(n) for n in placeholders(graph_module.graph)]
+        self.varying = [i for i, x in enumerate(self._inputs) if _varies(x)]
         passes.apply(passes.of(Stage.GRAPH), graph_module, self._context)
         sparse = clone(graph_module)
         passes.apply(passes.of(Stage.PRODUCTS), sparse, self._context)
         self.slots = list(self._context.indices)
+        self.products = self._context.products
         self._note_weights(warn=record.why_not_compiled() is None)  # else one warning has told already
         # Attention is rewritten when a variant with it is compiled: both graphs may be needed with either pattern.
         self._graphs = {False: graph_module, True: sparse}
@@ -168,12 +184,23 @@ class Compiler:
 
     def sizes(self, shape: tuple[Any, ...], args: Sequence[Any]) -> tuple[int, ...]:
         """A shape in the graph, symbolic where Dynamo made it so, as it is in the call with ``args``."""
+        return tuple(int(size) for size in self._numbers(shape, args))
+
+    def tokens(self, product: Product, args: Sequence[Any]) -> int:
+        """How many tokens a product multiplies in the call with ``args``; many, if they depend on values."""
+        tokens = math.prod(self._numbers(product.shape[:-1], args))
+        return int(tokens) if not getattr(tokens, "free_symbols", None) else _MANY_TOKENS
+
+    def _numbers(self, shape: tuple[Any, ...], args: Sequence[Any]) -> tuple[Any, ...]:
+        """A shape with the sizes of ``args`` in it; what depends on values stays symbolic."""
         symbolic = next((size for size in shape if isinstance(size, torch.SymInt)), None)
         if symbolic is None:
             return shape
         inputs = [x if isinstance(x, Tensor | torch.SymInt) else None for x in self._inputs]
-        bound = symbolic.node.shape_env.bind_symbols(inputs, args)
-        return tuple(int(s.node.expr.xreplace(bound)) if isinstance(s, torch.SymInt) else s for s in shape)
+        # At the first call numbers are symbols; asking one for its value would make it a constant of the graph.
+        given = [x.node.hint if isinstance(x, torch.SymInt) else x for x in args]
+        bound = symbolic.node.shape_env.bind_symbols(inputs, given)
+        return tuple(s.node.expr.xreplace(bound) if isinstance(s, torch.SymInt) else s for s in shape)
 
     def _note_weights(self, warn: bool) -> None:
         """Tell the weights what became of their products."""

@@ -35,6 +35,23 @@ class Site:
     query: tuple[Any, ...] = ()
 
 
+@dataclass(frozen=True)
+class Product:
+    """One product of a graph with a sparse weight.
+
+    Attributes:
+        shape: of its input ``[..., in]``; sizes may be symbolic.
+        dtype: of its input and output.
+        transposed: how the weight is stored, see :mod:`mst_compile.ops.linear`.
+        bias: whether it adds one.
+    """
+
+    shape: tuple[Any, ...]
+    dtype: torch.dtype
+    transposed: bool
+    bias: bool
+
+
 def _nothing_against(*_: Any) -> str | None:
     return None
 
@@ -50,8 +67,10 @@ class Context:
         why_unsupported: given a device type, the dtypes of input and weight and the block, why the device has no kernel
             for such a product, or None if it has one.
         why_no_attention: the same of attention, given a device type, its dtype and head size.
+        choose: whether products may run dense where that is faster.
 
         indices: keys of ``weights`` whose index became an input of the graph, after all others and in this order.
+        products: keys of ``weights`` -> the products with it that became sparse.
         matched: keys of ``weights`` -> the places in the model's code where a product with it became sparse.
         unmatched: keys of ``weights`` -> why products with it stay dense.
         sites: what became of each attention.
@@ -63,8 +82,10 @@ class Context:
     inputs: Sequence[Any] = ()
     why_unsupported: Callable[[str, torch.dtype, torch.dtype, int], str | None] = _nothing_against
     why_no_attention: Callable[[str, torch.dtype, int], str | None] = _nothing_against
+    choose: bool = False
 
     indices: list[int] = field(default_factory=list)
+    products: dict[int, list[Product]] = field(default_factory=dict)
     matched: dict[int, list[str]] = field(default_factory=dict)
     unmatched: dict[int, list[str]] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)

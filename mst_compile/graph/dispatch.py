@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mst_compile.blocks.grid import BlockGrid
 from mst_compile.errors import TopologyChangedError
 from mst_compile.graph.compiler import CompileFn, Compiler, Kind, Variant
+from mst_compile.graph.context import Product
+from mst_compile.graph.gain import SlotTimes, saves, uniform_threshold
 from mst_compile.graph.linear import fake_index
 from mst_compile.graph.notes import warn_written
 from mst_compile.lowering import device
+from mst_compile.lowering.device import Layer
 from mst_compile.state.weight import SparseWeight, epoch
 
 _FIRST_CALLS = 2  # at which the values of weights are looked at
@@ -28,8 +32,8 @@ class Dispatch:
 
     Args:
         found: position among the inputs -> state of the sparse parameter that came in there.
-        dense_threshold: the dense variant runs when the parameters' mean density is at least this; None: at the density
-            where dense products become faster on the weights' device.
+        dense_threshold: the dense variant runs when the parameters' mean density is at least this, and below it all
+            products are sparse; None: what is faster on the weights' device.
         first_call: the inputs of the first call, where ``example_inputs`` are fakes of another one's.
     """
 
@@ -49,7 +53,8 @@ class Dispatch:
         self._attention = found[self._first].attention
         self._given_threshold = dense_threshold
         self._device = device.of(example_inputs[self._first].device.type)
-        self._compiler = Compiler(graph_module, example_inputs, found, compile_fn)
+        choose = dense_threshold is None and self._device.chooses
+        self._compiler = Compiler(graph_module, example_inputs, found, compile_fn, choose)
         self._slots = [(i, found[i].signature) for i in self._compiler.slots]
         self._positions = [i for i, _ in self._slots]
         self._variants: dict[tuple[bool, bool], Variant] = {}
@@ -58,7 +63,9 @@ class Dispatch:
         self._chosen: list[Tensor] | None = None
         self._epoch = -1
         self._calls_to_look = _FIRST_CALLS
-        self._set_threshold()
+        self._sizes: list[Any] = []
+        self._times: SlotTimes | None = None  # to be asked for
+        self._threshold = 0.0 if dense_threshold is None else dense_threshold
         given = example_inputs if first_call is None else first_call
         indices = self._indices(given)
         self._make((indices is not None, self._patterned(given)), [*given, *(indices or [])])
@@ -79,7 +86,7 @@ class Dispatch:
 
     def _make(self, kind: tuple[bool, bool], inputs: Sequence[Any]) -> Variant:
         self._variants[kind] = self._compiler.variant(Kind(*kind), inputs)
-        self._set_threshold()
+        self._times, self._epoch = None, -1  # tuning has measured some now
         return self._variants[kind]
 
     def _indices(self, args: Sequence[Any]) -> list[Tensor] | None:
@@ -105,6 +112,9 @@ class Dispatch:
         if written and not self._hold_zeros(args):
             self._held = []
             return None
+        sizes = [recording, *(_size(args[i]) for i in self._compiler.varying)]
+        if sizes != self._sizes:
+            self._sizes, self._times, self._epoch = sizes, None, -1
         if held != self._held or self._epoch != epoch.value or Dispatch._last != id(self):
             self._chosen = self._choose(args)
             self._held, self._epoch, Dispatch._last = held, epoch.value, id(self)
@@ -133,7 +143,7 @@ class Dispatch:
     def _choose(self, args: Sequence[Any]) -> list[Tensor] | None:
         """The index tensors, or None, by the masks of the moment."""
         indices: list[Tensor] = []
-        active = total = 0
+        weights: list[SparseWeight] = []
         held = [(args[i], getattr(args[i], "_mst_weight", None), signature) for i, signature in self._slots]
         for i, (parameter, weight, signature) in enumerate(held):
             if weight is None and isinstance(parameter, FakeTensor):
@@ -145,16 +155,49 @@ class Dispatch:
             if index.device != parameter.device:
                 weight.to_device(parameter.device)
                 index = weight.index
+            weights.append(weight)
             indices.append(index if not isinstance(parameter, FakeTensor) else fake_index(weight, parameter.fake_mode))
-            active += weight.active
-            total += weight.numel
-        sparse = len(indices) == len(held) and active < self._threshold * total
-        for _, weight, signature in held:
+        sparse = len(indices) == len(held) and self._pays(args, weights)
+        for i, (_, weight, signature) in enumerate(held):
             if weight is not None:
                 weight.uses.seen, weight.uses.dense_now = True, not sparse
                 if weight.signature == signature:
                     weight.uses.dense_threshold = self._threshold
+                    weight.uses.dense_products = self._dense_products(i, weight.density) if sparse else ()
         return indices if sparse else None
+
+    def _pays(self, args: Sequence[Any], weights: Sequence[SparseWeight]) -> bool:
+        """Whether the variant with sparse products is the one to run."""
+        if self._given_threshold is not None:
+            return sum(w.active for w in weights) < self._given_threshold * sum(w.numel for w in weights)
+        if self._times is None:
+            self._times = self._measured(args)
+            self._threshold = uniform_threshold(self._times, self._device.chooses)
+        return saves(self._times, [weight.density for weight in weights], self._device.chooses)
+
+    def _dense_products(self, slot: int, density: float) -> tuple[str, ...]:
+        """The products with a slot's weight that run dense within the variant with sparse ones."""
+        if self._times is None or not self._device.chooses:
+            return ()
+        names = (name for times in self._times[slot] for name, t in times.items() if density >= t.crossover)
+        return tuple(dict.fromkeys(names))
+
+    def _measured(self, args: Sequence[Any]) -> SlotTimes:
+        """The times of each slot's products, from the device."""
+        if any(isinstance(args[i], FakeTensor) for i in self._positions):
+            return [[] for _ in self._positions]  # DDP's first call
+        slots = [
+            [self._layer(product, args[i], signature, args) for product in self._compiler.products[i]]
+            for i, signature in self._slots
+        ]
+        tuned = any(sparse for sparse, _ in self._variants)
+        found = iter(self._device.times([layer for layers in slots for layer in layers], tuned))
+        return [[next(found) for _ in layers] for layers in slots]
+
+    def _layer(self, product: Product, weight: Tensor, signature: tuple[int, int, int], args: Sequence[Any]) -> Layer:
+        grid, tokens = BlockGrid(*signature), self._compiler.tokens(product, args)
+        trained = torch.is_grad_enabled()
+        return Layer(grid, product.transposed, tokens, product.dtype, weight.dtype, product.bias, trained)
 
     def _patterned(self, args: Sequence[Any]) -> bool:
         """Whether attention is sparse in the model that is running: another may share this graph."""
@@ -192,9 +235,9 @@ class Dispatch:
         if weight is not None and weight.attention.queries is not None:
             weight.attention.queries += [self._compiler.sizes(query, args) for query in variant.queries]
 
-    def _set_threshold(self) -> None:
-        """Look the crossover up: before compiling an estimate, after it what tuning measured."""
-        grids = [self._found[i].grid for i, _ in self._slots]
-        given, tuned = self._given_threshold, any(sparse for sparse, _ in self._variants)
-        self._threshold = self._device.crossover(grids, tuned) if given is None else given
-        self._epoch = -1
+
+def _size(x: Any) -> Any:
+    """What may vary of an input from call to call; at the first one numbers are symbols with a hint."""
+    if isinstance(x, Tensor):
+        return x.shape
+    return x.node.hint if isinstance(x, torch.SymInt) else x

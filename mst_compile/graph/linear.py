@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from mst_compile.graph.context import Context
+from mst_compile.graph.context import Context, Product
 from mst_compile.graph.fx import (
     CHECKPOINT,
     EINSUMS,
@@ -132,7 +132,7 @@ class _Rewrite:
             self._context.unmatched.setdefault(key, []).append(reason)
             return
         index = region.receive(self._index(region, key))
-        self._replace(node, found, base, index, self._context.weights[key], found.rows_are_out == flipped)
+        self._replace(node, found, base, index, key, found.rows_are_out == flipped)
         self._context.matched.setdefault(key, []).append(node.meta.get("stack_trace") or "")
 
     def _why_not(self, node: fx.Node, found: Match, way: list[Any], weight: SparseWeight) -> str | None:
@@ -161,17 +161,27 @@ class _Rewrite:
             self._context.indices.append(key)
         return self._indices[key]
 
-    def _replace(
-        self, node: fx.Node, found: Match, base: fx.Node, index: fx.Node, weight: SparseWeight, transposed: bool
-    ) -> None:
-        emit, out = Emitter(node), value(node)
+    def _replace(self, node: fx.Node, found: Match, base: fx.Node, index: fx.Node, key: int, transposed: bool) -> None:
+        emit, out, weight = Emitter(node), value(node), self._context.weights[key]
         bias, extra = found.bias, None
         if bias is not None and value(bias).dim() != 1:
             bias, extra = None, bias  # addmm adds any broadcastable tensor
         x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
         # Rounded, so that weights of nearly the same density share compiled code.
         density = max(0.01, round(weight.density_target, 2))
-        new = emit(torch.ops.mst.linear.default, x, base, bias, index, weight.grid.block, transposed, density)
+        new = emit(
+            torch.ops.mst.linear.default,
+            x,
+            base,
+            bias,
+            index,
+            weight.grid.block,
+            transposed,
+            density,
+            self._context.choose,
+        )
+        product = Product(tuple(value(x).shape), out.dtype, transposed, bias is not None)
+        self._context.products.setdefault(key, []).append(product)
         if extra is not None:
             new = emit(operator.add, new, extra)
         new.meta["example_value"] = out

@@ -4,7 +4,8 @@
 (Hugging Face ``Conv1D``). ``index`` is the packed index of :mod:`mst_compile.blocks.index`, ``block`` its block edge.
 A weight is exactly 0 outside its active blocks, as the sparsifier keeps it: a kernel may skip those zeros or not.
 ``density`` is the share of active blocks that kernels are tuned for; no result depends on it. It is an argument so that
-it belongs to the product: compiled code of another density is another graph, in every cache too.
+it belongs to the product: compiled code of another density is another graph, in every cache too. ``choose`` allows a
+device to run a dense product where that was measured to be faster.
 
 The reference below is plain PyTorch on the masked dense weight. It is the oracle of all kernels, and what runs on a
 device, dtype or block that has none.
@@ -43,6 +44,7 @@ def linear_reference(
     block: int,
     transposed: bool,
     density: float = DENSITY,
+    choose: bool = False,
 ) -> Tensor:
     """``y[..., out] = x[..., in] W + bias`` on the active blocks of ``weight``, in ``x``'s dtype."""
     w = masked(weight, index, block).to(x.dtype)
@@ -51,7 +53,13 @@ def linear_reference(
 
 
 def grad_input_reference(
-    grad: Tensor, weight: Tensor, index: Tensor, block: int, transposed: bool, density: float = DENSITY
+    grad: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    block: int,
+    transposed: bool,
+    density: float = DENSITY,
+    choose: bool = False,
 ) -> Tensor:
     """Gradient of :func:`linear_reference` with respect to ``x``, in ``grad``'s dtype."""
     w = masked(weight, index, block).to(grad.dtype)
@@ -67,6 +75,7 @@ def grad_weight_reference(
     dtype: torch.dtype,
     bias: bool,
     density: float = DENSITY,
+    choose: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to ``weight`` (exact 0 outside the active blocks, unless the index asks for a dense one)
     in ``dtype``, and ``bias`` in at least float32 (empty if ``bias`` is false)."""
@@ -83,28 +92,28 @@ def grad_weight_reference(
 
 define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor index, int block, bool transposed,"
-    " float density=0.2) -> Tensor",
+    " float density=0.2, bool choose=False) -> Tensor",
     linear_reference,
 )
 define(
     "linear_grad_input(Tensor grad, Tensor weight, Tensor index, int block, bool transposed,"
-    " float density=0.2) -> Tensor",
+    " float density=0.2, bool choose=False) -> Tensor",
     grad_input_reference,
 )
 define(
     "linear_grad_weight(Tensor grad, Tensor x, Tensor index, int block, bool transposed, ScalarType dtype, bool bias,"
-    " float density=0.2) -> (Tensor, Tensor)",
+    " float density=0.2, bool choose=False) -> (Tensor, Tensor)",
     grad_weight_reference,
 )
 
 
 @torch.library.register_fake(_LINEAR)
-def _(x: Tensor, weight: Tensor, bias: Any, index: Any, block: int, transposed: bool, density: Any = None) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Any, index: Any, block: int, transposed: bool, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
 
 
 @torch.library.register_fake(_GRAD_INPUT)
-def _(grad: Tensor, weight: Tensor, index: Any, block: int, transposed: bool, density: Any = None) -> Tensor:
+def _(grad: Tensor, weight: Tensor, index: Any, block: int, transposed: bool, *_: Any) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], weight.shape[0 if transposed else 1]))
 
 
@@ -117,7 +126,7 @@ def _(
     transposed: bool,
     dtype: torch.dtype,
     bias: bool,
-    density: Any = None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     shape = (x.shape[-1], grad.shape[-1]) if transposed else (grad.shape[-1], x.shape[-1])
     wide = torch.promote_types(grad.dtype, torch.float32)
@@ -125,7 +134,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, index, ctx.block, ctx.transposed, ctx.density = inputs
+    x, weight, bias, index, ctx.block, ctx.transposed, *ctx.rest = inputs
     needs_x, needs_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, index)
     ctx.weight_dtype = weight.dtype
@@ -137,15 +146,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_x = grad_w = grad_b = None
     if needs_x:
-        grad_x = torch.ops.mst.linear_grad_input(grad, weight, index, ctx.block, ctx.transposed, ctx.density)
+        grad_x = torch.ops.mst.linear_grad_input(grad, weight, index, ctx.block, ctx.transposed, *ctx.rest)
     if needs_weight:
         grad_w, fused = torch.ops.mst.linear_grad_weight(
-            grad, x, index, ctx.block, ctx.transposed, ctx.weight_dtype, needs_bias, ctx.density
+            grad, x, index, ctx.block, ctx.transposed, ctx.weight_dtype, needs_bias, *ctx.rest
         )
         grad_b = fused.to(ctx.bias_dtype) if needs_bias else None
     elif needs_bias:
         grad_b = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, grad_w, grad_b, None, None, None, None
+    return grad_x, grad_w, grad_b, None, None, None, None, None
 
 
 torch.library.register_autograd(_LINEAR, _backward, setup_context=_save)

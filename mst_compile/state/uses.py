@@ -45,9 +45,12 @@ class Uses:
         places: places in the model's code whose product with the weight became sparse -> how many in one graph. The
             same code compiled again, for another batch size perhaps, adds none.
         dense_threshold: mean density from which the graph that last ran with the weight, perhaps one compiled for
-            another layer of the same form, takes dense products; None: no graph could take sparse ones.
+            another layer of the same form, takes dense products, infinite if never; None: no graph could take sparse
+            ones.
         seen: whether a compiled graph has taken the weight.
         dense_now: whether the graph that last ran with the weight took dense products.
+        dense_products: those of ``"forward"``, ``"grad-input"`` and ``"grad-weight"`` that ran dense in a graph with
+            sparse products, as they are faster.
         warned: the user was told that its products stay dense.
         written: the user was told that values stand outside the active blocks.
         unmatched: why uses stay dense.
@@ -57,6 +60,7 @@ class Uses:
     dense_threshold: float | None = None
     seen: bool = False
     dense_now: bool = False
+    dense_products: tuple[str, ...] = ()
     warned: bool = False
     written: bool = False
     unmatched: list[str] = field(default_factory=list)

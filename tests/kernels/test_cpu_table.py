@@ -9,7 +9,7 @@ import pytest
 import torch
 from cpu_cases import Case, assert_summed, check_grad_weight, check_spmm
 from mst_compile.kernels import cpu
-from mst_compile.kernels.cpu import build, table
+from mst_compile.kernels.cpu import build, processor, table
 from mst_compile.kernels.cpu.library import Library
 from oracles import Exact, assert_as_good_as
 from torch.nn.functional import scaled_dot_product_attention
@@ -103,7 +103,7 @@ def test_blocks_that_are_no_entry() -> None:
 
 
 def supported(monkeypatch: pytest.MonkeyPatch, features: str) -> tuple[str, ...]:
-    monkeypatch.setattr(build, "_cpu_features", lambda: set(features.replace("_", "").split()))
+    monkeypatch.setattr(processor, "features", lambda: frozenset(features.replace("_", "").split()))
     build.supported_isas.cache_clear()
     try:
         return build.supported_isas()

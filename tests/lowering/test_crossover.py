@@ -29,7 +29,7 @@ from mst_compile.blocks.grid import BlockGrid
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """No crossover measured yet, on a pretend GPU; yields the folder where measurements are kept."""
     monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(crossover, "_measured", {})
+    monkeypatch.setattr(crossover._kept, "own", {})
     crossover._folder.cache_clear()
     with pretend_h100():
         yield tmp_path
@@ -57,7 +57,7 @@ def test_crossover_is_measured_by_tuning(fresh: Path) -> None:
     crossover.from_tuning({Choice("forward"): float("inf"), Choice(): 2.0}, "mst_linear")
     assert crossover.of_grid(GRID) == pytest.approx(0.4)
     # Another process reads what this one has measured.
-    crossover._measured.clear()
+    crossover._kept.own.clear()
     assert crossover.of_grid(GRID) == pytest.approx(0.4)
     # Sparse so slow that dense always wins, sparse so fast that it never does.
     crossover.record(BlockGrid(64, 64, 32), "forward", 0.2, dense=1.0, sparse=100.0)
@@ -70,14 +70,16 @@ def test_crossover_of_several_weights_counts_their_sizes(fresh: Path) -> None:
     small, large = BlockGrid(64, 64, 32), BlockGrid(64, 192, 32)
     crossover.record(small, "forward", 0.5, dense=1.0, sparse=1.0)
     crossover.record(large, "forward", 0.5, dense=1.0, sparse=2.5)
-    assert device.of("cuda").crossover([small, large], False) == pytest.approx((0.5 + 3 * 0.2) / 4)
-    assert device.of("cpu").crossover([small, large], False) == 0.8
+    half = torch.bfloat16
+    layers = [device.Layer(grid, False, 64, half, half, bias=True, trained=True) for grid in (small, large)]
+    found = [times.crossover for layer in device.of("cuda").times(layers, False) for times in layer.values()]
+    assert found == [pytest.approx((0.5 + 3 * 0.2) / 4)] * 6
 
 
 @pytest.mark.parametrize("text", ["[0.1, ", "", "5", '["a", 1, 2]', "[0.1, -1, 2]", "[0, 1, 1]", "[NaN, 1, 1]", "{}"])
 def test_a_broken_record_is_no_error(text: str, fresh: Path) -> None:
     crossover.record(GRID, "forward", 0.1, dense=1.0, sparse=1.0)
-    crossover._measured.clear()
+    crossover._kept.own.clear()
     (broken,) = crossover._folder().iterdir()
     broken.write_text(text)
     estimate = crossover.of_grid(GRID)
@@ -99,7 +101,7 @@ def test_a_cache_in_which_others_write_is_left_alone(
     monkeypatch.delenv("MST_COMPILE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     crossover.record(GRID, "forward", 0.1, dense=2.0, sparse=1.0)
-    crossover._measured.clear()
+    crossover._kept.own.clear()
     assert crossover.of_grid(GRID) == pytest.approx(0.2)
     (tmp_path / "mst_compile").chmod(0o777)
     crossover._folder.cache_clear()
@@ -111,20 +113,20 @@ def test_a_cache_in_which_others_write_is_left_alone(
 def test_processes_that_measure_at_the_same_time_lose_nothing_of_each_other(fresh: Path) -> None:
     """This one has looked before the other writes, and writes after it."""
     crossover.of_grid(GRID)
-    mine = crossover._measured
-    crossover._measured = {}
+    mine = crossover._kept.own
+    crossover._kept.own = {}
     crossover.record(GRID, "forward", 0.2, dense=2.0, sparse=1.0)  # the other
-    crossover._measured = mine
+    crossover._kept.own = mine
     crossover.record(GRID, "grad-weight", 0.2, dense=4.0, sparse=2.0)
     assert crossover.of_grid(GRID) == pytest.approx(0.4)
-    crossover._measured = {}
-    assert sorted(crossover._times(GRID)) == [(0.2, 2.0, 1.0), (0.2, 4.0, 2.0)]
+    crossover._kept.own = {}
+    assert sorted(crossover._kept.starting_with(f"{crossover._key(GRID)} ")) == [(0.2, 2.0, 1.0), (0.2, 4.0, 2.0)]
 
 
 def test_times_of_one_grid_are_not_taken_for_anothers(fresh: Path) -> None:
     crossover.record(BlockGrid(256, 512, 64), "forward", 0.2, dense=1.0, sparse=1.0)
     for other in (BlockGrid(56, 512, 64), BlockGrid(256, 512, 6), BlockGrid(256, 51, 64)):
-        assert not crossover._times(other)
+        assert not crossover._kept.starting_with(f"{crossover._key(other)} ")
 
 
 # -- ranks -------------------------------------------------------------------------------------------------------------
@@ -185,11 +187,12 @@ def test_inductor_tells_us_what_it_has_tuned() -> None:
 def test_the_backend_asks_for_the_crossover(threshold: float, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[BlockGrid], bool]] = []
 
-    def of_weights(grids: Any, tuned: bool) -> float:
-        seen.append((list(grids), tuned))
-        return threshold
+    def times(layers: Any, tuned: bool) -> list[device.LayerTimes]:
+        seen.append(([layer.grid for layer in layers], tuned))
+        return [device.at_crossover(layer, threshold) for layer in layers]
 
-    monkeypatch.setitem(device._records, "cpu", dataclasses.replace(device.of("cpu"), crossover=of_weights))
+    monkeypatch.delenv("MST_COMPILE_DENSE_THRESHOLD")
+    monkeypatch.setitem(device._records, "cpu", dataclasses.replace(device.of("cpu"), times=times, chooses=False))
     model = mst_compile.sparsify(nn.Linear(128, 64), static(0.5), block=16)
     fast = compiled(model)
     fast(torch.randn(2, 128))  # while it compiles both kinds are seen

@@ -39,7 +39,7 @@ def toy(kind: str, **more: Any) -> device.Device:
         kind,
         why_unsupported=lambda x, weight, block: None if block == 16 else f"the toy has no block {block}",
         why_no_attention=lambda dtype, size: f"the toy has no heads of {size}",
-        crossover=lambda grids, tuned: 0.4,
+        times=lambda layers, tuned: [device.at_crossover(layer, 0.4) for layer in layers],
         **{"default_block": 16, "finest_block": 16, **more},
     )
 
@@ -74,7 +74,9 @@ def test_an_unknown_device_runs_references_and_says_so() -> None:
     assert unknown.why_unsupported(F32, F32, 32) == "no kernel for device abacus"
     assert unknown.why_no_attention(F32, 64) == "no attention kernel for device abacus"
     assert (unknown.default_block, unknown.finest_block) == (32, 4)
-    assert unknown.crossover([BlockGrid(64, 64, 32)], False) == 0, "its products are dense at any density"
+    layer = device.Layer(BlockGrid(64, 64, 32), False, 8, F32, F32, bias=True, trained=True)
+    (times,) = unknown.times([layer], False)
+    assert all(t.crossover == 0 for t in times.values()), "its products are dense at any density"
     assert not unknown.lowerings()
     assert unknown.why_not_compiled() is None
 
@@ -87,7 +89,7 @@ def in_place_of_the_cpu(registered: dict[str, device.Device]) -> Iterator[list[s
     """A toy record for the CPU; what is asked of it is noted. It doubles products: nobody else would."""
     asked: list[str] = []
 
-    def linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, density: float) -> Any:
+    def linear(x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, *_: Any) -> Any:
         asked.append("declined" if bias is not None else "linear")
         if bias is not None:
             return None  # it declines
@@ -111,7 +113,10 @@ def test_everybody_asks_the_record(in_place_of_the_cpu: list[str]) -> None:
     assert all(row.kernel == "block-sparse" for row in mst_compile.explain(model))
 
 
-def test_its_threshold_decides_between_dense_and_sparse(in_place_of_the_cpu: list[str]) -> None:
+def test_its_threshold_decides_between_dense_and_sparse(
+    in_place_of_the_cpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MST_COMPILE_DENSE_THRESHOLD")
     model = mst_compile.sparsify(nn.Linear(64, 64, bias=False), static(0.5))
     x = torch.randn(2, 64)
     with torch.no_grad():

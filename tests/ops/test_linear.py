@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_cases import block_masks, expand, index_of
+from mst_compile.lowering import cpu_choice, cpu_dense, cpu_linear
 from oracles import Exact, assert_within, of_rounding, of_sum, product, total
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mst_compile.ops.linear  # noqa: F401  (registers the operators)
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.ops.linear import grad_input_reference, grad_weight_reference, linear_reference
+from mst_compile.ops.linear import DENSITY, grad_input_reference, grad_weight_reference, linear_reference
 
 linear = torch.ops.mst.linear
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -95,16 +97,17 @@ def assert_summed(got: Tensor, exact: Exact, terms: int, what: str, *dtypes: tor
     assert_within(got, exact.value, error * exact.magnitude, what)
 
 
-def check(case: Case, dense_grad: bool) -> None:
+def check(case: Case, dense_grad: bool, choose: bool = False) -> None:
     x, w, b = case.x, case.weight * case.keep, case.bias
     W = w if case.transposed else w.t()  # [in, out]
     g = case.grad
     rows, grad_rows = x.reshape(-1, W.shape[0]), g.reshape(-1, W.shape[1])
     xd, wd = case.x.dtype, case.weight.dtype
 
-    leaves = [t.detach().requires_grad_() for t in (case.x, case.weight)]
+    stored = w if choose else case.weight  # dense products read zeros where there are any
+    leaves = [t.detach().requires_grad_() for t in (case.x, stored)]
     bias = None if b is None else b.clone().requires_grad_()
-    y = linear(leaves[0], leaves[1], bias, case.index(dense_grad), case.block, case.transposed)
+    y = linear(leaves[0], leaves[1], bias, case.index(dense_grad), case.block, case.transposed, DENSITY, choose)
     assert y.dtype == xd
     assert y.shape == (*case.x.shape[:-1], W.shape[1])
     assert_summed(y, product(x, W, b), W.shape[0], "forward", xd, wd)
@@ -131,6 +134,28 @@ def check(case: Case, dense_grad: bool) -> None:
 @given(cases(), st.sampled_from([False, False, False, True]))
 def test_linear_and_gradients(case: Case, dense_grad: bool) -> None:
     check(case, dense_grad)
+
+
+@pytest.fixture(scope="module")
+def dense_is_faster() -> Iterator[list[str]]:
+    """As where every dense product was measured to be faster; the kinds of those that were asked about."""
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_choice, "is_dense_faster", lambda product, active: asked.append(product.kind) or True)
+        yield asked
+
+
+@settings(max_examples=150)
+@given(case=cases(), dense_grad=st.sampled_from([False, False, True]))
+def test_products_that_run_dense(dense_is_faster: list[str], case: Case, dense_grad: bool) -> None:
+    """The library's products are as right as ours, and their gradients exactly 0 outside the active blocks."""
+    dense_is_faster.clear()
+    check(case, dense_grad, choose=True)
+    on_kernels = cpu_linear.why_unsupported(case.x.dtype, case.weight.dtype, case.block) is None
+    if on_kernels and case.x.numel() and case.grad.numel() and not dense_grad:
+        assert (
+            dense_is_faster == ["cols", "rows", "grad-weight"] if case.transposed else ["rows", "cols", "grad-weight"]
+        )
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -219,6 +244,9 @@ def test_dense_gradients_are_as_precise_as_ordinary_ones(transposed: bool) -> No
             assert_summed(gw, exact, len(x), f"dense {dense}", F32)
 
 
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, torch.ops.aten.addmm.out)
+
+
 class Operands(TorchDispatchMode):
     """Checks that the matrices which PyTorch's products get have rows without gaps, or are transposes of such."""
 
@@ -227,7 +255,7 @@ class Operands(TorchDispatchMode):
         self.products = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        if func in PRODUCTS:
             for matrix in args[-2:]:
                 assert matrix.is_contiguous() or matrix.t().is_contiguous(), f"{func}: strides {matrix.stride()}"
             self.products += 1
@@ -250,7 +278,12 @@ def test_products_of_the_reference_get_rows_without_gaps(layout: str) -> None:
         grad_input_reference(grad, weight, index, 8, False)
         grad_weight_reference(grad, x, index, 8, False, BF16, True)
         torch.ops.mst.linear_grad_weight(grad, x, index, 8, False, BF16, True)
-    assert seen.products >= 3, "the operator's own runs below the mode"
+        # What runs where dense products are faster, with results that are given.
+        index = index_of(mask, 57, 199, 8)
+        cpu_dense.linear(x, weight, None, True, torch.empty(6, 57).bfloat16())
+        cpu_dense.linear(grad, weight, None, False, torch.empty(6, 199).bfloat16())
+        cpu_dense.grad_weight(grad, x, index, 8, torch.empty(57, 199), None, False)
+    assert seen.products >= 6, "the operator's own runs below the mode"
 
 
 @pytest.mark.parametrize("transposed", [False, True])

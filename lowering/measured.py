@@ -1,0 +1,86 @@
+"""Measurements on disk: a few numbers each, under a name.
+
+A file a measurement: processes that measure at the same time lose nothing of each other's, without a lock. A folder
+that cannot be written costs no more than measuring again in the next process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mst_compile.kernels.cpu.folder import open_cache_dir
+
+
+class Measurements:
+    """The measurements of one kind.
+
+    Args:
+        folder: where they are kept; asked at every use, it may raise OSError. A change of what they depend on must
+            lead to another folder: what stood in the old one would mislead.
+        length: how many numbers make a measurement, all positive.
+
+    Attributes:
+        own: what this process has measured, for a folder that cannot be written.
+    """
+
+    def __init__(self, folder: Callable[[], Path], length: int) -> None:
+        self._folder, self._length = folder, length
+        self.own: dict[str, tuple[float, ...]] = {}
+
+    def record(self, name: str, numbers: Sequence[float]) -> None:
+        """Keep a measurement; a later one of the same name replaces it. What holds no positive number is left out."""
+        values = self._checked(numbers)
+        if values is None:
+            return
+        self.own[name] = values
+        with contextlib.suppress(OSError):
+            folder = self._folder()
+            folder.mkdir(mode=0o700, exist_ok=True)
+            draft = folder / f"{name}.json.{os.getpid()}"
+            draft.write_text(json.dumps(values))
+            draft.replace(folder / f"{name}.json")
+
+    def find(self, name: str) -> tuple[float, ...] | None:
+        """The measurement of a name: as this process has it, else as it stands on disk."""
+        if name in self.own:
+            return self.own[name]
+        try:
+            return self._read(self._folder() / f"{name}.json")
+        except OSError:
+            return None
+
+    def starting_with(self, prefix: str) -> list[tuple[float, ...]]:
+        """All measurements whose names begin so; those on disk, where other processes add some, count."""
+        found = {name: numbers for name, numbers in self.own.items() if name.startswith(prefix)}
+        with contextlib.suppress(OSError):
+            for file in sorted(self._folder().glob(f"{prefix}*.json")):
+                numbers = self._read(file)
+                if numbers is not None:
+                    found[file.stem] = numbers
+        return list(found.values())
+
+    def _read(self, file: Path) -> tuple[float, ...] | None:
+        """The numbers in a file, or None if it holds anything else, as when it was cut off."""
+        try:
+            return self._checked(json.loads(file.read_text()))
+        except (OSError, ValueError):
+            return None
+
+    def _checked(self, numbers: object) -> tuple[float, ...] | None:
+        if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) != self._length:
+            return None
+        try:
+            values = tuple(float(number) for number in numbers)
+        except (TypeError, ValueError):
+            return None
+        return values if all(math.isfinite(number) and number > 0 for number in values) else None
+
+
+def cache_folder(kind: str) -> Path:
+    """A folder for measurements of one kind in the user's cache."""
+    return open_cache_dir() / kind

@@ -1,0 +1,36 @@
+"""Whether a graph with sparse products is faster than one with dense ones, by the times of its products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from mst_compile.lowering.device import LayerTimes
+
+SlotTimes = Sequence[Sequence[LayerTimes]]
+"""For each sparse weight of a graph, the times of each layer with it."""
+
+_LEAST = 0.02  # of the time of the dense products: what the sparse ones must save together
+_STEPS = 100
+
+
+def saves(slots: SlotTimes, densities: Sequence[float], chooses: bool) -> bool:
+    """Whether sparse products save time at the densities of the weights.
+
+    Args:
+        chooses: whether a product that is faster dense runs dense in the graph with sparse ones too. Where nothing is
+            known of any product, sparse ones run.
+    """
+    every = [(t, density) for layers, density in zip(slots, densities, strict=True) for x in layers for t in x.values()]
+    if not chooses:
+        return not every or sum(times.saved(density) for times, density in every) > 0
+    saved = sum(times.saved(density) for times, density in every if density < times.crossover)
+    return not every or saved > _LEAST * sum(times.dense for times, _ in every)
+
+
+def uniform_threshold(slots: SlotTimes, chooses: bool) -> float:
+    """The density from which sparse products save nothing if all weights have it; infinite if there is none."""
+    for step in range(_STEPS + 1):
+        if not saves(slots, [step / _STEPS] * len(slots), chooses):
+            return step / _STEPS
+    return math.inf

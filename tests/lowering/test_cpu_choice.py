@@ -1,0 +1,288 @@
+"""The choice between our products and the library's: what is measured, when, and what is made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from mst_compile.lowering import agreement, cpu_choice, cpu_times, device
+from mst_compile.lowering.cpu_times import COLS, GRAD_WEIGHT, ROWS, Product
+from mst_compile.lowering.device import Layer, Times
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
+
+from mst_compile.blocks.grid import BlockGrid
+
+F32, BF16 = torch.float32, torch.bfloat16
+PRODUCT = Product(ROWS, 64, 96, 8, 32, F32, F32)
+TIMES = Times(1.0, 0.1, 2.0)
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Product]:
+    """Nothing is known; what is measured from here on takes ``TIMES``, and is noted."""
+    asked: list[Product] = []
+    monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cpu_choice, "_known", {})
+    monkeypatch.setattr(cpu_choice._kept, "own", {})
+    monkeypatch.setattr(cpu_times, "measure", lambda product: asked.append(product) or TIMES)
+    return asked
+
+
+def forget() -> None:
+    """As in another process."""
+    cpu_choice._known.clear()
+    cpu_choice._kept.own.clear()
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(1e-6, 1), st.floats(1e-9, 1), st.floats(1e-9, 1), st.floats(0, 1))
+def test_below_its_crossover_a_product_saves_time(dense: float, fixed: float, slope: float, density: float) -> None:
+    times = Times(dense, fixed, slope)
+    if density < times.crossover:
+        assert times.saved(density) > 0
+    else:
+        assert times.saved(density) <= (1 - device.WORTH) * dense * (1 + 1e-9)
+    assert times.crossover == math.inf or 0 <= times.crossover <= 1
+
+
+def test_a_crossover_from_outside_is_kept() -> None:
+    layer = Layer(BlockGrid(64, 32, 8), False, 16, F32, F32, bias=True, trained=True)
+    found = device.at_crossover(layer, 0.35)
+    assert list(found) == list(device.PRODUCTS)
+    assert [t.crossover for t in found.values()] == [pytest.approx(0.35)] * 3
+    assert list(device.at_crossover(dataclasses.replace(layer, trained=False), 0.35)) == ["forward"]
+
+
+# -- when something is measured ----------------------------------------------------------------------------------------
+
+
+def test_a_product_is_measured_once_on_a_machine(measured: list[Product]) -> None:
+    for _ in range(2):
+        assert cpu_choice.of_product(PRODUCT) == TIMES
+        forget()
+    assert measured == [PRODUCT]
+    others = [PRODUCT._replace(**change) for change in (
+        {"kind": COLS}, {"rows": 72}, {"cols": 64}, {"block": 16}, {"tokens": 64}, {"dtype": BF16},
+        {"weight_dtype": BF16}, {"bias": True},
+    )]  # fmt: skip
+    for other in others:
+        cpu_choice.of_product(other)
+    assert measured == [PRODUCT, *others]
+
+
+@pytest.mark.parametrize("changed", ["threads", "processor", "torch", "instruction set", "kernels"])
+def test_what_times_depend_on_asks_for_new_ones(
+    changed: str, measured: list[Product], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu_choice.of_product(PRODUCT)
+    forget()
+    cpu_choice._machine.cache_clear()
+    before = torch.get_num_threads()
+    try:
+        if changed == "threads":
+            torch.set_num_threads(before + 1)
+        elif changed == "torch":
+            monkeypatch.setattr(torch, "__version__", "2.99")
+        else:
+            name = {"processor": "processor_name", "instruction set": "choose_isa", "kernels": "source_hash"}[changed]
+            monkeypatch.setattr(cpu_choice.kernels, name, lambda: "another")
+        cpu_choice.of_product(PRODUCT)
+    finally:
+        torch.set_num_threads(before)
+        cpu_choice._machine.cache_clear()
+    assert measured == [PRODUCT, PRODUCT]
+
+
+def test_a_pinned_folder_decides_on_any_machine(
+    measured: list[Product], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MST_COMPILE_TIMES", str(tmp_path / "pinned"))
+    cpu_choice.of_product(PRODUCT)
+    forget()
+    monkeypatch.setattr(cpu_choice, "_machine", lambda threads: "another")
+    monkeypatch.setattr(cpu_times, "measure", lambda product: Times(5.0, 1.0, 1.0))
+    assert cpu_choice.of_product(PRODUCT) == TIMES
+    assert cpu_choice.of_product(PRODUCT._replace(rows=8)) == Times(5.0, 1.0, 1.0), "what is missing is added"
+    assert len(list((tmp_path / "pinned").glob("*.json"))) == 2
+
+
+def test_a_choice_does_not_change_within_a_run(measured: list[Product], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu_choice.is_dense_faster(PRODUCT, 96)
+    assert not cpu_choice.is_dense_faster(PRODUCT, 41)  # of 96, the crossover being .435
+    assert cpu_choice.is_dense_faster(PRODUCT, 42)
+    cpu_choice._kept.record(cpu_choice._name(PRODUCT), Times(9.0, 0.1, 1.0))  # another process measures again
+    assert cpu_choice.is_dense_faster(PRODUCT, 42)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_only_what_a_layer_needs_is_measured(transposed: bool, measured: list[Product]) -> None:
+    layer = Layer(BlockGrid(64, 96, 8), transposed, 1000, BF16, F32, bias=True, trained=False)
+    (found,) = cpu_choice.times([layer], False)
+    assert list(found) == ["forward"]
+    forward, back = (COLS, ROWS) if transposed else (ROWS, COLS)
+    shape = 64, 96, 8, cpu_times.bucket(1000), BF16, F32
+    assert measured == [Product(forward, *shape)]
+    (found,) = cpu_choice.times([dataclasses.replace(layer, trained=True)], False)
+    assert list(found) == ["forward", "grad-input", "grad-weight"]
+    assert measured[1:] == [Product(back, *shape), Product(GRAD_WEIGHT, *shape, True)]
+
+
+@given(st.integers(1, 10**6))
+def test_tokens_are_measured_by_powers_of_two(tokens: int) -> None:
+    found = cpu_times.bucket(tokens)
+    assert found & (found - 1) == 0
+    most = cpu_times.bucket(10**9)
+    assert found <= most
+    assert found == most or 2 / 3 <= found / tokens <= 1.5
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+def ranks_choose_alike() -> None:
+    """Each rank is a machine of its own, with its own cache and speed."""
+    rank = dist.get_rank()
+    cpu_times.measure = lambda product: Times(1.0, 0.1, 1.0 + rank)  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MST_COMPILE_CACHE_DIR"] = folder
+        alone = cpu_choice.of_product(PRODUCT._replace(rows=8)) if rank == 1 else None  # nobody waits for the other
+        found = [cpu_choice.of_product(PRODUCT), cpu_choice.of_product(PRODUCT._replace(rows=8))]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, found)
+    assert every[0] == every[1]
+    assert alone in (None, found[1])
+    assert all(times.per_density in (1.0, 2.0) for times in found)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_ranks_choose_alike(tmp_path: Path) -> None:
+    assert ranks.run([ranks_choose_alike], 2, tmp_path) == {"ranks_choose_alike": ""}
+
+
+def test_ranks_whose_store_keeps_nothing_measure_nothing(measured: list[Product]) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        assert cpu_choice.of_product(PRODUCT).crossover == pytest.approx(0.8)
+    finally:
+        dist.destroy_process_group()
+    assert measured == []
+
+
+def test_a_rank_that_cannot_measure_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(agreement, "_agreed", {})
+
+    def fails() -> str:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        agreement.first_answer("question", fails)
+    assert agreement.first_answer("question", lambda: "another rank's") is None
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+PRODUCTS = [
+    Product(kind, rows, cols, block, tokens, *dtypes, kind == GRAD_WEIGHT)
+    for kind in (ROWS, COLS, GRAD_WEIGHT)
+    for rows, cols, block, tokens, dtypes in (
+        (40, 24, 8, 16, (F32, F32)), (33, 65, 4, 1, (BF16, F32)), (1, 1, 64, 2, (BF16, BF16))
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_times_are_measured(product: Product) -> None:
+    times = cpu_times.measure(product)
+    assert all(0 < seconds < 1 for seconds in times)
+
+
+def test_large_products_are_measured_on_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[BlockGrid, int]] = []
+    sides = cpu_times._sides
+
+    def noting(product: Product, grid: BlockGrid, tokens: int) -> Any:
+        seen.append((grid, tokens))
+        return sides(product, BlockGrid(16, 16, 8), 2)
+
+    monkeypatch.setattr(cpu_times, "_sides", noting)
+    whole = cpu_times.measure(PRODUCT._replace(rows=50257, cols=1024, tokens=512))
+    grid, tokens = seen[1]  # after a probe
+    assert (grid.rows * grid.cols, grid.rows % 8, grid.cols) == (pytest.approx(1.6e6, rel=0.3), 0, 1024)
+    assert tokens == 512
+    part = cpu_times.measure(PRODUCT._replace(rows=grid.rows, cols=1024, tokens=512))
+    assert whole.dense > 5 * part.dense, "seconds are those of the whole product"
+
+
+def test_measuring_disturbs_nobody() -> None:
+    """Whoever asks may be compiling, counting, differentiating, casting, or have set other defaults."""
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    before = torch.get_num_threads()
+    with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.device("meta"), torch.autocast("cpu"):
+        torch.set_default_dtype(torch.float64)
+        try:
+            times = [cpu_times.measure(product) for product in PRODUCTS[::4]]
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(0 < seconds < 1 for found in times for seconds in found)
+    assert counter.get_total_flops() == 0
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.get_num_threads() == before
+    with torch.inference_mode():
+        cpu_times.measure(PRODUCT)
+
+
+class Machine:
+    """A clock, and sides that take the time that is given, or longer where others run."""
+
+    def __init__(self, seconds: tuple[float, float, float], busy: float, seed: int) -> None:
+        self.now, self.random = 0.0, torch.Generator().manual_seed(seed)
+        self.sides = [lambda s=s: self.take(s) for s in seconds]
+        self.busy = busy
+
+    def take(self, seconds: float) -> None:
+        disturbed = float(torch.rand((), generator=self.random)) < self.busy
+        self.now += seconds * (1 + 4 * float(torch.rand((), generator=self.random)) * disturbed)
+
+
+@given(st.sampled_from([0.0, 0.3, 0.5]), st.integers(0, 2**31))
+def test_a_busy_machine_is_measured_as_a_quiet_one(busy: float, seed: int) -> None:
+    """Where about half of all calls are disturbed, the least times are those of a quiet machine in nearly all cases."""
+    machine, seconds = Machine((0.010, 0.002, 0.007), busy, seed), (0.010, 0.002, 0.007)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_times.time, "perf_counter", lambda: machine.now)
+        found = [min(times) for times in cpu_times._interleaved(machine.sides)]
+    off = [abs(got / right - 1) for got, right in zip(found, seconds, strict=True)]
+    assert sorted(off)[1] < 0.5
+    assert machine.now < 2 * cpu_times._MOST_SECONDS
+
+
+def test_several_threads_that_are_in_each_others_way_are_measured_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    before = torch.get_num_threads()
+    monkeypatch.setattr(cpu_times, "_interleaved", lambda sides: (threads.append(torch.get_num_threads()), noisy)[1])
+    noisy = [[1.0, 5.0], [0.2, 0.9], [0.7, 1.4]]
+    try:
+        torch.set_num_threads(4)
+        found = cpu_times.measure(PRODUCT)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [4, 1]
+    assert found == pytest.approx((4.0, 4 * cpu_times._TICK, 4.0), abs=1e-6), "four threads' share of the tokens"
