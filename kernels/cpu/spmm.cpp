@@ -14,14 +14,15 @@
 //             write y once, transposed in registers, bias included
 //
 // Intensity: NR * MV multiply-adds for NR + MV loads, 24 for 11 with AVX-512 (32 registers: 8 x 3; 4 x 6 for blocks of
-// 4) and 12 for 7 with 16 registers. W comes from L1, where it is reused by each tile of a panel, x^T from L2, y goes
+// 4) and 8 for 6 with 16 registers. There 4 x 3 would be 12 for 7 and fill all of them: compilers then spill sums within
+// the loop, or load x^T once more for each multiply-add, and two thirds of the speed are left. W comes from L1, where it is reused by each tile of a panel, x^T from L2, y goes
 // out once. Nothing depends on the block size but the length of the innermost loop, so fine blocks cost little.
 #include "spmm_plan.h"
 
 namespace mst {
 namespace {
 
-constexpr int wide_outputs = L == 16 ? 8 : 4, wide_vectors = 3, narrow_vectors = L == 16 ? 6 : 3;
+constexpr int wide_outputs = L == 16 ? 8 : 4, wide_vectors = L == 16 ? 3 : 2, narrow_vectors = L == 16 ? 6 : 2;
 constexpr int line_outputs = 32;  // outputs written to a tile's tokens together, so that lines of y fill up
 constexpr int64_t pack_rows = 4;  // output blocks packed at a time
 
