@@ -138,17 +138,21 @@ void pack(const E* src, int64_t ld, int64_t tokens, int64_t col0, int64_t width,
 
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
+template <int SW> MST_INLINE void add_piece(float* to, typename Floats<SW>::type v, bool first) {
+  store_n<SW>(to, first ? v : load_n<SW>(to) + v);
+}
+
 // Adds the vector v, made of `parts` strips' rows, to the sums of each strip.
 template <int parts> MST_INLINE void add_to(float* const* sums, int64_t at, vf v, bool first) {
   constexpr int SW = L / parts;
   if constexpr (parts == 1) {
     store(sums[0] + at, first ? v : load(sums[0] + at) + v);
   } else {
-    float lanes[L];
-    store(lanes, v);
-    for (int i = 0; i < parts; i++) {
-      float* to = sums[i] + at;
-      for (int c = 0; c < SW; c++) to[c] = first ? lanes[i * SW + c] : to[c] + lanes[i * SW + c];
+    add_piece<SW>(sums[0] + at, piece<parts, 0>(v), first);
+    add_piece<SW>(sums[1] + at, piece<parts, 1>(v), first);
+    if constexpr (parts == 4) {
+      add_piece<SW>(sums[2] + at, piece<parts, 2>(v), first);
+      add_piece<SW>(sums[3] + at, piece<parts, 3>(v), first);
     }
   }
 }

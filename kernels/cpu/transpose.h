@@ -184,4 +184,18 @@ template <int PARTS> static MST_INLINE vf join(const float* const* from, int64_t
 #endif
 }
 
+// The i-th of PARTS equal pieces of v.
+template <int PARTS, int I> static MST_INLINE typename Floats<L / PARTS>::type piece(vf v) {
+#if defined(MST_AVX512)
+  if constexpr (PARTS == 2 && I == 0) return (typename Floats<8>::type)_mm512_castps512_ps256((__m512)v);
+  if constexpr (PARTS == 2 && I == 1) return (typename Floats<8>::type)_mm512_extractf32x8_ps((__m512)v, 1);
+  if constexpr (PARTS == 4) return (v4f)_mm512_extractf32x4_ps((__m512)v, I);
+#elif MST_LANES == 8 && defined(__AVX__)
+  if constexpr (PARTS == 2) return (v4f)_mm256_extractf128_ps((__m256)v, I);
+#else
+  static_assert(PARTS == 1);
+  return v;
+#endif
+}
+
 }  // namespace mst
