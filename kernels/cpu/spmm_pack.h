@@ -30,6 +30,13 @@ struct Problem {
 
 // ---- packing W -----------------------------------------------------------------------------------------------------
 
+// Copies n elements, so few that a call of memcpy would cost more than they do.
+template <class E> MST_INLINE void copy_short(const E* src, E* out, int n) {
+  int c = 0;
+  for (; c + 4 <= n; c += 4) memcpy(static_cast<void*>(out + c), src + c, 4 * sizeof(E));
+  for (; c < n; c++) out[c] = src[c];
+}
+
 // The block at (row0, col0) of the stored weight, zero beyond the edges: W rounded to the precision of X even if E is
 // float, so that the result does not depend on the instruction set.
 template <class E, class X, class W>
@@ -48,7 +55,7 @@ MST_INLINE void fetch_block(const Problem& p, int64_t row0, int64_t col0, int64_
         out[r * B + c] = to_float(rounded);
       }
     else if constexpr (std::is_same_v<E, W>)
-      memcpy(static_cast<void*>(out + r * B), src, sizeof(E) * n);
+      copy_short(src, out + r * B, n);
     else if constexpr (std::is_same_v<W, float>)
       convert(src, out + r * B, n);
     else
