@@ -54,6 +54,7 @@ device.register(
         why_unsupported=cpu_linear.why_unsupported,
         why_no_attention=why_no_attention,
         times=cpu_choice.times,
+        attention_pays=cpu_choice.is_attention_faster,
         chooses=True,
         default_block=8,
         implementations={

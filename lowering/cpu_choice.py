@@ -1,8 +1,8 @@
-"""Which product is faster on this CPU, ours or the library's dense one: measured where it is first asked.
+"""What is faster on this CPU, ours or the library's: measured where it is first asked.
 
-A product of some shape, dtype, block and number of tokens is measured once (:mod:`.cpu_times`) and kept on disk, for
-this processor, number of threads, instruction set, PyTorch and version of the kernels. Within a process an answer never
-changes. Environment variable:
+A product, or causal attention, of some shape, dtype, block and number of tokens is measured once (:mod:`.cpu_times`,
+:mod:`.cpu_attention_times`) and kept on disk, for this processor, number of threads, instruction set, PyTorch and
+version of the kernels. Within a process an answer never changes. Environment variable:
 
 ``MST_COMPILE_TIMES``
     a folder of measurements to go by, whatever machine they come from, and to add to: with it a run makes the same
@@ -15,34 +15,37 @@ import functools
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from mst_compile.kernels import cpu as kernels
 
-from . import cpu_times
+from . import cpu_attention_times, cpu_times
 from .agreement import first_answer, several_ranks
+from .cpu_attention_times import AttentionTimes, CausalAttention
 from .cpu_times import Product
 from .device import WORTH, Layer, LayerTimes, Times
 from .measured import Measurements, cache_folder
 
-_UNKNOWN = Times(0.8 / WORTH, 0.0, 1.0)  # where nothing can be measured that all ranks would agree on
-
-_lock = threading.RLock()
-_known: dict[tuple[Product, int], Times] = {}  # product, threads -> what was measured
-
 
 def of_product(product: Product) -> Times:
     """Seconds of a product, measured at the first call."""
-    key = product, torch.get_num_threads()
-    found = _known.get(key)
-    if found is None:
-        with _lock:
-            found = _known.get(key)
-            if found is None:
-                found = _known[key] = _agreed(product)
-    return found
+    return Times(*_products.of(product, _name_of_product(product), cpu_times.measure))
+
+
+def of_attention(attention: CausalAttention) -> AttentionTimes:
+    """Seconds of causal attention, measured at the first call."""
+    return AttentionTimes(*_attentions.of(attention, _name_of_attention(attention), cpu_attention_times.measure))
+
+
+def is_attention_faster(length: int, size: int, dtype: torch.dtype, trained: bool) -> bool:
+    """Whether our kernel for causal attention is the faster one."""
+    if not length or not cpu_attention_times.supports(dtype, size):
+        return False
+    times = of_attention(CausalAttention(cpu_attention_times.bucket(length), size, dtype, trained))
+    return times.ours < WORTH * times.usual
 
 
 def is_dense_faster(product: Product, active: int) -> bool:
@@ -53,10 +56,10 @@ def is_dense_faster(product: Product, active: int) -> bool:
 
 def times(layers: Sequence[Layer], _: bool) -> list[LayerTimes]:
     """Seconds of the products of each layer; of one that is not trained only the forward product is measured."""
-    return [{name: of_product(product) for name, product in _products(layer).items()} for layer in layers]
+    return [{name: of_product(product) for name, product in _of_layer(layer).items()} for layer in layers]
 
 
-def _products(layer: Layer) -> dict[str, Product]:
+def _of_layer(layer: Layer) -> dict[str, Product]:
     grid, kinds = layer.grid, (cpu_times.ROWS, cpu_times.COLS)
     forward, back = reversed(kinds) if layer.transposed else kinds
     shape = grid.rows, grid.cols, grid.block, cpu_times.bucket(layer.tokens), layer.dtype, layer.weight_dtype
@@ -70,25 +73,65 @@ def _products(layer: Layer) -> dict[str, Product]:
 # ---- where times come from -------------------------------------------------------------------------------------------
 
 
-def _agreed(product: Product) -> Times:
-    if not several_ranks():
-        return _own(product)
-    answer = first_answer(_name(product), lambda: " ".join(map(repr, _own(product))))
-    return _UNKNOWN if answer is None else Times(*map(float, answer.split()))
+class _Answers:
+    """What is known of one kind of question: in this process, else on disk, else measured; the same on all ranks.
+
+    Args:
+        length: how many numbers an answer has.
+        unknown: the answer where nothing can be measured that all ranks would agree on.
+    """
+
+    def __init__(self, length: int, unknown: Sequence[float]) -> None:
+        self.kept = Measurements(lambda: _folder(), length)
+        self.known: dict[tuple[Hashable, int], Sequence[float]] = {}  # question, threads -> answer
+        self._unknown, self._lock = unknown, threading.RLock()
+
+    def of(self, question: Any, name: str, measure: Callable[[Any], Sequence[float]]) -> Sequence[float]:
+        key = question, torch.get_num_threads()
+        found = self.known.get(key)
+        if found is None:
+            with self._lock:
+                found = self.known.get(key)
+                if found is None:
+                    found = self.known[key] = self._agreed(question, name, measure)
+        return found
+
+    def forget(self) -> None:
+        """As in a new process."""
+        self.known.clear()
+        self.kept.own.clear()
+
+    def _agreed(self, question: Any, name: str, measure: Callable[[Any], Sequence[float]]) -> Sequence[float]:
+        def own() -> Sequence[float]:
+            found = self.kept.find(name)
+            if found is None:
+                found = tuple(measure(question))
+                self.kept.record(name, found)
+            return found
+
+        if not several_ranks():
+            return own()
+        answer = first_answer(name, lambda: " ".join(map(repr, own())))
+        return self._unknown if answer is None else [float(number) for number in answer.split()]
 
 
-def _own(product: Product) -> Times:
-    kept = _kept.find(_name(product))
-    if kept is None:
-        kept = cpu_times.measure(product)
-        _kept.record(_name(product), kept)
-    return Times(*kept)
+_products = _Answers(len(Times._fields), Times(0.8 / WORTH, 0.0, 1.0))
+_attentions = _Answers(len(AttentionTimes._fields), AttentionTimes(1.0, 1.0))
 
 
-def _name(product: Product) -> str:
-    dtypes = "-".join(str(dtype).removeprefix("torch.") for dtype in (product.dtype, product.weight_dtype))
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _name_of_product(product: Product) -> str:
+    dtypes = f"{_short(product.dtype)}-{_short(product.weight_dtype)}"
     bias = " bias" if product.bias else ""
     return f"{product.rows}x{product.cols}-{product.block} {product.kind} {product.tokens} {dtypes}{bias}"
+
+
+def _name_of_attention(attention: CausalAttention) -> str:
+    passes = "trained" if attention.trained else "forward"
+    return f"attention {attention.length} {attention.size} {_short(attention.dtype)} {passes}"
 
 
 def _folder() -> Path:
@@ -102,6 +145,3 @@ def _machine(threads: int) -> str:
     parts = [kernels.processor_name(), kernels.choose_isa(), kernels.source_hash(), torch.__version__, str(threads)]
     parts += [f"{name}={os.environ.get(name, '')}" for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-_kept = Measurements(_folder, len(Times._fields))

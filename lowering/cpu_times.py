@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,7 +33,7 @@ _CALL_SECONDS = 0.05
 _ROUNDS = 12
 _SECONDS = 0.08  # after which no further round begins, if two calls of each side agree
 _MOST_SECONDS = 0.2
-_AGREE = 1.15
+_AGREE = 1.08
 _CLEAR = 2.0  # how many times faster our side is at any density, that two rounds will do
 _TICK = 1e-9
 
@@ -76,7 +76,7 @@ def measure(product: Product) -> Times:
     """Time a product, in seconds; takes about a tenth of one. Leaves random states, modes and gradients alone."""
     rows, cols = _part(product)
     grid = BlockGrid(rows, cols, product.block)
-    with _undisturbed():
+    with undisturbed():
         tokens = _tokens(product, grid)
         seconds = _interleaved(_sides(product, grid, tokens))
         threads = torch.get_num_threads()
@@ -144,23 +144,32 @@ def _sides(product: Product, grid: BlockGrid, tokens: int) -> list[Callable[[], 
 
 
 def _interleaved(sides: list[Callable[[], None]]) -> list[list[float]]:
-    """Seconds of each call of each side, taken in turn until they are known well enough."""
+    """Seconds of each call of the dense product and ours at the densities, in turn."""
+
+    def clear(dense: float, _: float, high: float) -> bool:
+        return high / _DENSITIES[1] * _CLEAR < dense
+
+    return interleaved(sides, clear)
+
+
+def interleaved(sides: Sequence[Callable[[], object]], clear: Callable[..., bool]) -> list[list[float]]:
+    """Seconds of each call of each side, taken in turn until they are known well enough.
+
+    Args:
+        clear: of the least times so far, whether two rounds will do.
+    """
     seconds: list[list[float]] = [[] for _ in sides]
     start = time.perf_counter()
     for turn in range(_ROUNDS):  # the first touches memory that is new
         for times, side in zip(seconds, sides, strict=True):
             times.append(_seconds(side))
-        if turn and _known(seconds, time.perf_counter() - start):
+        if not turn:
+            continue
+        spent = time.perf_counter() - start
+        known = spent > _MOST_SECONDS or (spent > _SECONDS and _agree(seconds))
+        if known or clear(*(min(times) for times in seconds)):
             break
     return seconds
-
-
-def _known(seconds: list[list[float]], spent: float) -> bool:
-    """Whether more rounds would tell nothing, or take too long."""
-    dense, _, high = (min(times) for times in seconds)
-    if high / _DENSITIES[1] * _CLEAR < dense or spent > _MOST_SECONDS:
-        return True
-    return spent > _SECONDS and _agree(seconds)
 
 
 def _agree(seconds: list[list[float]]) -> bool:
@@ -168,7 +177,7 @@ def _agree(seconds: list[list[float]]) -> bool:
     return all(second < first * _AGREE for first, second in (sorted(times)[:2] for times in seconds))
 
 
-def _seconds(side: Callable[[], None]) -> float:
+def _seconds(side: Callable[[], object]) -> float:
     start = time.perf_counter()
     side()
     return time.perf_counter() - start
@@ -185,7 +194,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def undisturbed() -> Iterator[None]:
     """Whoever asks may be compiling, counting, differentiating or casting."""
     with (
         _disable_current_modes(),

@@ -34,7 +34,7 @@ from mst_compile.rules.checks import (
     check_whole,
     shown,
 )
-from mst_compile.rules.patterns import Parts, pairs
+from mst_compile.rules.patterns import FULL, Parts, pairs
 from mst_compile.state.selection import is_linear
 from mst_compile.state.sparsifier import parts_of
 from mst_compile.state.weight import SparseWeight
@@ -256,8 +256,12 @@ def _grad_weight(grad: Tensor, x: Tensor, index: Tensor, block: int, transposed:
 
 
 def _product(q: Tensor, parts: Sequence[int]) -> int:
-    """One product over the pairs of queries and keys that the parts hold; padding is not looked at."""
-    return 2 * q.shape[0] * q.shape[1] * q.shape[3] * pairs(Parts(*parts), int(q.shape[2]))
+    """One product over the pairs of queries and keys that the parts hold; padding is not looked at.
+
+    Of full attention all pairs count, as they do in PyTorch's own kernels.
+    """
+    length, held = int(q.shape[2]), Parts(*parts)
+    return 2 * q.shape[0] * q.shape[1] * q.shape[3] * (length**2 if held == FULL else pairs(held, length))
 
 
 @register_flop_formula(torch.ops.mst.attention, get_raw=True)

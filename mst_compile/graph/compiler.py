@@ -149,6 +149,7 @@ class Compiler:
             found,
             why_unsupported=lambda where, *operands: device.of(where).why_unsupported(*operands),
             why_no_attention=lambda where, *operands: device.of(where).why_no_attention(*operands),
+            attention_pays=lambda where, *shape: device.of(where).attention_pays(*shape, torch.is_grad_enabled()),
             choose=choose,
         )
         self._inputs = [value(n) for n in placeholders(graph_module.graph)]
@@ -175,6 +176,8 @@ class Compiler:
         constants, sites = self._give_pattern(graph_module, inputs) if kind.patterned else ([], [])
         queries = [site.query for site in sites if site.replaced]
         plain = kind._replace(patterned=False)
+        if not kind.patterned and self._context.choose:
+            passes.apply(passes.of(Stage.FULL), graph_module, replace(self._context, inputs=inputs))
         if kind.patterned and not queries:  # no attention here that could be sparse
             self._made[kind] = self.variant(plain, inputs)
         else:

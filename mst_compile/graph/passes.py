@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from mst_compile.graph import linear, multihead
-from mst_compile.graph.attention import causal, patterned
+from mst_compile.graph.attention import causal, full, patterned
 from mst_compile.graph.context import Context, Pass
 from mst_compile.graph.fx import recompile
 
@@ -16,12 +16,13 @@ from mst_compile.graph.fx import recompile
 class Stage(enum.Enum):
     """A graph is rewritten in up to three stages, each on a copy of what an earlier one made.
 
-    Both kinds of product start from the same graph, and attention is given its pattern in either.
+    Both kinds of product start from the same graph, and attention is given its pattern, or made fast, in either.
     """
 
     GRAPH = "every variant"
     PRODUCTS = "variants with sparse products"
     PATTERN = "variants with a pattern in their attention"
+    FULL = "variants without one"
 
 
 PASSES: list[tuple[Stage, Pass]] = [
@@ -29,6 +30,7 @@ PASSES: list[tuple[Stage, Pass]] = [
     (Stage.GRAPH, causal.run),
     (Stage.PRODUCTS, linear.run),
     (Stage.PATTERN, patterned.run),
+    (Stage.FULL, full.run),
 ]
 
 

@@ -71,9 +71,10 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Times]:
     """Times by product, or by kind; everything else is much faster sparse. No threshold is given."""
     times: dict[Any, Times] = {}
     monkeypatch.delenv("MST_COMPILE_DENSE_THRESHOLD")
-    monkeypatch.setattr(cpu_choice, "_known", {})
-    monkeypatch.setattr(cpu_choice._kept, "own", {})
-    monkeypatch.setattr(cpu_choice._kept, "_folder", _no_folder)
+    for answers in (cpu_choice._products, cpu_choice._attentions):
+        monkeypatch.setattr(answers, "known", {})
+        monkeypatch.setattr(answers.kept, "own", {})
+    monkeypatch.setattr(cpu_choice, "_folder", _no_folder)
     monkeypatch.setattr(
         cpu_times, "measure", lambda p: times.get(p) or times.get(p.kind) or times.get((p.rows, p.cols)) or SPARSE
     )
@@ -212,7 +213,7 @@ def test_a_threshold_overrides_what_was_measured(
     model = mst_compile.sparsify(nn.Linear(64, 48), static(0.7), block=8)
     step(model, torch.compile(model, backend="mst", options=options), torch.randn(20, 64))
     assert ran == ["sparse rows", "sparse cols", "sparse grad-weight"]
-    assert cpu_choice._known == {}, "nothing was measured"
+    assert cpu_choice._products.known == {}, "nothing was measured"
 
 
 @pytest.mark.parametrize("text", ["often", "1.5", "-1", "nan"])

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from mst_compile.lowering import agreement, cpu_choice, cpu_times, device
+from mst_compile.lowering import agreement, cpu_attention_times, cpu_choice, cpu_times, device
+from mst_compile.lowering.cpu_attention_times import AttentionTimes, CausalAttention
 from mst_compile.lowering.cpu_times import COLS, GRAD_WEIGHT, ROWS, Product
 from mst_compile.lowering.device import Layer, Times
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,16 +35,14 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Product]:
     """Nothing is known; what is measured from here on takes ``TIMES``, and is noted."""
     asked: list[Product] = []
     monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(cpu_choice, "_known", {})
-    monkeypatch.setattr(cpu_choice._kept, "own", {})
+    for answers in (cpu_choice._products, cpu_choice._attentions):
+        monkeypatch.setattr(answers, "known", {})
+        monkeypatch.setattr(answers.kept, "own", {})
     monkeypatch.setattr(cpu_times, "measure", lambda product: asked.append(product) or TIMES)
     return asked
 
 
-def forget() -> None:
-    """As in another process."""
-    cpu_choice._known.clear()
-    cpu_choice._kept.own.clear()
+forget = cpu_choice._products.forget
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
@@ -124,7 +123,9 @@ def test_a_choice_does_not_change_within_a_run(measured: list[Product], monkeypa
     assert cpu_choice.is_dense_faster(PRODUCT, 96)
     assert not cpu_choice.is_dense_faster(PRODUCT, 41)  # of 96, the crossover being .435
     assert cpu_choice.is_dense_faster(PRODUCT, 42)
-    cpu_choice._kept.record(cpu_choice._name(PRODUCT), Times(9.0, 0.1, 1.0))  # another process measures again
+    cpu_choice._products.kept.record(
+        cpu_choice._name_of_product(PRODUCT), Times(9.0, 0.1, 1.0)
+    )  # another process measures again
     assert cpu_choice.is_dense_faster(PRODUCT, 42)
 
 
@@ -212,6 +213,31 @@ def test_times_are_measured(product: Product) -> None:
     assert all(0 < seconds < 1 for seconds in times)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("trained", [False, True])
+def test_attention_is_measured(dtype: torch.dtype, trained: bool) -> None:
+    times = cpu_attention_times.measure(CausalAttention(32, 16, dtype, trained))
+    assert all(0 < seconds < 1 for seconds in times)
+
+
+def test_attention_is_measured_once_and_where_there_is_a_kernel(
+    measured: list[Product], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[CausalAttention] = []
+    for ours, faster in ((0.5, True), (0.99, False), (2.0, False)):
+        cpu_choice._attentions.forget()
+        monkeypatch.setenv("MST_COMPILE_TIMES", os.environ["MST_COMPILE_CACHE_DIR"] + f"/{ours}")
+        times = AttentionTimes(1.0, ours)
+        monkeypatch.setattr(cpu_attention_times, "measure", lambda found, times=times: asked.append(found) or times)
+        for _ in range(2):
+            assert cpu_choice.is_attention_faster(500, 64, F32, True) == faster
+    assert asked == [CausalAttention(512, 64, F32, True)] * 3
+    assert not cpu_choice.is_attention_faster(500, 63, F32, True), "no kernel for such heads"
+    assert not cpu_choice.is_attention_faster(500, 64, torch.float16, True)
+    assert not cpu_choice.is_attention_faster(0, 64, F32, True)
+    assert len(asked) == 3
+
+
 def test_large_products_are_measured_on_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[BlockGrid, int]] = []
     sides = cpu_times._sides
@@ -262,16 +288,18 @@ class Machine:
         self.now += seconds * (1 + 4 * float(torch.rand((), generator=self.random)) * disturbed)
 
 
-@given(st.sampled_from([0.0, 0.3, 0.5]), st.integers(0, 2**31))
-def test_a_busy_machine_is_measured_as_a_quiet_one(busy: float, seed: int) -> None:
-    """Where about half of all calls are disturbed, the least times are those of a quiet machine in nearly all cases."""
-    machine, seconds = Machine((0.010, 0.002, 0.007), busy, seed), (0.010, 0.002, 0.007)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_times.time, "perf_counter", lambda: machine.now)
+@pytest.mark.parametrize(("busy", "most"), [(0.0, 0), (0.3, 10), (0.5, 50)])
+def test_a_busy_machine_is_measured_as_a_quiet_one(busy: float, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a third of all calls take up to five times as long, the least of the times are those of a quiet machine in
+    95 of 100 cases; where half of them do there is no time for more than three in four."""
+    seconds, wrong = (0.010, 0.002, 0.007), 0
+    for seed in range(200):
+        machine = Machine(seconds, busy, seed)
+        monkeypatch.setattr(cpu_times.time, "perf_counter", lambda machine=machine: machine.now)
         found = [min(times) for times in cpu_times._interleaved(machine.sides)]
-    off = [abs(got / right - 1) for got, right in zip(found, seconds, strict=True)]
-    assert sorted(off)[1] < 0.5
-    assert machine.now < 2 * cpu_times._MOST_SECONDS
+        wrong += any(got > 1.1 * right for got, right in zip(found, seconds, strict=True))
+        assert machine.now < 2 * cpu_times._MOST_SECONDS
+    assert wrong <= most
 
 
 def test_several_threads_that_are_in_each_others_way_are_measured_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

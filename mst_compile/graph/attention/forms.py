@@ -21,7 +21,8 @@ def sdpa_arguments(node: fx.Node) -> dict[str, Any]:
     return arguments(node, "query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
-def _sdpa(_: Region, node: fx.Node) -> Attention | None:
+def sdpa(_: Region, node: fx.Node) -> Attention | None:
+    """``scaled_dot_product_attention``."""
     if not calls(node, {ATTENTION}):
         return None
     given = sdpa_arguments(node)
@@ -46,5 +47,5 @@ def _multihead(_: Region, node: fx.Node) -> Attention | None:
     return Attention("multihead", node, reason=why_opaque(node) or "it was not written out")
 
 
-FORMS: list[Callable[[Region, fx.Node], Attention | None]] = [_sdpa, softmax.find, _multihead]
+FORMS: list[Callable[[Region, fx.Node], Attention | None]] = [sdpa, softmax.find, _multihead]
 """The ways to write attention, and those that are only told about."""

@@ -1,0 +1,84 @@
+"""How long causal attention takes on this machine, ours and PyTorch's."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from typing import NamedTuple
+
+import torch
+from mst_compile.kernels import cpu as kernels
+from torch import Tensor
+
+from mst_compile.rules.patterns import FULL
+
+from .cpu_times import interleaved, undisturbed
+
+_LONGEST = 2048
+_CLEAR = 2.0  # how many times faster one side is, that two rounds will do
+
+
+class AttentionTimes(NamedTuple):
+    """Seconds of PyTorch's attention, and of ours."""
+
+    usual: float
+    ours: float
+
+
+class CausalAttention(NamedTuple):
+    """What decides how they compare.
+
+    Attributes:
+        length: see :func:`bucket`. size: of a head.
+        trained: whether the backward pass counts.
+    """
+
+    length: int
+    size: int
+    dtype: torch.dtype
+    trained: bool
+
+
+def bucket(length: int) -> int:
+    """The length to measure with in place of ``length``: a power of two, and not the longest."""
+    near = 16
+    while near < _LONGEST and 3 * near <= 2 * length:
+        near *= 2
+    return near
+
+
+def measure(attention: CausalAttention) -> AttentionTimes:
+    """Time forward and, if trained, backward of a head or two for each thread."""
+    heads, generator = max(2, torch.get_num_threads()), torch.Generator("cpu").manual_seed(0)
+    shape = 1, heads, attention.length, attention.size
+    with undisturbed():
+        q, k, v, grad = (
+            torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(attention.dtype)
+            for _ in range(4)
+        )
+        operands = q, k, v, attention.size**-0.5
+        sides = [
+            lambda: _usual(*operands, grad if attention.trained else None),
+            lambda: _ours(*operands, grad if attention.trained else None),
+        ]
+        usual, ours = interleaved(sides, lambda a, b: max(a, b) > _CLEAR * min(a, b))
+    return AttentionTimes(min(usual), min(ours))
+
+
+def _usual(q: Tensor, k: Tensor, v: Tensor, scale: float, grad: Tensor | None) -> None:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+    if grad is not None:
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, lse, 0.0, True, scale=scale
+        )
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, scale: float, grad: Tensor | None) -> None:
+    parts = astuple(FULL)
+    out, lse = torch.ops.mst.attention(q, k, v, None, parts, scale)
+    if grad is not None:
+        torch.ops.mst.attention_backward(grad, q, k, v, out, lse, None, parts, scale)
+
+
+def supports(dtype: torch.dtype, size: int) -> bool:
+    """Whether there are kernels to compare."""
+    return kernels.available() and kernels.supports_head(dtype, size)
