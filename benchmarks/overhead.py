@@ -35,7 +35,9 @@ def main() -> None:
 
     inputs: list[object] = []
     Dispatch.__call__ = spy  # type: ignore[method-assign]
-    out = torch.compile(model, backend="mst", options={"mst.inner": "aot_eager"})(torch.randn(4, 32))
+    out = torch.compile(model, backend="mst", options={"mst.inner": "aot_eager", "mst.dense_threshold": 1.0})(
+        torch.randn(4, 32)
+    )
     Dispatch.__call__ = original  # type: ignore[method-assign]
     dispatch = caught[0]
     assert dispatch._indices(inputs) is not None, "the sparse variant must be the one measured"
