@@ -14,11 +14,12 @@ import torch
 from mst_compile.kernels.cpu import build
 
 # The C++ kernels are keyed by their sources and may be shared between runs; Inductor's caches must not be: a test that
-# is served code of an earlier run proves nothing.
+# is served code of an earlier run proves nothing. Workers of one run share them.
 os.environ.setdefault("MST_COMPILE_CACHE_DIR", str(build.cache_dir()))
-_inductor_cache = tempfile.mkdtemp(prefix="mst-tests-")
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache
-atexit.register(shutil.rmtree, _inductor_cache, ignore_errors=True)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _inductor_cache = tempfile.mkdtemp(prefix="mst-tests-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache
+    atexit.register(shutil.rmtree, _inductor_cache, ignore_errors=True)
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

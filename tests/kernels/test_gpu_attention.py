@@ -109,7 +109,7 @@ def cases(draw: st.DrawFn, what: str) -> Case:
 
 
 @pytest.mark.parametrize("what", COMBINATIONS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_numbers_of_generated_code(what: str, interpreter: Interpreter, data: st.DataObject) -> None:
     drawn = data.draw(cases(what))

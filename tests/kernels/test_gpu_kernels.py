@@ -71,8 +71,7 @@ def facts_of(made: Generated) -> Iterator[tuple[str, Any, Facts]]:
 GATES = [
     # dtype, tf32, M, transposed, epilogue
     (BF16, False, 512, False, "none"),
-    (BF16, False, 300, True, "gelu"),
-    (F16, False, 300, False, "none"),
+    (F16, False, 300, True, "gelu"),
     (F32, True, 300, True, "none"),
     (F32, False, 300, False, "gelu"),
 ]
@@ -111,13 +110,11 @@ def test_every_tile_compiles_to_good_machine_code(
 
 
 def test_a_language_model_head(interpreter: Interpreter) -> None:
-    """50257 rows are no multiple of anything."""
-    mask = random_mask(64, 50257, 64, False)
-    case = product(16, 64, 50257, mask, 64, bias=False)
-    made, _ = generated(case)
-    for _, _, facts in facts_of(made):
+    """50257 rows are no multiple of anything, nor are 5023, which the interpreter is through with sooner."""
+    whole, part = (product(16, 64, rows, random_mask(64, rows, 64, False), 64, bias=False) for rows in (50257, 5023))
+    for _, _, facts in facts_of(generated(whole)[0]):
         check(facts, wgmma=True)
-    check_forward(case, interpreter.run(made.forward))
+    check_forward(part, interpreter.run(generated(part)[0].forward))
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -144,7 +141,7 @@ def products(draw: st.DrawFn, block: int) -> tuple[Product, bool]:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_numbers_of_generated_code(block: int, interpreter: Interpreter, data: st.DataObject) -> None:
     case, dynamic = data.draw(products(block))
