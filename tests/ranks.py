@@ -28,7 +28,7 @@ from mst_compile.rules.schedule import Schedule
 Scenario = Callable[[], None]
 
 
-def run(scenarios: Sequence[Scenario], ranks: int, folder: Path, *, limit: float = 120.0) -> dict[str, str]:
+def run(scenarios: Sequence[Scenario], ranks: int, folder: Path, *, limit: float = 900.0) -> dict[str, str]:
     """Run the scenarios on a group of processes.
 
     Args:
@@ -49,11 +49,14 @@ def run(scenarios: Sequence[Scenario], ranks: int, folder: Path, *, limit: float
     return found
 
 
-def exit_codes(work: Callable[[], None], ranks: int, folder: Path, *, limit: float, timeout: float) -> list[int | None]:
+def exit_codes(
+    work: Callable[[], None], ranks: int, folder: Path, *, timeout: float, limit: float = 900.0
+) -> list[int | None]:
     """Run one function on a group of processes; the exit code of each, None where it had to be killed.
 
     Args:
-        timeout: seconds, of the group.
+        timeout: seconds, of the group, from when all ranks are there.
+        limit: seconds after which the processes are killed.
     """
     return _join(_start(_run_one, ranks, folder, (work, timeout)), limit)
 
@@ -82,12 +85,12 @@ def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _join_group(rank: int, ranks: int, folder: str, timeout: float = 30) -> None:
+def _join_group(rank: int, ranks: int, folder: str, timeout: float = 600) -> None:
+    """Ranks wait for each other while one of them is compiling, on machines that do other things as well."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
-    )
+    file = f"file://{folder}/group.{timeout:g}"
+    dist.init_process_group("gloo", init_method=file, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
 
 
 # -- what the ranks train ----------------------------------------------------------------------------------------------
@@ -192,6 +195,9 @@ def _work(rank: int, ranks: int, folder: str, names: list[str], module: str) -> 
 
 
 def _run_one(rank: int, ranks: int, folder: str, work: Callable[[], None], timeout: float) -> None:
+    _join_group(rank, ranks, folder)
+    dist.barrier()  # starting takes longer than the time that the ranks then have
+    dist.destroy_process_group()
     _join_group(rank, ranks, folder, timeout)
     work()
     dist.destroy_process_group()

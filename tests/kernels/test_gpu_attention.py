@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import mst_compile.lowering.inductor  # noqa: F401  (registers the lowerings)
@@ -23,12 +22,6 @@ from mst_compile.rules.patterns import Parts
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SPARSE = combine("window and distances", 40, 32)
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    with Interpreter(preload=("mst_compile.lowering.inductor",)) as running:
-        yield running
 
 
 def generated(given_case: Case, choice: int = 0, **kwargs: Any) -> tuple[Generated, int]:

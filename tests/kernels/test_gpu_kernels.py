@@ -21,12 +21,6 @@ from mst_compile.blocks.grid import BlockGrid
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    with Interpreter(preload=("mst_compile.lowering.inductor",)) as running:
-        yield running
-
-
 def take(choice: int, asked: dict[str, int]) -> Any:
     """A policy that takes the given choice, the last own one where there are fewer, and notes how many there are."""
 
@@ -150,13 +144,19 @@ def test_numbers_of_generated_code(block: int, interpreter: Interpreter, data: s
     check_backward(case, interpreter.run(made.backward), upstream(case, made))
 
 
+@pytest.fixture(scope="module")
+def rounding() -> Iterator[Interpreter]:
+    with Interpreter(tf32=True, preload=("mst_compile.lowering.inductor",)) as running:
+        yield running
+
+
+@pytest.mark.xdist_group("tf32")
 @pytest.mark.parametrize("tf32", [True, False], indirect=True)
-def test_float32_products_follow_the_setting(tf32: bool) -> None:
+def test_float32_products_follow_the_setting(tf32: bool, rounding: Interpreter) -> None:
     """The operands of a TF32 product lose all but 10 bits of their mantissas, those of an IEEE one lose none."""
     case = product(64, 256, 128, random_mask(256, 128, 32, False), 32, dtype=F32)
     made, _ = generated(case)
-    with Interpreter(tf32=True, preload=("mst_compile.lowering.inductor",)) as rounding:
-        outputs, gradients = rounding.run(made.forward), rounding.run(made.backward)
+    outputs, gradients = rounding.run(made.forward), rounding.run(made.backward)
     check_forward(case, outputs, 2**-10 if tf32 else 0.0)
     check_backward(case, gradients, upstream(case, made), 2**-10 if tf32 else 0.0)
     if tf32:
