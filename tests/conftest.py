@@ -38,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*in dense products, which is correct:mst_compile.MSTWarning")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups first: one worker has to do all of each, and the other shall not wait for it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Refuse to run where pytest-xdist does not keep groups together: each worker would do the group's work anew."""
     if getattr(session.config.option, "loadgroup", False):
