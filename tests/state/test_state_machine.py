@@ -321,5 +321,6 @@ class Training(RuleBasedStateMachine):
             assert active == wanted or max(rows, cols, wanted) <= active < rows + cols, name
 
 
-Training.TestCase.settings = settings(max_examples=500, stateful_step_count=30)
+Training.TestCase.settings = settings(max_examples=300, stateful_step_count=30)
 TestTraining = Training.TestCase
+TestTraining.pytestmark = [pytest.mark.xdist_group("state machine")]  # groups are begun first, and this takes longest
