@@ -28,7 +28,7 @@ from mst_compile.rules.schedule import Schedule
 Scenario = Callable[[], None]
 
 
-def run(scenarios: Sequence[Scenario], ranks: int, folder: Path, *, limit: float = 120.0) -> dict[str, str]:
+def run(scenarios: Sequence[Scenario], ranks: int, folder: Path, *, limit: float = 900.0) -> dict[str, str]:
     """Run the scenarios on a group of processes.
 
     Args:
@@ -49,21 +49,38 @@ def run(scenarios: Sequence[Scenario], ranks: int, folder: Path, *, limit: float
     return found
 
 
-def exit_codes(work: Callable[[], None], ranks: int, folder: Path, *, limit: float, timeout: float) -> list[int | None]:
+def exit_codes(
+    work: Callable[[], None], ranks: int, folder: Path, *, timeout: float, limit: float = 900.0
+) -> list[int | None]:
     """Run one function on a group of processes; the exit code of each, None where it had to be killed.
 
     Args:
-        timeout: seconds, of the group.
+        timeout: seconds, of the group, from when all ranks are there.
+        limit: seconds after which the processes are killed.
     """
     return _join(_start(_run_one, ranks, folder, (work, timeout)), limit)
 
 
 def _start(target: Callable[..., None], ranks: int, folder: Path, args: tuple[object, ...]) -> list[BaseProcess]:
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=target, args=(rank, ranks, str(folder), *args)) for rank in range(ranks)]
+    # All ranks are forked from one process that has done nothing but import: that takes longer than most scenarios.
+    # Before Python 3.13 it finds only what is installed.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "torch._inductor.compile_fx", "torch.distributed.fsdp", "mst_compile"])
+    environment = dict(os.environ)
+    processes = [
+        context.Process(target=_begin, args=(environment, target, rank, ranks, str(folder), *args))
+        for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     return list(processes)
+
+
+def _begin(environment: dict[str, str], target: Callable[..., None], *args: object) -> None:
+    """What is forked has the environment of when the first process was."""
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*args)
 
 
 def _join(processes: Sequence[BaseProcess], limit: float) -> list[int | None]:
@@ -82,12 +99,12 @@ def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _join_group(rank: int, ranks: int, folder: str, timeout: float = 30) -> None:
+def _join_group(rank: int, ranks: int, folder: str, timeout: float = 600) -> None:
+    """Ranks wait for each other while one of them is compiling, on machines that do other things as well."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout)
-    )
+    file = f"file://{folder}/group.{timeout:g}"
+    dist.init_process_group("gloo", init_method=file, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout))
 
 
 # -- what the ranks train ----------------------------------------------------------------------------------------------
@@ -192,6 +209,9 @@ def _work(rank: int, ranks: int, folder: str, names: list[str], module: str) -> 
 
 
 def _run_one(rank: int, ranks: int, folder: str, work: Callable[[], None], timeout: float) -> None:
+    _join_group(rank, ranks, folder)
+    dist.barrier()  # starting takes longer than the time that the ranks then have
+    dist.destroy_process_group()
     _join_group(rank, ranks, folder, timeout)
     work()
     dist.destroy_process_group()

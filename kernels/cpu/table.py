@@ -50,7 +50,7 @@ BLOCKS = (4, 8, 16, 32, 64)  # 4, and multiples of 8
 _AVX2 = "avx2 fma bmi2 f16c"
 _AVX512 = f"{_AVX2} avx512f avx512bw avx512cd avx512dq avx512vl"
 
-# Best first; the last one runs everywhere.
+# Best first; the last one runs everywhere: without flags compilers take SSE2 on x86-64, and NEON on aarch64.
 ISAS = (
     Isa("avx512_bf16", f"{_AVX512} avx512_bf16", "-march=x86-64-v4 -mavx512bf16", 16, "MST_AVX512 MST_BF16_PAIRS"),
     Isa("avx512", _AVX512, "-march=x86-64-v4", 16, "MST_AVX512"),

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -160,6 +161,7 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(text: Path, tmp_path:
                 process.send_signal(signal.SIGKILL)
                 killed += 1
                 break
+            time.sleep(0.0005)  # writing takes longer
         process.wait()
         state = torch.load(checkpoint, weights_only=True)
         assert 0 < state["step"] < 20

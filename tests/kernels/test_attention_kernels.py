@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mst_compile.kernels import cpu
 from mst_compile.kernels.cpu import build
-from mst_compile.kernels.cpu.library import Library
 from oracles import assert_within, of_rounding, of_sum
+from other_libraries import OTHERS, library
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -25,13 +25,6 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 ISAS = [isa for isa in build.supported_isas() if isa != "baseline"] or ["baseline"]
 LAYOUTS = ["heads first", "tokens first", "part of a wider row", "every other"]
-_libraries: dict[str, Library] = {}
-
-
-def library(isa: str) -> Library:
-    if isa not in _libraries:
-        _libraries[isa] = Library(isa)
-    return _libraries[isa]
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +219,15 @@ def test_several_steps_and_residues(what: str, isa: str) -> None:
         make(what, 430, 40, 45, 2, batch=1, heads=2, key_heads=1),
     ):
         assert_exact(case, run_kernels(case, isa))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("what", COMBINATIONS)
+def test_by_other_compilers(what: str, name: str) -> None:
+    for dtype, size in ((F32, 40), (BF16, 64)):
+        case = make(what, 170, size, 45, 32, batch=1, heads=2, key_heads=1, dtype=dtype)
+        case = case._replace(key_mask=torch.rand(1, 170) < 0.8)
+        assert_exact(case, run_kernels(case, name, "part of a wider row"))
 
 
 @pytest.mark.parametrize("what", COMBINATIONS)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from mst_compile.kernels import cpu
-from mst_compile.kernels.cpu import abi, build, table
+from mst_compile.kernels.cpu import abi, build, library, table
 from mst_compile.kernels.cpu.processes import CommandError, run_all
 from stub_compiler import StubCompiler
 from torch._inductor.custom_graph_pass import get_hash_for_files
@@ -28,11 +28,22 @@ def run_python(code: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_portable_path_can_be_forced():
-    code = "from mst_compile.kernels.cpu import available, build; print(available(), build.build().name)"
-    ok, name = run_python(code, MST_CPU_ISA="portable").split()
-    assert ok == "True"
-    assert "avx512" not in name
+def loaded_anew(monkeypatch: pytest.MonkeyPatch, **environment: str) -> library.Library | str:
+    """What a process with other environment variables would load, or why it has no kernels."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return library._load_once.__wrapped__()
+
+
+def test_portable_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(loaded_anew(monkeypatch, MST_CPU_ISA="portable"), library.Library)
+    assert "avx512" not in build.build().name
+
+
+def test_without_a_compiler_importing_works(tmp_path: Path) -> None:
+    code = "from mst_compile.kernels import cpu; print(cpu.available(), cpu.why_unavailable())"
+    said = run_python(code, MST_COMPILE_CACHE_DIR=str(tmp_path), CXX="/none/c++")
+    assert said.startswith("False NoCompilerError: ")
 
 
 @pytest.mark.parametrize(
@@ -43,40 +54,22 @@ def test_portable_path_can_be_forced():
         ({"MST_CPU_ISA": "z80"}, "BuildError"),
     ],
 )
-def test_without_a_compiler_importing_works(environment, error, tmp_path):
-    code = "from mst_compile.kernels import cpu; print(cpu.available(), cpu.why_unavailable())"
-    assert run_python(code, MST_COMPILE_CACHE_DIR=str(tmp_path), **environment).startswith(f"False {error}: ")
+def test_why_there_are_no_kernels(
+    environment: dict[str, str], error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = loaded_anew(monkeypatch, MST_COMPILE_CACHE_DIR=str(tmp_path), **environment)
+    assert isinstance(reason, str)
+    assert reason.startswith(f"{error}: ")
 
 
-def test_failing_compiler_is_reported(tmp_path):
+def test_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho no such flag >&2\nexit 1\n')
     compiler.chmod(0o755)
-    code = "from mst_compile.kernels import cpu; print(cpu.available(), cpu.why_unavailable())"
-    out = run_python(code, CXX=str(compiler), MST_COMPILE_CACHE_DIR=str(tmp_path / "cache"))
-    assert out.startswith("False BuildError: ")
-    assert "no such flag" in out
-
-
-def test_processes_share_one_build(tmp_path):
-    """Two processes that want the same library at once: one compiles, the other waits. The compiler is a stub."""
-    compiler = tmp_path / "c++"
-    compiler.write_text(
-        "#!/bin/sh\n"
-        '[ "$1" = --version ] && echo stub 1.0 && exit 0\n'
-        f'sleep 0.5; echo "$*" >> {tmp_path}/calls\n'
-        'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo > "$2"; shift; done\n'
-    )
-    compiler.chmod(0o755)
-    code = "from mst_compile.kernels.cpu import build; print(build.build().stat().st_size)"
-    environment = os.environ | {"MST_COMPILE_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(compiler)}
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
-    ]
-    assert [process.communicate()[0].strip() for process in running] == ["1", "1"]
-    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
-    assert (tmp_path / "calls").read_text().count(" -c ") == len(build.units())
+    reason = loaded_anew(monkeypatch, CXX=str(compiler), MST_COMPILE_CACHE_DIR=str(tmp_path / "cache"))
+    assert isinstance(reason, str)
+    assert reason.startswith("BuildError: ")
+    assert "no such flag" in reason
 
 
 @pytest.fixture
@@ -85,6 +78,23 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubCompiler:
     monkeypatch.setenv("CXX", str(stub.command))
     monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
     return stub
+
+
+def test_processes_share_one_build(compiler: StubCompiler, tmp_path: Path) -> None:
+    """Two processes that want the same library at once: one compiles, the other waits."""
+    compiler.on_compile("sleep 0.5\n")
+    builders = []
+    for _ in range(2):
+        builders.append(os.fork())
+        if builders[-1] == 0:
+            built = False
+            try:
+                built = build.build("baseline").read_text() == "\n"
+            finally:
+                os._exit(0 if built else 1)
+    assert [os.waitpid(builder, 0)[1] for builder in builders] == [0, 0]
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
+    assert compiler.compiled() == len(build.units())
 
 
 def test_a_library_without_openmp_is_not_taken_for_one_with_it(compiler: StubCompiler) -> None:

@@ -45,7 +45,7 @@ def gone(process: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -169,7 +169,7 @@ def test_a_build_that_was_killed_leaves_nothing(compiler: StubCompiler) -> None:
     compiler.works()
     begun = time.monotonic()
     path = build.build("baseline")
-    assert time.monotonic() - begun < 10, "nobody is waited for"
+    assert time.monotonic() - begun < build._BUILD_SECONDS / 3, "nobody is waited for"
     assert kept(path) == [path.name]
     library.Library("baseline")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
@@ -10,8 +9,9 @@ import torch
 from cpu_cases import Case, assert_summed, check_grad_weight, check_spmm
 from mst_compile.kernels import cpu
 from mst_compile.kernels.cpu import build, processor, table
-from mst_compile.kernels.cpu.library import Library
+from mst_compile.kernels.cpu.library import loaded
 from oracles import Exact, assert_as_good_as
+from other_libraries import OTHERS, library
 from torch.nn.functional import scaled_dot_product_attention
 
 from mst_compile.rules.patterns import FULL
@@ -22,8 +22,7 @@ F32 = torch.float32
 DTYPES = [dtype.torch for dtype in table.DTYPES]
 PAIRS = list(itertools.product(DTYPES, DTYPES))
 
-library = functools.cache(Library)
-every_isa = pytest.mark.parametrize("isa", build.supported_isas())
+every_isa = pytest.mark.parametrize("isa", [*build.supported_isas(), *OTHERS])
 every_block = pytest.mark.parametrize("block", table.BLOCKS)
 
 
@@ -81,22 +80,22 @@ def test_attention(isa: str, dtype: torch.dtype) -> None:
 def test_products_that_are_no_entry(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     assert not cpu.supports(table.BLOCKS[0], *dtypes)
     with pytest.raises(RuntimeError, match="dtypes"):
-        check_spmm(library(None), case(8), dtypes, True, None)
+        check_spmm(loaded(), case(8), dtypes, True, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8])
 def test_dtypes_that_are_no_entry(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"take {table.dtype_names()}, not {dtype}"):
-        library(None).block_sumsq(torch.ones(8, 8, dtype=dtype), 8)
+        loaded().block_sumsq(torch.ones(8, 8, dtype=dtype), 8)
 
 
 def test_blocks_that_are_no_entry() -> None:
     this = Case(24, 24, 5, 12, 0.5, seed=0)
     assert not cpu.supports(12, F32, F32)
     with pytest.raises(RuntimeError, match="block size"):
-        check_spmm(library(None), this, (F32, F32), True, None)
+        check_spmm(loaded(), this, (F32, F32), True, None)
     with pytest.raises(RuntimeError, match="block size"):
-        check_grad_weight(library(None), this, F32, F32, "")
+        check_grad_weight(loaded(), this, F32, F32, "")
 
 
 # ---- instruction sets ------------------------------------------------------------------------------------------------

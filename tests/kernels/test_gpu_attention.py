@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import mst_compile.lowering.inductor  # noqa: F401  (registers the lowerings)
@@ -25,12 +24,6 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SPARSE = combine("window and distances", 40, 32)
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    with Interpreter(preload=("mst_compile.lowering.inductor",)) as running:
-        yield running
-
-
 def generated(given_case: Case, choice: int = 0, **kwargs: Any) -> tuple[Generated, int]:
     """The code with each kernel's ``choice``-th tile, and the largest number of tiles."""
     asked: list[int] = []
@@ -51,9 +44,9 @@ SIZES = [
 ]
 # Triton 3.9 spills nothing; 3.8 one register of one fp32 tile, a store and a load.
 SPILLS = 2 if triton.__version__.startswith("3.8.") else 0
-# These two hold the loops of the others.
+# These two hold the loops of the others; the third is what most models have.
 GATES = [(p, *size) for p in ("window and distances", "chunk and summaries") for size in SIZES]
-GATES += [("everything", *SIZES[0]), ("chunk and distances", *SIZES[0])]
+GATES += [("everything", *SIZES[0])]
 
 
 @pytest.mark.parametrize(("what", "dtype", "tf32", "size"), GATES, indirect=["tf32"])
@@ -109,7 +102,7 @@ def cases(draw: st.DrawFn, what: str) -> Case:
 
 
 @pytest.mark.parametrize("what", COMBINATIONS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_numbers_of_generated_code(what: str, interpreter: Interpreter, data: st.DataObject) -> None:
     drawn = data.draw(cases(what))

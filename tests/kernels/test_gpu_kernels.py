@@ -21,12 +21,6 @@ from mst_compile.blocks.grid import BlockGrid
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    with Interpreter(preload=("mst_compile.lowering.inductor",)) as running:
-        yield running
-
-
 def take(choice: int, asked: dict[str, int]) -> Any:
     """A policy that takes the given choice, the last own one where there are fewer, and notes how many there are."""
 
@@ -71,8 +65,7 @@ def facts_of(made: Generated) -> Iterator[tuple[str, Any, Facts]]:
 GATES = [
     # dtype, tf32, M, transposed, epilogue
     (BF16, False, 512, False, "none"),
-    (BF16, False, 300, True, "gelu"),
-    (F16, False, 300, False, "none"),
+    (F16, False, 300, True, "gelu"),
     (F32, True, 300, True, "none"),
     (F32, False, 300, False, "gelu"),
 ]
@@ -111,13 +104,11 @@ def test_every_tile_compiles_to_good_machine_code(
 
 
 def test_a_language_model_head(interpreter: Interpreter) -> None:
-    """50257 rows are no multiple of anything."""
-    mask = random_mask(64, 50257, 64, False)
-    case = product(16, 64, 50257, mask, 64, bias=False)
-    made, _ = generated(case)
-    for _, _, facts in facts_of(made):
+    """50257 rows are no multiple of anything, nor are 5023, which the interpreter is through with sooner."""
+    whole, part = (product(16, 64, rows, random_mask(64, rows, 64, False), 64, bias=False) for rows in (50257, 5023))
+    for _, _, facts in facts_of(generated(whole)[0]):
         check(facts, wgmma=True)
-    check_forward(case, interpreter.run(made.forward))
+    check_forward(part, interpreter.run(generated(part)[0].forward))
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -144,7 +135,7 @@ def products(draw: st.DrawFn, block: int) -> tuple[Product, bool]:
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_numbers_of_generated_code(block: int, interpreter: Interpreter, data: st.DataObject) -> None:
     case, dynamic = data.draw(products(block))
@@ -153,13 +144,19 @@ def test_numbers_of_generated_code(block: int, interpreter: Interpreter, data: s
     check_backward(case, interpreter.run(made.backward), upstream(case, made))
 
 
+@pytest.fixture(scope="module")
+def rounding() -> Iterator[Interpreter]:
+    with Interpreter(tf32=True, preload=("mst_compile.lowering.inductor",)) as running:
+        yield running
+
+
+@pytest.mark.xdist_group("tf32")
 @pytest.mark.parametrize("tf32", [True, False], indirect=True)
-def test_float32_products_follow_the_setting(tf32: bool) -> None:
+def test_float32_products_follow_the_setting(tf32: bool, rounding: Interpreter) -> None:
     """The operands of a TF32 product lose all but 10 bits of their mantissas, those of an IEEE one lose none."""
     case = product(64, 256, 128, random_mask(256, 128, 32, False), 32, dtype=F32)
     made, _ = generated(case)
-    with Interpreter(tf32=True, preload=("mst_compile.lowering.inductor",)) as rounding:
-        outputs, gradients = rounding.run(made.forward), rounding.run(made.backward)
+    outputs, gradients = rounding.run(made.forward), rounding.run(made.backward)
     check_forward(case, outputs, 2**-10 if tf32 else 0.0)
     check_backward(case, gradients, upstream(case, made), 2**-10 if tf32 else 0.0)
     if tf32:

@@ -71,7 +71,7 @@ def through_backend(model: nn.Module, *args: Any) -> Generated:
     return generate(model, args, backend_wrapper=wrapper)
 
 
-def test_a_model_through_the_backend() -> None:
+def test_a_model_through_the_backend(interpreter: Interpreter) -> None:
     model = mst_compile.sparsify(Mlp(), static(0.7), block=32, include=["*up*", "*down*", "*embed*"], rescale=False)
     made = through_backend(model, torch.randint(500, (3, 41)))
     forward = [k for k in kernels_of(made.forward.source) if k.kind == "template"]
@@ -83,11 +83,10 @@ def test_a_model_through_the_backend() -> None:
         assert any("erf(" in kernel.source for kernel in forward), "the activation is in the kernel's store"
     code = [line for graph in made.graphs.values() for line in graph.source.splitlines() if not line.startswith("#")]
     assert not [line for line in code if "extern_kernels." in line or "ops.mst" in line]
-    with Interpreter(preload=("mst_compile.lowering.inductor",)) as interpreter:
-        for graph in made.graphs.values():
-            for actual, expected in zip(interpreter.run(graph), graph.outputs, strict=True):
-                if isinstance(expected, Tensor):
-                    torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+    for graph in made.graphs.values():
+        for actual, expected in zip(interpreter.run(graph), graph.outputs, strict=True):
+            if isinstance(expected, Tensor):
+                torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
 
 
 # -- fallbacks ---------------------------------------------------------------------------------------------------------
@@ -125,16 +124,17 @@ def test_gpus_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("block", "dtype", "m", "n"), [(16, F32, 8, 48), (32, F64, 8, 48), (32, F32, 1, 1)])
-def test_the_lowering_falls_back_on_the_reference(block: int, dtype: torch.dtype, m: int, n: int) -> None:
+def test_the_lowering_falls_back_on_the_reference(
+    block: int, dtype: torch.dtype, m: int, n: int, interpreter: Interpreter
+) -> None:
     mask = torch.ones(BlockGrid(n, 64, block).shape, dtype=torch.bool)
     case = product(m, 64, n, mask, block, dtype=dtype)
     made = generate(case.function(), case.arguments())
     assert "torch.ops.mst.linear.default(" in made.forward.source
     assert not [k for k in kernels_of(made.forward.source) if k.kind == "template"]
-    with Interpreter(preload=("mst_compile.lowering.inductor",)) as interpreter:
-        for graph in made.graphs.values():
-            for actual, expected in zip(interpreter.run(graph), graph.outputs, strict=True):
-                torch.testing.assert_close(actual, expected)
+    for graph in made.graphs.values():
+        for actual, expected in zip(interpreter.run(graph), graph.outputs, strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 def test_explain_says_what_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,12 +322,12 @@ FOUR = [is_one_process, moves_active_blocks, finds_other_masks, compares_at_the_
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(TWO, 2, tmp_path_factory.mktemp("two"), limit=240)
+    return run(TWO, 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(FOUR, 4, tmp_path_factory.mktemp("four"), limit=180)
+    return run(FOUR, 4, tmp_path_factory.mktemp("four"))
 
 
 @pytest.mark.parametrize("scenario", [s.__name__ for s in TWO])
@@ -364,7 +364,7 @@ def hangs() -> None:
 
 @pytest.mark.parametrize(("work", "last"), [(dies, 17), (hangs, 0)])
 def test_a_lost_rank_ends_the_others(work: Callable[[], None], last: int, tmp_path: Path) -> None:
-    codes = exit_codes(work, 2, tmp_path, limit=60, timeout=4)
+    codes = exit_codes(work, 2, tmp_path, timeout=4)
     assert codes[0] not in (0, None), f"{codes}: a rank that waits for ever is killed and has no exit code"
     assert codes[1] == last
 

@@ -398,12 +398,12 @@ FOUR = [
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(TWO, 2, tmp_path_factory.mktemp("two"), limit=240)
+    return run(TWO, 2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(FOUR, 4, tmp_path_factory.mktemp("four"), limit=240)
+    return run(FOUR, 4, tmp_path_factory.mktemp("four"))
 
 
 @pytest.mark.parametrize("scenario", [s.__name__ for s in TWO])

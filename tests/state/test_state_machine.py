@@ -323,3 +323,4 @@ class Training(RuleBasedStateMachine):
 
 Training.TestCase.settings = settings(max_examples=500, stateful_step_count=30)
 TestTraining = Training.TestCase
+TestTraining.pytestmark = [pytest.mark.xdist_group("state machine")]  # groups are begun first, and this takes longest
