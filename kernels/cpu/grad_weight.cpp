@@ -175,14 +175,14 @@ MST_INLINE void tile_of(int vectors, const float* a, const float* const* strips,
 
 // ---- the loops -----------------------------------------------------------------------------------------------------
 
-template <class U, int B, class E, class O> struct Worker : Sums<B, Tiling<B>::SW, O> {
+template <class U, int B, class E, class O> struct Worker : Pieces {
   static constexpr int RT = Tiling<B>::RT, SW = Tiling<B>::SW, parts = Tiling<B>::parts;
-  using Sums<B, SW, O>::p, Sums<B, SW, O>::part, Sums<B, SW, O>::slot, Sums<B, SW, O>::sums;
   const E *const a = static_cast<const E*>(p.a), *const b = static_cast<const E*>(p.b);
+  O* const out = static_cast<O*>(p.out);
   float *pa = nullptr, *pb = nullptr;
   int64_t chunk = 0, stride_a = 0, stride_b = 0;
 
-  Worker(const Problem& problem, Part mine) : Sums<B, SW, O>{problem, mine} {}
+  Worker(const Problem& problem, Part mine) : Pieces{problem, mine} {}
 
   // All active strips of block row i within block columns [j0, j1).
   void block_row(int64_t i, int64_t at, int64_t j0, int64_t j1, const float* a_strips, int64_t units, bool first) {
@@ -225,6 +225,31 @@ template <class U, int B, class E, class O> struct Worker : Sums<B, Tiling<B>::S
     }
   }
 
+  // Writes block rows [i0, i1) of out, columns of the part.
+  void write(int64_t i0, int64_t i1) const {
+    const int64_t c_end = std::min(p.cols, part.j1 * B);
+    for (int64_t i = i0; i < i1; i++) {
+      const Range range = active(p, i, part.j0, part.j1);
+      for (int64_t r = 0; r < B && i * B + r < p.rows; r++) {
+        O* row = out + (i * B + r) * p.ldo;
+        const float* from = sums + slot[i - i0] * B * B + r * SW;  // [strip][row][SW]: row strips of RT follow on
+        int64_t done = part.j0 * B;
+        for (int64_t q = range.begin; q < range.end; q++, from += B * B) {
+          const int64_t c = static_cast<int64_t>(p.lists.idx[q]) * B;
+          if (c > done) memset(static_cast<void*>(row + done), 0, (c - done) * sizeof(O));
+          for (int s = 0; s < B / SW && c + s * SW < p.cols; s++) {
+            if (c + (s + 1) * SW <= p.cols)
+              convert(from + s * B * SW, row + c + s * SW, SW);
+            else
+              convert(from + s * B * SW, row + c + s * SW, static_cast<int>(p.cols - c - s * SW));
+          }
+          done = c + B;
+        }
+        if (c_end > done) memset(static_cast<void*>(row + done), 0, (c_end - done) * sizeof(O));
+      }
+    }
+  }
+
   int run() {
     static thread_local Scratch panel_memory;
     constexpr int64_t unit_bytes = panel_units * B * 4;
@@ -233,12 +258,14 @@ template <class U, int B, class E, class O> struct Worker : Sums<B, Tiling<B>::S
     stride_b = panel_units * SW + 16;
     chunk = std::max<int64_t>(1, std::min(part.j1 - part.j0, chunk_bytes / unit_bytes));
     chunk = ceil_div(part.j1 - part.j0, std::max<int64_t>(1, ceil_div(part.j1 - part.j0, chunk)));
-    const int status = this->by_piece([&](int64_t i0, int64_t i1, bool sum_a, bool sum_b) {
+    const int status = each([&](int64_t i0, int64_t i1, int64_t blocks, bool sum_a, bool sum_b) {
       const int64_t size_a = (i1 - i0) * (B / RT) * stride_a, size_b = chunk * (B / SW) * stride_b;
       pa = panel_memory.floats(size_a + size_b);
       if (!pa) return false;
       pb = pa + size_a;
-      accumulate(i0, i1, sum_a, sum_b);
+      if (p.m == 0) memset(sums, 0, blocks * B * B * 4);
+      if (blocks || sum_a || sum_b) accumulate(i0, i1, sum_a, sum_b);
+      write(i0, i1);
       return true;
     });
     panel_memory.trim();

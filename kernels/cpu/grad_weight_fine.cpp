@@ -4,14 +4,14 @@
 //
 //     for each thread's part of W, each piece of its block rows:
 //       for each panel of token tiles:
-//         transpose a (this piece's rows) to [tile][row][MV * L tokens]; add up its columns if asked
-//         for each chunk of columns, a few tens of active elements of a row:
-//           transpose b likewise
-//           for each block row, tile:
-//             B x MV vectors of a in registers
-//             for each four active elements (B = 1), each active block (B = 2):
-//               MV loads of b a column, B * MV multiply-adds, to four accumulators
-//               add up their lanes, all four at once; L of them then make one vector of the sums
+//         transpose a (this piece's rows) and b to [tile][line][MV * L tokens]; add up their columns if asked
+//         for each group of rows, which stays in L2:
+//           for each chunk of columns, a few tens of active elements of a row:
+//             for each block row, tile:
+//               B x MV vectors of a in registers
+//               for each four active elements (B = 1), each active block (B = 2):
+//                 MV loads of b a column, B * MV multiply-adds, to four accumulators
+//                 add up their lanes, all four at once; L of them then make one vector of the sums
 //       write the piece's rows of `out` once
 //
 // See fine.h for what bounds it.
@@ -86,13 +86,20 @@ template <int B> MST_NOINLINE void block_row(const float* a, const float* b, con
 
 // ---- the loops -----------------------------------------------------------------------------------------------------
 
-template <int B, class E, class O> struct Worker : Sums<B, B, O> {
-  using Sums<B, B, O>::p, Sums<B, B, O>::part, Sums<B, B, O>::slot, Sums<B, B, O>::sums;
-  const E *const a = static_cast<const E*>(p.a), *const b = static_cast<const E*>(p.b);
-  int64_t chunk = 0, chunks = 0, tiles = 0;  // tiles: of a panel
-  std::vector<int32_t> cuts = {};
+// Block rows [i0, i1) next to each other: where each one's share of each chunk begins, and all their blocks' columns.
+struct Line {
+  int64_t i0, i1;
+  int32_t *cuts, *idx;
+  float* sums;
+};
 
-  Worker(const Problem& problem, Part mine) : Sums<B, B, O>{problem, mine} {}
+template <int B, class E, class O> struct Worker : Pieces {
+  const E *const a = static_cast<const E*>(p.a), *const b = static_cast<const E*>(p.b);
+  O* const out = static_cast<O*>(p.out);
+  int64_t chunk = 0, chunks = 0;  // of columns
+  int32_t* lists = nullptr;       // of a piece's lines
+
+  Worker(const Problem& problem, Part mine) : Pieces{problem, mine} {}
 
   // Lines [k0, k0 + n) of one tile, zero past the last token; adds up their columns if asked.
   static void pack(const E* from, int64_t ld, int64_t tokens, int64_t width, int64_t k0, int64_t n, float* to,
@@ -103,52 +110,80 @@ template <int B, class E, class O> struct Worker : Sums<B, B, O> {
     if (colsum) add_lines(to, std::min(n, width - k0), colsum + k0);
   }
 
-  void cut_lists(int64_t i0, int64_t i1) {
-    cuts.resize((i1 - i0) * (chunks + 1));
-    for (int64_t i = i0; i < i1; i++) {
+  static int64_t lines(int64_t rows) { return ceil_div(rows, line_lists); }
+  Line line(int64_t i0, int64_t i1, int64_t i) const {
+    const int64_t before = slot[i - i0], cuts = chunks * line_lists + 1;
+    int32_t* at = lists + before + lines(i - i0) * cuts;
+    return {i, std::min(i1, i + line_lists), at, at + cuts, sums + before * B * B};
+  }
+
+  void arrange(const Line& to) const {
+    int32_t* next = to.idx;
+    const auto list = [&](int64_t i) {
       const Range range = active(p, i, part.j0, part.j1);
-      cut_list(p.lists.idx, range.begin, range.end, part.j0, chunk, chunks, cuts.data() + (i - i0) * (chunks + 1));
-    }
+      return std::pair<int64_t, int64_t>(range.begin, range.end);
+    };
+    arrange_line(p.lists.idx, to.i0, to.i1, part.j0, chunk, chunks, list, to.cuts,
+                 [&](int64_t, int64_t q) { *next++ = p.lists.idx[q]; });
+  }
+
+  void write(const Line& from) const {
+    const int64_t c0 = part.j0 * B, c1 = std::min(p.cols, part.j1 * B);
+    for (int64_t r = from.i0 * B; r < std::min(p.rows, from.i1 * B); r++)
+      memset(static_cast<void*>(out + r * p.ldo + c0), 0, (c1 - c0) * sizeof(O));
+    for (int64_t k = 0; k < chunks * line_lists; k++)
+      for (int32_t q = from.cuts[k]; q < from.cuts[k + 1]; q++)
+        for (int r = 0; r < B; r++)
+          for (int c = 0; c < B; c++) {
+            const int64_t row = (from.i0 + k % line_lists) * B + r, col = static_cast<int64_t>(from.idx[q]) * B + c;
+            if (B == 1 || (row < p.rows && col < p.cols))
+              from_float(from.sums[(q * B + r) * B + c], out + row * p.ldo + col);
+          }
   }
 
   void accumulate(int64_t i0, int64_t i1, float* pa, float* pb, float* sum_a, float* sum_b) {
-    const int64_t size_a = lines(i1 - i0) * MT, size_b = lines(chunk) * MT;
-    for (int64_t m0 = 0; m0 < p.m; m0 += tiles * MT) {
-      const int64_t here = std::min(tiles, ceil_div(p.m - m0, MT));
-      const auto tokens = [&](int64_t t) { return std::min(MT, p.m - m0 - t * MT); };
-      for (int64_t t = 0; t < here; t++)
-        pack(a + (m0 + t * MT) * p.lda, p.lda, tokens(t), p.rows, i0 * B, (i1 - i0) * B, pa + t * size_a, sum_a);
-      for (int64_t c = 0; c < chunks; c++) {
-        const int64_t j0 = part.j0 + c * chunk, j1 = std::min(part.j1, j0 + chunk);
-        for (int64_t t = 0; t < here; t++)
-          pack(b + (m0 + t * MT) * p.ldb, p.ldb, tokens(t), p.cols, j0 * B, (j1 - j0) * B, pb + t * size_b, sum_b);
-        for (int64_t i = i0; i < i1; i++) {
-          const int32_t* cut = cuts.data() + (i - i0) * (chunks + 1);
-          float* to = sums + (slot[i - i0] + cut[c] - cut[0]) * B * B;
-          for (int64_t t = 0; t < here; t++)
-            block_row<B>(pa + t * size_a + (i - i0) * B * MT, pb + t * size_b - j0 * B * MT, p.lists.idx + cut[c],
-                         cut[c + 1] - cut[c], to);
-        }
+    constexpr int64_t panel = fine_tiles * MT;
+    const int64_t group = ceil_div(fine_group(B), line_lists) * line_lists;
+    const int64_t columns = part.j1 - part.j0, size_a = floats(i1 - i0), size_b = floats(columns);
+    for (int64_t m0 = 0; m0 < p.m; m0 += panel) {
+      const int64_t tiles = ceil_div(std::min(panel, p.m - m0), MT);
+      for (int64_t t = 0, m = m0; t < tiles; t++, m += MT) {
+        const int64_t tokens = std::min(MT, p.m - m);
+        pack(a + m * p.lda, p.lda, tokens, p.rows, i0 * B, (i1 - i0) * B, pa + t * size_a, sum_a);
+        pack(b + m * p.ldb, p.ldb, tokens, p.cols, part.j0 * B, columns * B, pb + t * size_b, sum_b);
       }
+      for (int64_t g = i0; g < i1; g += group)
+        for (int64_t c = 0; c < chunks; c++)
+          for (int64_t i = g; i < std::min(i1, g + group); i += line_lists) {
+            const Line row = line(i0, i1, i);
+            for (int64_t t = 0; t < tiles; t++)
+              for (int64_t k = 0; k < row.i1 - row.i0; k++) {
+                const int32_t* cut = row.cuts + c * line_lists + k;
+                block_row<B>(pa + t * size_a + (i - i0 + k) * B * MT, pb + t * size_b - part.j0 * B * MT,
+                             row.idx + cut[0], cut[1] - cut[0], row.sums + cut[0] * B * B);
+              }
+          }
     }
   }
 
-  static int64_t lines(int64_t blocks) { return blocks * B + L; }
+  static int64_t floats(int64_t blocks) { return (blocks * B + L) * MT; }  // of a tile
 
   int run() {
-    static thread_local Scratch memory;
-    const int64_t length = part.j1 - part.j0, share = static_cast<int64_t>(p.lists.ptr[p.R]) * length / std::max<int64_t>(1, p.C);
-    chunk = std::max<int64_t>(1, fine_chunk(B, p.R, length, share));
-    chunks = ceil_div(length, chunk);
-    tiles = std::max<int64_t>(1, fine_panel_bytes / (chunk * B * MT * 4));
-    const int status = this->by_piece([&](int64_t i0, int64_t i1, bool sum_a, bool sum_b) {
-      cut_lists(i0, i1);
-      float* pa = memory.floats((lines(i1 - i0) + lines(chunk)) * tiles * MT);
-      if (!pa) return false;
-      float* pb = pa + lines(i1 - i0) * tiles * MT;
-      accumulate(i0, i1, pa, pb, sum_a ? p.colsum : nullptr, sum_b ? p.colsum : nullptr);
+    static thread_local Scratch memory, list_memory;
+    const int64_t columns = part.j1 - part.j0;
+    chunk = fine_chunk(B, p.R, p.C, p.lists.ptr[p.R]);
+    chunks = ceil_div(columns, chunk);
+    const int status = each([&](int64_t i0, int64_t i1, int64_t blocks, bool sum_a, bool sum_b) {
+      lists = reinterpret_cast<int32_t*>(list_memory.floats(blocks + lines(i1 - i0) * (chunks * line_lists + 1)));
+      float* pa = memory.floats(fine_tiles * (floats(i1 - i0) + floats(columns)));
+      if (!lists || !pa) return false;
+      for (int64_t i = i0; i < i1; i += line_lists) arrange(line(i0, i1, i));
+      memset(sums, 0, blocks * B * B * 4);
+      accumulate(i0, i1, pa, pa + fine_tiles * floats(i1 - i0), sum_a ? p.colsum : nullptr, sum_b ? p.colsum : nullptr);
+      for (int64_t i = i0; i < i1; i += line_lists) write(line(i0, i1, i));
       return true;
     });
+    list_memory.trim();
     memory.trim();
     return status;
   }

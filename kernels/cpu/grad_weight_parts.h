@@ -76,67 +76,31 @@ MST_INLINE Range active(const Problem& p, int64_t i, int64_t j0, int64_t j1) {
   return {b - idx, e - idx};
 }
 
-// ---- sums ----------------------------------------------------------------------------------------------------------
-
-// The sums of a part, piece by piece of its block rows: a block's strips of SW columns, [strip][row][SW] floats.
-template <int B, int SW, class O> struct Sums {
+// Cuts a part into pieces of its block rows, so that their sums fit in piece_bytes.
+struct Pieces {
   const Problem& p;
   const Part part;
-  O* const out = static_cast<O*>(p.out);
-  std::vector<int64_t> slot = {};  // block row i of the piece keeps its sums from slot[i - begin] on, B * B floats a block
+  std::vector<int64_t> slot = {};  // block row i of a piece has its sums from block slot[i - begin] of `sums` on
   float* sums = nullptr;
 
-  // Writes block rows [i0, i1) of out, columns of the part.
-  void write(int64_t i0, int64_t i1) const {
-    const int64_t c_end = std::min(p.cols, part.j1 * B);
-    for (int64_t i = i0; i < i1; i++) {
-      const Range range = active(p, i, part.j0, part.j1);
-      for (int64_t r = 0; r < B && i * B + r < p.rows; r++) {
-        O* row = out + (i * B + r) * p.ldo;
-        const float* from = sums + slot[i - i0] * B * B + r * SW;
-        int64_t done = part.j0 * B;
-        if constexpr (B < 4) {  // so many gaps that one run of zeros is cheaper
-          memset(static_cast<void*>(row + done), 0, (c_end - done) * sizeof(O));
-          for (int64_t q = range.begin; q < range.end; q++, from += B * B)
-            for (int64_t c = p.lists.idx[q] * B, k = 0; k < B && c + k < p.cols; k++) from_float(from[k], row + c + k);
-          continue;
-        }
-        for (int64_t q = range.begin; q < range.end; q++, from += B * B) {
-          const int64_t c = static_cast<int64_t>(p.lists.idx[q]) * B;
-          if (c > done) memset(static_cast<void*>(row + done), 0, (c - done) * sizeof(O));
-          for (int s = 0; s < B / SW && c + s * SW < p.cols; s++) {
-            if (c + (s + 1) * SW <= p.cols)
-              convert(from + s * B * SW, row + c + s * SW, SW);
-            else
-              convert(from + s * B * SW, row + c + s * SW, static_cast<int>(p.cols - c - s * SW));
-          }
-          done = c + B;
-        }
-        if (c_end > done) memset(static_cast<void*>(row + done), 0, (c_end - done) * sizeof(O));
-      }
-    }
-  }
-
-  // Computes and writes piece after piece; `accumulate(i0, i1, sum_a, sum_b)` fills the sums of block rows [i0, i1), says
-  // whether it got memory, and adds up the columns of a or b if asked.
-  template <class Accumulate> int by_piece(Accumulate accumulate) {
+  // body(i0, i1, blocks, sum_a, sum_b), for block rows [i0, i1) with so many active blocks, computes and writes them, adds
+  // up the columns of a or b if asked, and says whether it got memory.
+  template <class Body> int each(Body body) {
     static thread_local Scratch memory;
     if (part.j1 == part.j0) return MST_OK;
+    const int64_t block_floats = static_cast<int64_t>(p.block) * p.block;
     const bool sum_a = p.colsum && p.colsum_of_a && part.sums_a(), sum_b = p.colsum && !p.colsum_of_a && part.sums_b();
     for (int64_t i0 = part.i0, i1; i0 < part.i1; i0 = i1) {
       slot.clear();
       int64_t blocks = 0;
       for (i1 = i0; i1 < part.i1; i1++) {
         const Range range = active(p, i1, part.j0, part.j1);
-        if (i1 > i0 && (blocks + range.end - range.begin) * B * B * 4 > piece_bytes) break;
+        if (i1 > i0 && (blocks + range.end - range.begin) * block_floats * 4 > piece_bytes) break;
         slot.push_back(blocks);
         blocks += range.end - range.begin;
       }
-      sums = memory.floats(blocks * B * B + 64);
-      if (!sums) return MST_NO_MEMORY;
-      if (p.m == 0 || B < 4) memset(sums, 0, blocks * B * B * 4);
-      if ((blocks || sum_a || sum_b) && !accumulate(i0, i1, sum_a, sum_b && i0 == part.i0)) return MST_NO_MEMORY;
-      write(i0, i1);
+      sums = memory.floats(blocks * block_floats + 64);
+      if (!sums || !body(i0, i1, blocks, sum_a, sum_b && i0 == part.i0)) return MST_NO_MEMORY;
     }
     memory.trim();
     return MST_OK;

@@ -82,7 +82,7 @@ MST_NOINLINE void tile(const float* x, const float* w, const int32_t* idx, int64
 // ---- the loops -----------------------------------------------------------------------------------------------------
 
 template <class U, int NR, int MV, class X, class W> struct Kernel {
-  static constexpr int64_t MT = MV * L;
+  static constexpr int64_t MT = MV * L, pack_rows = 4;
   const Problem& p;
   const Plan plan;
   const X* x;
@@ -107,8 +107,9 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
     const int64_t partial = plan.chunk < p.red_blocks ? (piece.end - piece.begin) * p.block * MT : 0;
     return plan.panel_tiles() * (plan.tile_size + partial);
   }
-  void pack(const Piece& piece, int64_t i) const {
-    pack_output_block<U, NR, X, W>(p, i, piece.w + (p.lists.ptr[i] - piece.w_base) * units() * p.block);
+  void pack(const Piece& piece, int64_t i0, int64_t i1) const {
+    for (int64_t i = i0; i < i1; i++)
+      pack_output_block<U, NR, X, W>(p, i, piece.w + (p.lists.ptr[i] - piece.w_base) * units() * p.block);
   }
 
   // One chunk of the reduction for one tile of V vectors: all outputs of block i.

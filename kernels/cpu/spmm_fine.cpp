@@ -2,15 +2,16 @@
 //
 // Loop nest, SIMD over tokens:
 //
-//     for each piece of outputs, packed to [output block][block][B inputs][B outputs]:
+//     for each piece of outputs, packed to [line of outputs][chunk][output block][block][B inputs][B outputs]:
 //       for each panel of token tiles (threads, dynamic):
-//         for each chunk of the reduction:                             a few tens of active elements an output
-//           transpose x to [tile][reduction][MV * L tokens]
-//           for each line of outputs, tile, output block:
-//             B x MV vector accumulators in registers, across the active blocks in the chunk:
-//               for each active block, each k:  B broadcasts of W, MV loads of x^T, B * MV multiply-adds
-//             add them to the outputs' sums, [output][MV * L tokens]
-//             write y once, transposed in registers
+//         transpose x to [tile][reduction][MV * L tokens]
+//         for each group of outputs, whose sums stay in L2:
+//           for each chunk of the reduction, a few tens of active elements of an output:
+//             for each line of outputs, tile, output block:
+//               B x MV vector accumulators in registers, across the active blocks in the chunk:
+//                 for each active block, each k:  B broadcasts of W, MV loads of x^T, B * MV multiply-adds
+//               add them to the outputs' sums, [output][MV * L tokens]
+//               after the last chunk write y, transposed in registers
 //
 // See fine.h for what bounds it.
 #include "fine.h"
@@ -67,55 +68,53 @@ template <int MV, class Y> void write_outputs(const float* sums, int64_t outputs
 // ---- the loops -----------------------------------------------------------------------------------------------------
 
 template <int B, class X, class W> struct Kernel {
-  static constexpr int64_t MT = fine_tokens;
+  static constexpr int64_t MT = fine_tokens, span = line_lists, pack_rows = span;
   const Problem& p;
+  const int64_t chunk, chunks, group;  // reduction blocks of a chunk, output blocks of a group
   const Plan plan;
-  const int64_t chunks;
   const X* x;
   int64_t ldx;
   X* y;
   int64_t ldy;
 
   Kernel(const Problem& problem, const MstSpmm& a)
-      : p(problem), plan(make_plan(p, B, MT, chunk(), fine_panel_bytes)), chunks(ceil_div(p.red_blocks, plan.chunk)),
+      : p(problem), chunk(fine_chunk(B, p.out_blocks, p.red_blocks, p.lists.ptr[p.out_blocks])),
+        chunks(ceil_div(p.red_blocks, chunk)), group(chunks > 1 ? fine_group(B) / span * span : span),
+        plan(make_plan(p, B, MT, p.red_blocks, fine_tiles * (p.red_blocks * B + L) * MT * 4)),
         x(static_cast<const X*>(a.x)), ldx(a.ldx), y(static_cast<X*>(a.y)), ldy(a.ldy) {}
 
-  int64_t chunk() const { return fine_chunk(B, p.out_blocks, p.red_blocks, p.lists.ptr[p.out_blocks]); }
-
-  // A piece holds, behind W, where each chunk begins in the list of each output block.
+  // A packed line: where each output block's share of each chunk begins, the blocks' places, their weights.
+  struct Line {
+    int32_t *cuts, *idx;
+    float* w;
+  };
+  int64_t cuts_floats() const { return chunks * span + 1; }
   int64_t packed_floats(int64_t begin, int64_t end) const {
-    return blocks_of(begin, end) * B * B + (end - begin) * (chunks + 1);
+    return (p.lists.ptr[end] - p.lists.ptr[begin]) * (1 + B * B) + ceil_div(end - begin, span) * cuts_floats();
   }
-  int64_t blocks_of(int64_t begin, int64_t end) const { return p.lists.ptr[end] - p.lists.ptr[begin]; }
-  int32_t* cuts_of(const Piece& piece, int64_t i) const {
-    float* behind = piece.w + blocks_of(piece.begin, piece.end) * B * B;
-    return reinterpret_cast<int32_t*>(behind) + (i - piece.begin) * (chunks + 1);
+  Line line(const Piece& piece, int64_t i0, int64_t i1) const {
+    auto* cuts = reinterpret_cast<int32_t*>(piece.w + packed_floats(piece.begin, i0));
+    int32_t* idx = cuts + cuts_floats();
+    return {cuts, idx, reinterpret_cast<float*>(idx + p.lists.ptr[i1] - p.lists.ptr[i0])};
   }
 
-  void pack(const Piece& piece, int64_t i) const {
-    const int64_t begin = p.lists.ptr[i], n = p.lists.ptr[i + 1] - begin;
-    const int32_t* idx = p.lists.idx + begin;
-    float* to = piece.w + (begin - piece.w_base) * B * B;
+  void pack(const Piece& piece, int64_t i0, int64_t i1) const {
     const W* w = static_cast<const W*>(p.w);
     const int64_t by_output = p.outputs_are_rows ? p.ldw : 1, by_input = p.outputs_are_rows ? 1 : p.ldw;
-    for (int64_t q = 0; q < n; q++)
+    Line to = line(piece, i0, i1);
+    const auto list = [&](int64_t i) { return std::pair<int64_t, int64_t>(p.lists.ptr[i], p.lists.ptr[i + 1]); };
+    arrange_line(p.lists.idx, i0, i1, 0, chunk, chunks, list, to.cuts, [&](int64_t i, int64_t q) {
+      *to.idx++ = p.lists.idx[q];
       for (int k = 0; k < B; k++)
         for (int r = 0; r < B; r++) {
-          const int64_t input = idx[q] * B + k, output = i * B + r;
+          const int64_t input = static_cast<int64_t>(p.lists.idx[q]) * B + k, output = i * B + r;
           const bool inside = B == 1 || (input < p.reduction && output < p.outputs);
-          *to++ = inside ? rounded<X>(w[output * by_output + input * by_input]) : 0.0f;
+          *to.w++ = inside ? rounded<X>(w[output * by_output + input * by_input]) : 0.0f;
         }
-    cut_list(p.lists.idx, begin, begin + n, 0, plan.chunk, chunks, cuts_of(piece, i));
+    });
   }
 
-  // The sums of a piece's outputs for each tile; without several chunks, of a line of outputs alone.
-  int64_t sum_outputs(const Piece& piece) const {
-    const int64_t outputs = chunks > 1 ? (piece.end - piece.begin) * B : line_outputs;
-    return ceil_div(outputs, outputs_at_once) * outputs_at_once;
-  }
-  int64_t scratch_floats(const Piece& piece) const {
-    return plan.panel_tiles() * plan.tile_size + (chunks > 1 ? plan.panel_tiles() : 1) * sum_outputs(piece) * MT;
-  }
+  int64_t scratch_floats(const Piece&) const { return plan.panel_tiles() * (plan.tile_size + group * B * MT); }
 
   // Output blocks [i0, i1), one line, of chunk c of a tile.
   template <int MV>
@@ -125,39 +124,33 @@ template <int B, class X, class W> struct Kernel {
     if (last)  // the lines of y arrive while the sums are computed
       for (int t = 0; t < tokens; t++)
         for (int64_t o = 0; o < (i1 - i0) * B; o += 64 / sizeof(X)) __builtin_prefetch(to + t * ldy + i0 * B + o, 1, 3);
-    const float* from = xt - c * plan.chunk * B * MV * L;
-    for (int64_t i = i0; i < i1; i++) {
-      const int32_t* cuts = cuts_of(piece, i) + c;
-      tile<B, MV>(from, piece.w + (cuts[0] - piece.w_base) * B * B, p.lists.idx + cuts[0], cuts[1] - cuts[0],
-                  c == 0 ? p.bias + i * B : nullptr, sums + (i - i0) * B * MV * L);
-    }
+    const Line from = line(piece, i0, i1);
+    const int32_t* cuts = from.cuts + c * span;
+    for (int64_t k = 0; k < i1 - i0; k++)
+      tile<B, MV>(xt, from.w + cuts[k] * B * B, from.idx + cuts[k], cuts[k + 1] - cuts[k],
+                  c == 0 ? p.bias + (i0 + k) * B : nullptr, sums + k * B * MV * L);
     if (last) write_outputs<MV>(sums, std::min(p.outputs, i1 * B) - i0 * B, tokens, to + i0 * B, ldy);
   }
 
-  template <int MV> void pack_x(int64_t t, int64_t c, float* to) const {
-    const int64_t c0 = c * plan.chunk, c1 = std::min(p.red_blocks, c0 + plan.chunk);
-    pack_tile<F32, MV>(x + t * MT * ldx, ldx, std::min(MT, p.m - t * MT), p.reduction, c0 * B, (c1 - c0) * B, to);
-  }
-
   void panel(const Piece& piece, int64_t t0, int64_t t1, int64_t o0, int64_t o1, float* scratch) const {
-    constexpr int64_t span = line_outputs / B;
-    const int64_t outs = sum_outputs(piece);
+    const auto whole_lines = [&](int64_t o) {
+      return std::min(piece.end, piece.begin + ceil_div(o - piece.begin, span) * span);
+    };
+    o0 = whole_lines(o0), o1 = whole_lines(o1);
+    const auto xt = [&](int64_t t) { return scratch + (t - t0) * plan.tile_size; };
     float* sums = scratch + plan.panel_tiles() * plan.tile_size;
-    for (int64_t c = 0; c < chunks; c++) {
-      for (int64_t t = t0; t < t1; t++) {
-        float* to = scratch + (t - t0) * plan.tile_size;
-        by_vectors(t, [&](auto mv) { pack_x<mv>(t, c, to); });
-      }
-      for (int64_t i = o0; i < o1; i += span)
-        for (int64_t t = t0; t < t1; t++) {
-          const float* xt = scratch + (t - t0) * plan.tile_size;
-          float* to = chunks > 1 ? sums + ((t - t0) * outs + (i - o0) * B) * MT : sums;
-          const int tokens = static_cast<int>(std::min(MT, p.m - t * MT));
-          by_vectors(t, [&](auto mv) {
-            run_line<mv>(piece, i, std::min(o1, i + span), c, xt, to, y + t * MT * ldy, tokens);
-          });
-        }
-    }
+    for (int64_t t = t0; t < t1; t++)
+      by_vectors(t, [&](auto mv) {
+        pack_tile<F32, mv>(x + t * MT * ldx, ldx, std::min(MT, p.m - t * MT), p.reduction, 0, p.red_blocks * B, xt(t));
+      });
+    for (int64_t g = o0; g < o1; g += group)
+      for (int64_t c = 0; c < chunks; c++)
+        for (int64_t i = g; i < std::min(o1, g + group); i += span)
+          for (int64_t t = t0; t < t1; t++)
+            by_vectors(t, [&](auto mv) {
+              run_line<mv>(piece, i, std::min(o1, i + span), c, xt(t), sums + ((t - t0) * group + i - g) * B * MT,
+                           y + t * MT * ldy, static_cast<int>(std::min(MT, p.m - t * MT)));
+            });
   }
 
   // The vectors that hold the tokens of a tile.

@@ -10,7 +10,6 @@ namespace mst {
 namespace {
 
 constexpr int64_t piece_bytes = 8 << 20;  // of packed W, shared by the threads in L3
-constexpr int64_t pack_rows = 4;          // output blocks packed at a time
 
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
@@ -79,9 +78,10 @@ class Tickets {
 // A kernel packs the output blocks of a piece, all threads together, and then runs panels of token tiles [t0, t1) on
 // the output blocks [o0, o1), in memory of the thread:
 //
+//     pack_rows                                           output blocks packed at a time
 //     int64_t packed_floats(begin, end)                   of the packed output blocks [begin, end)
 //     int64_t scratch_floats(piece)                       for a panel
-//     void pack(piece, i)                                 output block i
+//     void pack(piece, i0, i1)                            output blocks [i0, i1), pack_rows of them or up to the end
 //     void panel(piece, t0, t1, o0, o1, scratch)
 
 // One thread's share of the steps. Returns false if it could not get memory.
@@ -94,11 +94,11 @@ template <class Kernel> bool work(const Kernel& kernel, Tickets& tickets, float*
   int64_t ticket = tickets.next(), first = 0;  // `first`: tickets of earlier pieces
   for (size_t s = 0; s + 1 < plan.cuts.size(); s++) {
     const Piece piece{plan.cuts[s], plan.cuts[s + 1], w, p.lists.ptr[plan.cuts[s]]};
-    const int64_t n = piece.end - piece.begin, packs = ceil_div(n, pack_rows);
+    const int64_t n = piece.end - piece.begin, packs = ceil_div(n, kernel.pack_rows);
     for (; ticket < first + packs; ticket = tickets.take_next()) {
       tickets.wait_for(first);  // the packed memory is free
-      const int64_t i0 = piece.begin + (ticket - first) * pack_rows, i1 = std::min(piece.end, i0 + pack_rows);
-      for (int64_t i = i0; i < i1; i++) kernel.pack(piece, i);
+      const int64_t i0 = piece.begin + (ticket - first) * kernel.pack_rows;
+      kernel.pack(piece, i0, std::min(piece.end, i0 + kernel.pack_rows));
     }
     const bool any = ticket < first + packs + items;
     float* scratch = any ? memory.floats(kernel.scratch_floats(piece)) : nullptr;
