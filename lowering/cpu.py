@@ -57,6 +57,7 @@ device.register(
         why_no_attention=why_no_attention,
         crossover=lambda *_: _CROSSOVER,
         default_block=8,
+        finest_block=kernels.FINEST_BLOCK,
         implementations={
             "linear": cpu_linear.linear,
             "linear_grad_input": cpu_linear.grad_input,

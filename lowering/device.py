@@ -19,7 +19,7 @@ from mst_compile.blocks.grid import BlockGrid
 from mst_compile.ops import attention, linear  # noqa: F401  (define what devices implement)
 from mst_compile.ops.library import implement
 
-FINEST_BLOCK = 4  # that any device has kernels for
+FINEST_BLOCK = 4  # that a weight gets by itself; finer ones are for those who ask
 _BLOCK = 32
 
 
@@ -35,7 +35,8 @@ class Device:
         crossover: given the grids of a graph's weights, and whether a variant with sparse products has been compiled
             yet, the mean density from which its dense products are faster. The same on all ranks.
         default_block: block of weights for which the user names none.
-        finest_block: finest block with kernels; a weight that the default suits badly gets no finer one.
+        finest_block: finest block with kernels; a weight that the default suits badly gets no finer one (nor one below
+            ``FINEST_BLOCK``), and a weight of one below both keeps no index.
         implementations: operator (``"linear"``, ...) -> what computes it; it may decline, see
             :func:`mst_compile.ops.library.implement`.
         bulk: passes over whole weights, where the device has something better than PyTorch.

@@ -142,7 +142,7 @@ class Dispatch:
             if weight is None or weight.signature != signature:
                 break
             index = weight.index
-            if index.device != parameter.device:
+            if index is None or index.device != parameter.device:
                 weight.to_device(parameter.device)
                 index = weight.index
             indices.append(index if not isinstance(parameter, FakeTensor) else fake_index(weight, parameter.fake_mode))
