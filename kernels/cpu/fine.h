@@ -15,7 +15,7 @@ namespace {
 
 constexpr int fine_vectors = 4;  // of tokens in a tile
 constexpr int64_t fine_tokens = fine_vectors * L;
-constexpr int64_t list_elements = 40;            // active elements in a line of W and a chunk, on average
+constexpr int64_t list_elements = 64;            // active elements in a line of W and a chunk, on average
 constexpr int64_t least_chunk_bytes = 16 << 10;  // of one tile
 constexpr int64_t most_chunk_bytes = 160 << 10;
 constexpr int64_t fine_tiles = 2;                // that share a look at W

@@ -56,8 +56,8 @@ MST_NOINLINE void tile(const float* x, const float* w, const int32_t* idx, int64
 // The sums of `outputs` outputs to y.
 template <int MV, class Y> void write_outputs(const float* sums, int64_t outputs, int tokens, Y* y, int64_t ldy) {
   constexpr int N = outputs_at_once;
-  for (int64_t o = 0; o < outputs; o += N)
-    for (int v = 0; v * L < tokens; v++) {
+  for (int v = 0; v * L < tokens; v++)  // a few rows of y at a time: many may lie in one set of the cache
+    for (int64_t o = 0; o < outputs; o += N) {
       vf acc[N][1];
       MST_UNROLL for (int r = 0; r < N; r++) acc[r][0] = load(sums + ((o + r) * MV + v) * L);
       store_tile<N, 1>(acc, y + v * L * ldy + o, ldy, static_cast<int>(std::min<int64_t>(N, outputs - o)),
