@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,16 @@ from mst_compile.blocks.grid import BlockGrid
 from . import cpu_attention, cpu_linear, device
 from .memory import keep_freed_memory
 
-_CROSSOVER = 0.8  # a little below where the lines of benchmarks/layers.py meet
+# A little below where the lines of benchmarks/layers.py meet.
+_CROSSOVER = 0.8
+_FINE_CROSSOVER = {1: 0.4, 2: 0.6}
+
+
+def _crossover(grids: Sequence[BlockGrid], tuned: bool) -> float:
+    """The mean over weights by their sizes."""
+    sizes = [grid.rows * grid.cols for grid in grids]
+    lower = (n * (_CROSSOVER - _FINE_CROSSOVER.get(g.block, _CROSSOVER)) for n, g in zip(sizes, grids, strict=True))
+    return _CROSSOVER - sum(lower) / max(1, sum(sizes))
 
 
 def why_no_attention(dtype: torch.dtype, size: int) -> str | None:
@@ -55,7 +64,7 @@ device.register(
         "cpu",
         why_unsupported=cpu_linear.why_unsupported,
         why_no_attention=why_no_attention,
-        crossover=lambda *_: _CROSSOVER,
+        crossover=_crossover,
         default_block=8,
         finest_block=kernels.FINEST_BLOCK,
         implementations={

@@ -72,6 +72,7 @@ def test_crossover_of_several_weights_counts_their_sizes(fresh: Path) -> None:
     crossover.record(large, "forward", 0.5, dense=1.0, sparse=2.5)
     assert device.of("cuda").crossover([small, large], False) == pytest.approx((0.5 + 3 * 0.2) / 4)
     assert device.of("cpu").crossover([small, large], False) == 0.8
+    assert device.of("cpu").crossover([BlockGrid(64, 64, 1), BlockGrid(64, 192, 8)], False) == pytest.approx(0.7)
 
 
 @pytest.mark.parametrize("text", ["[0.1, ", "", "5", '["a", 1, 2]', "[0.1, -1, 2]", "[0, 1, 1]", "[NaN, 1, 1]", "{}"])
