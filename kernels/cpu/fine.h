@@ -30,15 +30,17 @@ inline int64_t fine_chunk(int block, int64_t lists, int64_t length, int64_t acti
   return n == 1 ? length : ceil_div(ceil_div(length, n), L) * L;
 }
 
-// Blocks of the other side that meet a chunk before the next one does.
-inline int64_t fine_group(int block) { return std::max<int64_t>(1, group_bytes / (fine_tiles * fine_tokens * 4 * block)); }
-
 // Lists are taken in lines of neighbours. A line keeps its positions in the order in which they are met, [chunk][list],
 // or each list would wait for memory in every chunk.
 constexpr int64_t line_lists = 32;
 
-// Calls visit(i, q) for the positions q in [begin(i), end(i)) of lists [i0, i1) in that order; chunks count from `first`.
-// cuts[c * line_lists + i - i0] becomes the number of those before list i in chunk c; there is one for the end as well.
+// Lists that meet a chunk before the next one does: whole lines.
+inline int64_t fine_group(int block) {
+  return ceil_div(group_bytes / (fine_tiles * fine_tokens * 4 * block), line_lists) * line_lists;
+}
+
+// Calls visit(i, q) for the positions q that range(i) gives, of lists [i0, i1), in that order; chunks count from
+// `first`. cuts[c * line_lists + i - i0] becomes the number of those before list i in chunk c; one more is for the end.
 template <class RangeOf, class Visit>
 void arrange_line(const int32_t* idx, int64_t i0, int64_t i1, int64_t first, int64_t chunk, int64_t chunks,
                   RangeOf range, int32_t* cuts, Visit visit) {

@@ -61,9 +61,10 @@ template <int B> MST_INLINE vf sum_four(const vf (&a)[B][V], const float* b, con
   return sum_lanes4(acc[0], acc[1], acc[2], acc[3]);
 }
 
-// Adds the products of a tile's tokens to the sums of `n` blocks of one block row. b: shifted so that block idx[q] starts
-// at idx[q] * B lines.
-template <int B> MST_NOINLINE void block_row(const float* a, const float* b, const int32_t* idx, int64_t n, float* sums) {
+// Adds the products of a tile's tokens to the sums of `n` blocks of one block row. b: shifted so that block idx[q]
+// starts at idx[q] * B lines.
+template <int B>
+MST_NOINLINE void block_row(const float* a, const float* b, const int32_t* idx, int64_t n, float* sums) {
   constexpr int per_four = 4 / (B * B), at_once = L / (B * B);  // blocks
   vf x[B][V];
   MST_UNROLL for (int r = 0; r < B; r++) MST_UNROLL for (int v = 0; v < V; v++) x[r][v] = load(a + (r * V + v) * L);
@@ -143,7 +144,7 @@ template <int B, class E, class O> struct Worker : Pieces {
 
   void accumulate(int64_t i0, int64_t i1, float* pa, float* pb, float* sum_a, float* sum_b) {
     constexpr int64_t panel = fine_tiles * MT;
-    const int64_t group = ceil_div(fine_group(B), line_lists) * line_lists;
+    const int64_t group = fine_group(B);
     const int64_t columns = part.j1 - part.j0, size_a = floats(i1 - i0), size_b = floats(columns);
     for (int64_t m0 = 0; m0 < p.m; m0 += panel) {
       const int64_t tiles = ceil_div(std::min(panel, p.m - m0), MT);
@@ -179,7 +180,9 @@ template <int B, class E, class O> struct Worker : Pieces {
       if (!lists || !pa) return false;
       for (int64_t i = i0; i < i1; i += line_lists) arrange(line(i0, i1, i));
       memset(sums, 0, blocks * B * B * 4);
-      accumulate(i0, i1, pa, pa + fine_tiles * floats(i1 - i0), sum_a ? p.colsum : nullptr, sum_b ? p.colsum : nullptr);
+      float* pb = pa + fine_tiles * floats(i1 - i0);
+      if (blocks || sum_a || sum_b)
+        accumulate(i0, i1, pa, pb, sum_a ? p.colsum : nullptr, sum_b ? p.colsum : nullptr);
       for (int64_t i = i0; i < i1; i += line_lists) write(line(i0, i1, i));
       return true;
     });

@@ -83,8 +83,8 @@ struct Pieces {
   std::vector<int64_t> slot = {};  // block row i of a piece has its sums from block slot[i - begin] of `sums` on
   float* sums = nullptr;
 
-  // body(i0, i1, blocks, sum_a, sum_b), for block rows [i0, i1) with so many active blocks, computes and writes them, adds
-  // up the columns of a or b if asked, and says whether it got memory.
+  // body(i0, i1, blocks, sum_a, sum_b), for block rows [i0, i1) with so many active blocks, computes and writes them,
+  // adds up the columns of a or b if asked, and says whether it got memory.
   template <class Body> int each(Body body) {
     static thread_local Scratch memory;
     if (part.j1 == part.j0) return MST_OK;

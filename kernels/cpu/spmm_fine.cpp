@@ -20,7 +20,7 @@
 namespace mst {
 namespace {
 
-constexpr int outputs_at_once = 8;          // written to y
+constexpr int outputs_at_once = 8;  // written to y
 
 template <int B, int MV> MST_INLINE void add_block(const float* x, const float* w, vf (&acc)[B][MV]) {
   MST_UNROLL for (int k = 0; k < B; k++) {
@@ -79,7 +79,7 @@ template <int B, class X, class W> struct Kernel {
 
   Kernel(const Problem& problem, const MstSpmm& a)
       : p(problem), chunk(fine_chunk(B, p.out_blocks, p.red_blocks, p.lists.ptr[p.out_blocks])),
-        chunks(ceil_div(p.red_blocks, chunk)), group(chunks > 1 ? fine_group(B) / span * span : span),
+        chunks(ceil_div(p.red_blocks, chunk)), group(chunks > 1 ? fine_group(B) : span),
         plan(make_plan(p, B, MT, p.red_blocks, fine_tiles * (p.red_blocks * B + L) * MT * 4)),
         x(static_cast<const X*>(a.x)), ldx(a.ldx), y(static_cast<X*>(a.y)), ldy(a.ldy) {}
 
