@@ -16,6 +16,7 @@ from .ledger import LEDGER
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "speedup.png"
+MACHINE = "avx512"  # in the processor's name; the ledger has layers of other machines too
 _CASE = re.compile(r"(?P<layer>\d+->\d+) M=(?P<tokens>\d+) B=(?P<block>\d+) d=(?P<density>[\d.]+)")
 
 _ATTENTION = re.compile(r"T=(?P<length>\d+) heads=\S+ (?P<pattern>\w+)")
@@ -25,15 +26,16 @@ def read() -> list[dict[str, str]]:
     """All rows; of equal measurements the newest counts."""
     with LEDGER.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    newest = {(r["benchmark"], r["case"], r["side"], r["threads"], r["dtype"]): r for r in rows}
+    newest = {(r["benchmark"], r["case"], r["side"], r["threads"], r["dtype"], r["cpu"]): r for r in rows}
     return list(newest.values())
 
 
 def layer_rows(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of the layer benchmark with the parts of their case."""
+    """Rows of the layer benchmark on the README's machine, with the parts of their case."""
     found = []
     for row in rows:
-        case = _CASE.fullmatch(row["case"]) if row["benchmark"] == "layers" else None
+        ours = row["benchmark"] == "layers" and MACHINE in row["cpu"]
+        case = _CASE.fullmatch(row["case"]) if ours else None
         if case:
             found.append(row | case.groupdict())
     return found

@@ -57,6 +57,7 @@ device.register(
         attention_pays=cpu_choice.is_attention_faster,
         chooses=True,
         default_block=8,
+        finest_block=kernels.FINEST_BLOCK,
         implementations={
             "linear": cpu_linear.linear,
             "linear_grad_input": cpu_linear.grad_input,

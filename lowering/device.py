@@ -20,7 +20,7 @@ from mst_compile.blocks.grid import BlockGrid
 from mst_compile.ops import attention, linear  # noqa: F401  (define what devices implement)
 from mst_compile.ops.library import implement
 
-FINEST_BLOCK = 4  # that any device has kernels for
+FINEST_BLOCK = 4  # that a weight gets by itself; finer ones are for those who ask
 _BLOCK = 32
 PRODUCTS = ("forward", "grad-input", "grad-weight")
 WORTH = 0.97  # of the dense time: what a sparse product may take to be called faster
@@ -92,7 +92,8 @@ class Device:
             whether the device's kernel is faster than what PyTorch runs. The same on all ranks.
         chooses: whether the operators themselves run the faster product at every call, where they are allowed to.
         default_block: block of weights for which the user names none.
-        finest_block: finest block with kernels; a weight that the default suits badly gets no finer one.
+        finest_block: finest block with kernels; a weight that the default suits badly gets no finer one (nor one below
+            ``FINEST_BLOCK``), and a weight of one below both keeps no index.
         implementations: operator (``"linear"``, ...) -> what computes it; it may decline, see
             :func:`mst_compile.ops.library.implement`.
         bulk: passes over whole weights, where the device has something better than PyTorch.

@@ -50,8 +50,8 @@ def sparsify(
             embeddings, norms and biases stay dense.
         schedule: :class:`MixedSparsity`, :class:`Constant` or an own one derived from :class:`Schedule`.
         block: edge of the square blocks, a power of two; default 8 on a CPU, 32 elsewhere. It shrinks for a weight
-            whose backbone would take more than half of the target density (:func:`explain` says so). ``1`` gives
-            unstructured masks on dense matrix products.
+            whose backbone would take more than half of the target density (:func:`explain` says so), to no less than
+            4. ``1`` gives unstructured masks; for 1 and 2 there are kernels on a CPU alone.
         include: shell-style patterns of parameter names; only these become sparse. Names of other 2-D parameters are
             accepted too.
         exclude: patterns of names that stay dense.

@@ -3,6 +3,7 @@
 from .attention import LSE_DTYPE, attention, attention_backward, supports_attention, supports_head
 from .build import choose_isa, why_inductor_has_no_compiler
 from .library import (
+    FINEST_BLOCK,
     available,
     block_sumsq,
     grad_weight,
@@ -17,6 +18,7 @@ from .library import (
 from .processor import processor_name
 
 __all__ = [
+    "FINEST_BLOCK",
     "LSE_DTYPE",
     "attention",
     "attention_backward",

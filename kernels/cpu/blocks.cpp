@@ -45,6 +45,16 @@ template <class E> static int block_sumsq(const MstBlockSumsq& a) {
 #pragma omp parallel for num_threads(a.threads) schedule(static)
   for (int64_t i = 0; i < R; i++) {
     const int64_t r1 = std::min(a.rows, (i + 1) * block);
+    if (block < 4) {  // too short for lanes
+      std::fill_n(a.out + i * C, C, 0.0f);
+      for (int64_t r = i * block; r < r1; r++)
+        for (int64_t j = 0; j < C; j++)
+          for (int64_t c = j * block; c < std::min(a.cols, (j + 1) * block); c++) {
+            const float x = to_float(w[r * a.ldw + c]);
+            a.out[i * C + j] += x * x;
+          }
+      continue;
+    }
     for (int64_t j = 0; j < C; j++) {
       float lanes[16] = {0};
       const int64_t c0 = j * block, n = std::min(block, a.cols - c0);

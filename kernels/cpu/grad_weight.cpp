@@ -16,31 +16,19 @@
 //
 // Strips of one block row are joined freely, so a vector holds 2 blocks of 8 or 4 of 4 and the tile stays full for any
 // block size. Intensity with AVX-512: 8 x 3 = 24 multiply-adds for 11 loads (4 x 3 for 16 with blocks of 4).
-#include <vector>
-
-#include "common.h"
+#include "grad_weight_parts.h"
 
 namespace mst {
 namespace {
 
 constexpr int64_t panel_units = 128;       // tokens (pairs of tokens in bf16) per panel
 constexpr int64_t chunk_bytes = 400 << 10; // of packed b, out of 1 MB of L2
-constexpr int64_t piece_bytes = 8 << 20;   // of sums
 constexpr int S = 3;                       // vectors per tile
 
 template <int B> struct Tiling {
   static constexpr int SW = B < L ? B : L;                 // width of a strip of b
   static constexpr int RT = (L == 16 && B >= 8) ? 8 : 4;   // rows of a tile
   static constexpr int parts = L / SW;                     // strips per vector
-};
-
-// One call.
-struct Problem : MstGradWeight {
-  int64_t R, C;
-  Lists lists;
-
-  explicit Problem(const MstGradWeight& arguments)
-      : MstGradWeight(arguments), R(ceil_div(rows, block)), C(ceil_div(cols, block)), lists(by_rows(index, R)) {}
 };
 
 // ---- packing -------------------------------------------------------------------------------------------------------
@@ -189,72 +177,16 @@ MST_INLINE void tile_of(int vectors, const float* a, const float* const* strips,
   tile<U, RT, 1, parts>(a, strips, units, sums, first);
 }
 
-// ---- parts of W ----------------------------------------------------------------------------------------------------
-
-// Block rows [i0, i1) and block columns [j0, j1): what one thread owns.
-struct Part {
-  int64_t i0, i1, j0, j1;
-  // Exactly one part of each block column sums b's columns, one of each block row a's.
-  bool sums_b() const { return i0 == 0 && i1 > 0; }
-  bool sums_a() const { return j0 == 0 && j1 > 0; }
-};
-
-// Where the running count `at(i)` reaches `target`.
-template <class At> int64_t cut(int64_t n, int64_t target, At at) {
-  int64_t lo = 0, hi = n;
-  while (lo < hi) {
-    const int64_t mid = (lo + hi) / 2;
-    if (at(mid) < target) lo = mid + 1; else hi = mid;
-  }
-  return lo;
-}
-
-// Splits W into `team` parts of about equally many active blocks: first by rows, then each by columns. The factors
-// are those that pack the fewest columns of a and b per thread.
-Part part_of(const Problem& p, int team, int rank) {
-  int by_row = team;
-  for (int f = 1; f <= team; f++)
-    if (team % f == 0 && p.rows / f + p.cols * f / team < p.rows / by_row + p.cols * by_row / team) by_row = f;
-  const int by_col = team / by_row, tr = rank / by_col, tc = rank % by_col;
-  const int32_t* ptr = p.lists.ptr;
-  const auto row_cut = [&](int k) {
-    return k == by_row ? p.R : cut(p.R, static_cast<int64_t>(ptr[p.R]) * k / by_row, [&](int64_t i) { return ptr[i]; });
-  };
-  Part part{tr ? row_cut(tr) : 0, row_cut(tr + 1), 0, p.C};
-  if (by_col == 1) return part;
-  std::vector<int64_t> before(p.C + 1, 0);
-  for (int32_t q = ptr[part.i0]; q < ptr[part.i1]; q++) before[p.lists.idx[q] + 1]++;
-  for (int64_t j = 0; j < p.C; j++) before[j + 1] += before[j];
-  const auto col_cut = [&](int k) {
-    return k == by_col ? p.C : cut(p.C, before[p.C] * k / by_col, [&](int64_t j) { return before[j]; });
-  };
-  part.j0 = tc ? col_cut(tc) : 0;
-  part.j1 = col_cut(tc + 1);
-  return part;
-}
-
-// The active positions of block row i with block columns in [j0, j1).
-struct Range {
-  int64_t begin, end;
-};
-MST_INLINE Range active(const Problem& p, int64_t i, int64_t j0, int64_t j1) {
-  const int32_t *idx = p.lists.idx, *b = idx + p.lists.ptr[i], *e = idx + p.lists.ptr[i + 1];
-  if (j0 > 0) b = std::lower_bound(b, e, static_cast<int32_t>(j0));
-  if (j1 < p.C) e = std::lower_bound(b, e, static_cast<int32_t>(j1));
-  return {b - idx, e - idx};
-}
-
 // ---- the loops -----------------------------------------------------------------------------------------------------
 
-template <class U, int B, class E, class O> struct Worker {
+template <class U, int B, class E, class O> struct Worker : Pieces {
   static constexpr int RT = Tiling<B>::RT, SW = Tiling<B>::SW, parts = Tiling<B>::parts;
-  const Problem& p;
-  const Part part;
   const E *const a = static_cast<const E*>(p.a), *const b = static_cast<const E*>(p.b);
   O* const out = static_cast<O*>(p.out);
-  std::vector<int64_t> slot = {};  // block row i of the piece keeps its sums from slot[i - begin] on, B * B floats a block
-  float *sums = nullptr, *pa = nullptr, *pb = nullptr;
+  float *pa = nullptr, *pb = nullptr;
   int64_t chunk = 0, stride_a = 0, stride_b = 0;
+
+  Worker(const Problem& problem, Part mine) : Pieces{problem, mine} {}
 
   // All active strips of block row i within block columns [j0, j1).
   void block_row(int64_t i, int64_t at, int64_t j0, int64_t j1, const float* a_strips, int64_t units, bool first) {
@@ -323,54 +255,27 @@ template <class U, int B, class E, class O> struct Worker {
   }
 
   int run() {
-    static thread_local Scratch sum_memory, panel_memory;
+    static thread_local Scratch panel_memory;
     constexpr int64_t unit_bytes = panel_units * B * 4;
     // The paddings keep the strips of one row of a tile in different cache sets.
     stride_a = panel_units * RT + 16;
     stride_b = panel_units * SW + 16;
     chunk = std::max<int64_t>(1, std::min(part.j1 - part.j0, chunk_bytes / unit_bytes));
     chunk = ceil_div(part.j1 - part.j0, std::max<int64_t>(1, ceil_div(part.j1 - part.j0, chunk)));
-    if (part.j1 == part.j0) return MST_OK;
-    const bool sum_a = p.colsum && p.colsum_of_a && part.sums_a(), sum_b = p.colsum && !p.colsum_of_a && part.sums_b();
-    for (int64_t i0 = part.i0, i1; i0 < part.i1; i0 = i1) {
-      slot.clear();
-      int64_t blocks = 0;
-      for (i1 = i0; i1 < part.i1; i1++) {
-        const Range range = active(p, i1, part.j0, part.j1);
-        if (i1 > i0 && (blocks + range.end - range.begin) * B * B * 4 > piece_bytes) break;
-        slot.push_back(blocks);
-        blocks += range.end - range.begin;
-      }
+    const int status = each([&](int64_t i0, int64_t i1, int64_t blocks, bool sum_a, bool sum_b) {
       const int64_t size_a = (i1 - i0) * (B / RT) * stride_a, size_b = chunk * (B / SW) * stride_b;
-      sums = sum_memory.floats(blocks * B * B + 64);
       pa = panel_memory.floats(size_a + size_b);
-      if (!sums || !pa) return MST_NO_MEMORY;
+      if (!pa) return false;
       pb = pa + size_a;
       if (p.m == 0) memset(sums, 0, blocks * B * B * 4);
-      if (blocks || sum_a || sum_b) accumulate(i0, i1, sum_a, sum_b && i0 == part.i0);
+      if (blocks || sum_a || sum_b) accumulate(i0, i1, sum_a, sum_b);
       write(i0, i1);
-    }
-    sum_memory.trim();
+      return true;
+    });
     panel_memory.trim();
-    return MST_OK;
+    return status;
   }
 };
-
-template <int B, class E, class O> int run_all(const Problem& p) {
-  using U = typename UnitOf<E>::type;
-  int status = MST_OK;
-  if (p.colsum) std::fill_n(p.colsum, p.colsum_of_a ? p.rows : p.cols, 0.0f);
-#pragma omp parallel num_threads(std::max(1, p.threads))
-  {
-    int mine = MST_NO_MEMORY;
-    within_memory([&] { mine = Worker<U, B, E, O>{p, part_of(p, team_size(), team_rank())}.run(); });
-    if (mine != MST_OK) {
-#pragma omp atomic write
-      status = mine;
-    }
-  }
-  return status;
-}
 
 }  // namespace
 }  // namespace mst
@@ -379,8 +284,12 @@ using namespace mst;
 
 MST_API int mst_grad_weight(const MstGradWeight* arguments) {
   return by_block(arguments->block, [&](auto block) {
-    return by_gradient(arguments->in_dtype, arguments->out_dtype, [&](auto in, auto out) {
-      return run_all<block, typename decltype(in)::type, typename decltype(out)::type>(Problem(*arguments));
-    });
+    if constexpr (block < 4)
+      return grad_weight_fine(*arguments);
+    else
+      return by_gradient(arguments->in_dtype, arguments->out_dtype, [&](auto in, auto out) {
+        using E = typename decltype(in)::type;
+        return run_parts<Worker<typename UnitOf<E>::type, block, E, typename decltype(out)::type>>(Problem(*arguments));
+      });
   });
 }

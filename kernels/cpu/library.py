@@ -18,6 +18,8 @@ from mst_compile.blocks.memory import is_plain
 
 from . import abi, build, table
 
+FINEST_BLOCK = min(table.BLOCKS)
+
 
 class Library:
     """One compiled library; ``isa`` None means the best for this machine."""

@@ -23,8 +23,8 @@ namespace mst {
 namespace {
 
 constexpr int wide_outputs = L == 16 ? 8 : 4, wide_vectors = L == 16 ? 3 : 2, narrow_vectors = L == 16 ? 6 : 2;
-constexpr int line_outputs = 32;  // outputs written to a tile's tokens together, so that lines of y fill up
-constexpr int64_t pack_rows = 4;  // output blocks packed at a time
+constexpr int64_t panel_bytes = 200 << 10;  // of x^T, if that holds a tile: stays in L2 beside W and y
+constexpr int64_t chunk_bytes = 640 << 10;  // one tile of x^T; a longer reduction is cut
 
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
@@ -44,18 +44,7 @@ template <int NR, int MV, class Y> MST_INLINE void finish(const vf (&acc)[NR][MV
       MST_UNROLL for (int v = 0; v < MV; v++) store(e.partial_out + (r * MV + v) * L, acc[r][v]);
     return;
   }
-  const bool whole = e.outputs >= NR && e.tokens >= MV * L;
-  Y edge[MV * L][NR];
-  Y* y = whole ? e.y : edge[0];
-  const int64_t ldy = whole ? e.ldy : NR;
-  MST_UNROLL for (int v = 0; v < MV; v++) {
-    vf column[NR];
-    MST_UNROLL for (int r = 0; r < NR; r++) column[r] = acc[r][v];
-    store_transposed<NR>(column, y + v * L * ldy, ldy);
-  }
-  if (whole) return;
-  const int outputs = std::min(e.outputs, NR), tokens = std::min(e.tokens, MV * L);
-  for (int t = 0; t < tokens; t++) memcpy(static_cast<void*>(e.y + t * e.ldy), edge[t], outputs * sizeof(Y));
+  store_tile<NR, MV>(acc, e.y, e.ldy, e.outputs, e.tokens);
 }
 
 // x: the tile's x^T shifted so that block idx[q] starts at idx[q] * units rows. KU divides units.
@@ -93,150 +82,96 @@ MST_NOINLINE void tile(const float* x, const float* w, const int32_t* idx, int64
 
 // ---- the loops -----------------------------------------------------------------------------------------------------
 
-// A piece of outputs with its packed W, and how the reduction is cut.
-struct Piece {
-  int64_t begin, end;  // output blocks
-  const float* w;
-  int64_t w_base;       // lists.ptr[begin]
-  int64_t chunk;        // reduction blocks per chunk, a multiple of L, or all
-};
-
-// One chunk of the reduction for one tile: all outputs of [begin, end).
-template <class U, int NR, int MV, class Y> struct TileRun {
+template <class U, int NR, int MV, class X, class W> struct Kernel {
+  static constexpr int64_t MT = MV * L, pack_rows = 4;
   const Problem& p;
-  const Piece& piece;
-  int units;
+  const Plan plan;
+  const X* x;
+  int64_t ldx;
+  X* y;
+  int64_t ldy;
 
-  void operator()(int64_t i, const float* xt, int64_t c0, int64_t c1, float* partial, Y* y, int64_t ldy,
-                  int tokens) const {
-    const int B = p.block;
+  Kernel(const Problem& problem, const MstSpmm& a)
+      : p(problem), plan(make_plan(p, units(), MT, chunk(), panel_bytes)), x(static_cast<const X*>(a.x)), ldx(a.ldx),
+        y(static_cast<X*>(a.y)), ldy(a.ldy) {}
+
+  int64_t units() const { return p.block / U::per_unit; }
+  int64_t chunk() const {
+    const int64_t tile_row = MT * 4 * units();  // bytes of x^T per reduction block
+    if (p.red_blocks * tile_row <= chunk_bytes) return p.red_blocks;
+    return std::max<int64_t>(L, chunk_bytes / tile_row / L * L);
+  }
+  int64_t packed_floats(int64_t begin, int64_t end) const {
+    return (p.lists.ptr[end] - p.lists.ptr[begin]) * units() * p.block;
+  }
+  int64_t scratch_floats(const Piece& piece) const {
+    const int64_t partial = plan.chunk < p.red_blocks ? (piece.end - piece.begin) * p.block * MT : 0;
+    return plan.panel_tiles() * (plan.tile_size + partial);
+  }
+  void pack(const Piece& piece, int64_t i0, int64_t i1) const {
+    for (int64_t i = i0; i < i1; i++)
+      pack_output_block<U, NR, X, W>(p, i, piece.w + (p.lists.ptr[i] - piece.w_base) * units() * p.block);
+  }
+
+  // One chunk of the reduction for one tile of V vectors: all outputs of block i.
+  template <int V>
+  void run_tile(const Piece& piece, int64_t i, const float* xt, int64_t c0, int64_t c1, float* partial, X* to,
+                int tokens) const {
+    const int B = p.block, units = static_cast<int>(this->units());
     const int32_t* idx = p.lists.idx;
     const int64_t first = p.lists.ptr[i], last = p.lists.ptr[i + 1];
     int64_t q0 = first, q1 = last;
     if (c0 > 0) q0 = std::lower_bound(idx + first, idx + last, static_cast<int32_t>(c0)) - idx;
     if (c1 < p.red_blocks) q1 = std::lower_bound(idx + first, idx + last, static_cast<int32_t>(c1)) - idx;
     const float* w = piece.w + (first - piece.w_base) * B * units;
-    const float* x = xt - c0 * units * MV * L;
+    const float* from = xt - c0 * units * V * L;
     for (int g = 0; g < B / NR; g++) {
       const int64_t o = i * B + g * NR;
       if (o >= p.outputs) break;
-      float* sums = partial ? partial + (o - piece.begin * B) * MV * L : nullptr;
-      const TileEnds<Y> ends{p.bias + o, c0 > 0 ? sums : nullptr, c1 < p.red_blocks ? sums : nullptr, y + o, ldy,
+      float* sums = partial ? partial + (o - piece.begin * B) * V * L : nullptr;
+      const TileEnds<X> ends{p.bias + o, c0 > 0 ? sums : nullptr, c1 < p.red_blocks ? sums : nullptr, to + o, ldy,
                              static_cast<int>(std::min<int64_t>(NR, p.outputs - o)), tokens};
       const float* wg = w + (g * (last - first) + q0 - first) * units * NR;
       if (units % 4 == 0)
-        tile<U, NR, MV, 4>(x, wg, idx + q0, q1 - q0, units, ends);
+        tile<U, NR, V, 4>(from, wg, idx + q0, q1 - q0, units, ends);
       else
-        tile<U, NR, MV, 2>(x, wg, idx + q0, q1 - q0, units, ends);
+        tile<U, NR, V, 2>(from, wg, idx + q0, q1 - q0, units, ends);
+    }
+  }
+
+  void panel(const Piece& piece, int64_t t0, int64_t t1, int64_t o0, int64_t o1, float* scratch) const {
+    const int64_t outs = (piece.end - piece.begin) * p.block;
+    float* partial = plan.chunk < p.red_blocks ? scratch + plan.panel_tiles() * plan.tile_size : nullptr;
+    for (int64_t c0 = 0; c0 < p.red_blocks; c0 += plan.chunk) {
+      const int64_t c1 = std::min(p.red_blocks, c0 + plan.chunk), k0 = c0 * p.block, n = (c1 - c0) * units();
+      for (int64_t t = t0; t < t1; t++) {
+        const int64_t tokens = std::min(MT, p.m - t * MT);
+        float* to = scratch + (t - t0) * plan.tile_size;
+        if (tokens > L)
+          pack_tile<U, MV>(x + t * MT * ldx, ldx, tokens, p.reduction, k0, n, to);
+        else
+          pack_tile<U, 1>(x + t * MT * ldx, ldx, tokens, p.reduction, k0, n, to);
+      }
+      const int64_t span = std::max(1, line_outputs / p.block);
+      for (int64_t i = o0; i < o1; i += span)
+        for (int64_t t = t0; t < t1; t++) {
+          const int tokens = static_cast<int>(std::min(MT, p.m - t * MT));
+          float* sums = partial ? partial + (t - t0) * outs * MT : nullptr;
+          const float* xt = scratch + (t - t0) * plan.tile_size;
+          for (int64_t j = i; j < std::min(o1, i + span); j++)
+            if (tokens > L)
+              run_tile<MV>(piece, j, xt, c0, c1, sums, y + t * MT * ldy, tokens);
+            else
+              run_tile<1>(piece, j, xt, c0, c1, sums, y + t * MT * ldy, tokens);
+        }
     }
   }
 };
 
-// Token tiles [t0, t1) for output blocks [o0, o1) of a piece.
-template <class U, int NR, int MV, class X>
-void run_panel(const Problem& p, const Piece& piece, const X* x, int64_t ldx, X* y, int64_t ldy, int64_t t0, int64_t t1,
-               int64_t o0, int64_t o1, float* xt, float* partial) {
-  constexpr int64_t MT = MV * L;
-  const int units = p.block / U::per_unit;
-  const int64_t tile_size = (piece.chunk * units + L) * MT, outs = (piece.end - piece.begin) * p.block;
-  const TileRun<U, NR, MV, X> run{p, piece, units};
-  const TileRun<U, NR, 1, X> run_short{p, piece, units};
-  for (int64_t c0 = 0; c0 < p.red_blocks; c0 += piece.chunk) {
-    const int64_t c1 = std::min(p.red_blocks, c0 + piece.chunk), k0 = c0 * p.block, n = (c1 - c0) * units;
-    for (int64_t t = t0; t < t1; t++) {
-      const int64_t tokens = std::min(MT, p.m - t * MT);
-      float* to = xt + (t - t0) * tile_size;
-      if (tokens > L)
-        pack_tile<U, MV>(x + t * MT * ldx, ldx, tokens, p.reduction, k0, n, to);
-      else
-        pack_tile<U, 1>(x + t * MT * ldx, ldx, tokens, p.reduction, k0, n, to);
-    }
-    const int64_t span = std::max(1, line_outputs / p.block);
-    for (int64_t i = o0; i < o1; i += span)
-      for (int64_t t = t0; t < t1; t++) {
-        const int tokens = static_cast<int>(std::min(MT, p.m - t * MT));
-        float* sums = partial ? partial + (t - t0) * outs * MT : nullptr;
-        const float* from = xt + (t - t0) * tile_size;
-        for (int64_t j = i; j < std::min(o1, i + span); j++)
-          if (tokens > L)
-            run(j, from, c0, c1, sums, y + t * MT * ldy, ldy, tokens);
-          else
-            run_short(j, from, c0, c1, sums, y + t * MT * ldy, ldy, tokens);
-      }
-  }
-}
-
-// One thread's share of the steps. Returns false if it could not get memory.
-template <class U, int NR, int MV, class X, class W>
-bool work(const Problem& p, const Plan& plan, Tickets& tickets, float* w, const X* x, int64_t ldx, X* y, int64_t ldy) {
-  static thread_local Scratch packed_x;
-  constexpr int64_t MT = MV * L;
-  const int64_t block_floats = p.block / U::per_unit * p.block, items = plan.panels * plan.splits;
-  const int64_t panel_floats = ceil_div(plan.tiles, plan.panels) * plan.tile_size;
-  bool ok = true;
-  int64_t ticket = tickets.next(), first = 0;  // `first`: tickets of earlier pieces
-  for (size_t s = 0; s + 1 < plan.cuts.size(); s++) {
-    const Piece piece{plan.cuts[s], plan.cuts[s + 1], w, p.lists.ptr[plan.cuts[s]], plan.chunk};
-    const int64_t n = piece.end - piece.begin, packs = ceil_div(n, pack_rows);
-    for (; ticket < first + packs; ticket = tickets.take_next()) {
-      tickets.wait_for(first);  // the packed memory is free
-      const int64_t i0 = piece.begin + (ticket - first) * pack_rows, i1 = std::min(piece.end, i0 + pack_rows);
-      for (int64_t i = i0; i < i1; i++)
-        pack_output_block<U, NR, X, W>(p, i, w + (p.lists.ptr[i] - piece.w_base) * block_floats);
-    }
-    const bool partial = plan.chunk < p.red_blocks, any = ticket < first + packs + items;
-    const int64_t sums = partial ? ceil_div(plan.tiles, plan.panels) * n * p.block * MT : 0;
-    float* xt = any ? packed_x.floats(panel_floats + sums) : nullptr;
-    for (; ticket < first + packs + items; ticket = tickets.take_next()) {
-      const int64_t item = ticket - first - packs, panel = item / plan.splits, part = item % plan.splits;
-      tickets.wait_for(first + packs);  // all of the piece is packed
-      ok = ok && xt;
-      if (!ok) continue;
-      run_panel<U, NR, MV>(p, piece, x, ldx, y, ldy, panel * plan.tiles / plan.panels,
-                           (panel + 1) * plan.tiles / plan.panels, piece.begin + part * n / plan.splits,
-                           piece.begin + (part + 1) * n / plan.splits, xt, partial ? xt + panel_floats : nullptr);
-    }
-    first += packs + items;
-  }
-  packed_x.trim();
-  return ok;
-}
-
-template <class U, int NR, int MV, class X, class W> int run_all(const Problem& p, const MstSpmm& a) {
-  static thread_local Scratch packed_w;
-  const X* x = static_cast<const X*>(a.x);
-  X* y = static_cast<X*>(a.y);
-  const int64_t units = p.block / U::per_unit;
-  const Plan plan = make_plan(p, units, MV * L);
-  float* w = packed_w.floats(plan.most_blocks * units * p.block + 64);
-  if (!w) return MST_NO_MEMORY;
-  Tickets tickets;
-  std::atomic<bool> failed{false};
-#pragma omp parallel num_threads(p.threads)
-  if (!work<U, NR, MV, X, W>(p, plan, tickets, w, x, a.ldx, y, a.ldy)) failed = true;
-  packed_w.trim();
-  return failed ? MST_NO_MEMORY : MST_OK;
-}
-
-// The bias as floats, zeros without one, padded to whole blocks.
-std::vector<float> padded_bias(const MstSpmm& a, const Problem& p) {
-  std::vector<float> padded(p.out_blocks * p.block, 0.0f);
-  if (a.bias)
-    by_dtype(a.bias_dtype, [&](auto e) {
-      const auto* bias = static_cast<const typename decltype(e)::type*>(a.bias);
-      for (int64_t o = 0; o < p.outputs; o++) padded[o] = to_float(bias[o]);
-      return MST_OK;
-    });
-  return padded;
-}
-
-template <class X, class W> int run(const MstSpmm& a) {
+template <class X, class W> int run(const Problem& p, const MstSpmm& a) {
   using U = typename UnitOf<X>::type;
-  Problem p(a);
-  const std::vector<float> bias = padded_bias(a, p);
-  p.bias = bias.data();
-  if (p.block == 4) return run_all<U, 4, narrow_vectors, X, W>(p, a);
-  return run_all<U, wide_outputs, wide_vectors, X, W>(p, a);
+  if (p.block == 4) return run_steps(Kernel<U, 4, narrow_vectors, X, W>(p, a));
+  return run_steps(Kernel<U, wide_outputs, wide_vectors, X, W>(p, a));
 }
 
 }  // namespace
@@ -248,10 +183,12 @@ MST_API int mst_spmm(const MstSpmm* arguments) {
   const MstSpmm& a = *arguments;
   const int known = by_block(a.block, [](auto) { return MST_OK; });
   if (known != MST_OK || a.m <= 0) return known;
+  if (a.block < 4) return spmm_fine(a);
   int status = MST_NO_MEMORY;
   within_memory([&] {
-    status = by_product(a.x_dtype, a.w_dtype,
-                        [&](auto x, auto w) { return run<typename decltype(x)::type, typename decltype(w)::type>(a); });
+    status = by_product(a.x_dtype, a.w_dtype, [&](auto x, auto w) {
+      return run<typename decltype(x)::type, typename decltype(w)::type>(Problem(a), a);
+    });
   });
   return status;
 }

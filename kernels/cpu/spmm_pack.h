@@ -1,9 +1,29 @@
-// Packing the operands of the block-sparse product: W to groups of outputs, x to tiles of tokens.
+// The block-sparse product's W, packed to groups of outputs, and its y. (x: tokens.h)
 #pragma once
-#include "common.h"
+#include <vector>
+
+#include "tokens.h"
 
 namespace mst {
+
+int spmm_fine(const MstSpmm& a);  // mst_spmm for blocks of less than 4
+
 namespace {
+
+constexpr int line_outputs = 32;  // outputs written to a tile's tokens together, so that lines of y fill up
+
+// The bias as floats, zeros without one, padded to whole blocks.
+std::vector<float> padded_bias(const MstSpmm& a) {
+  const int64_t outputs = a.outputs_are_rows ? a.rows : a.cols;
+  std::vector<float> padded(ceil_div(outputs, a.block) * a.block, 0.0f);
+  if (a.bias)
+    by_dtype(a.bias_dtype, [&](auto e) {
+      const auto* bias = static_cast<const typename decltype(e)::type*>(a.bias);
+      for (int64_t o = 0; o < outputs; o++) padded[o] = to_float(bias[o]);
+      return MST_OK;
+    });
+  return padded;
+}
 
 // One call, by outputs and reduction.
 struct Problem {
@@ -14,19 +34,29 @@ struct Problem {
   const void* w;
   int64_t ldw;
   bool outputs_are_rows;
-  const float* bias = nullptr;  // padded to whole blocks, not null when tiles run
+  std::vector<float> padded;
+  const float* bias;  // of whole blocks
   int64_t m;
   int threads;
 
+  Problem(const Problem&) = delete;
   explicit Problem(const MstSpmm& a)
-      : block(a.block), w(a.w), ldw(a.ldw), outputs_are_rows(a.outputs_are_rows), m(a.m),
-        threads(std::max(1, a.threads)) {
+      : block(a.block), w(a.w), ldw(a.ldw), outputs_are_rows(a.outputs_are_rows), padded(padded_bias(a)),
+        bias(padded.data()), m(a.m), threads(std::max(1, a.threads)) {
     const int64_t R = ceil_div(a.rows, block), C = ceil_div(a.cols, block);
     outputs = a.rows, reduction = a.cols, out_blocks = R, red_blocks = C;
     if (!outputs_are_rows) std::swap(outputs, reduction), std::swap(out_blocks, red_blocks);
     lists = outputs_are_rows ? by_rows(a.index, R) : by_cols(a.index, R, C);
   }
 };
+
+// A number of W rounded to the precision of X.
+template <class X, class W> MST_INLINE float rounded(W w) {
+  if constexpr (std::is_same_v<X, W> || std::is_same_v<X, float>) return to_float(w);
+  X narrow;
+  from_float(to_float(w), &narrow);
+  return to_float(narrow);
+}
 
 // ---- packing W -----------------------------------------------------------------------------------------------------
 
@@ -49,11 +79,7 @@ MST_INLINE void fetch_block(const Problem& p, int64_t row0, int64_t col0, int64_
   for (int r = 0; r < h; r++) {
     const W* src = static_cast<const W*>(p.w) + (row0 + r) * p.ldw + col0;
     if constexpr (round && std::is_same_v<E, float>)
-      for (int c = 0; c < n; c++) {
-        X rounded;
-        from_float(to_float(src[c]), &rounded);
-        out[r * B + c] = to_float(rounded);
-      }
+      for (int c = 0; c < n; c++) out[r * B + c] = rounded<X>(src[c]);
     else if constexpr (std::is_same_v<E, W>)
       copy_short(src, out + r * B, n);
     else if constexpr (std::is_same_v<W, float>)
@@ -112,32 +138,23 @@ void pack_output_block(const Problem& p, int64_t i, float* dst) {
   }
 }
 
-// ---- packing x -----------------------------------------------------------------------------------------------------
+// ---- writing y -----------------------------------------------------------------------------------------------------
 
-// xt[k][MV * L] = unit k0 + k of each token of a tile, zero beyond the reduction. Tokens past the last repeat it.
-template <class U, int MV, class X>
-void pack_tile(const X* x, int64_t ldx, int64_t tokens, int64_t reduction, int64_t k0, int64_t units, float* xt) {
-  for (int v = 0; v < MV; v++) {
-    const X* rows[L];
-    for (int i = 0; i < L; i++) rows[i] = x + std::min<int64_t>(v * L + i, tokens - 1) * ldx + k0;
-    const int64_t whole = std::min(units, (reduction - k0) / (L * U::per_unit) * L);
-    int64_t k = 0;
-    for (; k < whole; k += L) {
-      transpose_units<U>(rows, xt + (k * MV + v) * L, MV * L);
-      for (int i = 0; i < L; i++) rows[i] += L * U::per_unit;
-    }
-    for (; k < units; k += L) {
-      X edge[L][L * U::per_unit] = {};
-      const int64_t left = std::min<int64_t>(L * U::per_unit, reduction - k0 - k * U::per_unit);
-      for (int i = 0; i < L; i++) {
-        if (left > 0) memcpy(static_cast<void*>(edge[i]), rows[i], left * sizeof(X));
-        rows[i] = edge[i];
-      }
-      transpose_units<U>(rows, xt + (k * MV + v) * L, MV * L);
-      for (int i = 0; i < L; i++)
-        rows[i] = x + std::min<int64_t>(v * L + i, tokens - 1) * ldx + k0 + (k + L) * U::per_unit;
-    }
+// y[t * ldy + r] = acc[r] of token t, for the tokens and outputs that y has.
+template <int NR, int MV, class Y>
+MST_INLINE void store_tile(const vf (&acc)[NR][MV], Y* y, int64_t ldy, int outputs, int tokens) {
+  const bool whole = outputs >= NR && tokens >= MV * L;
+  Y edge[MV * L][NR];
+  Y* to = whole ? y : edge[0];
+  const int64_t ld = whole ? ldy : NR;
+  MST_UNROLL for (int v = 0; v < MV; v++) {
+    vf column[NR];
+    MST_UNROLL for (int r = 0; r < NR; r++) column[r] = acc[r][v];
+    store_transposed<NR>(column, to + v * L * ld, ld);
   }
+  if (whole) return;
+  outputs = std::min(outputs, NR), tokens = std::min(tokens, MV * L);
+  for (int t = 0; t < tokens; t++) memcpy(static_cast<void*>(y + t * ldy), edge[t], outputs * sizeof(Y));
 }
 
 }  // namespace

@@ -9,9 +9,7 @@
 namespace mst {
 namespace {
 
-constexpr int64_t panel_bytes = 200 << 10;  // of x^T, if that holds a tile: stays in L2 beside W and y
-constexpr int64_t chunk_bytes = 640 << 10;  // one tile of x^T; a longer reduction is cut
-constexpr int64_t piece_bytes = 8 << 20;    // of packed W, shared by the threads in L3
+constexpr int64_t piece_bytes = 8 << 20;  // of packed W, shared by the threads in L3
 
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
@@ -30,18 +28,15 @@ struct Plan {
   std::vector<int64_t> cuts;  // pieces of outputs
   int64_t chunk, tile_size;   // reduction blocks per chunk, floats of one tile of x^T
   int64_t tiles, panels, splits;
-  int64_t most_blocks;  // in a piece
+
+  int64_t panel_tiles() const { return ceil_div(tiles, panels); }  // at most
 };
 
-Plan make_plan(const Problem& p, int64_t units, int64_t MT) {
+// Units and tokens of a tile of x^T, reduction blocks per chunk (a multiple of L, or all), bytes of x^T per panel.
+Plan make_plan(const Problem& p, int64_t units, int64_t MT, int64_t chunk, int64_t panel_bytes) {
   Plan plan;
   plan.cuts = cut_pieces(p, units * p.block);
-  plan.most_blocks = 0;
-  for (size_t s = 0; s + 1 < plan.cuts.size(); s++)
-    plan.most_blocks = std::max<int64_t>(plan.most_blocks, p.lists.ptr[plan.cuts[s + 1]] - p.lists.ptr[plan.cuts[s]]);
-  const int64_t tile_row = MT * 4 * units;  // bytes of x^T per reduction block
-  plan.chunk = p.red_blocks;
-  if (plan.chunk * tile_row > chunk_bytes) plan.chunk = std::max<int64_t>(L, chunk_bytes / tile_row / L * L);
+  plan.chunk = chunk;
   plan.tiles = ceil_div(p.m, MT);
   plan.tile_size = (plan.chunk * units + L) * MT;
   // Even panels, as many as a multiple of the threads; with fewer tiles than threads, the outputs are split as well.
@@ -50,6 +45,13 @@ Plan make_plan(const Problem& p, int64_t units, int64_t MT) {
   plan.splits = plan.tiles < p.threads ? ceil_div(p.threads, plan.tiles) : 1;
   return plan;
 }
+
+// A piece of outputs with its packed W.
+struct Piece {
+  int64_t begin, end;  // output blocks
+  float* w;
+  int64_t w_base;  // lists.ptr[begin]
+};
 
 // ---- the steps -----------------------------------------------------------------------------------------------------
 
@@ -72,6 +74,62 @@ class Tickets {
  private:
   std::atomic<int64_t> taken_{0}, done_{0};
 };
+
+// A kernel packs the output blocks of a piece, all threads together, and then runs panels of token tiles [t0, t1) on
+// the output blocks [o0, o1), in memory of the thread:
+//
+//     pack_rows                                           output blocks packed at a time
+//     int64_t packed_floats(begin, end)                   of the packed output blocks [begin, end)
+//     int64_t scratch_floats(piece)                       for a panel
+//     void pack(piece, i0, i1)                            output blocks [i0, i1), pack_rows of them or up to the end
+//     void panel(piece, t0, t1, o0, o1, scratch)
+
+// One thread's share of the steps. Returns false if it could not get memory.
+template <class Kernel> bool work(const Kernel& kernel, Tickets& tickets, float* w) {
+  static thread_local Scratch memory;
+  const Problem& p = kernel.p;
+  const Plan& plan = kernel.plan;
+  const int64_t items = plan.panels * plan.splits;
+  bool ok = true;
+  int64_t ticket = tickets.next(), first = 0;  // `first`: tickets of earlier pieces
+  for (size_t s = 0; s + 1 < plan.cuts.size(); s++) {
+    const Piece piece{plan.cuts[s], plan.cuts[s + 1], w, p.lists.ptr[plan.cuts[s]]};
+    const int64_t n = piece.end - piece.begin, packs = ceil_div(n, kernel.pack_rows);
+    for (; ticket < first + packs; ticket = tickets.take_next()) {
+      tickets.wait_for(first);  // the packed memory is free
+      const int64_t i0 = piece.begin + (ticket - first) * kernel.pack_rows;
+      kernel.pack(piece, i0, std::min(piece.end, i0 + kernel.pack_rows));
+    }
+    const bool any = ticket < first + packs + items;
+    float* scratch = any ? memory.floats(kernel.scratch_floats(piece)) : nullptr;
+    for (; ticket < first + packs + items; ticket = tickets.take_next()) {
+      const int64_t item = ticket - first - packs, panel = item / plan.splits, part = item % plan.splits;
+      tickets.wait_for(first + packs);  // all of the piece is packed
+      ok = ok && scratch;
+      if (!ok) continue;
+      kernel.panel(piece, panel * plan.tiles / plan.panels, (panel + 1) * plan.tiles / plan.panels,
+                   piece.begin + part * n / plan.splits, piece.begin + (part + 1) * n / plan.splits, scratch);
+    }
+    first += packs + items;
+  }
+  memory.trim();
+  return ok;
+}
+
+template <class Kernel> int run_steps(const Kernel& kernel) {
+  static thread_local Scratch packed_w;
+  const std::vector<int64_t>& cuts = kernel.plan.cuts;
+  int64_t most = 0;
+  for (size_t s = 0; s + 1 < cuts.size(); s++) most = std::max(most, kernel.packed_floats(cuts[s], cuts[s + 1]));
+  float* w = packed_w.floats(most + 64);
+  if (!w) return MST_NO_MEMORY;
+  Tickets tickets;
+  std::atomic<bool> failed{false};
+#pragma omp parallel num_threads(kernel.p.threads)
+  if (!work(kernel, tickets, w)) failed = true;
+  packed_w.trim();
+  return failed ? MST_NO_MEMORY : MST_OK;
+}
 
 }  // namespace
 }  // namespace mst

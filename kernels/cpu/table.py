@@ -45,7 +45,7 @@ GRADIENTS = (
     (torch.bfloat16, torch.bfloat16),
 )
 
-BLOCKS = (4, 8, 16, 32, 64)  # 4, and multiples of 8
+BLOCKS = (1, 2, 4, 8, 16, 32, 64)  # 1, 2, 4, and multiples of 8
 
 _AVX2 = "avx2 fma bmi2 f16c"
 _AVX512 = f"{_AVX2} avx512f avx512bw avx512cd avx512dq avx512vl"

@@ -198,4 +198,50 @@ template <int PARTS, int I> static MST_INLINE typename Floats<L / PARTS>::type p
 #endif
 }
 
+// ---- adding up the lanes of several vectors ------------------------------------------------------------------------
+
+// In each group of four lanes: the sums of a's, b's, c's and d's lanes in that group.
+static MST_INLINE vf sum_lanes4(vf a, vf b, vf c, vf d) {
+#if defined(MST_AVX512)
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps((__m512)a, (__m512)b), _mm512_unpackhi_ps((__m512)a, (__m512)b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps((__m512)c, (__m512)d), _mm512_unpackhi_ps((__m512)c, (__m512)d));
+  return (vf)_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+#elif MST_LANES == 8 && defined(__AVX__)
+  return (vf)_mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
+#else
+  float lanes[4][L], sums[L];
+  store(lanes[0], a), store(lanes[1], b), store(lanes[2], c), store(lanes[3], d);
+  for (int i = 0; i < L; i += 4) {
+    v4f e = load4(lanes[0] + i), f = load4(lanes[1] + i), g = load4(lanes[2] + i), h = load4(lanes[3] + i);
+    transpose4(e, f, g, h);
+    store4(sums + i, (e + f) + (g + h));
+  }
+  return load(sums);
+#endif
+}
+
+// Lanes 4 i to 4 i + 3: the sums of the groups of four[i]; with sum_lanes4, each lane is the sum of one vector's lanes.
+static MST_INLINE vf sum_groups(const vf (&four)[L / 4]) {
+#if defined(MST_AVX512)
+  const __m512 a = (__m512)four[0], b = (__m512)four[1], c = (__m512)four[2], d = (__m512)four[3];
+  const __m512 ab = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  const __m512 cd = _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
+  return (vf)_mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+#elif MST_LANES == 8 && defined(__AVX__)
+  const __m256 a = (__m256)four[0], b = (__m256)four[1];
+  return (vf)_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+#else
+  if constexpr (L == 4) return four[0];
+  float sums[L];
+  for (int i = 0; i < L / 4; i++) {
+    float lanes[L];
+    store(lanes, four[i]);
+    v4f sum = load4(lanes);
+    for (int k = 4; k < L; k += 4) sum += load4(lanes + k);
+    store4(sums + 4 * i, sum);
+  }
+  return load(sums);
+#endif
+}
+
 }  // namespace mst

@@ -111,7 +111,7 @@ class BlockGrid:
     def count_elements(self, mask: Tensor) -> int:
         """Number of elements of the weight in the blocks of ``mask``, bool ``[R, C]``."""
         block, (height, width) = self.block, self.edge
-        count = int(mask.sum()) * block * block
+        count = int(mask.count_nonzero()) * block * block
         if height < block:
             count -= int(mask[-1].sum()) * (block - height) * block
         if width < block:

@@ -30,16 +30,21 @@ def new_index(grid: BlockGrid, device: torch.device | str = "cpu") -> Tensor:
 
 @torch.no_grad()
 def write_index(index: Tensor, grid: BlockGrid, mask: Tensor, *, dense_grad: bool = False) -> None:
-    """Pack ``mask`` (bool ``[R, C]``; on the CPU is cheapest) into ``index`` (any device) in place, in one copy.
+    """Pack ``mask`` (bool ``[R, C]``; on the CPU is cheapest) into ``index`` (any device) in place.
 
-    One copy means one bump of autograd's version counter: a change between forward and backward is then an error.
+    Autograd's version counter goes up by one: a change between forward and backward is then an error.
     """
+    if not grid.tiled and index.device == mask.device:  # no copy: that of fine blocks would be larger than the weight
+        words = index.data  # has a version of its own
+        words[CHANGES] += 1
+        words[DENSE_GRAD] = int(dense_grad)
+        _write_compressed(words, grid, mask, int(words[NNZ]))
+        torch.autograd.graph.increment_version(index)
+        return
     new = torch.zeros(grid.index_length, dtype=torch.int32, device=mask.device)
-    new[NNZ] = mask.sum()
     new[DENSE_GRAD] = int(dense_grad)
     new[CHANGES] = int(index[CHANGES]) + 1
-    _write_lines(new, grid.lines(True), mask)
-    _write_lines(new, grid.lines(False), mask.t())
+    _write_compressed(new, grid, mask, 0)
     if grid.tiled:
         new[grid.active : grid.active + grid.blocks] = mask.flatten()
     if grid.union > 1:
@@ -48,15 +53,27 @@ def write_index(index: Tensor, grid: BlockGrid, mask: Tensor, *, dense_grad: boo
     index.copy_(new)
 
 
-def _write_lines(index: Tensor, lines: Lines, mask: Tensor) -> None:
-    """Write one set of lines; ``mask`` is bool ``[lines.count, lines.length]``."""
-    crossed = mask.nonzero(as_tuple=True)[1]
-    lengths = mask.sum(1)
+def _write_compressed(index: Tensor, grid: BlockGrid, mask: Tensor, before: int) -> None:
+    """Write CSR and CSC order, and 0 over what is left of an index of ``before`` blocks."""
+    for by_rows in (True, False):
+        lines = grid.lines(by_rows)
+        n = _write_lines(index, lines, mask if by_rows else mask.t())
+        index[lines.idx + n : lines.idx + max(n, before)] = 0
+    index[NNZ] = n
+
+
+def _write_lines(index: Tensor, lines: Lines, mask: Tensor) -> int:
+    """Write one set of lines; ``mask`` is bool ``[lines.count, lines.length]``. Returns how many blocks it has."""
+    mask = mask.contiguous()
+    crossed = mask.flatten().nonzero()[:, 0].int()
+    crossed %= lines.length
+    lengths = mask.sum(1, dtype=torch.int32)
     index[lines.ptr + 1 : lines.ptr + 1 + lines.count] = lengths.cumsum(0)
     index[lines.idx : lines.idx + crossed.numel()] = crossed
     if lines.order >= 0:
         order = torch.argsort(lengths, descending=True, stable=True)
         index[lines.order : lines.order + lines.count] = order
+    return crossed.numel()
 
 
 def _united(mask: Tensor, union: int) -> Tensor:

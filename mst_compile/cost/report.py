@@ -117,9 +117,7 @@ def _skipped(part: Part) -> Iterator[Row]:
 def _row(name: str, weight: SparseWeight, parameter: nn.Parameter) -> Row:
     seen = weight.uses
     missing = device.of(parameter.device.type).why_unsupported(parameter.dtype, parameter.dtype, weight.grid.block)
-    if weight.grid.block == 1:
-        kernel, status = "dense", "masked: block 1 gives unstructured masks on dense products"
-    elif seen.matched or seen.served:
+    if seen.matched or seen.served:
         uses = f"{seen.matched} use{'s' * (seen.matched > 1)}" if seen.matched else "shared graph"
         kernel, status = "block-sparse", f"matched ({uses})"
         if seen.unmatched:

@@ -152,7 +152,7 @@ class Dispatch:
             if weight is None or weight.signature != signature:
                 break
             index = weight.index
-            if index.device != parameter.device:
+            if index is None or index.device != parameter.device:
                 weight.to_device(parameter.device)
                 index = weight.index
             weights.append(weight)

@@ -139,13 +139,14 @@ class _Rewrite:
         out, x, w = value(node), value(found.x), value(way[0])
         if not all(isinstance(v, torch.Tensor) for v in (out, x, w)):
             return f"{describe(node)}: its tensors are unknown"
-        if weight.index is None:
-            return "block 1: unstructured masks on dense products"
         dtypes = [value(n).dtype for n in way] + [out.dtype]  # the operator casts the parameter to its result's dtype
         if not is_one_cast(dtypes):
             rounds = next(n for n in way if not holds(value(n).dtype, w.dtype))
             return f"rounded by {describe(rounds)}"
-        return self._context.why_unsupported(x.device.type, out.dtype, w.dtype, weight.grid.block)
+        reason = self._context.why_unsupported(x.device.type, out.dtype, w.dtype, weight.grid.block)
+        if reason is None and weight.index is None:
+            weight.to_device(w.device)  # where it was before it had no use for an index
+        return reason if weight.index is not None else reason or f"no kernel for block {weight.grid.block}"
 
     def _index(self, region: Region, key: int) -> fx.Node:
         """The placeholder of a weight's index in Dynamo's own graph, made at the first use."""

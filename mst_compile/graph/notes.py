@@ -27,8 +27,9 @@ def note_attention(state: AttentionState, sites: Sequence[Site]) -> None:
 
 
 def warn_unmatched(weights: Sequence[SparseWeight]) -> None:
-    """Warn of weights whose products in a graph all stay dense, once each; unstructured masks are meant to."""
-    lost = [w for w in weights if w.index is not None and not w.uses.warned]
+    """Warn of weights whose products in a graph all stay dense, once each; unstructured masks without kernels are meant
+    to."""
+    lost = [w for w in weights if w.can_be_sparse and not w.uses.warned]
     if not lost:
         return
     for weight in lost:

@@ -6,6 +6,7 @@ of your own derives from :class:`Growth` and is passed to a schedule in place of
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -133,7 +134,7 @@ def _check_question(inactive: Tensor, count: int, gradient: Tensor | None, gener
     blocks = isinstance(inactive, Tensor) and inactive.dtype == torch.bool and inactive.dim() == 2
     if not blocks:
         raise ScheduleError(f"inactive must be a bool mask [R, C] of blocks, got {shown(inactive)}")
-    check_whole("count", count, least=0, most=int(inactive.sum()), of="inactive blocks")
+    check_whole("count", count, least=0, most=int(inactive.count_nonzero()), of="inactive blocks")
     if gradient is not None and (not isinstance(gradient, Tensor) or gradient.shape != inactive.shape):
         raise ScheduleError(f"gradient must be scores of shape {tuple(inactive.shape)}, or None, got {shown(gradient)}")
     check_instance("generator", generator, torch.Generator, "a torch.Generator", ScheduleError)
@@ -150,5 +151,23 @@ def largest(score: Tensor, count: int) -> Tensor:
     """The ``count`` blocks of largest ``score``: bool of its shape."""
     mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
     if count > 0:
-        mask[score.flatten().topk(count, sorted=False).indices] = True
+        flat = score.flatten()
+        among = _shortlist(flat, count)
+        chosen = (flat if among is None else flat[among]).topk(count, sorted=False).indices
+        mask[chosen if among is None else among[chosen]] = True
     return mask.view(score.shape)
+
+
+def _shortlist(score: Tensor, count: int) -> Tensor | None:
+    """Positions of some more than the ``count`` largest of very many scores, ``[N]``; None where all are candidates.
+
+    Fine blocks are millions: to look only at those that a sample says may be among the largest is several times faster.
+    """
+    if score.numel() < 2**18 or count > score.numel() // 2:
+        return None
+    sample = score[:: score.numel() // 2**14]
+    rank = math.ceil(count / score.numel() * sample.numel() * 1.1) + 128  # more than the sample errs by
+    if rank > sample.numel():
+        return None
+    among = (~(score < sample.topk(rank).values.min())).nonzero()[:, 0]
+    return among if count <= among.numel() else None

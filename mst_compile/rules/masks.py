@@ -71,16 +71,16 @@ def update_mask(
     drop_fraction = check_share("drop_fraction_at(step) of the schedule", drop_fraction)
     if count >= mask.numel():
         return torch.ones_like(mask)
-    active = int(mask.sum())
-    drop = min(max(round(drop_fraction * active), active - count), active - int((safe & mask).sum()))
+    active = int(mask.count_nonzero())
+    drop = min(max(round(drop_fraction * active), active - count), active - int((safe & mask).count_nonzero()))
     score = magnitude.masked_fill(safe, torch.inf).masked_fill(~mask, -torch.inf)
     kept = largest(score, active - drop) | safe
-    wanted = count - int(kept.sum())
+    wanted = count - int(kept.count_nonzero())
     if wanted <= 0:
         return kept
     grown = growth.grow(~kept, wanted, gradient, gen)
     right = isinstance(grown, Tensor) and grown.dtype == torch.bool and grown.shape == mask.shape
-    if not right or bool((grown & kept).any()) or int(grown.sum()) != wanted:
+    if not right or bool((grown & kept).any()) or int(grown.count_nonzero()) != wanted:
         got = f"{int(grown.sum())}, some of them active" if right else f"{grown!r:.100}"
         raise ScheduleError(
             f"{growth!r} must choose {wanted} inactive blocks as a bool mask of {tuple(mask.shape)}, got {got}"
@@ -98,6 +98,6 @@ def following_mask(mask: Tensor, magnitude: Tensor, count: int, safe: Tensor) ->
         safe: bool ``[R, C]``, at most ``count`` blocks to keep whatever they hold, if not all that are not 0 fit.
     """
     score = magnitude.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    if int((score > 0).sum()) > count:
+    if int((score > 0).count_nonzero()) > count:
         return largest(score.masked_fill(safe, torch.inf), count)
     return largest((score > 0).float() * 2 + mask.float(), count)

@@ -52,7 +52,7 @@ def plan_event(
             continue
         count = weight.blocks_at(density)
         drop = schedule.drop_fraction_at(step) if density < 1 else 0.0
-        active = int(weight.mask.sum())
+        active = int(weight.mask.count_nonzero())
         if drop == 0.0 and count == active:
             continue
         only_grows = drop == 0.0 and count > active
@@ -117,7 +117,7 @@ def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, opt
     if bool(grown.any()):
         weight.grown = grown
     # Few blocks are visited alone, but only where nothing else can be wrong.
-    few = int(dropped.sum()) < _FEW * dropped.numel() and weight.is_clean(parameter)
+    few = int(dropped.count_nonzero()) < _FEW * dropped.numel() and weight.is_clean(parameter)
     weight.set_mask(mask)
     if bool(dropped.any()):
         for tensor in [parameter, *([] if parameter.grad is None else [parameter.grad])]:

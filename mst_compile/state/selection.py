@@ -21,7 +21,7 @@ from mst_compile.rules.density import layer_densities
 from mst_compile.rules.schedule import Schedule
 
 MAX_BLOCK = 128
-MIN_BLOCK = devices.FINEST_BLOCK  # block 1 means unstructured masks on dense products
+MIN_BLOCK = devices.FINEST_BLOCK  # finer blocks are taken as they are asked for
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def check_block(block: object) -> int | None:
     if found is None or not 1 <= found <= MAX_BLOCK or found & (found - 1):
         raise BlockSizeError(
             f"block must be a power of two from 1 to {MAX_BLOCK}, got {shown(block)}; 8 suits a CPU, 32 or 64 a GPU, "
-            "and 1 gives unstructured masks on dense products"
+            "and 1 gives unstructured masks, which have kernels on a CPU alone"
         )
     return found
 
@@ -194,7 +194,7 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
             selection.skipped[name] = "in exclude"
             continue
         if min(parameter.shape) < MIN_BLOCK:
-            selection.skipped[name] = f"shape {tuple(parameter.shape)} is narrower than the finest block, {MIN_BLOCK}"
+            selection.skipped[name] = f"shape {tuple(parameter.shape)} is narrower than a block of {MIN_BLOCK}"
             continue
         holders = owners[id(parameter)]
         _check_weight(name, parameter, holders)
@@ -321,8 +321,8 @@ def _grid(
     wanted = block or record.default_block
     if wanted < MIN_BLOCK:
         return BlockGrid(*shape, wanted), ""
-    size = wanted
-    while size > record.finest_block and (
+    size, finest = wanted, max(record.finest_block, MIN_BLOCK)
+    while size > finest and (
         size > min(shape) or (backbone and _backbone_share(BlockGrid(*shape, size)) > density / 2)
     ):
         size //= 2

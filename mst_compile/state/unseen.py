@@ -14,8 +14,9 @@ from .weight import SparseWeight
 
 
 def warn_unseen(weights: Sequence[SparseWeight]) -> None:
-    """Warn of those weights, all at once, and why as far as can be known; unstructured masks are meant to be dense."""
-    unseen = [w.name for w in weights if w.index is not None and not w.uses.seen]
+    """Warn of those weights, all at once, and why as far as can be known; unstructured masks without kernels are
+    meant to be dense."""
+    unseen = [w.name for w in weights if w.can_be_sparse and not w.uses.seen]
     if not unseen:
         return
     names = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")

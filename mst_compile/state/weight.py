@@ -21,6 +21,7 @@ from mst_compile.blocks.bulk import block_mean_square, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, new_index, write_index
 from mst_compile.blocks.shards import check_placement, holder_of, is_sharded, stored
+from mst_compile.lowering import device as devices
 from mst_compile.rules.density import active_count
 from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
@@ -58,7 +59,7 @@ class SparseWeight:
         mask: bool ``[R, C]`` on the CPU, the active blocks.
         backbone: bool ``[R, C]``, the backbone, active in first masks; empty without a guard.
         guard: which blocks a topology event may not drop.
-        index: the packed index on the weight's device; ``None`` for ``block == 1``.
+        index: the packed index on the weight's device; ``None`` where no kernel could ever ask for it.
         note: why the block differs from the one asked for, or why the weight stays dense.
         active: number of elements in active blocks.
         changes: number of topology changes so far.
@@ -109,7 +110,7 @@ class SparseWeight:
         assert grid is not None
         mask = torch.ones(grid.shape, dtype=torch.bool, device="cpu")
         backbone = torch.zeros_like(mask) if guard == "none" else wrapped_diagonal(grid.shape)
-        index = None if grid.block == 1 else new_index(grid, candidate.parameter.device)
+        index = _new_index(grid, candidate.parameter.device)
         density, tied, note = candidate.density, candidate.tied, candidate.note
         weight = cls(candidate.name, grid, density, mask, backbone, guard, index, tied, note, attention=attention)
         weight.set_mask(mask)
@@ -124,6 +125,11 @@ class SparseWeight:
     def density(self) -> float:
         """Share of the elements that lie in active blocks."""
         return self.active / self.numel
+
+    @property
+    def can_be_sparse(self) -> bool:
+        """Whether the user may expect sparse products: not of unstructured masks on a device that has none."""
+        return self.index is not None or self.grid.block > 1
 
     @property
     def is_dense(self) -> bool:
@@ -162,8 +168,14 @@ class SparseWeight:
 
     def to_device(self, device: torch.device) -> None:
         """Follow a weight that was moved."""
-        if self.index is not None and self.index.device != device:
-            self.index = self.index.to(device)
+        if self.index is None:
+            with unset_fake_temporarily(), torch.inference_mode(False):  # also while a graph is compiled
+                self.index = _new_index(self.grid, device)
+                if self.index is not None:
+                    write_index(self.index, self.grid, self.mask, dense_grad=self.dense_grad)
+                    epoch.value += 1
+        elif self.index.device != device:
+            self.index = self.index.to(device) if _has_index(self.grid, device) else None
             epoch.value += 1
 
     # -- zeros: what is known of them --
@@ -235,6 +247,15 @@ class SparseWeight:
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
         return self.__dict__ | {"clean": UNKNOWN, "version": UNKNOWN, "dirty": None, "masked": None}
+
+
+def _has_index(grid: BlockGrid, device: torch.device) -> bool:
+    """Whether a device may have kernels for such blocks. An index of fine ones is larger than the weight itself."""
+    return grid.block >= min(devices.of(device.type).finest_block, devices.FINEST_BLOCK)
+
+
+def _new_index(grid: BlockGrid, device: torch.device) -> Tensor | None:
+    return new_index(grid, device) if _has_index(grid, device) else None
 
 
 def bind(parameter: Tensor, weight: SparseWeight) -> bool:

@@ -380,9 +380,10 @@ def test_multihead_attention_that_returns_its_weights_stays_dense() -> None:
     assert "not matched: used by multi_head_attention_forward" in statuses(model)["attention.out_proj.weight"]
 
 
-def test_unstructured_masks_run_dense() -> None:
-    model = check_model(lambda: nn.Linear(32, 64), torch.randn(X), block=1)
-    assert "block 1" in statuses(model)["weight"]
+@pytest.mark.parametrize("block", [1, 2])
+def test_the_finest_blocks_have_kernels(block: int) -> None:
+    model = check_model(lambda: nn.Linear(32, 64), torch.randn(X), block=block)
+    assert statuses(model)["weight"] == "matched (1 use)"
 
 
 def test_not_seen_yet() -> None:

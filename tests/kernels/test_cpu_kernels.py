@@ -74,7 +74,17 @@ def test_more_threads_than_cores(lib, rows, cols, m):
 
 
 # Sizes beyond the kernels' bounds: a reduction cut into chunks, packed weights and sums cut into pieces.
-@pytest.mark.parametrize(("rows", "cols", "m", "block"), [(40, 9001, 70, 4), (9001, 40, 130, 32), (2100, 1900, 20, 64)])
+@pytest.mark.parametrize(
+    ("rows", "cols", "m", "block"),
+    [
+        (40, 9001, 70, 4),
+        (9001, 40, 130, 32),
+        (2100, 1900, 20, 64),
+        (40, 9001, 70, 1),
+        (5000, 900, 40, 1),
+        (900, 3001, 70, 2),
+    ],
+)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_large_layers(lib, rows, cols, m, block, dtype):
     case = Case(rows, cols, m, block, density=0.9, seed=1)
@@ -101,7 +111,7 @@ def test_weight_passes(lib, case, dtype, threads):
     assert torch.equal(buffer[:, case.cols :], beyond)
 
 
-@pytest.mark.parametrize("block", [4, 8, 16, 32, 64])
+@pytest.mark.parametrize("block", table.BLOCKS)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_deterministic_for_any_number_of_threads(lib, block, dtype):
     def results(threads: int) -> list[Tensor]:
@@ -116,14 +126,40 @@ def test_deterministic_for_any_number_of_threads(lib, block, dtype):
         assert all(torch.equal(p, q) for p, q in zip(first, results(threads), strict=True))
 
 
-def test_nonfinite_activations_stay_in_their_row(lib):
+@pytest.mark.parametrize("block", [1, 2, 8])
+def test_nonfinite_activations_stay_in_their_row(lib, block):
     """A NaN token must poison its own row of y only, whatever tile it shares with others."""
-    case = Case(64, 64, 50, 8, 1.0, seed=3)
+    case = Case(64, 64, 50, block, 1.0, seed=3)
     x, w, y = torch.ones(50, 64, dtype=BF16), torch.ones(64, 64, dtype=BF16), torch.empty(50, 64, dtype=BF16)
     x[13] = float("nan")
-    lib.spmm(x, w, None, case.index, 8, True, y)
+    lib.spmm(x, w, None, case.index, block, True, y)
     assert y[13].isnan().all()
     assert (torch.cat([y[:13], y[14:]]) == 64).all()
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
+def test_fine_blocks_in_many_chunks(lib, block, density):
+    """Lines of outputs, groups of them and chunks of the reduction that end anywhere, on more threads than cores."""
+    torch.set_num_threads(5)
+    for rows, cols, m in [(700, 1001, 70), (33, 2050, 3), (1300, 65, 129)]:
+        case = Case(rows, cols, m, block, density, seed=block)
+        for by_rows in (True, False):
+            check_spmm(lib, case, (F32, F32), by_rows, F32)
+        for colsum_of in ("a", "b"):
+            check_grad_weight(lib, case, F32, F32, colsum_of)
+
+
+def test_an_infinite_last_token_is_added_once(lib):
+    """A tile of the weight gradient is filled up with zeros, not with the last token."""
+    for block in (1, 2, 8):
+        case = Case(16, 24, 5, block, 1.0, seed=4)
+        a, b, out, colsum = torch.ones(5, 16), torch.ones(5, 24), torch.empty(16, 24), torch.empty(24)
+        b[4, 3] = torch.inf
+        lib.grad_weight(a, b, case.index, block, out, colsum, False)
+        assert torch.isinf(out[:, 3]).all()
+        assert torch.isinf(colsum[3])
+        assert (out[:, :3] == 5).all()
 
 
 def test_concurrent_callers(lib):
@@ -170,7 +206,7 @@ def test_public_functions_use_the_best_library():
 
 def test_supports():
     dtypes = [(F32, F32), (BF16, BF16), (BF16, F32)]
-    assert all(cpu.supports(b, x, w) for b in (4, 8, 16, 32, 64) for x, w in dtypes)
+    assert all(cpu.supports(b, x, w) for b in (1, 2, 4, 8, 16, 32, 64) for x, w in dtypes)
     assert not cpu.supports(8, F32, BF16)
     assert not cpu.supports(8, torch.float64, torch.float64)
     assert not cpu.supports(12, F32, F32)

@@ -18,6 +18,7 @@ from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mst_compile
+from mst_compile.blocks.bulk import mask_like
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.state import selection
 from mst_compile.state.selection import select
@@ -34,13 +35,16 @@ def registered() -> Iterator[dict[str, device.Device]]:
     device._records.update(before)
 
 
+def only_16(x: torch.dtype, weight: torch.dtype, block: int) -> str | None:
+    return None if block == 16 else f"the toy has no block {block}"
+
+
 def toy(kind: str, **more: Any) -> device.Device:
     return device.Device(
         kind,
-        why_unsupported=lambda x, weight, block: None if block == 16 else f"the toy has no block {block}",
         why_no_attention=lambda dtype, size: f"the toy has no heads of {size}",
         times=lambda layers, tuned: [device.at_crossover(layer, 0.4) for layer in layers],
-        **{"default_block": 16, "finest_block": 16, **more},
+        **{"why_unsupported": only_16, "default_block": 16, "finest_block": 16, **more},
     )
 
 
@@ -129,6 +133,26 @@ def test_its_reasons_are_told(in_place_of_the_cpu: list[str]) -> None:
     assert "the toy has no block 8" in next(iter(mst_compile.explain(model))).status
     with pytest.warns(mst_compile.MSTWarning, match="the toy has no block 8"):
         compiled(model, "inductor")(torch.randn(2, 64))
+
+
+def test_fine_blocks_keep_no_index_where_none_have_kernels(
+    in_place_of_the_cpu: list[str], registered: dict[str, device.Device]
+) -> None:
+    model = mst_compile.sparsify(nn.Linear(64, 64, bias=False), static(0.9), block=1)
+    (weight,) = mst_compile.sparsifier(model).weights.values()
+    assert weight.index is None
+    assert compiled(model, "inductor")(torch.randn(2, 64)).shape == (2, 64)  # unstructured masks: no warning
+    assert "the toy has no block 1" in next(iter(mst_compile.explain(model))).status
+
+    torch._dynamo.reset()
+    registered["cpu"] = toy("cpu", why_unsupported=lambda *_: None, finest_block=1)  # moved to a device that has
+    compiled(model, "aot_eager")(torch.randn(2, 64))
+    assert torch.equal(mask_like(weight.index, weight.grid), weight.mask)
+    assert next(iter(mst_compile.explain(model))).kernel == "block-sparse"
+
+    registered["cpu"] = toy("cpu")
+    weight.to_device(torch.device("meta"))
+    assert weight.index is None
 
 
 def test_where_nothing_can_be_compiled_the_model_runs_in_eager_mode(

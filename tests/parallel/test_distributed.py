@@ -134,10 +134,10 @@ def compiles() -> None:
 
 
 def moves_active_blocks() -> None:
-    """The hook: what plain DDP computes, for fewer bytes, over several buckets."""
+    """The hook: what plain DDP computes, for fewer bytes, over several buckets; with unstructured masks too."""
     schedule, exact, steps = SCHEDULES[0], dist.get_world_size() == 2, 60
     for view in (False, True):
-        plain, model = sparse_net(schedule), sparse_net(schedule)
+        plain, model = (sparsify(net(), schedule, block=1 if view else None) for _ in range(2))
         options = {"bucket_cap_mb": 0.01, "gradient_as_bucket_view": view}
         runs = [DDP(plain, **options), DDP(model, **options)]
         if view:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mst_compile import Constant, MixedSparsity, Schedule, sparsifier, sparsify
 from mst_compile.errors import ScheduleError
-from mst_compile.rules.growth import RULES, SET, Growth, Mixed, NoGrowth, RigL, as_growth
+from mst_compile.rules.growth import RULES, SET, Growth, Mixed, NoGrowth, RigL, as_growth, largest
 from mst_compile.rules.masks import generator, update_mask
 
 
@@ -49,6 +49,28 @@ def test_mixed_takes_its_share_by_gradient(given_: tuple[Tensor, int, Tensor], s
     chosen = Mixed(share).grow(inactive, count, gradient, generator(0, 1, "w"))
     best = sorted(gradient[inactive].tolist(), reverse=True)[: round(count * share)]
     assert set(best) <= set(gradient[chosen].tolist())
+
+
+@pytest.mark.parametrize("share", [1e-5, 0.01, 0.1, 0.45, 0.8, 1.0])
+@pytest.mark.parametrize("kind", ["normal", "few levels", "rising", "masked", "constant", "not a number"])
+def test_the_largest_of_very_many(kind: str, share: float) -> None:
+    """A shortlist is drawn up first: it must hold all that count, whatever their order."""
+    score = torch.randn(700, 700, generator=torch.Generator().manual_seed(1))
+    if kind == "few levels":
+        score = score.round()
+    elif kind == "rising":
+        score = score.flatten().sort().values.view(700, 700)
+    elif kind == "masked":
+        score = score.masked_fill(score < 1.5, -torch.inf).masked_fill(score > 2.5, torch.inf)
+    elif kind == "constant":
+        score = torch.zeros_like(score)
+    elif kind == "not a number":
+        score[5, 5:9] = torch.nan
+    count = max(1, round(share * score.numel()))
+    chosen = largest(score, count)
+    assert int(chosen.sum()) == count
+    want = score.flatten().topk(count).values.sort().values
+    torch.testing.assert_close(score[chosen].sort().values, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_rigl_is_all_by_gradient_and_set_is_none() -> None:
