@@ -63,7 +63,7 @@ def _of_layer(layer: Layer) -> dict[str, Product]:
     grid, kinds = layer.grid, (cpu_times.ROWS, cpu_times.COLS)
     forward, back = reversed(kinds) if layer.transposed else kinds
     shape = grid.rows, grid.cols, grid.block, cpu_times.bucket(layer.tokens), layer.dtype, layer.weight_dtype
-    found = {"forward": Product(forward, *shape)}
+    found = {"forward": Product(forward, *shape, layer.bias)}
     if layer.trained:
         found["grad-input"] = Product(back, *shape)
         found["grad-weight"] = Product(cpu_times.GRAD_WEIGHT, *shape, layer.bias)

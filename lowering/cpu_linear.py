@@ -137,7 +137,7 @@ def linear_out(
     """
     flat, rows = out.view(-1, out.shape[-1]), _rows(x)
     kind = cpu_times.COLS if transposed else cpu_times.ROWS
-    if choose and _is_dense_faster(kind, weight, block, rows, False, index):
+    if choose and _is_dense_faster(kind, weight, block, rows, bias is not None, index):
         cpu_dense.linear(rows, weight, bias, not transposed, flat)
     else:
         bias = None if bias is None else bias.contiguous()

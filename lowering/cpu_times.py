@@ -45,7 +45,7 @@ class Product(NamedTuple):
         kind: :data:`ROWS`: outputs are the weight's rows; :data:`COLS`: its columns; :data:`GRAD_WEIGHT`.
         tokens: see :func:`bucket`.
         dtype: of activations and gradients. weight_dtype: of the weight, or its gradient.
-        bias: whether a bias gradient is computed in the same pass.
+        bias: whether a bias is added, or its gradient computed, in the same pass.
     """
 
     kind: str
@@ -137,9 +137,10 @@ def _sides(product: Product, grid: BlockGrid, tokens: int) -> list[Callable[[], 
     outputs, reduced = (grid.rows, grid.cols) if by_rows else (grid.cols, grid.rows)
     x, y = random(tokens, reduced), empty(tokens, outputs)
     weight = random(grid.rows, grid.cols, dtype=product.weight_dtype)
+    bias = random(outputs, dtype=product.weight_dtype) if product.bias else None
     return [
-        lambda: cpu_dense.linear(x, weight, None, by_rows, y),
-        *(lambda index=index: kernels.spmm(x, weight, None, index, block, by_rows, y) for index in indices),
+        lambda: cpu_dense.linear(x, weight, bias, by_rows, y),
+        *(lambda index=index: kernels.spmm(x, weight, bias, index, block, by_rows, y) for index in indices),
     ]
 
 

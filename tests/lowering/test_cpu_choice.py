@@ -136,7 +136,7 @@ def test_only_what_a_layer_needs_is_measured(transposed: bool, measured: list[Pr
     assert list(found) == ["forward"]
     forward, back = (COLS, ROWS) if transposed else (ROWS, COLS)
     shape = 64, 96, 8, cpu_times.bucket(1000), BF16, F32
-    assert measured == [Product(forward, *shape)]
+    assert measured == [Product(forward, *shape, True)]
     (found,) = cpu_choice.times([dataclasses.replace(layer, trained=True)], False)
     assert list(found) == ["forward", "grad-input", "grad-weight"]
     assert measured[1:] == [Product(back, *shape), Product(GRAD_WEIGHT, *shape, True)]
