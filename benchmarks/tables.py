@@ -16,7 +16,8 @@ from .ledger import LEDGER
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PLOT = ROOT / "docs" / "speedup.png"
-MACHINE = "avx512"  # in the processor's name; the ledger has layers of other machines too
+MACHINE = "avx512"  # in the processor's name; the ledger has rows of other machines too
+PORTABLE = "(avx2)"  # the machine of the table of all densities
 _CASE = re.compile(r"(?P<layer>\d+->\d+) M=(?P<tokens>\d+) B=(?P<block>\d+) d=(?P<density>[\d.]+)")
 
 _ATTENTION = re.compile(r"T=(?P<length>\d+) heads=\S+ (?P<pattern>\w+)")
@@ -41,6 +42,27 @@ def layer_rows(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return found
 
 
+def densities_table(rows: list[dict[str, str]]) -> str:
+    """Speed-up of each layer shape over the density, by block, on the machine without AVX-512."""
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        ours = row["benchmark"] == "never_slower" and PORTABLE in row["cpu"] and row["dtype"] == "float32"
+        case = _CASE.fullmatch(row["case"]) if ours else None
+        if case:
+            at = f"{round(float(case['density']), 2):g}"
+            cells.setdefault((case["layer"], case["block"]), {})[at] = float(row["ratio"])
+    shown = [f"{d:g}" for d in (1, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1, 0.05)]
+    lines = ["| layer | block | " + " | ".join(f"d = {d}" for d in shown) + " |", "|---|---|" + "---|" * len(shown)]
+    for (layer, block), ratios in cells.items():
+        # Blocks of 32 in a small layer do not give every density.
+        near = [min(ratios, key=lambda at, d=d: abs(float(at) - float(d))) for d in shown]
+        values = [
+            f"{ratios[a]:.2f}x" if abs(float(a) - float(d)) < 0.011 else "" for a, d in zip(near, shown, strict=True)
+        ]
+        lines.append(f"| {layer} | {block} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
 def layers_table(rows: list[dict[str, str]]) -> str:
     """Smallest and largest speed-up over the layer shapes, by dtype, threads, density and block."""
     cells: dict[tuple[str, str, str], dict[int, list[float]]] = {}
@@ -62,7 +84,7 @@ def model_table(rows: list[dict[str, str]]) -> str:
     lines = ["| what | dense (inductor) | mst | ratio |", "|---|---|---|---|"]
     by_case: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
-        if row["benchmark"] in ("train_step", "schedule", "memory"):
+        if row["benchmark"] in ("train_step", "schedule", "memory") and MACHINE in row["cpu"]:
             key = (row["benchmark"], row["case"], f"{row['dtype']}, {row['threads']} threads")
             by_case.setdefault(key, {})[row["side"]] = row
     units = {
@@ -86,7 +108,7 @@ def attention_table(rows: list[dict[str, str]]) -> str:
     """Speed-up of attention over causal SDPA, by length and pattern."""
     cells: dict[str, dict[int, str]] = {}
     for row in rows:
-        case = _ATTENTION.match(row["case"]) if row["benchmark"] == "attention" else None
+        case = _ATTENTION.match(row["case"]) if row["benchmark"] == "attention" and MACHINE in row["cpu"] else None
         if case and row["dtype"] == "float32":
             cells.setdefault(case["pattern"], {})[int(case["length"])] = f"{float(row['ratio']):.1f}x"
     lengths = sorted({length for by_length in cells.values() for length in by_length})
@@ -111,7 +133,7 @@ def write(rows: list[dict[str, str]]) -> None:
     """Replace what stands between ``<!-- ledger:NAME -->`` and ``<!-- end -->`` in the README."""
     text = README.read_text()
     tables = {"layers": layers_table(rows), "models": model_table(rows), "pretrain": pretrain_table(rows)}
-    tables["attention"] = attention_table(rows)
+    tables |= {"attention": attention_table(rows), "densities": densities_table(rows)}
     for name, table in tables.items():
         text = re.sub(rf"(<!-- ledger:{name} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.S)
     README.write_text(text)
