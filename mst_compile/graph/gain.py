@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mst_compile.lowering.device import LayerTimes
+from mst_compile.lowering.device import WORTH, LayerTimes
 
 SlotTimes = Sequence[Sequence[LayerTimes]]
 """For each sparse weight of a graph, the times of each layer with it."""
@@ -22,10 +22,11 @@ def saves(slots: SlotTimes, densities: Sequence[float], chooses: bool) -> bool:
             known of any product, sparse ones run.
     """
     every = [(t, density) for layers, density in zip(slots, densities, strict=True) for x in layers for t in x.values()]
-    if not chooses:
-        return not every or sum(times.saved(density) for times, density in every) > 0
-    saved = sum(times.saved(density) for times, density in every if density < times.crossover)
-    return not every or saved > _LEAST * sum(times.dense for times, _ in every)
+    dense = sum(times.dense for times, _ in every)
+    if chooses:
+        saved = sum(times.saved(density) for times, density in every if density < times.crossover)
+        return not every or saved > _LEAST * dense
+    return not every or sum(times.saved(density) for times, density in every) > (1 - WORTH) * dense
 
 
 def uniform_threshold(slots: SlotTimes, chooses: bool) -> float:

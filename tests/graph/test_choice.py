@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from mst_compile.kernels import cpu
 from mst_compile.lowering import cpu_choice, cpu_dense, cpu_times
 from mst_compile.lowering.cpu_times import GRAD_WEIGHT, ROWS, Product
-from mst_compile.lowering.device import PRODUCTS, Times
+from mst_compile.lowering.device import PRODUCTS, WORTH, Layer, Times, at_crossover
 from torch import Tensor, nn
 
 import mst_compile
+from mst_compile.blocks.grid import BlockGrid
 from mst_compile.errors import BackendOptionError
 from mst_compile.graph import backend
 from mst_compile.graph.gain import saves, uniform_threshold
@@ -46,7 +47,16 @@ def test_a_graph_is_sparse_where_its_products_together_save_time(slots: list[lis
         assert best < dense
     else:
         assert best > 0.91 * dense  # no more is left than what both margins may cost
-    assert saves(times, densities, chooses=False) == (sum(t.fixed + t.per_density * d for t, d in at) < dense)
+    sparse = sum(t.fixed + t.per_density * d for t, d in at)
+    if abs(sparse - WORTH * dense) > 1e-6 * dense:
+        assert saves(times, densities, chooses=False) == (sparse < WORTH * dense)
+
+
+@pytest.mark.parametrize(("density", "sparse"), [(0.399, True), (0.401, False)])
+def test_where_a_whole_graph_chooses_it_is_dense_from_the_mean_crossover_on(density: float, sparse: bool) -> None:
+    layers = [Layer(BlockGrid(64, n, 32), False, 8, torch.float32, torch.float32, True, True) for n in (64, 192)]
+    slots = [[at_crossover(layer, 0.4)] for layer in layers]
+    assert saves(slots, [density] * 2, chooses=False) == sparse
 
 
 @given(st.lists(lines, min_size=1, max_size=5))
