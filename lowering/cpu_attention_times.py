@@ -6,7 +6,6 @@ from dataclasses import astuple
 from typing import NamedTuple
 
 import torch
-from mst_compile.kernels import cpu as kernels
 from torch import Tensor
 
 from mst_compile.rules.patterns import FULL
@@ -77,8 +76,3 @@ def _ours(q: Tensor, k: Tensor, v: Tensor, scale: float, grad: Tensor | None) ->
     out, lse = torch.ops.mst.attention(q, k, v, None, parts, scale)
     if grad is not None:
         torch.ops.mst.attention_backward(grad, q, k, v, out, lse, None, parts, scale)
-
-
-def supports(dtype: torch.dtype, size: int) -> bool:
-    """Whether there are kernels to compare."""
-    return kernels.available() and kernels.supports_head(dtype, size)

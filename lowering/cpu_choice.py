@@ -42,7 +42,7 @@ def of_attention(attention: CausalAttention) -> AttentionTimes:
 
 def is_attention_faster(length: int, size: int, dtype: torch.dtype, trained: bool) -> bool:
     """Whether our kernel for causal attention is the faster one."""
-    if not length or not cpu_attention_times.supports(dtype, size):
+    if not length or not kernels.supports_head(dtype, size) or not kernels.available():
         return False
     times = of_attention(CausalAttention(cpu_attention_times.bucket(length), size, dtype, trained))
     return times.ours < WORTH * times.usual
@@ -95,11 +95,6 @@ class _Answers:
                 if found is None:
                     found = self.known[key] = self._agreed(question, name, measure)
         return found
-
-    def forget(self) -> None:
-        """As in a new process."""
-        self.known.clear()
-        self.kept.own.clear()
 
     def _agreed(self, question: Any, name: str, measure: Callable[[Any], Sequence[float]]) -> Sequence[float]:
         def own() -> Sequence[float]:

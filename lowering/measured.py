@@ -40,7 +40,7 @@ class Measurements:
         self.own[name] = values
         with contextlib.suppress(OSError):
             folder = self._folder()
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             draft = folder / f"{name}.json.{os.getpid()}"
             draft.write_text(json.dumps(values))
             draft.replace(folder / f"{name}.json")

@@ -24,6 +24,7 @@ from mst_compile.lowering import device
 from mst_compile.lowering.device import Layer
 from mst_compile.state.weight import SparseWeight, epoch
 
+_MOST_SIZES = 64  # that a graph keeps its products' times for, as of batches of several lengths
 _FIRST_CALLS = 2  # at which the values of weights are looked at
 
 
@@ -64,7 +65,8 @@ class Dispatch:
         self._epoch = -1
         self._calls_to_look = _FIRST_CALLS
         self._sizes: list[Any] = []
-        self._times: SlotTimes | None = None  # to be asked for
+        self._times: SlotTimes | None = None  # of these sizes; to be asked for
+        self._times_of: dict[tuple[Any, ...], tuple[SlotTimes, float]] = {}  # sizes -> times, threshold
         self._threshold = 0.0 if dense_threshold is None else dense_threshold
         given = example_inputs if first_call is None else first_call
         indices = self._indices(given)
@@ -87,6 +89,7 @@ class Dispatch:
     def _make(self, kind: tuple[bool, bool], inputs: Sequence[Any]) -> Variant:
         self._variants[kind] = self._compiler.variant(Kind(*kind), inputs)
         self._times, self._epoch = None, -1  # tuning has measured some now
+        self._times_of.clear()
         return self._variants[kind]
 
     def _indices(self, args: Sequence[Any]) -> list[Tensor] | None:
@@ -114,7 +117,8 @@ class Dispatch:
             return None
         sizes = [recording, *(_size(args[i]) for i in self._compiler.varying)]
         if sizes != self._sizes:
-            self._sizes, self._times, self._epoch = sizes, None, -1
+            self._sizes, self._epoch = sizes, -1
+            self._times, self._threshold = self._times_of.get(tuple(sizes), (None, self._threshold))
         if held != self._held or self._epoch != epoch.value or Dispatch._last != id(self):
             self._chosen = self._choose(args)
             self._held, self._epoch, Dispatch._last = held, epoch.value, id(self)
@@ -173,6 +177,8 @@ class Dispatch:
         if self._times is None:
             self._times = self._measured(args)
             self._threshold = uniform_threshold(self._times, self._device.chooses)
+            if len(self._times_of) < _MOST_SIZES:
+                self._times_of[tuple(self._sizes)] = self._times, self._threshold
         return saves(self._times, [weight.density for weight in weights], self._device.chooses)
 
     def _dense_products(self, slot: int, density: float) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 
@@ -31,7 +32,9 @@ def saves(slots: SlotTimes, densities: Sequence[float], chooses: bool) -> bool:
 
 def uniform_threshold(slots: SlotTimes, chooses: bool) -> float:
     """The density from which sparse products save nothing if all weights have it; infinite if there is none."""
-    for step in range(_STEPS + 1):
-        if not saves(slots, [step / _STEPS] * len(slots), chooses):
-            return step / _STEPS
-    return math.inf
+
+    def is_dense(step: int) -> bool:
+        return not saves(slots, [step / _STEPS] * len(slots), chooses)
+
+    first = bisect.bisect_left(range(_STEPS + 1), True, key=is_dense)  # what is saved only falls with the density
+    return first / _STEPS if first <= _STEPS else math.inf

@@ -42,7 +42,10 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Product]:
     return asked
 
 
-forget = cpu_choice._products.forget
+def forget(answers: cpu_choice._Answers = cpu_choice._products) -> None:
+    """As in another process."""
+    answers.known.clear()
+    answers.kept.own.clear()
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
@@ -225,7 +228,7 @@ def test_attention_is_measured_once_and_where_there_is_a_kernel(
 ) -> None:
     asked: list[CausalAttention] = []
     for ours, faster in ((0.5, True), (0.99, False), (2.0, False)):
-        cpu_choice._attentions.forget()
+        forget(cpu_choice._attentions)
         monkeypatch.setenv("MST_COMPILE_TIMES", os.environ["MST_COMPILE_CACHE_DIR"] + f"/{ours}")
         times = AttentionTimes(1.0, ours)
         monkeypatch.setattr(cpu_attention_times, "measure", lambda found, times=times: asked.append(found) or times)

@@ -14,7 +14,7 @@ def new(folder: Path, length: int = 2) -> Measurements:
 
 
 def test_what_one_process_measures_others_find(tmp_path: Path) -> None:
-    folder = tmp_path / "made"
+    folder = tmp_path / "made" / "on the way"
     new(folder).record("64x64 forward", (0.5, 2.0))
     new(folder).record("64x64 grad-weight", (0.25, 1.0))
     other = new(folder)
