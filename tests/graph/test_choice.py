@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from helpers import DEBUG, compiled, static
 from hypothesis import given
 from hypothesis import strategies as st
 from mst_compile.kernels import cpu
-from mst_compile.lowering import cpu_choice, cpu_dense, cpu_times
+from mst_compile.lowering import cpu_choice, cpu_dense, cpu_times, device
 from mst_compile.lowering.cpu_times import GRAD_WEIGHT, ROWS, Product
 from mst_compile.lowering.device import PRODUCTS, WORTH, Layer, Times, at_crossover
 from torch import Tensor, nn
@@ -196,6 +197,25 @@ def test_other_numbers_of_tokens_are_other_products(speeds: dict[Any, Times], ra
             # The product of 4 or 5 tokens alone would run; where no other is in the graph, the whole graph is dense.
             assert ran == (["sparse rows"] if product == "sparse" else [])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_lengths_that_come_again_are_not_asked_for_again(
+    speeds: dict[Any, Times], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    times = device.of("cpu").times
+
+    def noting(layers: Any, tuned: bool) -> Any:
+        asked.append(layers[0].tokens)
+        return times(layers, tuned)
+
+    monkeypatch.setitem(device._records, "cpu", dataclasses.replace(device.of("cpu"), times=noting))
+    model = mst_compile.sparsify(nn.Linear(64, 64), static(0.7), block=8)
+    fast = compiled(model, dynamic=True)
+    with torch.no_grad():
+        for tokens in (4, 100, 4, 100, 4, 100):
+            fast(torch.randn(tokens, 64))
+    assert sorted(asked) == [4, 4, 100], "4 once more after the variant was compiled"
 
 
 def test_a_graph_whose_tokens_depend_on_values_is_measured_with_many(speeds: dict[Any, Times], ran: list[str]) -> None:
