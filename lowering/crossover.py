@@ -1,11 +1,10 @@
 """The density above which a dense product is faster than ours, measured.
 
-When Inductor tunes a product, it times our tiles and the dense product side by side on the user's machine, at the
-density that training will mostly run at. The time of a sparse product is at most proportional to its density, so
-``density * dense time / sparse time`` is a density up to which sparse is certain to win. What was measured is kept on
-disk, since compiled code that comes out of Inductor's cache is not tuned again. Where nothing has been measured yet an
-estimate from arithmetic intensity serves; it decides no more than when the sparse kernels are compiled, and so
-measured, first.
+When Inductor tunes a product (``mode="max-autotune"``), it times our tiles and the dense product side by side on the
+user's machine, at the density that training will mostly run at. The time of a sparse product is at most proportional to
+its density, so ``density * dense time / sparse time`` is a density up to which sparse is certain to win. What was
+measured is kept on disk, since compiled code that comes out of Inductor's cache is not tuned again. Where nothing has
+been measured, what was on an H100 serves (:data:`mst_compile.kernels.triton.table.DENSE_FROM`).
 
 The ranks of one run agree, see :mod:`mst_compile.lowering.agreement`.
 """
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mst_compile.kernels.triton.table import DENSE_FROM
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
 from mst_compile.blocks.grid import BlockGrid
 
 from .agreement import first_answer, given_answer, several_ranks
 from .measured import Measurements, cache_folder
-
-_ESTIMATE = {128: 0.6, 64: 0.5, 32: 0.35}
 
 
 def record(grid: BlockGrid, product: str, density: float, dense: float, sparse: float) -> None:
@@ -77,7 +75,7 @@ def _key(grid: BlockGrid) -> str:
 
 
 def _estimate(grid: BlockGrid) -> float:
-    return _ESTIMATE.get(grid.block, min(_ESTIMATE.values()))
+    return DENSE_FROM.get(grid.block, min(DENSE_FROM.values()))
 
 
 def _mean(densities: Iterable[tuple[BlockGrid, float]]) -> float:

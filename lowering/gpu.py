@@ -1,8 +1,8 @@
 """``mst::linear`` and its gradients on NVIDIA GPUs: Inductor lowerings to Triton templates.
 
-Each product is autotuned, when Inductor compiles it, over the tiles of :mod:`mst_compile.kernels.triton.tiles` and the
-dense product of cuBLAS, on index tensors of the density that training will mostly run at. Weights hold exact zeros
-outside their active blocks, so the dense product and unions of block rows compute the same.
+A product is one of our tiles or the dense product of cuBLAS, whichever :mod:`.gpu_tiles` finds by table or the
+autotuner by time, on index tensors of the density that training will mostly run at. Weights hold exact zeros outside
+their active blocks, so the dense product and unions of block rows compute the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 from typing import Any
 
 import torch
-from mst_compile.kernels.triton import gather_gemm, tiles
+from mst_compile.kernels.triton import gather_gemm
 from mst_compile.kernels.triton import grad_weight as grad_weight_kernel
 from torch import Tensor
 from torch._inductor import ir
@@ -23,7 +23,7 @@ from torch.utils._sympy.functions import FloorDiv
 from mst_compile.blocks.grid import BlockGrid, Lines
 from mst_compile.blocks.index import DENSE_GRAD
 
-from . import compat, crossover, tuning
+from . import compat, crossover, gpu_tiles, tuning
 
 _GROUP_M = 8
 compat.on_tuned(crossover.from_tuning)
@@ -58,14 +58,8 @@ def _unflatten(out: Any, lead: list[Any]) -> Any:
     return out if len(lead) == 1 else lowerings[torch.ops.aten.view.default](out, [*lead, out.get_size()[-1]])
 
 
-def kind(dtype: torch.dtype) -> str:
-    if dtype != torch.float32:
-        return "half"
-    return "tf32" if compat.tf32_allowed() else "ieee"
-
-
 def precision(dtype: torch.dtype) -> str:
-    return "'tf32'" if kind(dtype) != "ieee" else "'ieee'"
+    return "'tf32'" if gpu_tiles.kind(dtype) != "ieee" else "'ieee'"
 
 
 def _index_generator(grid: BlockGrid, density: float) -> Any:
@@ -102,7 +96,8 @@ def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool, density: 
     layout = ir.FixedLayout(a.get_device(), a.get_dtype(), [m, out_features])
     inputs = [a, weight, index]
     choices: list[Any] = []
-    for tile in tiles.GEMM[block, kind(a.get_dtype())]:
+    tiles, dense = gpu_tiles.gemm(a, weight, grid, by_rows, density)
+    for tile in tiles:
         lines = grid.lines(by_rows, union=tile.union)
         error = gather_gemm.template.maybe_append_choice(
             choices,
@@ -112,7 +107,10 @@ def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool, density: 
             num_stages=tile.stages,
             BLOCK_M=tile.rows,
             BLOCK_K=tile.depth,
-            WIDTH=block * (grid.union if tile.union else 1),
+            CHAIN=tile.chain,
+            TMA=tile.tma,
+            SPECIALIZED=tile.specialized,
+            WIDTH=tile.width(block),
             BLOCK=block,
             OUT=out_features,
             REDUCE=reduced,
@@ -121,13 +119,14 @@ def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool, density: 
             W_STRIDE=cols,
             REDUCE_LAST=by_rows,
             EVEN_M=bool(V.graph.sizevars.statically_known_multiple_of(m, tile.rows)),
-            GROUP_M=_GROUP_M,
+            GROUP_M=max(1, _GROUP_M // tile.chain),
             PRECISION=precision(a.get_dtype()),
         )
         if error is not None:
             raise error
     _mark(choices, grid, "forward" if by_rows else "transposed", a, density)
-    choices.append(_DENSE_LINEAR.bind(inputs, layout, transpose=by_rows))
+    if dense:
+        choices.append(_DENSE_LINEAR.bind(inputs, layout, transpose=by_rows))
     out = compat.select("mst_linear", choices, inputs, layout, input_gen_fns={2: _index_generator(grid, density)})
     return _unflatten(out, lead)
 
@@ -197,9 +196,9 @@ def _partials(
 ) -> tuple[Any, Any, int]:
     """Float32 partials ``[split * rows, cols]``, column sums ``[split * out]`` or None, and ``split``."""
     lines = grid.lines(out_first)
-    candidates = tiles.GRAD_WEIGHT[grid.block, kind(x.get_dtype())]
+    tiles, with_dense = gpu_tiles.grad_weight(x, grad, grid, density)
     m = x.get_size()[0]
-    split = _split(compat.hint(m), grid, candidates[0].gather, density)
+    split = _split(compat.hint(m), grid, tiles[0].gather, density) if tiles else 1
     out_features, in_features = static(grad.get_size()[1]), static(x.get_size()[1])
     device = x.get_device()
     layout = ir.FixedLayout(device, torch.float32, [split * grid.rows, grid.cols])
@@ -210,7 +209,7 @@ def _partials(
         sums.realize()
         inputs.append(sums)
     choices: list[Any] = []
-    for tile in candidates:
+    for tile in tiles:
         error = grad_weight_kernel.template.maybe_append_choice(
             choices,
             input_nodes=tuple(inputs),
@@ -221,6 +220,7 @@ def _partials(
             GATHER=tile.gather,
             GROUPS=-(-lines.length // tile.gather),
             BLOCK_M=tile.tokens,
+            TMA=tile.tma,
             BLOCK=grid.block,
             LENGTH=lines.length,
             **_line_constants(lines),
@@ -238,7 +238,8 @@ def _partials(
         if error is not None:
             raise error
     _mark(choices, grid, "grad-weight", x, density)
-    choices.append(_DENSE_GRAD_WEIGHT.bind(inputs, layout, out_first=out_first))
+    if with_dense:
+        choices.append(_DENSE_GRAD_WEIGHT.bind(inputs, layout, out_first=out_first))
     # The caller must know which kind won: only the template fills the column sums.
     out = compat.select(
         "mst_grad_weight",

@@ -14,7 +14,7 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from mst_compile.rules.patterns import Parts
 
-from . import compat, gpu
+from . import compat, gpu, gpu_tiles
 
 _aten = torch.ops.aten
 
@@ -44,7 +44,7 @@ class _Call:
             self.inputs.append(_bytes(key_mask))
         heads, size = gpu.static(self.q.get_size()[1]), gpu.static(self.q.get_size()[3])
         self.parts = Parts(*parts)
-        self.kind, self.size = gpu.kind(self.q.get_dtype()), size
+        self.kind, self.size = gpu_tiles.kind(self.q.get_dtype()), size
         self.constants = {
             "SCALE": scale,
             "HEADS": heads,
@@ -74,7 +74,7 @@ class _Call:
         constants = self.constants | strides | kernels.constants(parts)
         template = getattr(kernels, which)
         choices: list[Any] = []
-        for tile in kernels.tiles(self.size, self.kind, which, parts):
+        for tile in kernels.tiles(self.size, self.kind, which, parts)[: None if gpu_tiles.tunes() else 1]:
             error = template.maybe_append_choice(
                 choices,
                 input_nodes=tuple(inputs),

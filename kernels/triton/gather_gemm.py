@@ -39,7 +39,7 @@ from . import load
 
 @SymbolicGridFn
 def _grid(m: Any, _: Any, meta: dict[str, Any], *, cdiv: Callable[..., Any]) -> tuple[Any, int, int]:
-    return cdiv(m, meta["BLOCK_M"]) * meta["LINES"], 1, 1
+    return cdiv(m, meta["BLOCK_M"] * meta["CHAIN"]) * meta["LINES"], 1, 1
 
 
 template = TritonTemplate(name="mst_gather_gemm", grid=_grid, source=load("gather_gemm"))

@@ -10,6 +10,7 @@ import torch
 import triton
 from attention_parts import COMBINATIONS, combine
 from gpu_attention_cases import Case, case, check_numbers
+from gpu_cases import TUNED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mst_compile.kernels.triton import attention as kernels
@@ -32,7 +33,7 @@ def generated(given_case: Case, choice: int = 0, **kwargs: Any) -> tuple[Generat
         asked.append(len(choices))
         return min(choice, len(choices) - 1)
 
-    made = generate(given_case.function(), given_case.arguments(), choose=choose, **kwargs)
+    made = generate(given_case.function(), given_case.arguments(), choose=choose, config=TUNED, **kwargs)
     return made, max(asked, default=1)
 
 

@@ -3,17 +3,18 @@ and run by Triton's interpreter against float64."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from gpu_cases import BLOCKS, EPILOGUES, Product, check_backward, check_forward, product
+from gpu_cases import BLOCKS, EPILOGUES, TUNED, Product, check_backward, check_forward, product
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_cases import block_masks
 from mst_compile.kernels.triton import tiles
-from pretend_gpu import Facts, Generated, Interpreter, check, cross_compile, generate, kernels_of
+from pretend_gpu import Generated, GeneratedKernel, Interpreter, check, cross_compile, generate, kernels_of
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
@@ -35,7 +36,7 @@ def take(choice: int, asked: dict[str, int]) -> Any:
 
 def generated(case: Product, choice: int = 0, **kwargs: Any) -> tuple[Generated, dict[str, int]]:
     asked: dict[str, int] = {}
-    return generate(case.function(), case.arguments(), choose=take(choice, asked), **kwargs), asked
+    return generate(case.function(), case.arguments(), choose=take(choice, asked), config=TUNED, **kwargs), asked
 
 
 def upstream(case: Product, made: Generated) -> Tensor:
@@ -54,12 +55,13 @@ def random_mask(in_features: int, out_features: int, block: int, transposed: boo
 # -- machine code ------------------------------------------------------------------------------------------------------
 
 
-def facts_of(made: Generated) -> Iterator[tuple[str, Any, Facts]]:
-    for graph in made.graphs.values():
-        for kernel in kernels_of(graph.source):
-            if kernel.kind == "template":
-                kind = "grad_weight" if "GROUPS" in kernel.source else "gemm"
-                yield kind, kernel, cross_compile(kernel)
+def templates_of(made: Generated) -> list[GeneratedKernel]:
+    kernels = [kernel for graph in made.graphs.values() for kernel in kernels_of(graph.source)]
+    return [kernel for kernel in kernels if kernel.kind == "template"]
+
+
+def kind_of(kernel: GeneratedKernel) -> str:
+    return "grad_weight" if "GROUPS" in kernel.source else "gemm"
 
 
 GATES = [
@@ -79,35 +81,53 @@ def test_every_tile_compiles_to_good_machine_code(
     mask = random_mask(512, 256, block, transposed)
     case = product(m, 512, 256, mask, block, dtype=dtype, transposed=transposed, epilogue=epilogue)
     kind = "half" if dtype != F32 else "tf32" if tf32 else "ieee"
-    choice, asked = 0, {"": 1}
-    while choice < max(asked.values()):
+    offered = {"gemm": tiles.GEMM[block, kind], "grad_weight": tiles.GRAD_WEIGHT[block, kind]}
+    for choice in range(max(map(len, offered.values()))):
         made, asked = generated(case, choice)
-        assert asked == {
-            "mst_linear": len(tiles.GEMM[block, kind]),
-            "mst_grad_weight": len(tiles.GRAD_WEIGHT[block, kind]),
-        }
-        found = list(facts_of(made))
-        assert sorted(k for k, _, _ in found) == ["gemm", "gemm", "grad_weight"]
-        for which, kernel, facts in found:
-            wide = which == "gemm" and tiles.GEMM[block, kind][min(choice, asked["mst_linear"] - 1)].wide(block)
-            check(
-                facts,
-                wgmma=kind != "ieee",
-                # The column sums of grad-weight hold on to a buffer of dy for one step longer; IEEE products read
-                # their operands from shared memory into registers one step ahead.
-                stages=kernel.num_stages - (which == "grad_weight" or kind == "ieee"),
-                # Inductor does not fuse an epilogue where that spills; here it is made to.
-                spills=10_000 if wide and epilogue == "gelu" else 0,
-                atomics=0,
-            )
-        choice += 1
+        assert list(asked.values()) == [len(offered["gemm"]), len(offered["grad_weight"])]
+        found = templates_of(made)
+        assert sorted(map(kind_of, found)) == ["gemm", "gemm", "grad_weight"]
+        for kernel in found:
+            which = kind_of(kernel)
+            if choice >= len(offered[which]):
+                continue
+            tile = offered[which][choice]
+            # Inductor fuses no epilogue where that spills, as it does here, and takes long to compile.
+            if not (which == "gemm" and tile.wide(block) and "erf(" in kernel.source):
+                check_tile(tile, kernel, block, dtype, wgmma=kind != "ieee")
+
+
+def check_tile(tile: Any, kernel: GeneratedKernel, block: int, dtype: torch.dtype, *, wgmma: bool) -> None:
+    """Hold the machine code of one tile against what it asks for."""
+    facts, gemm = cross_compile(kernel), isinstance(tile, tiles.GemmTile)
+    check(
+        facts,
+        wgmma=wgmma,
+        # The column sums of grad-weight hold on to a buffer of dy for one step longer; IEEE products read their
+        # operands from shared memory into registers one step ahead.
+        stages=kernel.num_stages - (not gemm or not wgmma),
+        spills=0,
+        atomics=0,
+        shared=tile.shared(block, dtype.itemsize),
+    )
+    if wgmma:
+        assert bool(facts.tma) == tile.tma
+        assert bool(facts.cp_async) != tile.tma
+    if gemm:
+        assert ("ttg.warp_specialize" in facts.ttgir) == tile.specialized
+        # A product is waited for before the loop's next one is issued; only where a row tile ends, for all.
+        waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", facts.ptx)
+        assert (
+            waits == (["1", "0", "0"] if tile.chain > 1 else ["0", "0"] if tile.specialized else ["1", "0"])
+            or not wgmma
+        )
 
 
 def test_a_language_model_head(interpreter: Interpreter) -> None:
     """50257 rows are no multiple of anything, nor are 5023, which the interpreter is through with sooner."""
     whole, part = (product(16, 64, rows, random_mask(64, rows, 64, False), 64, bias=False) for rows in (50257, 5023))
-    for _, _, facts in facts_of(generated(whole)[0]):
-        check(facts, wgmma=True)
+    for kernel in templates_of(generated(whole)[0]):
+        check(cross_compile(kernel), wgmma=True)
     check_forward(part, interpreter.run(generated(part)[0].forward))
 
 
@@ -139,7 +159,34 @@ def products(draw: st.DrawFn, block: int) -> tuple[Product, bool]:
 @given(data=st.data())
 def test_numbers_of_generated_code(block: int, interpreter: Interpreter, data: st.DataObject) -> None:
     case, dynamic = data.draw(products(block))
-    made, _ = generated(case, data.draw(st.integers(0, 3)), dynamic=dynamic or None)
+    made, _ = generated(case, data.draw(st.integers(0, 7)), dynamic=dynamic or None)
+    check_forward(case, interpreter.run(made.forward))
+    check_backward(case, interpreter.run(made.backward), upstream(case, made))
+
+
+LOADS = [
+    (block, choice)
+    for block in BLOCKS
+    for choice in range(8)
+    if any(
+        tile.tma or getattr(tile, "chain", 1) > 1
+        for table in (tiles.GEMM, tiles.GRAD_WEIGHT)
+        for tile in table[block, "half"][choice : choice + 1]
+    )
+]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("block", "choice"), LOADS)
+def test_numbers_of_chains_and_descriptors(block: int, choice: int, transposed: bool, interpreter: Interpreter) -> None:
+    """Several chains, the last of which ends beyond the tokens, a line without blocks, ragged edges."""
+    mask = random_mask(336, 200, block, transposed)
+    case = product(1300, 336, 200, mask, block, transposed=transposed, epilogue="gelu", seed=choice)
+    made, _ = generated(case, choice)
+    for kernel in templates_of(made):
+        offered = (tiles.GRAD_WEIGHT if kind_of(kernel) == "grad_weight" else tiles.GEMM)[block, "half"]
+        tile = offered[min(choice, len(offered) - 1)]
+        assert ("make_tensor_descriptor" in kernel.source) == tile.tma
     check_forward(case, interpreter.run(made.forward))
     check_backward(case, interpreter.run(made.backward), upstream(case, made))
 
@@ -170,7 +217,7 @@ def test_one_code_serves_any_number_of_tokens(block: int, interpreter: Interpret
     case = product(96, 192, 130, mask, block, epilogue="gelu")
     arguments = case.arguments()
     torch._dynamo.mark_dynamic(arguments[0], 0)
-    made = generate(case.function(), arguments, choose=take(0, {}))
+    made = generate(case.function(), arguments, choose=take(0, {}), config=TUNED)
     for m in (96, 2, 300):
         other = product(m, 192, 130, mask, block, epilogue="gelu", seed=m)
         tensors = [other.x, other.weight, other.bias, other.index]
@@ -180,7 +227,7 @@ def test_one_code_serves_any_number_of_tokens(block: int, interpreter: Interpret
 
 def test_the_dense_choice_computes_the_same(interpreter: Interpreter) -> None:
     case = product(64, 128, 96, random_mask(128, 96, 32, False), 32, epilogue="silu")
-    made = generate(case.function(), case.arguments(), choose=lambda name, choices: len(choices) - 1)
+    made = generate(case.function(), case.arguments(), choose=lambda name, choices: len(choices) - 1, config=TUNED)
     assert "mst_dense_linear" in made.forward.source
     assert "mst_dense_linear" in made.backward.source and "mst_dense_grad_weight" in made.backward.source  # noqa: PT018
     check_forward(case, interpreter.run(made.forward))
@@ -210,7 +257,7 @@ def test_strides(how: str, interpreter: Interpreter) -> None:
         view = wide[:, :96] if how == "rows of wider" else wide[:, ::2]
         case.x = view.copy_(case.x)
     arguments = [case.x, *case.arguments()[1:]]
-    made = generate(case.function(), arguments, choose=take(0, {}))
+    made = generate(case.function(), arguments, choose=take(0, {}), config=TUNED)
     check_forward(case, interpreter.run(made.forward))
     # The input needs no gradient here, which is a case of its own; check_backward wants one.
     g = upstream(case, made)

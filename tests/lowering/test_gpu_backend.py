@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import product
+from gpu_cases import TUNED, product
 from helpers import compiled, static
 from mst_compile.lowering import cuda, device
 from pretend_gpu import Generated, Interpreter, generate, kernels_of, pretend_h100
@@ -68,7 +68,7 @@ def through_backend(model: nn.Module, *args: Any) -> Generated:
             patch.setattr(backend, "compile_fx", functools.partial(compile_fx, inner_compile=inner))
             return backend.mst(graph_module, examples, options={"mst.keep_memory": False})
 
-    return generate(model, args, backend_wrapper=wrapper)
+    return generate(model, args, backend_wrapper=wrapper, config=TUNED)
 
 
 def test_a_model_through_the_backend(interpreter: Interpreter) -> None:

@@ -1,0 +1,65 @@
+"""Which tile a product gets where nothing is tuned, and from which density on it is dense.
+
+Tuning takes seconds a product, so it is left to those who ask for it (``mode="max-autotune"``). The others get what was
+the fastest on an H100 in bfloat16 at M = 16384, N = K = 4096, of the tiles that any epilogue can be fused into
+(``python -m benchmarks.gpu.sweep``, docs/gpu.md), or the smallest tile where larger ones would leave multiprocessors
+without work. For other precisions, which were not measured, the first tile of the list serves.
+
+Bytes from the L2 cache decide between sparse and dense, and they grow with the products in all precisions alike, so
+that one crossover a block serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from .tiles import GEMM, GRAD_WEIGHT, GemmTile, GradWeightTile
+
+_Tile = TypeVar("_Tile")
+
+DENSE_FROM = {128: 0.80, 64: 0.52, 32: 0.25}
+"""Density from which the three products of a weight, by its block, take as long as dense ones (measured)."""
+_GRAD_WEIGHT_DENSE_FROM = {128: 0.73, 64: 0.50, 32: 0.13}
+
+# Up to which density a tile is taken, by (block, kind); see tiles.py.
+_GEMM = {
+    (128, "half"): [(1.0, GemmTile(128, 64, 8, 3))],
+    (64, "half"): [(0.2, GemmTile(128, 64, 4, 3)), (1.0, GemmTile(256, 32, 8, 4))],
+    (32, "half"): [(1.0, GemmTile(256, 32, 4, 4))],
+}
+_GRAD_WEIGHT = {
+    (128, "half"): [(0.2, GradWeightTile(1, 64, 8, 3)), (1.0, GradWeightTile(1, 64, 4, 4))],
+    (64, "half"): [(0.2, GradWeightTile(2, 64, 4, 3)), (1.0, GradWeightTile(4, 64, 8, 4))],
+    (32, "half"): [(1.0, GradWeightTile(8, 64, 8, 4))],
+}
+
+
+def gemm(block: int, kind: str, density: float, tokens: int, lines: int, processors: int) -> GemmTile | None:
+    """The tile for the forward pass or grad-input, None for the dense product.
+
+    Args:
+        density: that training will mostly run at.
+        tokens, lines: rows of the result, and block rows or columns that make its columns.
+        processors: multiprocessors of the GPU.
+    """
+    if density >= DENSE_FROM[block]:
+        return None
+    known = _GEMM.get((block, kind))
+    tile = _up_to(density, known) if known else GEMM[block, kind][0]
+    if -(-tokens // tile.rows) * lines < processors:
+        plain = (t for t in GEMM[block, kind] if t.chain == 1 and not (t.union or t.tma))
+        return min(plain, key=lambda t: t.rows)
+    return tile
+
+
+def grad_weight(block: int, kind: str, density: float) -> GradWeightTile | None:
+    """The tile for grad-weight, None for the dense product."""
+    if density >= _GRAD_WEIGHT_DENSE_FROM[block]:
+        return None
+    known = _GRAD_WEIGHT.get((block, kind))
+    return _up_to(density, known) if known else GRAD_WEIGHT[block, kind][0]
+
+
+def _up_to(density: float, known: Iterable[tuple[float, _Tile]]) -> _Tile:
+    return next(tile for most, tile in known if density <= most)

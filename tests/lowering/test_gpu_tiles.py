@@ -1,0 +1,134 @@
+"""Which tiles are offered, with tuning and without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from attention_parts import combine
+from gpu_attention_cases import case as attention_case
+from gpu_cases import BLOCKS, Product, product
+from hypothesis import given
+from hypothesis import strategies as st
+from mst_compile.kernels.triton import table
+from mst_compile.kernels.triton.tiles import GEMM, GRAD_WEIGHT
+from pretend_gpu import Generated, generate
+from pretend_gpu.device.h100 import H100
+
+from mst_compile.blocks.grid import BlockGrid
+
+BF16, F32 = torch.bfloat16, torch.float32
+KINDS = ("half", "tf32", "ieee")
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(BLOCKS), st.sampled_from(KINDS), st.floats(0, 1), st.integers(1, 10**6), st.integers(1, 2000))
+def test_the_table_names_tiles_that_are_tested(block: int, kind: str, density: float, tokens: int, lines: int) -> None:
+    """Every one is compiled to machine code by the tests of the list that it is from, and takes any epilogue."""
+    tile, other = table.gemm(block, kind, density, tokens, lines, 132), table.grad_weight(block, kind, density)
+    assert (tile is None) == (density >= table.DENSE_FROM[block])
+    assert tile is None or (tile in GEMM[block, kind] and not tile.wide(block))
+    assert other is None or other in GRAD_WEIGHT[block, kind]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_few_tokens_get_small_tiles(block: int) -> None:
+    many, few = (table.gemm(block, "half", 0.1, tokens, 24, 132) for tokens in (65536, 256))
+    assert few is not None
+    assert many is not None
+    assert few.rows < many.rows or few == GEMM[block, "half"][1] == many
+    assert not few.union
+    assert not few.tma
+
+
+# -- what is generated -------------------------------------------------------------------------------------------------
+
+
+def some(density: float, *, block: int = 64, m: int = 4096, features: int = 512, dtype: torch.dtype = BF16) -> Case:
+    mask = torch.ones(BlockGrid(512, features, block).shape, dtype=torch.bool)
+    return Case(product(m, features, 512, mask, block, dtype=dtype, bias=False), density)
+
+
+class Case:
+    """A product whose operator says the density that it is to be made for."""
+
+    def __init__(self, of: Product, density: float) -> None:
+        self.of, self.density = of, density
+
+    def function(self) -> Callable[..., torch.Tensor]:
+        block, density = self.of.block, self.density
+
+        def run(x: torch.Tensor, weight: torch.Tensor, bias: None, index: torch.Tensor) -> torch.Tensor:
+            return torch.ops.mst.linear(x, weight, bias, index, block, False, density)
+
+        return run
+
+    def generate(self, **config: Any) -> Generated:
+        return generate(self.function(), self.of.arguments(), config=config)
+
+
+def code(made: Generated) -> str:
+    return made.forward.source + made.backward.source
+
+
+def test_nothing_is_tuned_unless_asked_for() -> None:
+    """No choice is benchmarked, so that a first step does not wait for it."""
+    made = some(0.1).generate()
+    assert not made.questions
+    assert "mst_dense" not in code(made)
+    assert "BLOCK_M : tl.constexpr = 128" in made.forward.source, "the table's tile"
+    attention = attention_case(combine("window and distances", 40, 32))
+    assert not generate(attention.function(), attention.arguments()).questions
+
+
+@pytest.mark.parametrize("setting", ["max_autotune", "max_autotune_gemm"])
+def test_all_is_offered_when_asked_for(setting: str) -> None:
+    made = some(0.1).generate(**{setting: True})
+    counts = sorted(len(q.choices) for q in made.questions)
+    gemm, grad_weight = len(GEMM[64, "half"]) + 1, len(GRAD_WEIGHT[64, "half"]) + 1
+    assert counts == sorted([gemm, gemm, grad_weight]), "each list and the dense product"
+
+
+@pytest.mark.parametrize(("block", "density", "dense"), [(32, 0.2, "grad_weight"), (32, 0.3, "linear grad_weight")])
+def test_dense_products_where_they_are_known_to_be_faster(block: int, density: float, dense: str) -> None:
+    text = code(some(density, block=block).generate())
+    for name in ("linear", "grad_weight"):
+        assert (f"mst_dense_{name}" in text) == (name in dense.split()), name
+
+
+# -- other GPUs, other operands ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def properties() -> Iterator[Callable[..., None]]:
+    """Changes what the pretended GPU says of itself."""
+    kept = vars(H100).copy()
+    yield vars(H100).update
+    vars(H100).update(kept)
+
+
+def offered(made: Generated) -> str:
+    return " ".join(choice for q in made.questions for choice in q.choices)
+
+
+def test_a_gpu_without_tensor_memory_accelerator(properties: Callable[..., None]) -> None:
+    assert "TMA=True" in offered(some(0.1).generate(max_autotune_gemm=True))
+    properties(major=8)
+    assert "TMA=True" not in offered(some(0.1).generate(max_autotune_gemm=True))
+
+
+def test_a_gpu_with_less_shared_memory(properties: Callable[..., None]) -> None:
+    case = some(0.1, block=128)
+    assert "BLOCK_M=256" in offered(case.generate(max_autotune_gemm=True))
+    properties(shared_memory_per_block_optin=100 << 10)
+    assert "BLOCK_M=256" not in offered(case.generate(max_autotune_gemm=True))
+    assert "mst_dense" not in code(case.generate()), "the table's tile fits"
+    properties(shared_memory_per_block_optin=64 << 10)
+    text = code(case.generate())
+    assert "mst_dense_linear" in text
+    assert "mst_dense_grad_weight" in text, "no tile fits"
+    assert "BLOCK_M" not in text
