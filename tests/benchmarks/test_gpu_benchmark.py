@@ -72,7 +72,7 @@ def test_each_density_can_be_tuned_for(rows, tmp_path) -> None:
     arguments = ["--part", "layers", "--tune-each", "--densities", "1,.4", "--ledger", str(path)]
     assert cli.run(SMOKE + arguments) == 0
     assert rows() == []
-    assert "tuned=0.4" in path.read_text()
+    assert "for=0.4" in path.read_text()
 
 
 def test_no_time_skips_everything(rows, capsys) -> None:
