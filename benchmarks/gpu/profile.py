@@ -63,7 +63,8 @@ def cell_of(case: str) -> Cell | None:
         density = float(layer[7])
         return LayerCell(m, n, k, block, (density,), float(layer[5] or plan.TUNED_FOR), layer[6] is not None)
     known = (*plan.speed_cells(), *options.SMOKE_ATTENTIONS)
-    return next((c for c in known if isinstance(c, AttentionCell) and case.startswith(f"{c.case} ")), None)
+    attentions = (cell for cell in known if isinstance(cell, AttentionCell))
+    return next((c for c in attentions if case in (f"{c.case} forward", f"{c.case} forward and backward")), None)
 
 
 def find_ncu() -> str | None:
