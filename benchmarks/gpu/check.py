@@ -28,7 +28,7 @@ OUTCOMES = ("right", "wrong", "not compiled", "died", "hung", "skipped", "not re
 GOOD = ("right", "skipped")
 BAD = ("wrong", "not compiled", "died", "hung")
 _SMOKE_TESTS = 3
-_TEST_SECONDS = 90.0
+_TEST_SECONDS = 120.0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -99,11 +99,7 @@ class Pool:
         arguments: pytest's, which choose the tests.
         test_seconds: a test that takes longer hangs.
         end: when to end all, in ``time.monotonic()``'s seconds.
-        choose: from the tests' names and the conditions they run under to the names that are to run.
-
-    Attributes:
-        tests: names of the chosen tests, in order, once a worker has collected them.
-        conditions: card and versions.
+        choose: from the tests' names and what they run on, card and version, to the names that are to run.
     """
 
     def __init__(
@@ -120,8 +116,6 @@ class Pool:
         self._waiting: deque[int] = deque()
         self._started, self._why_none = 0, "time was over"
         self._collected: list[str] | None = None
-        self.tests: list[str] = []
-        self.conditions = ""
 
     def run(self) -> Iterator[Result]:
         """The results as they come: name, outcome, seconds, seconds compiling, why.
@@ -183,18 +177,12 @@ class Pool:
 
     def _collect(self, message: dict[str, Any]) -> None:
         if self._collected is None:
-            self._collected, self.conditions = message["tests"], message["on"]
-            self.tests = self._choose(self._collected, self.conditions)
-            self._waiting.extend(self._collected.index(name) for name in self.tests)
+            self._collected = message["tests"]
+            chosen = self._choose(message["tests"], message["on"])
+            self._waiting.extend(message["tests"].index(name) for name in chosen)
 
     def _ended(self, worker: _Worker, outcome: str, why: str) -> Result:
         assert self._collected is not None
         assert worker.test is not None
-        seconds = round(time.monotonic() - worker.began, 2)
-        return {
-            "test": self._collected[worker.test],
-            "outcome": outcome,
-            "why": why,
-            "seconds": seconds,
-            "compiling": 0.0,
-        }
+        test, seconds = self._collected[worker.test], round(time.monotonic() - worker.began, 2)
+        return {"test": test, "outcome": outcome, "why": why, "seconds": seconds, "compiling": 0.0}

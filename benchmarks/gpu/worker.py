@@ -73,9 +73,8 @@ class Worker:
     def pytest_runtest_call(self) -> Generator[None, None, None]:
         yield
         if "torch" in sys.modules:  # each graph's time in Inductor since torch._dynamo.reset, between tests
-            self._compiling = sum(
-                sys.modules["torch"]._dynamo.utils.compilation_time_metrics.get("compile_fx_inner", ())
-            )
+            times = sys.modules["torch"]._dynamo.utils.compilation_time_metrics
+            self._compiling = sum(times.get("compile_fx_inner", ()))
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:

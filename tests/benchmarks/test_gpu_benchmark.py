@@ -414,12 +414,22 @@ def test_death_of_a_worker_is_recorded_by_the_next(rows) -> None:
     assert row["case"] == _cells(*SMOKE)[1].case
 
 
-def test_package_is_found_in_a_bare_checkout() -> None:
-    """In a process that no installation helps."""
+def test_package_is_found_in_a_bare_checkout(tmp_path) -> None:
+    """In a process that no installation helps; a script is run there too."""
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        "import benchmarks.gpu.options, mst_compile.lowering, mst_compile.kernels.cpu.build as b; print(b.__file__)"
+        "import importlib.metadata as m; m.entry_points = lambda **_: m.EntryPoints()\n"
+        "import benchmarks.gpu.options, mst_compile.lowering, mst_compile.kernels.cpu.build as b; print(b.__file__)\n"
+        "from benchmarks.gpu import checkout; checkout.run_script(sys.argv[1:])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=checkout.ROOT, capture_output=True, text=True)
+    (tmp_path / "beside.py").write_text("name = 'beside'")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch, beside; print(beside.name, *sys.argv[1:], torch._dynamo.lookup_backend('mst'))"
+    )
+    command = [sys.executable, "-c", code, str(script), "--an", "option"]
+    done = subprocess.run(command, cwd=checkout.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == checkout.ROOT / "kernels" / "cpu" / "build.py"
+    found, printed = done.stdout.splitlines()
+    assert Path(found) == checkout.ROOT / "kernels" / "cpu" / "build.py"
+    assert printed.startswith("beside --an option <function mst")
