@@ -139,7 +139,8 @@ def run(argv: Sequence[str] | None = None) -> int:
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
     guesses = _GUESSES | {f"{kind} tuned": seconds + _TUNING for kind, seconds in _GUESSES.items()}
-    budget = Budget(args.minutes, {} if args.smoke else guesses)
+    minutes = args.minutes if args.end_ is None else (float(args.end_) - time.monotonic()) / 60
+    budget = Budget(minutes, {} if args.smoke else guesses)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     this = Run(device, dtype, budget, 0, args.ledger, Path(args.progress_) if args.progress_ else None)
     this.without = set(args.without)
@@ -151,7 +152,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         died = cells[int(args.from_) - 1]
         this.failed(_benchmark(died), died.case, *args.died_.split(":", 1))
         finished.add(died, "failed", keeper)
-    print(f"{device_name(device)}, torch {torch.__version__}, {this.dtype_name}, {args.minutes:g} minutes")
+    print(f"{device_name(device)}, torch {torch.__version__}, {this.dtype_name}, {minutes:.1f} minutes")
     for name in rivals.RIVALS:
         absent = rivals.why_absent(name, device)
         if absent is not None:

@@ -48,7 +48,7 @@ def parser(description: str | None = None) -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda", help="cuda, cuda:1, ..., or with --smoke cpu")
     p.add_argument("--smoke", action="store_true", help="tiny sizes: tests the program, measures nothing of use")
     p.add_argument("--without", action="append", default=[], choices=_RIVALS, help="leave a rival out; speed: bsr")
-    for hidden in ("--from", "--died", "--progress"):  # between the supervisor and its worker
+    for hidden in ("--from", "--died", "--progress", "--end"):  # between the supervisor and its worker
         p.add_argument(hidden, dest=hidden.strip("-") + "_", help=argparse.SUPPRESS)
     return p
 

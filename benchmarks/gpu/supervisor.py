@@ -51,12 +51,12 @@ def supervise(
         more: list[str] = []
         while True:
             progress.unlink(missing_ok=True)
-            left = max(0.0, end - time.monotonic()) / 60
-            status = _work(make([*argv, *more, "--progress", str(progress), "--minutes", f"{left:.4f}"]), progress,
-                           end + grace, cell_seconds)  # fmt: skip
+            # When to end, not how long to run: a worker takes seconds to start. The clock is the machine's.
+            arguments = make([*argv, *more, "--progress", str(progress), "--end", str(end)])
+            status = _work(arguments, progress, end + grace, cell_seconds)
             if status in (0, 1, 2):
                 return max(worst, status)
-            if time.monotonic() >= end + grace:
+            if status != BROKEN and time.monotonic() >= end + grace:
                 print("benchmarks.gpu: time was over within a cell; what was measured is in the ledger")
                 return worst or CUT
             worst = 1

@@ -395,6 +395,20 @@ def test_supervisor_goes_on_behind_a_crash_and_a_hang(tmp_path: Path) -> None:
     assert "--without bsr" in third
 
 
+def test_a_worker_is_told_when_to_end(rows, measured) -> None:
+    """Not how long to run: it takes seconds to start."""
+    assert cli.run([*SMOKE, "--end", str(time.monotonic() - 1)]) == 0
+    assert not measured
+    told: list[float] = []
+
+    def make(arguments: Sequence[str]) -> list[str]:
+        told.append(float(options.parse(arguments).end_))
+        return [sys.executable, "-c", ""]
+
+    assert supervisor.supervise([], 2, make) == 0
+    assert told == [pytest.approx(time.monotonic() + 120, abs=30)]
+
+
 def test_supervisor_ends_in_time(tmp_path: Path, capsys) -> None:
     """A cell that runs when time is over is ended; that is no failure, but is told."""
 
