@@ -3,6 +3,7 @@
     python examples/quality/corpus.py DIR                # or text of your own
     python examples/quality_study.py --data DIR/train.txt --val DIR/val.txt              # hours on one core; resumes
     python examples/quality_study.py --data DIR/train.txt --val DIR/val.txt --only dense mst-b8 --seeds 0 1 2
+    python examples/quality_study.py --data DIR/train.txt.xz --val DIR/val.txt.xz --device cuda --minutes 9
     python examples/quality_study.py --collect          # runs -> benchmarks/quality.csv
     python examples/quality_study.py --report           # CSV -> docs/quality.md
 
@@ -12,6 +13,10 @@ library as a user would, ``mst_compile.sparsify(model, schedule)`` and ``torch.c
 and unstructured models run under Inductor. Initial weights, batches and their order are the same for every
 configuration of a seed, learning rate and its schedule too unless the configuration is about them. Each finished run is
 one line of ``--out``; runs that are there already are skipped, so the study can be stopped and continued at any time.
+
+On a GPU (``--device cuda``) models of 25 million weights train under the few configurations that have kernels there, in
+the order of what they decide; no run is begun that is expected to end after ``--minutes``. Keep their ``--out``,
+``--csv`` and ``--doc`` apart from those of the small models.
 
 The recorded runs, with the loss of every step, are kept; to go on from them:
 
@@ -32,7 +37,7 @@ from pathlib import Path
 
 import torch
 from quality import records, report
-from quality.configurations import CONFIGURATIONS, QUICK, Config, Study
+from quality.configurations import CONFIGURATIONS, LARGE, LARGE_QUEUE, QUICK, Config, Study
 from quality.training import Text, train
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--only", nargs="+", metavar="NAME", help="these configurations alone, with every seed")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="all configurations train with the first one")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
+    p.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    p.add_argument("--minutes", type=float, help="begin no run that is expected to end later than this")
     p.add_argument("--quick", action="store_true", help="a model and runs of seconds, to try the script itself")
     p.add_argument("--list", action="store_true", help="print the configurations and leave")
     p.add_argument("--collect", action="store_true", help="write --csv from --out")
@@ -62,18 +69,34 @@ def plan(only: Sequence[str] | None, seeds: Sequence[int]) -> list[tuple[Config,
     unknown = [name for name in only or () if name not in known]
     if unknown:
         raise SystemExit(f"no configuration is called {', '.join(unknown)}; there are {', '.join(known)}")
-    chosen = [config for config in CONFIGURATIONS if only is None or config.name in only]
+    chosen = CONFIGURATIONS if only is None else [known[name] for name in only]
     return [(c, seed) for i, seed in enumerate(seeds) for c in chosen if i == 0 or c.main or only is not None]
 
 
-def train_all(runs: Sequence[tuple[Config, int]], study: Study, text: Text, out: Path) -> int:
-    """Train what is missing in ``out``; returns how many runs that were."""
-    trained = 0
+def train_all(
+    runs: Sequence[tuple[Config, int]],
+    study: Study,
+    text: Text,
+    out: Path,
+    device: torch.device,
+    minutes: float | None = None,
+) -> int:
+    """Train what is missing in ``out``; returns how many runs that were.
+
+    Args:
+        minutes: a run that would end after these, were it as long as the longest so far, is left for the next time.
+    """
+    trained, start, longest = 0, time.monotonic(), 0.0
     for number, (config, seed) in enumerate(runs, 1):
         if records.is_done(records.read(out), config, seed, study):
             continue
-        record = train(config, seed, study, text)
+        begin = time.monotonic()
+        if minutes is not None and begin - start + longest > 60 * minutes:
+            print(f"time is over; {config.name} with seed {seed} is the next to train", flush=True)
+            break
+        record = train(config, seed, study, text, device=device)
         records.append(out, record)
+        longest = max(longest, time.monotonic() - begin)
         trained += 1
         print(
             f"{time.strftime('%H:%M:%S')}  {number:3}/{len(runs)}  {config.name:18} seed {seed}  "
@@ -97,11 +120,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         p.error("--data and --val go together")
     if args.data is None and not (args.collect or args.report):
         p.error("nothing to do: give --data and --val to train, --collect or --report to report")
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        p.error("--device cuda: there is no CUDA GPU here")
     torch.set_num_threads(args.threads)
     trained = 0
     if args.data is not None:
-        study = QUICK if args.quick else Study()
-        trained = train_all(plan(args.only, args.seeds), study, Text.load(args.data, args.val), args.out)
+        large = args.device.type == "cuda"
+        study = QUICK if args.quick else LARGE if large else Study()
+        runs = plan(args.only or (LARGE_QUEUE if large else None), args.seeds)
+        trained = train_all(runs, study, Text.load(args.data, args.val), args.out, args.device, args.minutes)
     if args.collect:
         records.write_csv(args.csv, records.rows(records.read(args.out)))
     if args.report:

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mst_compile.rules.patterns import PATTERNS, Parts, allowed, sees
 
-from .plan import AttentionCell
+from .plan import AttentionCell, verdict
 from .report import Run
 from .timing import Call, error, median_times
 
@@ -26,7 +26,15 @@ def _parts(cell: AttentionCell) -> Parts:
     return PATTERNS[cell.pattern].parts(cell.window, cell.stride)
 
 
-def _ours(cell: AttentionCell) -> Attend:
+def operands(cell: AttentionCell, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys, values and the gradient of the result, ``[batch, heads, length, size]``."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = cell.batch, cell.heads, cell.length, cell.size
+    return [torch.randn(*shape, generator=generator, device=device, dtype=dtype) for _ in range(4)]
+
+
+def ours(cell: AttentionCell) -> Attend:
+    """Our operator as Inductor compiles it, at its first call."""
     settings = _parts(cell).numbers, cell.size**-0.5
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -52,7 +60,7 @@ def _flex(cell: AttentionCell, device: torch.device) -> Attend:
 def _sides(cell: AttentionCell, run: Run) -> dict[str, Attend]:
     sides: dict[str, Attend] = {
         "sdpa": lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True),
-        "mst": _ours(cell),
+        "mst": ours(cell),
     }
     if run.device.type == "cuda" and "flex" not in run.without:
         try:
@@ -89,9 +97,7 @@ def _with_gradients(attend: Attend, operands: list[Tensor], grad: Tensor) -> lis
 
 def measure(cell: AttentionCell, run: Run) -> None:
     """Check ours, then time all sides in turn."""
-    generator = torch.Generator(run.device).manual_seed(0)
-    shape = cell.batch, cell.heads, cell.length, cell.size
-    q, k, v, grad = (torch.randn(*shape, generator=generator, device=run.device, dtype=run.dtype) for _ in range(4))
+    q, k, v, grad = operands(cell, run.device, run.dtype)
     sides = _sides(cell, run)
     complaint = _complaint(cell, sides["mst"], (q, k, v), grad)
     if complaint is not None:
@@ -115,9 +121,12 @@ def measure(cell: AttentionCell, run: Run) -> None:
         median = median_times(calls, run.device, run.runs)
         for name, seconds in median.items():
             ratio = median["sdpa"] / seconds
-            run.record(BENCHMARK, f"{cell.case} {operation}", name, seconds, ratio, "ratio against causal SDPA")
+            judged = verdict(cell.goal if backward else None, ratio) if name == "mst" else ""
+            note = "; ".join(filter(None, ("ratio against causal SDPA", judged)))
+            run.record(BENCHMARK, f"{cell.case} {operation}", name, seconds, ratio, note)
             figures = f"{median['sdpa'] * 1e3:.3f}", f"{seconds * 1e3:.3f}", f"{ratio:.2f}x"
-            run.rows.append((cell.case, "", operation, name, *figures, ""))
+            print(f"{cell.case} {operation}: {name} {figures[1]} ms, {figures[2]} SDPA {judged}".rstrip(), flush=True)
+            run.rows.append((cell.case, "", operation, name, *figures, judged))
 
 
 def _forward(attend: Attend, leaves: list[Tensor]) -> Call:

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import torch
 from torch._inductor import config as inductor_config
-from torch._inductor import utils as inductor_utils
 
 from ..ledger import device_name
 from . import attention, layers, models, rivals
-from .options import cells_of, parser
+from .keep import Lines, fingerprint
+from .options import cells_of, parse
 from .plan import AttentionCell, Budget, Cell, LayerCell
 from .report import Run
 from .supervisor import BROKEN
+from .tuning import Keeper
 
 # Seconds that a cell may take before one has been seen; a fresh process compiles for a good part of a minute.
 _GUESSES = {"layer": 25.0, "model": 75.0, "attention": 30.0}
+_TUNING = 15.0  # beyond those
 
 
 def _why_not(args: argparse.Namespace) -> str | None:
@@ -37,19 +39,38 @@ def _why_not(args: argparse.Namespace) -> str | None:
     return None
 
 
-def _cell_cache(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """No cell may see what another, or an older run, was tuned for: times of choices are cached by shape alone."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return inductor_utils.fresh_cache()
+class Finished:
+    """The cells that are measured, or failed for good, with this code on this card: they are not begun again."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self._lines = None if args.out is None else Lines(args.out / "cells.jsonl")
+        self._on = {"code": fingerprint(), "on": f"{device_name(device)}, torch {torch.__version__}"}
+        known = [] if self._lines is None or args.again else self._lines.read()
+        self._cells = {line["cell"] for line in known if self._on.items() <= line.items()}
+
+    def __contains__(self, cell: Cell) -> bool:
+        return _key(cell) in self._cells
+
+    def add(self, cell: Cell, result: str, keeper: Keeper) -> None:
+        if self._lines is not None:
+            self._lines.add({"cell": _key(cell), **self._on, "result": result, "tiles": keeper.winners})
 
 
-def _run_cell(cell: Cell, run: Run, args: argparse.Namespace) -> None:
+def _key(cell: Cell) -> str:
+    return f"{cell.case} at {cell.densities}" if isinstance(cell, LayerCell) else cell.case
+
+
+def _kind(cell: Cell) -> str:
+    """Cells of a kind take about as long."""
+    return cell.kind + " tuned" * cell.tune
+
+
+def _run_cell(cell: Cell, run: Run, args: argparse.Namespace, keeper: Keeper) -> None:
     torch._dynamo.reset()
     run.stage("mst")
-    # Else Inductor keeps them to itself. A whole model would tune every dense product too, 16 s each on an H100.
-    tables = {"max_autotune_gemm": True} if run.show_tuning and isinstance(cell, LayerCell) else {}
-    with _cell_cache(run.device), inductor_config.patch(tables):
+    # On a CPU nothing is tuned, and an empty cache would only cost the time to compile.
+    cache = keeper.cell(_key(cell)) if run.device.type == "cuda" else contextlib.nullcontext()
+    with cache, inductor_config.patch({"max_autotune_gemm": True} if cell.tune else {}):
         if isinstance(cell, LayerCell):
             layers.measure(cell, run)
         elif isinstance(cell, AttentionCell):
@@ -75,35 +96,40 @@ def _broken(run: Run) -> bool:
     return False
 
 
-def _loop(cells: Sequence[Cell], run: Run, args: argparse.Namespace) -> int:
+def _loop(cells: Sequence[Cell], run: Run, args: argparse.Namespace, finished: Finished, keeper: Keeper) -> int:
     """Exit status: 0, 1 if a cell failed, ``BROKEN`` if a new process must go on after the failed cell."""
     for index in range(int(args.from_ or 0), len(cells)):
         cell = cells[index]
-        if not run.budget.allows(cell.kind):
+        if cell in finished:
+            print(f"measured before: {cell.case}", flush=True)
+            continue
+        if not run.budget.allows(_kind(cell)):
             run.skipped(cell.case)
             continue
         print(f"-- {cell.case}", flush=True)
-        start = time.monotonic()
-        run.index, run.runs = index, args.runs or (20 if isinstance(cell, LayerCell) else 10)
+        start, failures = time.monotonic(), len(run.failures)
+        run.index, run.cut, run.runs = index, False, args.runs or (20 if isinstance(cell, LayerCell) else 10)
         try:
-            _run_cell(cell, run, args)
+            _run_cell(cell, run, args, keeper)
         except Exception as error:
             run.failed(_benchmark(cell), cell.case, "mst", f"{type(error).__name__}: {error}")
             failed = True
         else:
             failed = False
+        if not run.cut:
+            finished.add(cell, "failed" if len(run.failures) > failures else "measured", keeper)
         if _broken(run):
             run.print_summary()
             return BROKEN
         if not failed:  # a failure's time tells nothing of the others'
-            run.budget.spent(cell.kind, time.monotonic() - start)
+            run.budget.spent(_kind(cell), time.monotonic() - start)
     run.print_summary()
     return 1 if run.failures else 0
 
 
 def run(argv: Sequence[str] | None = None) -> int:
     """Measure within this process; the exit status of :func:`_loop`, 2 if nothing can be measured here."""
-    args = parser().parse_args(argv)
+    args = parse(argv)
     reason = _why_not(args)
     if reason is not None:
         print(f"benchmarks.gpu: {reason}")
@@ -112,16 +138,23 @@ def run(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
-    budget = Budget(args.minutes, {} if args.smoke else _GUESSES)
+    guesses = _GUESSES | {f"{kind} tuned": seconds + _TUNING for kind, seconds in _GUESSES.items()}
+    minutes = args.minutes if args.end_ is None else (float(args.end_) - time.monotonic()) / 60
+    budget = Budget(minutes, {} if args.smoke else guesses)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     this = Run(device, dtype, budget, 0, args.ledger, Path(args.progress_) if args.progress_ else None)
-    this.without, this.show_tuning = set(args.without), args.show_tuning
-    cells = cells_of(args)
+    this.without = set(args.without)
+    if args.ledger is not None:
+        args.ledger.parent.mkdir(parents=True, exist_ok=True)
+    cells, finished = cells_of(args), Finished(args, device)
+    keeper = Keeper(None if args.out is None else args.out / "tuning.json")
     if args.died_:
-        this.failed(_benchmark(cells[int(args.from_) - 1]), cells[int(args.from_) - 1].case, *args.died_.split(":", 1))
-    print(f"{device_name(device)}, torch {torch.__version__}, {this.dtype_name}, {args.minutes:g} minutes")
+        died = cells[int(args.from_) - 1]
+        this.failed(_benchmark(died), died.case, *args.died_.split(":", 1))
+        finished.add(died, "failed", keeper)
+    print(f"{device_name(device)}, torch {torch.__version__}, {this.dtype_name}, {minutes:.1f} minutes")
     for name in rivals.RIVALS:
         absent = rivals.why_absent(name, device)
         if absent is not None:
             print(f"without {name}: {absent}")
-    return _loop(cells, this, args)
+    return _loop(cells, this, args, finished, keeper)

@@ -18,7 +18,7 @@ from mst_compile.rules.density import active_count
 from mst_compile.rules.guard import backbone
 
 from . import rivals
-from .plan import FLOOR, LayerCell, crossover
+from .plan import LayerCell, crossover, verdict
 from .report import Run
 from .timing import Call, error, median_times
 
@@ -188,9 +188,8 @@ def _time(
     if len(good) == len(OPERATIONS):
         dense["sum"], own["sum"] = sum(dense.values()), sum(own.values())
     ratios = {op: dense[op] / own[op] for op in own}
-    for op, ratio in ratios.items():
+    for op in ratios:
         _record(cell, layer, run, density, side, op, dense[op], own[op])
-        print(f"{_case(cell, layer, op)}: {side} {own[op] * 1e3:.3f} ms, {ratio:.2f}x dense", flush=True)
     return ratios, dense
 
 
@@ -201,20 +200,13 @@ def _record(
     tera = 2e-12 * products * cell.m * cell.n * cell.k
     case, ratio = _case(cell, layer, operation), dense / own
     note = f"{tera * layer.density / own:.4g} TFLOP/s in active blocks"
-    verdict = _verdict(cell, density, ratio) if side == "mst" and operation == "sum" else ""
+    judged = verdict(cell.goal(density), ratio) if side == "mst" and operation == "sum" else ""
     if side == "mst":
         run.record(BENCHMARK, case, "dense", dense, 1.0, f"{tera / dense:.4g} TFLOP/s, torch.mm")
-    run.record(BENCHMARK, case, side, own, ratio, "; ".join(filter(None, (note, verdict))))
+    run.record(BENCHMARK, case, side, own, ratio, "; ".join(filter(None, (note, judged))))
+    print(f"{case}: {side} {own * 1e3:.3f} ms, {ratio:.2f}x dense {judged}".rstrip(), flush=True)
     figures = f"{dense * 1e3:.3f}", f"{own * 1e3:.3f}", f"{ratio:.2f}x"
-    run.rows.append((cell.case, f"{layer.density:.3f}", operation, side, *figures, verdict))
-
-
-def _verdict(cell: LayerCell, density: float, ratio: float) -> str:
-    goal = cell.goal(density)
-    parts = [] if goal is None else [f"goal {goal:g}x {'met' if ratio >= goal else 'missed'}"]
-    if ratio < FLOOR:
-        parts.append(f"below {FLOOR:g}x of dense")
-    return ", ".join(parts)
+    run.rows.append((cell.case, f"{layer.density:.3f}", operation, side, *figures, judged))
 
 
 def _report_crossover(

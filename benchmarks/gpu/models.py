@@ -13,7 +13,7 @@ import mst_compile
 from mst_compile.graph.backend import mst
 
 from ..ledger import interleave, medians
-from .plan import ModelCell
+from .plan import ModelCell, verdict
 from .report import Run
 
 BENCHMARK = "gpu_train_step"
@@ -135,14 +135,16 @@ def measure(cell: ModelCell, run: Run, block: int) -> None:
     served = f"{sum(w.uses.served for w in weights)} of {len(weights)} weights in sparse kernels"
     case = f"{cell.case} B={blocks} d={sparsifier.density:.3f}"
     tokens = cell.batch * cell.context
+    judged = ""
     for name, side in sides.items():
         ratio = median["inductor"] / median[name]
-        note = f"{tokens / median[name]:.0f} tokens/s"
-        note += f"; peak memory {side.peak / 2**20:.0f} MiB" if side.peak else ""
-        note += f"; {served}" if name == "mst" else ""
+        parts = [f"{tokens / median[name]:.0f} tokens/s"]
+        parts += [f"peak memory {side.peak / 2**20:.0f} MiB"] if side.peak else []
+        if name == "mst":
+            judged = verdict(cell.goal, ratio)
+            parts += [served, *([judged] if judged else [])]
+        note = "; ".join(parts)
         run.record(BENCHMARK, case, name, median[name], ratio, note)
         print(f"{case}: {name} {median[name] * 1e3:.1f} ms a step, {ratio:.2f}x, {note}", flush=True)
-    run.rows.append(
-        (cell.case, f"{sparsifier.density:.3f}", "step", "mst", *(f"{median[n] * 1e3:.3f}" for n in sides),
-         f"{median['inductor'] / median['mst']:.2f}x", "")
-    )  # fmt: skip
+    figures = *(f"{median[n] * 1e3:.3f}" for n in sides), f"{median['inductor'] / median['mst']:.2f}x"
+    run.rows.append((cell.case, f"{sparsifier.density:.3f}", "step", "mst", *figures, judged))

@@ -6,24 +6,43 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The most telling densities first: a cell may be cut short.
 DENSITIES = (0.3, 0.1, 1.0, 0.5, 0.2, 0.05)
 BLOCKS = (128, 64, 32)
 TOKENS = (16384, 8192, 32768)
 GOAL = (16384, 4096, 4096)
+CUBE = (8192, 8192, 8192)
 SHAPES = ((4096, 4096), (3072, 768), (768, 3072), (768, 768), (8192, 8192), (1600, 1600), (6400, 1600), (1600, 6400))
 TUNED_FOR = 0.2
 FLOOR = 0.97
 RIVALS = ("bsr", "stk")
-# Speed-up over dense of the three products together, at M, N, K = GOAL, by block and density.
-GOALS = {128: {0.3: 2.2, 0.1: 6.0}, 64: {0.3: 1.9, 0.1: 5.0}, 32: {0.3: 1.4, 0.1: 3.5}}
+GOAL_DENSITIES, CUBE_DENSITY = (0.3, 0.1, 0.2), 0.125
+# Speed-up over dense of the three products together, by shape, block and density.
+GOALS = {
+    GOAL: {128: {0.3: 2.2, 0.1: 6.0}, 64: {0.3: 1.9, 0.1: 5.0}, 32: {0.3: 1.4, 0.1: 3.5}},
+    CUBE: {128: {CUBE_DENSITY: 4.5}},
+}
+MODEL_GOALS = {"small": 2.5}  # of a whole step at 90 % sparsity
+ATTENTION_GOALS = {("sparse", 4096): 4.0}  # of forward and backward, over causal flash attention
+_TUNED = " max-autotune"
+
+
+def verdict(goal: float | None, ratio: float) -> str:
+    """What a speed-up over the library is worth, for a note; nothing where nothing is wanted and nothing lost."""
+    parts = [] if goal is None else [f"goal {goal:g}x {'met' if ratio >= goal else 'missed'}"]
+    if ratio < FLOOR:
+        parts.append(f"below {FLOOR:g}x of dense")
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True)
 class LayerCell:
-    """One compilation: a weight ``[n, k]`` in blocks of ``block``, ``m`` tokens, and the densities fed to it."""
+    """One compilation: a weight ``[n, k]`` in blocks of ``block``, ``m`` tokens, and the densities fed to it.
+
+    ``tune``, of every cell: Inductor times all choices of each product (``max_autotune_gemm``) and takes the fastest.
+    """
 
     m: int
     n: int
@@ -31,18 +50,17 @@ class LayerCell:
     block: int
     densities: tuple[float, ...]
     tuned_for: float
+    tune: bool = False
     kind: str = "layer"
 
     @property
     def case(self) -> str:
-        tuned = "" if self.tuned_for == TUNED_FOR else f" tuned={self.tuned_for:g}"
-        return f"M={self.m} N={self.n} K={self.k} B={self.block}{tuned}"
+        density = "" if self.tuned_for == TUNED_FOR else f" for={self.tuned_for:g}"
+        return f"M={self.m} N={self.n} K={self.k} B={self.block}{density}{_TUNED * self.tune}"
 
     def goal(self, density: float) -> float | None:
         """Speed-up that is wanted here, if any."""
-        if (self.m, self.n, self.k) != GOAL:
-            return None
-        return GOALS.get(self.block, {}).get(density)
+        return GOALS.get((self.m, self.n, self.k), {}).get(self.block, {}).get(density)
 
 
 @dataclass(frozen=True)
@@ -56,11 +74,18 @@ class ModelCell:
     vocab: int
     batch: int
     context: int
+    tune: bool = False
     kind: str = "model"
 
     @property
     def case(self) -> str:
-        return f"gpt-{self.name} d={self.width} L={self.layers} V={self.vocab} T={self.context} batch={self.batch}"
+        size = f"d={self.width} L={self.layers} V={self.vocab} T={self.context} batch={self.batch}"
+        return f"gpt-{self.name} {size}{_TUNED * self.tune}"
+
+    @property
+    def goal(self) -> float | None:
+        """Speed-up of a step that is wanted, if any."""
+        return MODEL_GOALS.get(self.name)
 
 
 @dataclass(frozen=True)
@@ -74,11 +99,18 @@ class AttentionCell:
     batch: int = 8
     window: int = 128
     stride: int = 128
+    tune: bool = False
     kind: str = "attention"
 
     @property
     def case(self) -> str:
-        return f"{self.pattern} T={self.length} heads={self.heads}x{self.size} batch={self.batch}"
+        size = f"T={self.length} heads={self.heads}x{self.size} batch={self.batch}"
+        return f"{self.pattern} {size}{_TUNED * self.tune}"
+
+    @property
+    def goal(self) -> float | None:
+        """Speed-up of forward and backward that is wanted, if any."""
+        return ATTENTION_GOALS.get((self.pattern, self.length))
 
 
 Cell = LayerCell | ModelCell | AttentionCell
@@ -126,6 +158,26 @@ def order(
     """Goal cells, then whole models, attention, and the other layers."""
     goals = [cell for cell in layers if (cell.m, cell.n, cell.k) == GOAL]
     return [*goals, *models, *attentions, *(cell for cell in layers if cell not in goals)]
+
+
+def tuned(cell: Cell) -> Cell:
+    """The cell as the autotuner makes it."""
+    return replace(cell, tune=True)
+
+
+def speed_cells() -> list[Cell]:
+    """What decides, most important first: all that has a goal, as users get it and then tuned, and the rest.
+
+    Each density is compiled for, as a schedule's is. No model is tuned: Inductor would tune all of its dense products
+    too, a quarter of a minute each on an H100.
+    """
+    layers = [LayerCell(*GOAL, block, (density,), density) for block in BLOCKS for density in GOAL_DENSITIES]
+    layers += [LayerCell(*CUBE, block, (CUBE_DENSITY,), CUBE_DENSITY) for block in (128, 64)]
+    attentions = [cell for cell in ATTENTIONS if cell.goal is not None]
+    wanted = [cell for cell in layers if cell.goal(cell.tuned_for) is not None]
+    first = [*layers, MODELS[0], *attentions, *map(tuned, [*wanted, *attentions])]
+    rest = order(layer_cells(TOKENS, SHAPES, BLOCKS, DENSITIES), MODELS, ATTENTIONS)
+    return [*first, *(cell for cell in rest if cell not in first)]
 
 
 class Budget:

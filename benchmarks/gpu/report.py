@@ -21,6 +21,7 @@ class Run:
         progress: file that tells a supervisor which cell and which stage of it runs.
         index: number of the cell that runs.
         without: rivals that take no part.
+        cut: whether a part of the cell that runs was left out, because time was over.
         rows: lines of the summary: case, density, operation, side, milliseconds dense and of the side, ratio, verdict.
     """
 
@@ -32,7 +33,7 @@ class Run:
     progress: Path | None = None
     index: int = 0
     without: set[str] = field(default_factory=set)
-    show_tuning: bool = False
+    cut: bool = False
     rows: list[tuple[str, ...]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -69,6 +70,7 @@ class Run:
 
     def skipped(self, what: str) -> None:
         print(f"skipped, no time left: {what}", flush=True)
+        self.cut = True
 
     def print_summary(self) -> None:
         if self.rows:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch._inductor import utils as inductor_utils
 
 from .layers import Layer, ours
 from .plan import GOAL, LayerCell
+from .tuning import product_of, tile_of
 
 _GEMM = {
     128: [
@@ -80,11 +80,8 @@ class Table:
             return
         active = 2e-9 * cell.m * cell.n * cell.k * cell.tuned_for
         for choice, milliseconds in sorted(timings.items(), key=lambda item: item[1]):
-            product = getattr(choice, "mst_product", (None, "dense"))[1].split()[0]
-            settings = getattr(choice, "description", "")
-            found = re.findall(r"(BLOCK_M|BLOCK_K|WIDTH|GATHER|num_warps|num_stages)=(\d+)", settings)
-            tile = " ".join("=".join(pair) for pair in found)
-            row = cell.block, cell.tuned_for, name, product, tile, f"{milliseconds:.4f}", f"{active / milliseconds:.0f}"
+            figures = f"{milliseconds:.4f}", f"{active / milliseconds:.0f}"
+            row = cell.block, cell.tuned_for, name, product_of(choice), tile_of(choice), *figures
             self._writer.writerow(row)
             print(*row, flush=True)
 

@@ -48,6 +48,9 @@ class Study:
         return self.batch * self.context
 
 
+# 25 million weights, for a GPU; there, kernels begin with blocks of 32.
+LARGE = Study(width=512, layers=8, context=512, batch=64, validation_batches=8)
+LARGE_QUEUE = ("dense", "static-b32-free", "dense-small", "mst-b32-coverage", "mst-b32-free", "mst-b64-free")
 QUICK = Study(width=64, heads=2, context=32, batch=4, steps=60, validation_batches=4, compile=False, dtype="float32")
 
 

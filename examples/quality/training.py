@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import lzma
 import platform
 import time
 from collections.abc import Callable
@@ -40,7 +41,9 @@ class Text:
 
     @classmethod
     def load(cls, train: Path, validation: Path) -> Text:
-        return cls(*(torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8) for file in (train, validation)))
+        """Read both files, unpacking those that end with ``.xz``."""
+        found = (lzma.decompress(f.read_bytes()) if f.suffix == ".xz" else f.read_bytes() for f in (train, validation))
+        return cls(*(torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in found))
 
 
 def training_batch(text: Tensor, study: Study, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -62,10 +65,12 @@ def validation_batches(text: Tensor, study: Study) -> list[tuple[Tensor, Tensor]
 class Clock:
     """Training time, wall clock and processor, with compilation taken apart.
 
-    A step in which anything was compiled counts as compilation; the step after it is charged twice in its stead.
+    A step in which anything was compiled counts as compilation; the step after it is charged twice in its stead. A step
+    has ended when the device has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.wall = self.processor = self.compiling = 0.0
         self._owed, self._stages = 0, 0
         self._started = (0.0, 0.0)
@@ -79,6 +84,8 @@ class Clock:
         self._started = (time.perf_counter(), time.process_time())
 
     def stop(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         wall, processor = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
         if self._count() > self._stages:
             self.compiling += wall
@@ -153,14 +160,15 @@ def rate_factor(config: Config, study: Study, shape: Shape, density: float) -> f
     return config.hidden_rate * (study.width / (shape.width * density)) ** config.input_rate
 
 
-def _autocast(study: Study) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=study.dtype == "bfloat16")
+def _autocast(study: Study, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=study.dtype == "bfloat16")
 
 
 def evaluate(model: GPT, batches: list[tuple[Tensor, Tensor]], study: Study) -> float:
     """Mean loss over the validation batches, by the plain model in eager mode."""
-    with torch.no_grad(), _autocast(study):
-        return sum(model(x, y).item() for x, y in batches) / len(batches)
+    device = model.head.weight.device
+    with torch.no_grad(), _autocast(study, device):
+        return sum(model(x.to(device), y.to(device)).item() for x, y in batches) / len(batches)
 
 
 def train(
@@ -170,17 +178,19 @@ def train(
     text: Text,
     look: Callable[[int, GPT], None] | None = None,
     stop: int | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  (immutable)
 ) -> dict[str, Any]:
     """Train one run from its seed; returns its record, losses of all steps included.
 
     Args:
         look: called with the number of steps taken and the model, before the first step and after each.
         stop: end after so many steps, with the schedules of the whole run.
+        device: where to train.
     """
     shape, steps = size_of(config, study)
     torch._dynamo.reset()
     torch.manual_seed(seed)  # equal shapes start from equal weights
-    model = GPT(shape)
+    model = GPT(shape).to(device)
     sparse: dict[str, mst_compile.SparseWeight] = {}
     schedule = schedule_of(config, lengthened(config, study))
     if schedule is not None:
@@ -188,12 +198,12 @@ def train(
         sparse = mst_compile.sparsifier(model).weights
     backend = "inductor" if schedule is None or config.block == 1 else "mst"
     compiled = torch.compile(model, backend=backend, dynamic=False) if study.compile else model
-    optimizer, clock, guard = optimizer_for(model, study), Clock(), Guard(model, config.guard)
+    optimizer, clock, guard = optimizer_for(model, study), Clock(device), Guard(model, config.guard)
     losses, densities, flops = [], [], 0.0
     if look is not None:
         look(0, model)
     for step in range(steps if stop is None else min(steps, stop)):
-        x, y = training_batch(text.train, study, seed, step)
+        x, y = (t.to(device) for t in training_batch(text.train, study, seed, step))
         active, in_gradient = active_weights(model, sparse)
         flops += shape.step_flops(study.tokens, active, in_gradient)
         densities.append(active / shape.hidden_size)
@@ -204,7 +214,7 @@ def train(
                 density = sparse[group["name"]].density if group["name"] in sparse else 1.0
                 group["lr"] *= rate_factor(config, study, shape, density)
         clock.start()
-        with _autocast(study):
+        with _autocast(study, device):
             loss = compiled(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -239,7 +249,7 @@ def train(
         "dead_values": dead_values,
         "events": [] if schedule is None else [s for s in range(1, steps) if schedule.is_topology_event(s)],
         "torch": torch.__version__,
-        "cpu": processor_name(),
+        "cpu": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "losses": [round(v, 4) for v in losses],
     }
 

@@ -7,14 +7,19 @@ import functools
 import math
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
+from torch._inductor import select_algorithm
+from torch._inductor.codecache import PersistentCache
 
 from benchmarks import ledger
-from benchmarks.gpu import checkout, cli, layers, models, options, plan, rivals, supervisor
+from benchmarks.gpu import checkout, cli, keep, layers, models, options, plan, rivals, supervisor, tuning
 from benchmarks.gpu.plan import LayerCell, ModelCell
 from mst_compile.graph.backend import mst
 
@@ -44,12 +49,22 @@ def _quick_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _cells(*arguments: str) -> list[plan.Cell]:
-    return options.cells_of(options.parser().parse_args(arguments))
+    return options.cells_of(options.parse(arguments))
 
 
-def test_smoke_records_every_part(rows, capsys) -> None:
+def test_smoke_records_every_part(rows, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "GOALS", {(64, 128, 96): {32: {0.3: 1e-4, 1.0: 1e4}}})
+    monkeypatch.setattr(plan, "MODEL_GOALS", {"tiny": 1e4})
+    monkeypatch.setattr(plan, "ATTENTION_GOALS", {("sparse", 70): 1e-4})
     assert cli.run(SMOKE) == 0
     found = rows()
+    judged = {r["case"].split(" d=0.100")[0]: r["note"].split("; ")[-1] for r in found if "goal" in r["note"]}
+    assert judged.pop("gpt-tiny d=64 L=1 V=128 T=32 batch=2 B=4").startswith("goal 10000x missed")
+    assert {case: note.split(", ")[0] for case, note in judged.items()} == {
+        "sparse T=70 heads=2x32 batch=2 forward and backward": "goal 0.0001x met",
+        "M=64 N=128 K=96 B=32 d=0.333 sum": "goal 0.0001x met",
+        "M=64 N=128 K=96 B=32 d=1.000 sum": "goal 10000x missed",
+    }
     for row in found:
         assert 0 < float(row["median_s"]) < 60
         assert 0 < float(row["ratio"]) < 1000
@@ -64,7 +79,9 @@ def test_smoke_records_every_part(rows, capsys) -> None:
     assert all("tokens/s" in r["note"] for r in steps.values())
     attention = {(r["side"], "backward" in r["case"]) for r in found if r["benchmark"] == "gpu_attention"}
     assert attention == {(side, backward) for side in ("sdpa", "mst") for backward in (False, True)}
-    assert "without bsr: needs a GPU" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "without bsr: needs a GPU" in out
+    assert len([line for line in out.splitlines() if "goal 0.0001x met" in line]) == 4  # as it comes, and in the end
 
 
 def test_each_density_can_be_tuned_for(rows, tmp_path) -> None:
@@ -72,7 +89,7 @@ def test_each_density_can_be_tuned_for(rows, tmp_path) -> None:
     arguments = ["--part", "layers", "--tune-each", "--densities", "1,.4", "--ledger", str(path)]
     assert cli.run(SMOKE + arguments) == 0
     assert rows() == []
-    assert "tuned=0.4" in path.read_text()
+    assert "for=0.4" in path.read_text()
 
 
 def test_no_time_skips_everything(rows, capsys) -> None:
@@ -175,6 +192,181 @@ def test_a_gpu_is_needed_unless_smoke(capsys, monkeypatch: pytest.MonkeyPatch) -
     assert cli.run(["--device", "cpu"]) == 2
 
 
+# -- speed: what decides, and going on where a run ended ---------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """Cells that a run begins, in place of measuring them, and whether choices would be timed."""
+    begun: list[tuple[str, bool]] = []
+
+    def measure(cell: plan.Cell, *_: object) -> None:
+        begun.append((cell.case, inductor_config.max_autotune_gemm))
+
+    for part in (cli.layers, cli.models, cli.attention):
+        monkeypatch.setattr(part, "measure", measure)
+    monkeypatch.setattr(cli, "_broken", lambda _: False)  # collects garbage, a second for each run
+    return begun
+
+
+def test_speed_begins_with_what_decides() -> None:
+    cells = _cells("speed")
+    cases = [cell.case for cell in cells]
+    goals = {128: (0.3, 0.1), 64: (0.3, 0.1), 32: (0.3, 0.1)}
+    layers_first = [c for c in cells[:9] if isinstance(c, LayerCell)]
+    assert [(c.m, c.n, c.k, c.block, *c.densities) for c in layers_first] == [
+        (*plan.GOAL, block, density) for block in (128, 64, 32) for density in (0.3, 0.1, 0.2)
+    ]
+    assert all(c.tuned_for == c.densities[0] and not c.tune for c in layers_first)
+    assert cases[9:11] == [f"M=8192 N=8192 K=8192 B={block} for=0.125" for block in (128, 64)]
+    assert cases[11].startswith("gpt-small")
+    assert cases[12] == "sparse T=4096 heads=12x64 batch=4"
+    tuned = [cell for cell in cells if cell.tune]
+    assert cells[13 : 13 + len(tuned)] == tuned
+    wanted = [(block, density) for block, some in goals.items() for density in some] + [(128, 0.125)]
+    assert [(c.block, *c.densities) for c in tuned if isinstance(c, LayerCell)] == wanted
+    assert all("max-autotune" in cell.case for cell in tuned)
+    keys = [cli._key(cell) for cell in cells]
+    assert len(set(keys)) == len(keys)
+    assert set(map(cli._key, _cells())) <= set(keys)
+    args = options.parse(["speed"])
+    assert (args.minutes, args.without, args.ledger) == (6.0, ["bsr"], args.out / "ledger.csv")
+    assert options.parse([]).minutes == 9.0
+
+
+def test_goals() -> None:
+    def goal(m: int, n: int, k: int, block: int, density: float) -> float | None:
+        return LayerCell(m, n, k, block, (density,), 0.2).goal(density)
+
+    assert [goal(*plan.GOAL, 32, 0.1), goal(*plan.GOAL, 32, 0.2), goal(*plan.CUBE, 128, 0.125)] == [3.5, None, 4.5]
+    assert goal(*plan.CUBE, 64, 0.125) is None
+    assert [cell.goal for cell in plan.MODELS] == [2.5, None, None]
+    assert {cell.case.split(" heads")[0]: cell.goal for cell in plan.ATTENTIONS if cell.goal} == {"sparse T=4096": 4.0}
+    assert plan.verdict(2.0, 2.0) == "goal 2x met"
+    assert plan.verdict(2.0, 1.99) == "goal 2x missed"
+    assert plan.verdict(2.0, 0.96) == "goal 2x missed, below 0.97x of dense"
+    assert plan.verdict(None, 0.97) == ""
+
+
+def test_tuning_is_a_property_of_the_cell(rows, measured) -> None:
+    assert cli.run(SMOKE) == 0
+    assert all(not tuned and "max-autotune" not in case for case, tuned in measured)
+    plain = len(measured)
+    measured.clear()
+    assert cli.run([*SMOKE, "--tune"]) == 0
+    assert len(measured) == plain
+    assert all(tuned and case.endswith(" max-autotune") for case, tuned in measured)
+
+
+def test_a_second_run_goes_on_where_the_first_ended(tmp_path, measured, capsys, monkeypatch) -> None:
+    speed = ["speed", *SMOKE, "--out", str(tmp_path / "out")]
+    model, attended, layer = (cell.case for cell in _cells(*speed))
+    record = cli.layers.measure
+
+    def cut(cell: plan.Cell, run: Any) -> None:
+        record(cell, run)
+        run.skipped("the second density")
+
+    def fail(cell: plan.Cell, run: Any, *_: object) -> None:
+        record(cell, run)
+        raise RuntimeError("no such kernel")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.layers, "measure", cut)
+        patch.setattr(cli.models, "measure", fail)
+        assert cli.run(speed) == 1
+    assert [case for case, _ in measured] == [model, attended, layer]
+    assert "failed: RuntimeError: no such kernel" in (tmp_path / "out" / "ledger.csv").read_text()
+    measured.clear()
+    assert cli.run(speed) == 0
+    assert [case for case, _ in measured] == [layer]
+    assert f"measured before: {model}" in capsys.readouterr().out
+    measured.clear()
+    assert cli.run(speed) == 0
+    assert not measured
+    assert cli.run([*speed, "--again"]) == 0
+    assert len(measured) == 3
+    measured.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "fingerprint", lambda: "other code")
+        assert cli.run(speed) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "device_name", lambda _: "another card")
+        assert cli.run(speed) == 0
+    assert len(measured) == 6
+
+
+def test_a_cell_that_died_is_not_begun_again(tmp_path, measured) -> None:
+    speed = ["speed", *SMOKE, "--out", str(tmp_path)]
+    assert cli.run([*speed, "--from", "2", "--died", "mst:killed by SIGSEGV"]) == 1
+    measured.clear()
+    assert cli.run(speed) == 0
+    assert [case for case, _ in measured] == [_cells(*speed)[0].case]
+
+
+def test_lines_that_are_cut_off_are_left_out(tmp_path) -> None:
+    lines = keep.Lines(tmp_path / "new" / "lines")
+    assert lines.read() == []
+    lines.add({"a": 1})
+    with (tmp_path / "new" / "lines").open("a") as file:
+        file.write('{"a": 2')
+    assert lines.read() == [{"a": 1}]
+    lines.add({"a": 3})
+    assert lines.read() == [{"a": 1}, {"a": 3}]
+
+
+def test_the_fingerprint_is_that_of_the_sources(tmp_path, monkeypatch) -> None:
+    assert keep.fingerprint() == keep.fingerprint(keep.PACKAGE)
+    monkeypatch.setattr(keep, "ROOT", tmp_path)
+    (tmp_path / "kernels" / "deep").mkdir(parents=True)
+    seen = {keep.fingerprint(["kernels"])}
+    for name, text in (("a.py", "1"), ("a.py", "2"), ("deep/b.cpp", ""), ("deep/t.py.jinja", "x")):
+        (tmp_path / "kernels" / name).write_text(text)
+        seen.add(keep.fingerprint(["kernels"]))
+    (tmp_path / "kernels" / "a.pyc").write_text("3")
+    assert len(seen) == 5
+    assert keep.fingerprint(["kernels"]) in seen
+
+
+class _Choice:
+    """A choice of Inductor's autotuner."""
+
+    mst_product = (None, "forward of something")
+
+    def __init__(self, name: str) -> None:
+        self.name, self.description = name, f"BLOCK_M={name}, OTHER=3, num_warps=4"
+
+    def hash_key(self) -> str:
+        return self.name
+
+
+def test_times_of_choices_are_kept_for_each_cell(tmp_path) -> None:
+    timed: list[str] = []
+
+    def tune(cell: str, *choices: str) -> None:
+        """As Inductor does; a new process each."""
+        keeper, some = tuning.Keeper(tmp_path / "out" / "tuning.json"), [_Choice(c) for c in choices]
+
+        def benchmark(choices: list[_Choice]) -> dict[_Choice, float]:
+            timed.append(cell)
+            return {choice: 1.0 / int(choice.name) for choice in choices}
+
+        with keeper.cell(cell):
+            found = PersistentCache().lookup(some, "product", "f32[8, 8]", benchmark)
+            for feedback in select_algorithm.get_algorithm_selector_cache().feedback_saver_fns:
+                feedback(found, "product", [], some, None)
+        assert keeper.winners == [("forward", f"BLOCK_M={choices[-1]} num_warps=4", 1.0 / int(choices[-1]))]
+
+    tune("a", "128", "256")
+    tune("b", "128", "256")
+    assert timed == ["a", "b"]  # never another cell's
+    tune("a", "128", "256")
+    assert timed == ["a", "b"]
+    tune("a", "128", "256", "512")
+    assert timed == ["a", "b", "a"]
+    assert not list((tmp_path / "out").glob("*.new"))
+
+
 # -- the supervisor, with small workers in place of the benchmark ------------------------------------------------------
 
 _WORKER = """
@@ -203,6 +395,32 @@ def test_supervisor_goes_on_behind_a_crash_and_a_hang(tmp_path: Path) -> None:
     assert "--without bsr" in third
 
 
+def test_a_worker_is_told_when_to_end(rows, measured) -> None:
+    """Not how long to run: it takes seconds to start."""
+    assert cli.run([*SMOKE, "--end", str(time.monotonic() - 1)]) == 0
+    assert not measured
+    told: list[float] = []
+
+    def make(arguments: Sequence[str]) -> list[str]:
+        told.append(float(options.parse(arguments).end_))
+        return [sys.executable, "-c", ""]
+
+    assert supervisor.supervise([], 2, make) == 0
+    assert told == [pytest.approx(time.monotonic() + 120, abs=30)]
+
+
+def test_supervisor_ends_in_time(tmp_path: Path, capsys) -> None:
+    """A cell that runs when time is over is ended; that is no failure, but is told."""
+
+    def make(arguments: Sequence[str]) -> list[str]:
+        return [sys.executable, "-c", "import time; time.sleep(100)"]
+
+    start = time.monotonic()
+    assert supervisor.supervise([], 1 / 60, make, grace=0) == supervisor.CUT
+    assert time.monotonic() - start < 10
+    assert "time was over within a cell" in capsys.readouterr().out
+
+
 def test_death_of_a_worker_is_recorded_by_the_next(rows) -> None:
     assert cli.run([*SMOKE, "--from", "2", "--died", "mst:killed by SIGSEGV"]) == 1
     row = rows()[0]
@@ -210,12 +428,22 @@ def test_death_of_a_worker_is_recorded_by_the_next(rows) -> None:
     assert row["case"] == _cells(*SMOKE)[1].case
 
 
-def test_package_is_found_in_a_bare_checkout() -> None:
-    """In a process that no installation helps."""
+def test_package_is_found_in_a_bare_checkout(tmp_path) -> None:
+    """In a process that no installation helps; a script is run there too."""
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
-        "import benchmarks.gpu.options, mst_compile.lowering, mst_compile.kernels.cpu.build as b; print(b.__file__)"
+        "import importlib.metadata as m; m.entry_points = lambda **_: m.EntryPoints()\n"
+        "import benchmarks.gpu.options, mst_compile.lowering, mst_compile.kernels.cpu.build as b; print(b.__file__)\n"
+        "from benchmarks.gpu import checkout; checkout.run_script(sys.argv[1:])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=checkout.ROOT, capture_output=True, text=True)
+    (tmp_path / "beside.py").write_text("name = 'beside'")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch, beside; print(beside.name, *sys.argv[1:], torch._dynamo.lookup_backend('mst'))"
+    )
+    command = [sys.executable, "-c", code, str(script), "--an", "option"]
+    done = subprocess.run(command, cwd=checkout.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()) == checkout.ROOT / "kernels" / "cpu" / "build.py"
+    found, printed = done.stdout.splitlines()
+    assert Path(found) == checkout.ROOT / "kernels" / "cpu" / "build.py"
+    assert printed.startswith("beside --an option <function mst")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import random
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from quality.analysis import Results
 from quality.configurations import (
     BASE,
     CONFIGURATIONS,
+    LARGE,
+    LARGE_QUEUE,
     QUICK,
     Config,
     Study,
@@ -99,6 +102,42 @@ def test_blocks_and_densities_are_those_asked_for(config: Config) -> None:
 def test_an_unknown_name_is_refused(text: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no configuration is called nonsense"):
         quick(text, tmp_path / "runs.jsonl", "--only", "nonsense")
+
+
+def test_time_over_leaves_the_rest_for_the_next_time(text: Path, tmp_path: Path, capsys) -> None:
+    out, only = tmp_path / "runs.jsonl", ("--only", "static-b8", "dense", "--seeds", "0", "--minutes", "0.001")
+    assert quick(text, out, *only) == 1
+    assert "dense with seed 0 is the next to train" in capsys.readouterr().out
+    assert [r["name"] for r in records.read(out)] == ["static-b8"]  # in the order asked for
+    assert quick(text, out, *only) == 1
+    assert quick(text, out, *only) == 0
+    assert [r["name"] for r in records.read(out)] == ["static-b8", "dense"]
+
+
+def test_packed_text_is_the_same(text: Path, tmp_path: Path) -> None:
+    packed = [tmp_path / f"{name}.txt.xz" for name in ("train", "val")]
+    for path in packed:
+        path.write_bytes(lzma.compress((text / path.stem).read_bytes()))
+    plain, found = training.Text.load(text / "train.txt", text / "val.txt"), training.Text.load(*packed)
+    assert torch.equal(plain.train, found.train)
+    assert torch.equal(plain.validation, found.validation)
+
+
+def test_a_gpu_trains_large_models_in_blocks_that_have_kernels_there(text: Path, tmp_path: Path, monkeypatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(quality_study, "train_all", lambda runs, study, *rest: asked.extend([runs, study, *rest]) or 0)
+    data = ["--data", str(text / "train.txt"), "--val", str(text / "val.txt"), "--out", str(tmp_path / "runs")]
+    quality_study.main([*data, "--device", "cuda", "--minutes", "9", "--seeds", "3"])
+    runs, study, _, _, device, minutes = asked
+    assert isinstance(runs, list)
+    assert [config.name for config, _ in runs] == list(LARGE_QUEUE)
+    assert all(config.kind == "dense" or config.block >= 32 for config, _ in runs)
+    assert (study, device, minutes) == (LARGE, torch.device("cuda"), 9.0)
+    assert sum(p.numel() for p in model.GPT(LARGE.shape).parameters()) >= 20e6
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        quality_study.main([*data, "--device", "cuda"])
 
 
 def test_changed_settings_are_not_taken_for_done() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from gpu_attention_cases import Case, case, check_numbers
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 Take = Callable[[int], list[int]]
+_FIRST = "window and distances"  # the hybrid sparse attention of MixedSparsity(attention="sparse")
 
 
 def check(c: Case, precision: float = 0.0) -> None:
@@ -21,9 +24,22 @@ def check(c: Case, precision: float = 0.0) -> None:
     check_numbers(c, [out.detach(), *torch.autograd.grad(out, leaves, upstream)], upstream, precision)
 
 
-@pytest.mark.parametrize("choice", range(2))
-@pytest.mark.parametrize(("dtype", "tf32"), [(BF16, False), (F16, False), (F32, True), (F32, False)], indirect=["tf32"])
-@pytest.mark.parametrize("what", COMBINATIONS)
+def every_pattern() -> list[Any]:
+    """Parameters of a test for each pattern; one of each dtype ranks first, then each pattern in one dtype."""
+    found: list[Any] = []
+    dtypes = ((BF16, False), (F16, False), (F32, True), (F32, False))
+    for choice, what, (dtype, tf32) in itertools.product(range(2), COMBINATIONS, dtypes):
+        marks = []
+        if choice == 0 and what == _FIRST:
+            marks = [pytest.mark.rank(0)]
+        elif choice == 0 and dtype == BF16:
+            marks = [pytest.mark.rank(2)]
+        name = f"{what}-{dtype}{'-tf32' * tf32}-{choice}".replace("torch.", "")
+        found.append(pytest.param(what, dtype, tf32, choice, marks=marks, id=name))
+    return found
+
+
+@pytest.mark.parametrize(("what", "dtype", "tf32", "choice"), every_pattern(), indirect=["tf32"])
 def test_every_pattern(
     what: str, dtype: torch.dtype, tf32: bool, choice: int, device: torch.device, take: Take
 ) -> None:

@@ -70,6 +70,7 @@ def loss_of(run: Any, ids: Tensor) -> Tensor:
     return nn.functional.cross_entropy(run(ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
+@pytest.mark.rank(1)
 @pytest.mark.parametrize(("dtype", "block"), [(F32, 32), (BF16, 32), (BF16, 64), (BF16, 128)])
 def test_one_step_against_float64(dtype: torch.dtype, block: int, device: torch.device) -> None:
     """Output and every gradient of an MLP with residuals, as near to the truth as eager mode."""
@@ -111,7 +112,10 @@ def _as_eager(model: nn.Module, run: Any, ids: Tensor, autocast: Any, eager_run:
 
 
 @pytest.mark.parametrize("attention", [None, "sparse", "fixed", "local"])
-@pytest.mark.parametrize("optimizer", ["fused", "capturable"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param("fused", marks=pytest.mark.rank(3)), pytest.param("capturable", marks=pytest.mark.rank(7))],
+)
 def test_a_schedule(attention: str | None, optimizer: str, device: torch.device) -> None:
     """Warm-up, plateau with its events, restoration: eager and compiled agree at every call, zeros stay zeros, and
     nothing is compiled again."""
@@ -135,7 +139,13 @@ def test_a_schedule(attention: str | None, optimizer: str, device: torch.device)
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("reduce-overhead", marks=pytest.mark.rank(5)),
+        pytest.param("max-autotune", marks=pytest.mark.rank(6)),
+    ],
+)
 def test_modes(mode: str, device: torch.device) -> None:
     """CUDA graphs read the topology of the moment; a topology event is seen by the next replay."""
     model = gpt(device)
@@ -149,6 +159,7 @@ def test_modes(mode: str, device: torch.device) -> None:
         adam.zero_grad()
 
 
+@pytest.mark.rank(8)
 def test_gradients_scaled_for_float16(device: torch.device) -> None:
     """A step that GradScaler skips does not count; zeros stay zeros."""
     if device.type != "cuda":
@@ -197,7 +208,9 @@ def test_a_checkpoint_goes_on(device: torch.device, tmp_path: Any) -> None:
     assert sparsifier(other).density == 1.0
 
 
-def test_a_group_of_one(device: torch.device, tmp_path: Any) -> None:
+@pytest.mark.rank(4)
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_group_of_one(how: str, device: torch.device, tmp_path: Any) -> None:
     """DistributedDataParallel with the sparse communication hook, and FSDP2."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -205,27 +218,25 @@ def test_a_group_of_one(device: torch.device, tmp_path: Any) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        for how in ("ddp", "fsdp"):
-            torch._dynamo.reset()
-            torch.manual_seed(0)
-            model: Any = GPT().to(device)
-            if how == "ddp":
-                sparsify(model, schedule(), block=32)
-                wrapped: Any = nn.parallel.DistributedDataParallel(model)
-                reduce_active_blocks(wrapped)
-            else:
-                for part in model.blocks:
-                    fully_shard(part)
-                wrapped = sparsify(fully_shard(model), schedule(), block=32)
-            run = torch.compile(wrapped, backend="mst")
-            adam = torch.optim.AdamW(model.parameters(), 1e-3)
-            losses = []
-            for _ in range(STEPS):
-                losses.append(loss := loss_of(run, tokens(0, device)))
-                loss.backward()
-                adam.step()
-                adam.zero_grad()
-            assert sparsifier(model).density == 1.0, how
-            assert losses[-1] < losses[0], how
+        torch.manual_seed(0)
+        model: Any = GPT().to(device)
+        if how == "ddp":
+            sparsify(model, schedule(), block=32)
+            wrapped: Any = nn.parallel.DistributedDataParallel(model)
+            reduce_active_blocks(wrapped)
+        else:
+            for part in model.blocks:
+                fully_shard(part)
+            wrapped = sparsify(fully_shard(model), schedule(), block=32)
+        run = torch.compile(wrapped, backend="mst")
+        adam = torch.optim.AdamW(model.parameters(), 1e-3)
+        losses = []
+        for _ in range(STEPS):
+            losses.append(loss := loss_of(run, tokens(0, device)))
+            loss.backward()
+            adam.step()
+            adam.zero_grad()
+        assert sparsifier(model).density == 1.0
+        assert losses[-1] < losses[0]
     finally:
         dist.destroy_process_group()
