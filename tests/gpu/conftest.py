@@ -24,6 +24,7 @@ from typing import Any
 import mst_compile.lowering.inductor  # noqa: F401  (registers the lowerings)
 import pytest
 import torch
+from gpu_cases import TUNED
 from mst_compile.lowering import compat
 
 DEVICE = os.environ.get("MST_TESTS_DEVICE") or ("cuda" if torch.cuda.is_available() else "")
@@ -102,8 +103,8 @@ def take(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[int]]
                 return select(name, [own[min(choice, len(own) - 1)]], *args, **kwargs)
 
             monkeypatch.setattr(compat, "select", one)
-            # Compiled code is cached by its graph, which is the same for all choices.
-            stack.enter_context(torch._inductor.config.patch(force_disable_caches=True))
+            # All choices are offered; compiled code is cached by its graph, which is the same for all of them.
+            stack.enter_context(torch._inductor.config.patch(**TUNED, force_disable_caches=True))
             return asked
 
         yield use

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import BLOCKS, Product, check_backward, check_forward, product
+from gpu_cases import BLOCKS, TUNED, Product, check_backward, check_forward, product
 from mst_compile.kernels.triton import tiles
 from oracles import assert_same_bits
 from torch import Tensor
@@ -20,17 +20,19 @@ Take = Callable[[int], list[int]]
 TF32 = 2.0**-10  # the relative error of an operand that a tensor core reads as TF32
 
 DTYPES = ((BF16, "half", False), (F16, "half", False), (F32, "tf32", True), (F32, "ieee", False))
+MOST = max(len(offered) for table in (tiles.GEMM, tiles.GRAD_WEIGHT) for offered in table.values())
 
 
 def every_tile() -> list[Any]:
     """Parameters of a test for each tile; the first of each template, dtype and block ranks first."""
     found: list[Any] = []
     seen: set[tuple[Any, ...]] = set()
-    for choice, (dtype, kind, allowed), block in itertools.product(range(4), DTYPES, BLOCKS):
+    for choice, (dtype, kind, allowed), block in itertools.product(range(MOST), DTYPES, BLOCKS):
         gemm = tiles.GEMM[block, kind]
         if choice >= max(len(gemm), len(tiles.GRAD_WEIGHT[block, kind])):
             continue
-        template = block, dtype, allowed, gemm[min(choice, len(gemm) - 1)].union
+        tile = gemm[min(choice, len(gemm) - 1)]
+        template = block, dtype, allowed, tile.union, tile.chain > 1, tile.tma, tile.specialized
         marks = () if template in seen else pytest.mark.rank(0)
         seen.add(template)
         name = f"{block}-{dtype}-{kind}-{choice}".replace("torch.", "")
@@ -72,7 +74,7 @@ def test_every_tile(block: int, dtype: torch.dtype, tf32: bool, choice: int, dev
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("choice", range(3))
+@pytest.mark.parametrize("choice", range(MOST))
 def test_many_programs_at_once(block: int, choice: int, device: torch.device, take: Take) -> None:
     """More programs than a GPU runs at a time, long lines, several parts of the tokens; twice the same bits."""
     take(choice)
@@ -136,8 +138,11 @@ def test_one_code_serves_any_number_of_tokens(device: torch.device, take: Take) 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_autotuner_choosing(block: int, device: torch.device) -> None:
-    """Whatever it takes, and whatever it benchmarked before, the result is right."""
-    check(product(512, 1024, 768, mask_of(768, 1024, block, 0.2), block, epilogue="gelu").to(device))
+    """Whatever it takes, and whatever it benchmarked before, the result is right; and so is the table's tile."""
+    for settings in (TUNED, {}):
+        with torch._inductor.config.patch(settings):
+            check(product(512, 1024, 768, mask_of(768, 1024, block, 0.2), block, epilogue="gelu").to(device))
+        torch._dynamo.reset()
 
 
 @pytest.mark.rank(9)
