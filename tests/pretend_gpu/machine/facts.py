@@ -9,16 +9,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..device.h100 import REGISTERS_PER_THREAD, SHARED_MEMORY_PER_BLOCK
-
-
-_WIDE = 16  # bytes: the most that a thread moves at once
 
 
 @dataclass(frozen=True)
@@ -177,8 +174,8 @@ def check(
     registers: int = REGISTERS_PER_THREAD,
     shared: int = SHARED_MEMORY_PER_BLOCK,
     atomics: int | None = None,
-    wide_reads: Collection[str] = (),
-    wide_writes: Collection[str] = (),
+    reads: Mapping[str, int] = {},
+    writes: Mapping[str, int] = {},
 ) -> None:
     """Hold a kernel's facts against bounds.
 
@@ -190,8 +187,8 @@ def check(
         registers: Most registers per thread.
         shared: Most bytes of shared memory per block.
         atomics: Most atomic operations; None to allow any number.
-        wide_reads: Arguments that must be read, by 16 bytes a thread each time.
-        wide_writes: The same of writes.
+        reads: By argument, of how many bytes each of its reads must be; it must be read.
+        writes: The same of writes.
 
     Raises:
         AssertionError: A bound is broken; the message names the kernel, each such fact and its bound.
@@ -211,10 +208,10 @@ def check(
         broken.append("wgmma is empty, at least one product required")
     if stages is not None and facts.depth < stages:
         broken.append(f"depth is {facts.depth}, at least {stages} required (buffers {facts.buffers})")
-    for what, accesses, wide in (("reads", facts.reads, wide_reads), ("writes", facts.writes, wide_writes)):
-        for name in wide:
-            sizes = accesses.get(name, {})
-            if set(sizes) != {_WIDE}:
-                broken.append(f"{what} of {name} by bytes are {dict(sizes)}, all of {_WIDE} required")
+    for what, found, required in (("reads", facts.reads, reads), ("writes", facts.writes, writes)):
+        for name, size in required.items():
+            sizes = dict(found.get(name, {}))
+            if set(sizes) != {size}:
+                broken.append(f"{what} of {name} by bytes are {sizes}, all of {size} required")
     if broken:
         raise AssertionError(f"{facts.kernel}: " + "; ".join(broken))
