@@ -1,25 +1,25 @@
 """Operands of the Triton templates of products: matrices whose rows can be loaded 16 bytes at a time.
 
-Triton loads 16 bytes a thread, and copies to shared memory asynchronously, only where it can prove that rows begin at
-multiples of 16 bytes and that masks change at such places alone. Of logits 50257 wide, or features 199 wide, it would
-load every element by itself, wait for it, and not pipeline. Such an operand therefore goes into a buffer with wider
-rows, whose gap is filled with zeros so far that masks can be those of the padded width: products of zeros change no
-result, where what memory held before might be NaN.
+Triton loads 16 bytes a thread, copies to shared memory asynchronously and so pipelines, only where it can prove that
+rows begin at multiples of 16 bytes and that masks change at such places alone. Of logits 50257 wide, or features 199
+wide, it would load every element by itself and wait for it. Such an operand is therefore written into wider rows, whose
+gap is filled with zeros as far as masks reach, which are those of the padded width: zeros change no result, where what
+memory held before might be NaN.
 
-What it costs. A tensor that is not in memory yet is written into the wide rows at once: the gradient of logits by what
-ends the softmax's backward pass, an activation by the store of the product before it. Only the gaps are filled besides,
-a sector of 32 bytes a row: half a megabyte at 16384 tokens. An operand that has its memory already, an input of the
-graph above all, is copied: read and written once, 3.3 GB or 1.1 ms at the 3 TB/s of an H100 for 16384 x 50257 in
-bfloat16, and once for both products that take the gradient. Reading it once takes half that in any product; the two
-products at density .3 take 1.5 to 2 ms together at the rates of docs/gpu.md for aligned widths. Without pipelining each
-of their steps (of 64 features, some .2 us of arithmetic) would wait for memory, at about 1 us, with two programs to hide
-it; so they would take some 2 to 3 times as long, and even a copy pays. It is the larger part for narrow weights: it
-moves 4 bytes an element, for which the product does 2 N d operations (N outputs, density d), and takes longer than these
-where N d is below 300.
+What that costs, by arithmetic; it has not been measured. What Inductor computes is written into the wide rows at once:
+the gradient of logits, for instance, by the kernel that ends the softmax's backward pass. Besides that only the gaps
+are filled, about a sector of 32 bytes a row, half a megabyte at 16384 tokens, by a kernel of its own. Any other operand
+(a graph's input, also what a template leaves, since Inductor fuses no epilogue into rows of somebody else) is copied:
+4 bytes an element in bfloat16, 3.3 GB or 1.1 ms at 3 TB/s for 16384 x 50257, once for both products that take it. At
+density .3 and the rates of docs/gpu.md these take 0.75 ms each with 768 outputs, so that the copy pays if element-wise
+loads would slow them down by more than 1.7x. At density .1 they are bound by reading the operand, 0.55 ms each, and it
+pays from 2x. Loads that wait for memory in every step (some 1 us, for some .3 us of arithmetic) are expected to cost
+more. With fewer than 77 active outputs (number of outputs x density) the copy is the larger part and may be a loss.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -28,8 +28,9 @@ from torch._inductor.lowering import full, lowerings, to_dtype
 from torch._inductor.virtualized import V
 
 _LOAD = 16  # bytes that a thread loads at once
-_SECTOR = 32  # bytes that the caches move at least
-_LINE = 128  # bytes that they keep together; rows of a few of them begin with a new one
+_SECTOR = 32  # bytes that caches move at least: widths are padded to a multiple
+_LINE = 128  # bytes of a cache line: rows of more than _LINES of them begin with a new one
+_LINES = 4
 
 
 def static(size: Any) -> int:
@@ -87,14 +88,15 @@ def _rows(x: Any) -> Any:
 
 
 def _pad(x: Any) -> Any:
-    *lead, features = x.get_size()
-    device, dtype = x.get_device(), x.get_dtype()
-    features = static(features)
+    """``x`` in wider rows, as ``[M, width]``, with zeros beyond its features."""
+    *lead, last = x.get_size()
+    device, dtype, features = x.get_device(), x.get_dtype(), static(last)
     width = _up(features, _SECTOR // dtype.itemsize)
-    stride = _up(features, _LINE // dtype.itemsize) if features * dtype.itemsize > 4 * _LINE else width
-    strides = [stride * s for s in ir.FlexibleLayout.contiguous_strides([*lead, 1])[:-1]]
-    # As in Inductor's lowering of torch.cat: what is not in memory yet, or may still be moved, is written in place.
-    kernel = ir.ConcatKernel(name=None, layout=ir.FixedLayout(device, dtype, [*lead, width], [*strides, 1]), inputs=[])
+    stride = _up(features, _LINE // dtype.itemsize) if features * dtype.itemsize > _LINES * _LINE else width
+    leading = [stride * s for s in ir.FlexibleLayout.contiguous_strides(lead)]
+    # As Inductor lowers torch.cat: a buffer, and kernels that write their results into slices of it.
+    layout = ir.FixedLayout(device, dtype, [*lead, width], [*leading, 1])
+    kernel = ir.ConcatKernel(name=None, layout=layout, inputs=[])
     box = ir.StorageBox(kernel)
     gap = full([*lead, width - features], 0, dtype=dtype, device=device)
     parts = []
@@ -104,10 +106,8 @@ def _pad(x: Any) -> Any:
     kernel.name = V.graph.register_buffer(kernel)
     kernel.inputs = ir.ConcatKernel.unwrap_storage(parts)
     V.graph.register_operation(kernel)
-    m = 1
-    for size in lead:
-        m = m * size
-    return ir.TensorBox(ir.ReinterpretView(data=box, layout=ir.FixedLayout(device, dtype, [m, width], [stride, 1])))
+    layout = ir.FixedLayout(device, dtype, [math.prod(lead), width], [stride, 1])
+    return ir.TensorBox(ir.ReinterpretView(data=box, layout=layout))
 
 
 def _up(size: int, multiple: int) -> int:
