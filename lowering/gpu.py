@@ -8,11 +8,13 @@ their active blocks, so the dense product and unions of block rows compute the s
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from mst_compile.kernels.triton import gather_gemm
 from mst_compile.kernels.triton import grad_weight as grad_weight_kernel
+from mst_compile.kernels.triton.tiles import GradWeightTile
 from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, lowerings, to_dtype
@@ -23,7 +25,8 @@ from torch.utils._sympy.functions import FloorDiv
 from mst_compile.blocks.grid import BlockGrid, Lines
 from mst_compile.blocks.index import DENSE_GRAD
 
-from . import compat, crossover, gpu_tiles, tuning
+from . import compat, crossover, gpu_operands, gpu_tiles, tuning
+from .gpu_operands import static
 
 _GROUP_M = 8
 compat.on_tuned(crossover.from_tuning)
@@ -34,32 +37,7 @@ _MIN_TOKENS = 512
 _MAX_PARTIALS = 256 << 20
 
 
-# -- operands ----------------------------------------------------------------------------------------------------------
-
-
-def static(size: Any) -> int:
-    """A size as a constant. Features and strides must be: symbolic ones would cost the asynchronous copies."""
-    return int(V.graph.sizevars.guard_int(size))
-
-
-def _rows(x: Any) -> tuple[Any, list[Any]]:
-    """``x`` as a realized ``[M, features]``, features contiguous, row stride constant; and its leading sizes."""
-    *lead, features = x.get_size()
-    if len(lead) != 1:
-        x = lowerings[torch.ops.aten.view.default](x, [-1, features])
-    x = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(x))
-    row, last = x.get_stride()
-    known = V.graph.sizevars.statically_known_equals
-    constant = not getattr(row, "free_symbols", None) and known(last, 1)
-    return x if constant else ir.ExternKernel.require_contiguous(ir.ExternKernel.copy_input(x)), lead
-
-
-def _unflatten(out: Any, lead: list[Any]) -> Any:
-    return out if len(lead) == 1 else lowerings[torch.ops.aten.view.default](out, [*lead, out.get_size()[-1]])
-
-
-def precision(dtype: torch.dtype) -> str:
-    return "'tf32'" if gpu_tiles.kind(dtype) != "ieee" else "'ieee'"
+# -- choices -----------------------------------------------------------------------------------------------------------
 
 
 def _index_generator(grid: BlockGrid, density: float) -> Any:
@@ -77,7 +55,9 @@ def _mark(choices: list[Any], grid: BlockGrid, product: str, x: Any, density: fl
 
 
 def _dense_linear(a: Tensor, weight: Tensor, index: Tensor, *, transpose: bool, out: Tensor) -> Tensor:
-    return torch.mm(a, weight.t() if transpose else weight, out=out)
+    weight = weight.t() if transpose else weight
+    depth = min(a.shape[1], weight.shape[0])  # either may be padded with zeros
+    return torch.mm(a[:, :depth], weight[:depth, : out.shape[1]], out=out)
 
 
 # Made on import: generated code that comes out of Inductor's cache calls it by its name.
@@ -86,17 +66,21 @@ _DENSE_LINEAR = ExternKernelChoice(_dense_linear, name="mst_dense_linear", has_o
 
 def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool, density: float) -> Any:
     """``a W^T`` if the output features are ``weight``'s rows (``by_rows``), else ``a W``; tuned for ``density``."""
-    weight = ir.ExternKernel.require_contiguous(to_dtype(weight, a.get_dtype()))
-    a, lead = _rows(a)
-    index = ir.ExternKernel.realize_input(index)
     rows, cols = map(static, weight.get_size())
     grid = BlockGrid(rows, cols, block)
+    tiles, dense = gpu_tiles.gemm(a, grid, by_rows, density)
+    if tiles:
+        weight = gpu_operands.weight(weight, 1, a.get_dtype())
+        a, lead = gpu_operands.rows(a, 0)
+    else:
+        weight = ir.ExternKernel.realize_input(to_dtype(weight, a.get_dtype()))
+        a, lead = gpu_operands.as_they_are(a)
+    index = ir.ExternKernel.realize_input(index)
     out_features, reduced = (rows, cols) if by_rows else (cols, rows)
     m = a.get_size()[0]
     layout = ir.FixedLayout(a.get_device(), a.get_dtype(), [m, out_features])
     inputs = [a, weight, index]
     choices: list[Any] = []
-    tiles, dense = gpu_tiles.gemm(a, weight, grid, by_rows, density)
     for tile in tiles:
         lines = grid.lines(by_rows, union=tile.union)
         error = gather_gemm.template.maybe_append_choice(
@@ -115,12 +99,14 @@ def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool, density: 
             OUT=out_features,
             REDUCE=reduced,
             **_line_constants(lines),
+            A_WIDTH=static(a.get_size()[1]),
+            W_WIDTH=static(weight.get_size()[1]),
             A_STRIDE=static(a.get_stride()[0]),
-            W_STRIDE=cols,
+            W_STRIDE=static(weight.get_stride()[0]),
             REDUCE_LAST=by_rows,
             EVEN_M=bool(V.graph.sizevars.statically_known_multiple_of(m, tile.rows)),
             GROUP_M=max(1, _GROUP_M // tile.chain),
-            PRECISION=precision(a.get_dtype()),
+            PRECISION=gpu_tiles.precision(a.get_dtype()),
         )
         if error is not None:
             raise error
@@ -128,7 +114,7 @@ def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool, density: 
     if dense:
         choices.append(_DENSE_LINEAR.bind(inputs, layout, transpose=by_rows))
     out = compat.select("mst_linear", choices, inputs, layout, input_gen_fns={2: _index_generator(grid, density)})
-    return _unflatten(out, lead)
+    return gpu_operands.unflatten(out, lead)
 
 
 def _line_constants(lines: Lines) -> dict[str, int]:
@@ -138,10 +124,12 @@ def _line_constants(lines: Lines) -> dict[str, int]:
 # -- grad-weight -------------------------------------------------------------------------------------------------------
 
 
-def _dense_grad_weight(x: Tensor, dy: Tensor, index: Tensor, *rest: Tensor, out_first: bool, out: Tensor) -> Tensor:
+def _dense_grad_weight(
+    x: Tensor, dy: Tensor, index: Tensor, *rest: Tensor, out_first: bool, rows: int, out: Tensor
+) -> Tensor:
     """The dense product as the first of the partials. The caller adds up the bias gradient itself."""
     a, b = (dy, x) if out_first else (x, dy)
-    rows = a.shape[1]
+    a = a[:, :rows]  # it may be padded, as the columns of b and with them those of the partials
     if a.dtype != out.dtype and a.is_cuda:
         torch.mm(a.t(), b, out_dtype=out.dtype, out=out[:rows])
     else:  # other devices have no product of half precision into single
@@ -170,17 +158,21 @@ def grad_weight(
     grad: Any, x: Any, index: Any, block: int, transposed: bool, dtype: torch.dtype, bias: bool, density: float
 ) -> Any:
     """Gradients of the stored weight in ``dtype`` and of the bias in float32 (empty if ``bias`` is false)."""
-    grad, _ = _rows(grad)
-    x, _ = _rows(x)
-    index = ir.ExternKernel.realize_input(index)
-    out_features, in_features = static(grad.get_size()[1]), static(x.get_size()[1])
+    out_features, in_features = static(grad.get_size()[-1]), static(x.get_size()[-1])
     grid = BlockGrid(*((in_features, out_features) if transposed else (out_features, in_features)), block)
-    partials, sums, split = _partials(grad, x, index, grid, not transposed, bias, density)
+    tiles, dense = gpu_tiles.grad_weight(x, grid, density)
+    if tiles:
+        (grad, _), (x, _) = gpu_operands.rows(grad, 0), gpu_operands.rows(x, 1)
+    else:
+        (grad, _), (x, _) = gpu_operands.as_they_are(grad), gpu_operands.as_they_are(x)
+    index = ir.ExternKernel.realize_input(index)
+    partials, sums, split = _partials(grad, x, index, grid, not transposed, bias, density, tiles, dense)
     gw = _finish(partials, index, grid, split, dtype)
     if not bias:
         return gw, empty_strided([0], None, dtype=torch.float32, device=x.get_device())
     if sums is None:  # the dense product won
-        return gw, lowerings[torch.ops.aten.sum.dim_IntList](grad, [0], False, dtype=torch.float32)
+        total = lowerings[torch.ops.aten.sum.dim_IntList](grad, [0], False, dtype=torch.float32)
+        return gw, lowerings[torch.ops.aten.slice.Tensor](total, 0, 0, out_features)
     loader = sums.make_loader()
     total = ir.Pointwise.create(
         device=x.get_device(),
@@ -192,16 +184,24 @@ def grad_weight(
 
 
 def _partials(
-    grad: Any, x: Any, index: Any, grid: BlockGrid, out_first: bool, bias: bool, density: float
+    grad: Any,
+    x: Any,
+    index: Any,
+    grid: BlockGrid,
+    out_first: bool,
+    bias: bool,
+    density: float,
+    tiles: Sequence[GradWeightTile],
+    with_dense: bool,
 ) -> tuple[Any, Any, int]:
-    """Float32 partials ``[split * rows, cols]``, column sums ``[split * out]`` or None, and ``split``."""
+    """Float32 partials ``[split * rows, cols or more]``, column sums ``[split * out]`` or None, and ``split``."""
     lines = grid.lines(out_first)
-    tiles, with_dense = gpu_tiles.grad_weight(x, grad, grid, density)
     m = x.get_size()[0]
     split = _split(compat.hint(m), grid, tiles[0].gather, density) if tiles else 1
-    out_features, in_features = static(grad.get_size()[1]), static(x.get_size()[1])
+    out_features, in_features = (grid.rows, grid.cols) if out_first else (grid.cols, grid.rows)
+    x_width, dy_width = static(x.get_size()[1]), static(grad.get_size()[1])
     device = x.get_device()
-    layout = ir.FixedLayout(device, torch.float32, [split * grid.rows, grid.cols])
+    layout = ir.FixedLayout(device, torch.float32, [split * grid.rows, x_width if out_first else dy_width])
     inputs = [x, grad, index]
     sums = None
     if bias:
@@ -229,17 +229,19 @@ def _partials(
             IN=in_features,
             ROWS=grid.rows,
             OUT_FIRST=out_first,
+            X_WIDTH=x_width,
+            DY_WIDTH=dy_width,
             X_STRIDE=static(x.get_stride()[0]),
             DY_STRIDE=static(grad.get_stride()[0]),
             SPLIT=split,
             BIAS=bias,
-            PRECISION=precision(x.get_dtype()),
+            PRECISION=gpu_tiles.precision(x.get_dtype()),
         )
         if error is not None:
             raise error
     _mark(choices, grid, "grad-weight", x, density)
     if with_dense:
-        choices.append(_DENSE_GRAD_WEIGHT.bind(inputs, layout, out_first=out_first))
+        choices.append(_DENSE_GRAD_WEIGHT.bind(inputs, layout, out_first=out_first, rows=grid.rows))
     # The caller must know which kind won: only the template fills the column sums.
     out = compat.select(
         "mst_grad_weight",

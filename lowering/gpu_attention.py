@@ -14,7 +14,7 @@ from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
 from mst_compile.rules.patterns import Parts
 
-from . import compat, gpu, gpu_tiles
+from . import compat, gpu_operands, gpu_tiles
 
 _aten = torch.ops.aten
 
@@ -42,17 +42,17 @@ class _Call:
         if key_mask is not None:
             self.names.append("VISIBLE")
             self.inputs.append(_bytes(key_mask))
-        heads, size = gpu.static(self.q.get_size()[1]), gpu.static(self.q.get_size()[3])
+        heads, size = gpu_operands.static(self.q.get_size()[1]), gpu_operands.static(self.q.get_size()[3])
         self.parts = Parts(*parts)
         self.kind, self.size = gpu_tiles.kind(self.q.get_dtype()), size
         self.constants = {
             "SCALE": scale,
             "HEADS": heads,
-            "GROUP": heads // gpu.static(self.k.get_size()[1]),
+            "GROUP": heads // gpu_operands.static(self.k.get_size()[1]),
             "SIZE": size,
             "BLOCK_D": max(16, 1 << (size - 1).bit_length()),
             "KEY_MASK": key_mask is not None,
-            "PRECISION": gpu.precision(self.q.get_dtype()),
+            "PRECISION": gpu_tiles.precision(self.q.get_dtype()),
         }
 
     def run(self, which: str, size: Sequence[Any], more: dict[str, Any], parts: Parts, mutated: str | None) -> Any:
@@ -67,7 +67,7 @@ class _Call:
         )
         names, inputs = [*self.names, *more], [*self.inputs, *more.values()]
         strides = {
-            f"{n}_STRIDE": gpu.static(x.get_stride()[2])
+            f"{n}_STRIDE": gpu_operands.static(x.get_stride()[2])
             for n, x in zip(names, inputs, strict=True)
             if n in ("Q", "K", "V", "DO")
         }

@@ -11,7 +11,7 @@ from torch._inductor.virtualized import V
 
 from mst_compile.ops.linear import DENSITY
 
-from . import device, gpu, gpu_attention
+from . import device, gpu, gpu_attention, gpu_operands
 
 
 def _takes(x: Any, weight_dtype: torch.dtype, block: int, out_features: Any) -> bool:
@@ -59,7 +59,7 @@ def _grad_weight(
 def _takes_attention(q: Any, k: Any, v: Any) -> bool:
     dtype = q.get_dtype()
     same = {k.get_dtype(), v.get_dtype()} == {dtype}
-    return same and device.of("cuda").why_no_attention(dtype, gpu.static(q.get_size()[-1])) is None
+    return same and device.of("cuda").why_no_attention(dtype, gpu_operands.static(q.get_size()[-1])) is None
 
 
 def _attention(q: Any, k: Any, v: Any, *rest: Any) -> Any:

@@ -6,19 +6,18 @@ Otherwise there is nothing to wait for: one choice, from :mod:`mst_compile.kerne
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from mst_compile.kernels.triton import table
 from mst_compile.kernels.triton.tiles import GEMM, GRAD_WEIGHT, GemmTile, GradWeightTile
 from torch._inductor import config
-from torch._inductor.virtualized import V
 
 from mst_compile.blocks.grid import BlockGrid
 
 from . import compat
 
-_ALIGNMENT = 16  # bytes, of what a tensor descriptor describes, and of its strides
 _TMA_CAPABILITY = (9, 0)
 
 
@@ -34,48 +33,49 @@ def kind(dtype: torch.dtype) -> str:
     return "tf32" if compat.tf32_allowed() else "ieee"
 
 
-def gemm(a: Any, weight: Any, grid: BlockGrid, by_rows: bool, density: float) -> tuple[list[GemmTile], bool]:
+def precision(dtype: torch.dtype) -> str:
+    """The same as a template's constant."""
+    return "'tf32'" if kind(dtype) != "ieee" else "'ieee'"
+
+
+def gemm(a: Any, grid: BlockGrid, by_rows: bool, density: float) -> tuple[list[GemmTile], bool]:
     """Tiles of forward (``by_rows`` as in :func:`.gpu.linear`) or grad-input, and whether the dense product is offered.
 
     Args:
-        a: the activations or their gradients, realized, ``[M, features]``.
-        weight: realized. density: that training will mostly run at.
+        a: the activations or their gradients, ``[..., features]``.
+        density: that training will mostly run at.
     """
     dtype = a.get_dtype()
     if tunes():
-        return _runnable(GEMM[grid.block, kind(dtype)], grid.block, (a, weight)), True
-    tokens, lines = compat.hint(a.get_size()[0]), grid.lines(by_rows).count
+        return _runnable(GEMM[grid.block, kind(dtype)], grid.block, a), True
+    tokens, lines = math.prod(map(compat.hint, a.get_size()[:-1])), grid.lines(by_rows).count
     processors = _properties(a).multi_processor_count
     tile = table.gemm(grid.block, kind(dtype), density, tokens, lines, processors)
-    return _one(tile, grid.block, (a, weight))
+    return _one(tile, grid.block, a)
 
 
-def grad_weight(x: Any, grad: Any, grid: BlockGrid, density: float) -> tuple[list[GradWeightTile], bool]:
-    """Tiles of grad-weight, and whether the dense product is offered; ``x`` and ``grad`` realized."""
+def grad_weight(x: Any, grid: BlockGrid, density: float) -> tuple[list[GradWeightTile], bool]:
+    """Tiles of grad-weight, and whether the dense product is offered; ``x`` as in :func:`gemm`."""
     dtype = x.get_dtype()
     if tunes():
-        return _runnable(GRAD_WEIGHT[grid.block, kind(dtype)], grid.block, (x, grad)), True
-    return _one(table.grad_weight(grid.block, kind(dtype), density), grid.block, (x, grad))
+        return _runnable(GRAD_WEIGHT[grid.block, kind(dtype)], grid.block, x), True
+    return _one(table.grad_weight(grid.block, kind(dtype), density), grid.block, x)
 
 
-def _one(tile: Any, block: int, operands: tuple[Any, ...]) -> tuple[list[Any], bool]:
-    tiles = [] if tile is None else _runnable([tile], block, operands)
+def _one(tile: Any, block: int, x: Any) -> tuple[list[Any], bool]:
+    tiles = [] if tile is None else _runnable([tile], block, x)
     return tiles, not tiles
 
 
-def _runnable(tiles: list[Any], block: int, operands: tuple[Any, ...]) -> list[Any]:
-    """The tiles that fit this GPU's shared memory, and whose loads it has for these operands."""
-    properties, itemsize = _properties(operands[0]), operands[0].get_dtype().itemsize
+def _runnable(tiles: list[Any], block: int, x: Any) -> list[Any]:
+    """The tiles that fit this GPU's shared memory, and whose loads it has.
+
+    Descriptors want rows that begin at multiples of 16 bytes, which gpu_operands.py sees to.
+    """
+    properties, itemsize = _properties(x), x.get_dtype().itemsize
     room = properties.shared_memory_per_block_optin
-    tma = (properties.major, properties.minor) >= _TMA_CAPABILITY and all(map(_describable, operands))
+    tma = (properties.major, properties.minor) >= _TMA_CAPABILITY
     return [t for t in tiles if t.shared(block, itemsize) <= room and (tma or not t.tma)]
-
-
-def _describable(operand: Any) -> bool:
-    """Whether a tensor descriptor can describe a realized ``[rows, columns]``, columns contiguous."""
-    layout, itemsize = operand.get_layout(), operand.get_dtype().itemsize
-    known = V.graph.sizevars.statically_known_multiple_of
-    return all(known(number * itemsize, _ALIGNMENT) for number in (layout.offset, layout.stride[0]))
 
 
 def _properties(operand: Any) -> Any:

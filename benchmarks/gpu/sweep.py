@@ -33,7 +33,8 @@ _GEMM = {
         *(GemmTile(256, 64, warps, 3, chain=chain, tma=tma)
           for chain in (2, 4, 8) for warps in (8, 16) for tma in (False, True)),
         *(GemmTile(128, 64, 8, 3, chain=chain, tma=tma) for chain in (2, 4, 8) for tma in (False, True)),
-        GemmTile(256, 64, 8, 3, tma=True), GemmTile(256, 64, 8, 4, tma=True), GemmTile(256, 64, 4, 3, tma=True, specialized=True),
+        GemmTile(256, 64, 8, 3, tma=True), GemmTile(256, 64, 8, 4, tma=True),
+        GemmTile(256, 64, 4, 3, tma=True, specialized=True),
         *(GemmTile(rows, 64, 4, stages, tma=True, specialized=True) for rows in (64, 128) for stages in (3, 4)),
         GemmTile(128, 128, 4, 2, tma=True, specialized=True),
     ],

@@ -3,6 +3,7 @@ and run by Triton's interpreter against float64."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -64,6 +65,30 @@ def kind_of(kernel: GeneratedKernel) -> str:
     return "grad_weight" if "GROUPS" in kernel.source else "gemm"
 
 
+def sizes_of_accesses(kernel: GeneratedKernel, dtype: torch.dtype, *, tf32: bool) -> dict[str, Any]:
+    """Bounds for `check`: operands are read by 16 bytes a thread where a tile has as many, and so are partials written.
+
+    TF32 products want the reduced dimension contiguous: an operand that has the other so is transposed on its way into
+    shared memory, element by element.
+    """
+    values = dict(re.findall(r"(\w+) : tl.constexpr = (\w+)", kernel.source))
+    if values["TMA"] == "True":
+        return {}
+    size = {name: int(value) for name, value in values.items() if value.isdigit()}
+
+    def bytes_of(*tile: str, reduced_last: bool) -> int:
+        elements = math.prod(size[name] for name in tile) // (32 * kernel.num_warps)
+        return min(16, (1 if tf32 and not reduced_last else elements) * dtype.itemsize)
+
+    if kind_of(kernel) == "gemm":
+        a = bytes_of("BLOCK_M", "BLOCK_K", reduced_last=True)
+        w = bytes_of("BLOCK_K", "WIDTH", reduced_last=values["REDUCE_LAST"] == "True")
+        return {"reads": {"arg_A": a, "arg_W": w}}
+    x = bytes_of("BLOCK_M", "GATHER", "BLOCK", reduced_last=False)
+    dy = bytes_of("BLOCK_M", "BLOCK", reduced_last=False)
+    return {"reads": {"arg_X": x, "arg_DY": dy}, "writes": {"out_ptr0": 16}}
+
+
 GATES = [
     # dtype, tf32, M, transposed, epilogue
     (BF16, False, 512, False, "none"),
@@ -94,12 +119,12 @@ def test_every_tile_compiles_to_good_machine_code(
             tile = offered[which][choice]
             # Inductor fuses no epilogue where that spills, as it does here, and takes long to compile.
             if not (which == "gemm" and tile.wide(block) and "erf(" in kernel.source):
-                check_tile(tile, kernel, block, dtype, wgmma=kind != "ieee")
+                check_tile(tile, kernel, block, dtype, kind)
 
 
-def check_tile(tile: Any, kernel: GeneratedKernel, block: int, dtype: torch.dtype, *, wgmma: bool) -> None:
+def check_tile(tile: Any, kernel: GeneratedKernel, block: int, dtype: torch.dtype, kind: str) -> None:
     """Hold the machine code of one tile against what it asks for."""
-    facts, gemm = cross_compile(kernel), isinstance(tile, tiles.GemmTile)
+    facts, gemm, wgmma = cross_compile(kernel), isinstance(tile, tiles.GemmTile), kind != "ieee"
     check(
         facts,
         wgmma=wgmma,
@@ -109,6 +134,7 @@ def check_tile(tile: Any, kernel: GeneratedKernel, block: int, dtype: torch.dtyp
         spills=0,
         atomics=0,
         shared=tile.shared(block, dtype.itemsize),
+        **sizes_of_accesses(kernel, dtype, tf32=kind == "tf32"),
     )
     if wgmma:
         assert bool(facts.tma) == tile.tma
@@ -116,18 +142,69 @@ def check_tile(tile: Any, kernel: GeneratedKernel, block: int, dtype: torch.dtyp
     if gemm:
         assert ("ttg.warp_specialize" in facts.ttgir) == tile.specialized
         # A product is waited for before the loop's next one is issued; only where a row tile ends, for all.
-        waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", facts.ptx)
-        assert (
-            waits == (["1", "0", "0"] if tile.chain > 1 else ["0", "0"] if tile.specialized else ["1", "0"])
-            or not wgmma
-        )
+        waits = "".join(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", facts.ptx))
+        assert waits == ("" if not wgmma else "100" if tile.chain > 1 else "00" if tile.specialized else "10")
+
+
+UNALIGNED = [
+    # dtype, tf32, in, out, block, transposed, choice, dynamic; 33 and 199 are no multiples of anything
+    (BF16, False, 199, 33, 32, False, 3, False),
+    (F16, False, 33, 199, 64, True, 0, False),
+    (BF16, False, 199, 199, 128, True, 2, True),
+    (F32, True, 199, 33, 32, True, 1, False),
+    (F32, True, 33, 199, 128, False, 0, False),
+    (F32, False, 199, 199, 64, False, 0, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "in_features", "out_features", "block", "transposed", "choice", "dynamic"),
+    UNALIGNED,
+    indirect=["tf32"],
+)
+def test_unaligned_widths_are_loaded_as_aligned_ones_are(
+    dtype: torch.dtype,
+    tf32: bool,
+    in_features: int,
+    out_features: int,
+    block: int,
+    transposed: bool,
+    choice: int,
+    dynamic: bool,
+) -> None:
+    mask = random_mask(in_features, out_features, block, transposed)
+    case = product(300, in_features, out_features, mask, block, dtype=dtype, transposed=transposed)
+    made, _ = generated(case, choice, dynamic=dynamic or None)
+    found = templates_of(made)
+    assert sorted(map(kind_of, found)) == ["gemm", "gemm", "grad_weight"]
+    ieee = dtype == F32 and not tf32
+    for kernel in found:
+        stages = kernel.num_stages - (kind_of(kernel) == "grad_weight" or ieee)
+        sizes = sizes_of_accesses(kernel, dtype, tf32=tf32)
+        check(cross_compile(kernel), wgmma=not ieee, stages=stages, atomics=0, **sizes)
+
+
+@pytest.mark.parametrize(("offset", "stride"), [(0, 66), (1, 72)])
+def test_aligned_widths_in_unaligned_memory(offset: int, stride: int, interpreter: Interpreter) -> None:
+    """Rows of 64 features that begin anywhere, amidst what must not be multiplied."""
+    case = product(64, 64, 96, random_mask(64, 96, 32, False), 32)
+    whole = torch.full((64, stride), torch.nan, dtype=BF16)
+    whole[:, offset : offset + 64] = case.x
+
+    def function(whole: Tensor, *rest: Any) -> Tensor:
+        return torch.ops.mst.linear(whole[:, offset : offset + 64], *rest, 32, False)
+
+    made = generate(function, [whole, *case.arguments()[1:]], choose=take(0, {}), config=TUNED)
+    for kernel in templates_of(made):
+        check(cross_compile(kernel), wgmma=True, **sizes_of_accesses(kernel, BF16, tf32=False))
+    check_forward(case, interpreter.run(made.forward))
 
 
 def test_a_language_model_head(interpreter: Interpreter) -> None:
     """50257 rows are no multiple of anything, nor are 5023, which the interpreter is through with sooner."""
     whole, part = (product(16, 64, rows, random_mask(64, rows, 64, False), 64, bias=False) for rows in (50257, 5023))
     for kernel in templates_of(generated(whole)[0]):
-        check(cross_compile(kernel), wgmma=True)
+        check(cross_compile(kernel), wgmma=True, **sizes_of_accesses(kernel, BF16, tf32=False))
     check_forward(part, interpreter.run(generated(part)[0].forward))
 
 
@@ -138,6 +215,7 @@ def test_a_language_model_head(interpreter: Interpreter) -> None:
 def products(draw: st.DrawFn, block: int) -> tuple[Product, bool]:
     """A product, and whether its number of tokens is dynamic."""
     in_features, out_features = draw(st.integers(1, 300)), draw(st.integers(1, 300))
+    lengthened = draw(st.sampled_from([0, 0, 1, 5, 8]))
     if draw(st.booleans()):  # as in real models
         in_features, out_features = -(-in_features // 16) * 16, -(-out_features // 16) * 16
     transposed = draw(st.booleans())
@@ -151,6 +229,9 @@ def products(draw: st.DrawFn, block: int) -> tuple[Product, bool]:
         epilogue=draw(st.sampled_from(sorted(EPILOGUES))), dense_grad=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )  # fmt: skip
+    if lengthened:  # rows of a longer tensor, which holds NaN besides
+        longer = torch.nn.functional.pad(case.x, (0, lengthened), value=torch.nan)
+        case.x = longer[..., :in_features]
     return case, draw(st.booleans())
 
 
@@ -225,8 +306,13 @@ def test_one_code_serves_any_number_of_tokens(block: int, interpreter: Interpret
         check_forward(other, interpreter.run_on(made.forward.source, inputs).outputs)
 
 
-def test_the_dense_choice_computes_the_same(interpreter: Interpreter) -> None:
-    case = product(64, 128, 96, random_mask(128, 96, 32, False), 32, epilogue="silu")
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("in_features", "out_features"), [(128, 96), (199, 33), (64, 33)])
+def test_the_dense_choice_computes_the_same(
+    in_features: int, out_features: int, transposed: bool, interpreter: Interpreter
+) -> None:
+    mask = random_mask(in_features, out_features, 32, transposed)
+    case = product(64, in_features, out_features, mask, 32, transposed=transposed, epilogue="silu")
     made = generate(case.function(), case.arguments(), choose=lambda name, choices: len(choices) - 1, config=TUNED)
     assert "mst_dense_linear" in made.forward.source
     assert "mst_dense_linear" in made.backward.source and "mst_dense_grad_weight" in made.backward.source  # noqa: PT018
@@ -263,3 +349,43 @@ def test_strides(how: str, interpreter: Interpreter) -> None:
     g = upstream(case, made)
     dx = (g.double() @ case.weight.double()).to(BF16)
     check_backward(case, [dx, *(t for t in interpreter.run(made.backward) if t is not None)], g)
+
+
+# -- padded operands ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [48, (3, 16)])
+def test_both_products_of_a_head_share_one_gradient(m: int | tuple[int, int], interpreter: Interpreter) -> None:
+    """What ends the backward pass of the loss writes the gradient of 777 logits once, into the rows that both read."""
+    case = product(m, 64, 777, random_mask(64, 777, 64, False), 64, bias=False)
+    labels = torch.randint(777, (48,))
+
+    def loss(x: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+        logits = torch.ops.mst.linear(x, weight, None, index, 64, False)
+        return torch.nn.functional.cross_entropy(logits.float().view(-1, 777), labels)
+
+    x, weight, _, index = case.arguments()
+    made = generate(loss, [x, weight, index], choose=take(0, {}))
+    sizes = re.findall(r"empty_strided_cuda\(\(([\d, ]*)\)", made.backward.source)
+    last = [int(size.split(",")[-1] or 1) for size in sizes if size]
+    assert last.count(784) == 1
+    assert 777 not in last
+    for actual, expected in zip(interpreter.run(made.backward), made.backward.outputs, strict=True):
+        if isinstance(expected, Tensor):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_results_keep_the_strides_of_eager_mode(interpreter: Interpreter) -> None:
+    first = product((2, 24), 64, 199, random_mask(64, 199, 32, False), 32, epilogue="gelu")
+    second = product((2, 24), 199, 33, random_mask(199, 33, 32, False), 32)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, index: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        hidden = first.function()(x, weight, bias, index)
+        return hidden, torch.ops.mst.linear(hidden, *rest, 32, False)
+
+    made = generate(function, [*first.arguments(), *second.arguments()[1:]], choose=take(0, {}))
+    outputs = interpreter.run(made.forward)
+    check_forward(first, outputs)
+    assert [t.stride() for t in outputs[:2]] == [t.stride() for t in made.result]
+    second.x = outputs[0]
+    check_forward(second, outputs[1:])

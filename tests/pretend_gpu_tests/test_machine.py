@@ -30,7 +30,8 @@ def test_machine_code_of_a_template() -> None:
     assert set(facts.wgmma) == {"m64n128k16"}
     assert facts.buffers == ((3, 64, 64), (3, 64, 128))
     assert facts.shared >= 3 * (64 + 128) * 64 * 2
-    assert facts.cp_async > 0
+    assert facts.cp_async == sum(sum(facts.reads[f"arg_{name}"].values()) for name in "AB")
+    check(facts, wgmma=True, reads={"arg_A": 16, "arg_B": 16}, writes={"out_ptr1": 16})
     assert len(repr(facts)) < 2000
     with pytest.raises(AssertionError, match=rf"^{kernel.name}: depth is 3, at least 4 required"):
         check(facts, wgmma=True, stages=4)
@@ -64,6 +65,27 @@ def test_spills_are_found() -> None:
     with pytest.raises(AssertionError, match=rf"hungry: spills is {spilling.spills}, at most 0 allowed"):
         check(spilling, wgmma=False)
     check(spilling, wgmma=False, spills=spilling.spills)
+
+
+@triton.jit
+def shifted(x, y, z, by, N: tl.constexpr):
+    i = tl.arange(0, N)
+    value = tl.load(x + i)
+    for t in range(by):
+        value += tl.load(y + t * N + 1 + i)
+    tl.store(z + i, value)
+
+
+def test_the_size_of_reads_and_writes_by_argument() -> None:
+    types = {"x": "*fp16", "y": "*fp16", "z": "*fp16", "by": "i64"}
+    facts = cross_compile_jit(shifted, types, {"N": 1024}, num_warps=4)
+    assert facts.reads == {"x": {16: 1}, "y": {2: 8}}
+    assert facts.writes == {"z": {16: 1}}
+    check(facts, wgmma=False, reads={"x": 16, "y": 2}, writes={"z": 16})
+    with pytest.raises(AssertionError, match=r"shifted: reads of y by bytes are \{2: 8\}, all of 16 required"):
+        check(facts, wgmma=False, reads={"x": 16, "y": 16})
+    with pytest.raises(AssertionError, match=r"writes of x by bytes are \{\}, all of 16 required"):
+        check(facts, wgmma=False, writes={"x": 16})
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,13 @@ from .facts import Facts, facts_of
 
 
 def _compile(
-    fn: Any, types: Mapping[str, str], constants: Mapping[str, Any], attributes: dict, options: dict[str, Any]
-) -> Any:
+    name: str,
+    fn: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    attributes: dict,
+    options: dict[str, Any],
+) -> Facts:
     import triton
     from triton.compiler import ASTSource
 
@@ -21,7 +26,8 @@ def _compile(
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
     signature = {n: "constexpr" if n in constants else types.get(n, "constexpr") for n in fn.arg_names}
     source = ASTSource(fn=fn, signature=signature, constexprs=dict(constants), attrs=attributes)
-    return triton.compile(source, target=target(), options=options)
+    arguments = {n: type_ for n, type_ in signature.items() if type_ != "constexpr"}
+    return facts_of(name, triton.compile(source, target=target(), options=options), arguments)
 
 
 def cross_compile(kernel: GeneratedKernel, config: LaunchConfig | None = None) -> Facts:
@@ -50,7 +56,7 @@ def cross_compile(kernel: GeneratedKernel, config: LaunchConfig | None = None) -
     if "enable_fp_fusion" in kernel.triton_meta:
         options["enable_fp_fusion"] = kernel.triton_meta["enable_fp_fusion"]
     attributes = compat.alignment_attributes(kernel.triton_meta)
-    return facts_of(kernel.name, _compile(kernel.fn, kernel.triton_meta["signature"], constants, attributes, options))
+    return _compile(kernel.name, kernel.fn, kernel.triton_meta["signature"], constants, attributes, options)
 
 
 def cross_compile_jit(
@@ -81,4 +87,4 @@ def cross_compile_jit(
         divisible = [name for name, type_ in types.items() if type_.startswith("*")]
     attributes = {(fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     all_options = {"num_warps": num_warps, "num_stages": num_stages, **options}
-    return facts_of(fn.__name__, _compile(fn, types, constexprs, attributes, all_options))
+    return _compile(fn.__name__, fn, types, constexprs, attributes, all_options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +34,9 @@ class Facts:
         tma: Copies by the Tensor Memory Accelerator.
         buffers: Shapes of the buffers in shared memory; the first of three or more dimensions is the pipeline's depth.
         atomics: Atomic operations on memory.
+        reads: By argument, how many loads and asynchronous copies from its memory there are of each number of bytes (of
+            one thread).
+        writes: By argument, the same of stores.
         ptx: The PTX text.
         ttgir: Triton's GPU dialect, where the buffers are seen.
         sass: The machine code, disassembled.
@@ -50,6 +53,8 @@ class Facts:
     tma: int
     buffers: tuple[tuple[int, ...], ...]
     atomics: int
+    reads: Mapping[str, Mapping[int, int]]
+    writes: Mapping[str, Mapping[int, int]]
     ptx: str = field(repr=False)
     ttgir: str = field(repr=False)
     sass: str = field(repr=False)
@@ -84,13 +89,63 @@ def _buffers(ttgir: str) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(int(n) for n in shape.rstrip("x").split("x")) for shape in shapes)
 
 
-def facts_of(name: str, compiled: Any) -> Facts:
-    """Facts of what `triton.compile` returned."""
+_ADDRESS = r"\[ *(%rd\d+)[^]]*\]"
+_LOAD = re.compile(r"\bld\.global([\w.:]*)[^;\[]*" + _ADDRESS)
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\s*\[[^]]*\], " + _ADDRESS + r", (\w+)")
+_STORE = re.compile(r"\bst\.global([\w.:]*)\s*" + _ADDRESS)
+_PARAMETER = re.compile(r"\bld\.param\.\w+\s+(%rd\d+), \[\w+_param_(\d+)\]")
+_ARITHMETIC = re.compile(r"^\s*(?:@!?%p\d+ )?(?!ld)[a-z][\w.:]*\s+(%rd\d+), ([^;]*);", re.MULTILINE)
+
+
+def _bytes(suffix: str) -> int:
+    """Bytes of an access by what follows its name, such as ".L1::evict_last.v4.b32"."""
+    bits, lanes = re.search(r"\.[bsuf](\d+)$", suffix), re.search(r"\.v(\d)", suffix)
+    if bits is None:
+        raise ValueError(f"no size in {suffix!r}")
+    return int(bits[1]) // 8 * (int(lanes[1]) if lanes else 1)
+
+
+def _accesses(ptx: str, arguments: Mapping[str, str]) -> tuple[dict[str, Counter[int]], dict[str, Counter[int]]]:
+    """Reads and writes of each number of bytes, by the pointer that the address comes from.
+
+    It is followed through 64-bit registers alone: what is added to it was computed in 32 bits, or loaded.
+    """
+    # Triton appends pointers to memory of its own, where descriptors lie.
+    types = [*arguments.items(), *((name, "*i8") for name in ("global scratch", "profile scratch"))]
+    parameters = ((register, *types[int(number)]) for register, number in _PARAMETER.findall(ptx))
+    named = {register: name for register, name, of in parameters if of.startswith("*")}
+    sources: dict[str, set[str]] = defaultdict(set)
+    for target, operands in _ARITHMETIC.findall(ptx):
+        sources[target] |= set(re.findall(r"%rd\d+", operands))
+
+    def pointer(register: str) -> str:
+        seen: set[str] = set()
+        ahead = {register}
+        while ahead:
+            seen |= ahead
+            ahead = {source for r in ahead for source in sources[r]} - seen
+        (name,) = {named[r] for r in seen if r in named}
+        return name
+
+    reads: dict[str, Counter[int]] = defaultdict(Counter)
+    writes: dict[str, Counter[int]] = defaultdict(Counter)
+    for suffix, register in _LOAD.findall(ptx):
+        reads[pointer(register)][_bytes(suffix)] += 1
+    for register, size in _COPY.findall(ptx):
+        reads[pointer(register)][int(size, 0)] += 1
+    for suffix, register in _STORE.findall(ptx):
+        writes[pointer(register)][_bytes(suffix)] += 1
+    return dict(reads), dict(writes)
+
+
+def facts_of(name: str, compiled: Any, arguments: Mapping[str, str]) -> Facts:
+    """Facts of what `triton.compile` returned. `arguments` are those of run time, in order, with their types."""
     ptx, ttgir = compiled.asm["ptx"], compiled.asm["ttgir"]
     usage, sass = _disassemble(compiled.asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise ValueError(f"{name}: cuobjdump reports no resource usage:\n{usage}")
+    reads, writes = _accesses(ptx, arguments)
     return Facts(
         kernel=name,
         registers=int(found[1]),
@@ -104,6 +159,8 @@ def facts_of(name: str, compiled: Any) -> Facts:
         tma=_count(r"cp\.async\.bulk\.tensor", ptx),
         buffers=_buffers(ttgir),
         atomics=_count(r"\bred\.|\batom\.", ptx),
+        reads=reads,
+        writes=writes,
         ptx=ptx,
         ttgir=ttgir,
         sass=sass,
@@ -119,6 +176,8 @@ def check(
     registers: int = REGISTERS_PER_THREAD,
     shared: int = SHARED_MEMORY_PER_BLOCK,
     atomics: int | None = None,
+    reads: Mapping[str, int] = {},
+    writes: Mapping[str, int] = {},
 ) -> None:
     """Hold a kernel's facts against bounds.
 
@@ -130,6 +189,8 @@ def check(
         registers: Most registers per thread.
         shared: Most bytes of shared memory per block.
         atomics: Most atomic operations; None to allow any number.
+        reads: By argument, of how many bytes each of its reads must be; it must be read.
+        writes: The same of writes.
 
     Raises:
         AssertionError: A bound is broken; the message names the kernel, each such fact and its bound.
@@ -149,5 +210,10 @@ def check(
         broken.append("wgmma is empty, at least one product required")
     if stages is not None and facts.depth < stages:
         broken.append(f"depth is {facts.depth}, at least {stages} required (buffers {facts.buffers})")
+    for what, found, required in (("reads", facts.reads, reads), ("writes", facts.writes, writes)):
+        for name, size in required.items():
+            sizes = dict(found.get(name, {}))
+            if set(sizes) != {size}:
+                broken.append(f"{what} of {name} by bytes are {sizes}, all of {size} required")
     if broken:
         raise AssertionError(f"{facts.kernel}: " + "; ".join(broken))
