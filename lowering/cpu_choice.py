@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ from typing import Any
 import torch
 from mst_compile.kernels import cpu as kernels
 
+from mst_compile.errors import MSTWarning
+
 from . import cpu_attention_times, cpu_times
 from .agreement import first_answer, several_ranks
 from .cpu_attention_times import AttentionTimes, CausalAttention
 from .cpu_times import Product
 from .device import WORTH, Layer, LayerTimes, Times
 from .measured import Measurements, cache_folder
+
+_PINNED = "MST_COMPILE_TIMES"
 
 
 def of_product(product: Product) -> Times:
@@ -82,7 +87,7 @@ class _Answers:
     """
 
     def __init__(self, length: int, unknown: Sequence[float]) -> None:
-        self.kept = Measurements(lambda: _folder(), length)
+        self.kept = Measurements(lambda: _folder(), length, lambda error: _lost(error))
         self.known: dict[tuple[Hashable, int], Sequence[float]] = {}  # question, threads -> answer
         self._unknown, self._lock = unknown, threading.RLock()
 
@@ -130,8 +135,25 @@ def _name_of_attention(attention: CausalAttention) -> str:
 
 
 def _folder() -> Path:
-    pinned = os.environ.get("MST_COMPILE_TIMES", "")
+    pinned = os.environ.get(_PINNED, "")
     return Path(pinned) if pinned else cache_folder(f"times-{_machine(torch.get_num_threads())}")
+
+
+def _lost(error: OSError) -> None:
+    """A cache that cannot be written costs time; a folder that somebody named for other runs is missed by them."""
+    pinned = os.environ.get(_PINNED, "")
+    if pinned:
+        _say_lost(pinned, error.strerror or str(error))
+
+
+@functools.cache
+def _say_lost(folder: str, reason: str) -> None:
+    warnings.warn(
+        f"{_PINNED}={folder} cannot be written ({reason}): runs that go by it will not make the choices of this one. "
+        "Name a folder that can.",
+        MSTWarning,
+        stacklevel=2,
+    )
 
 
 @functools.cache

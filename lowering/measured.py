@@ -23,13 +23,16 @@ class Measurements:
         folder: where they are kept; asked at every use, it may raise OSError. A change of what they depend on must
             lead to another folder: what stood in the old one would mislead.
         length: how many numbers make a measurement, all positive.
+        lost: told why a measurement could not be written.
 
     Attributes:
         own: what this process has measured, for a folder that cannot be written.
     """
 
-    def __init__(self, folder: Callable[[], Path], length: int) -> None:
-        self._folder, self._length = folder, length
+    def __init__(
+        self, folder: Callable[[], Path], length: int, lost: Callable[[OSError], object] = lambda _: None
+    ) -> None:
+        self._folder, self._length, self._lost = folder, length, lost
         self.own: dict[str, tuple[float, ...]] = {}
 
     def record(self, name: str, numbers: Sequence[float]) -> None:
@@ -38,12 +41,14 @@ class Measurements:
         if values is None:
             return
         self.own[name] = values
-        with contextlib.suppress(OSError):
+        try:
             folder = self._folder()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             draft = folder / f"{name}.json.{os.getpid()}"
             draft.write_text(json.dumps(values))
             draft.replace(folder / f"{name}.json")
+        except OSError as error:
+            self._lost(error)
 
     def find(self, name: str) -> tuple[float, ...] | None:
         """The measurement of a name: as this process has it, else as it stands on disk."""

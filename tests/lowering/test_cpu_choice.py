@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.errors import MSTWarning
 
 F32, BF16 = torch.float32, torch.bfloat16
 PRODUCT = Product(ROWS, 64, 96, 8, 32, F32, F32)
@@ -120,6 +122,21 @@ def test_a_pinned_folder_decides_on_any_machine(
     assert cpu_choice.of_product(PRODUCT) == TIMES
     assert cpu_choice.of_product(PRODUCT._replace(rows=8)) == Times(5.0, 1.0, 1.0), "what is missing is added"
     assert len(list((tmp_path / "pinned").glob("*.json"))) == 2
+
+
+def test_a_pinned_folder_that_cannot_be_written_is_told_once(
+    measured: list[Product], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MST_COMPILE_TIMES", str(tmp_path / "file" / "folder"))
+    with pytest.warns(MSTWarning, match="file/folder cannot be written .*Name a folder that can") as said:
+        found = [cpu_choice.of_product(PRODUCT._replace(rows=rows)) for rows in (96, 8, 16)]
+    assert found == [TIMES] * 3
+    assert len(said) == 1
+    monkeypatch.delenv("MST_COMPILE_TIMES")
+    monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with warnings.catch_warnings(action="error"):
+        cpu_choice.of_product(PRODUCT._replace(rows=32))  # the usual cache is missed by nobody
 
 
 def test_a_choice_does_not_change_within_a_run(measured: list[Product], monkeypatch: pytest.MonkeyPatch) -> None:
