@@ -321,6 +321,24 @@ def test_the_dense_choice_computes_the_same(
     check_backward(case, interpreter.run(made.backward), upstream(case, made))
 
 
+@pytest.mark.parametrize(("in_features", "out_features"), [(128, 96), (199, 33)])
+@pytest.mark.parametrize(("block", "density", "dense"), [(32, 0.2, 1), (64, 0.2, 0), (32, 0.3, 3)])
+def test_what_the_table_takes_computes_the_same(
+    block: int, density: float, dense: int, in_features: int, out_features: int, interpreter: Interpreter
+) -> None:
+    """Without tuning: our tiles, dense products, and both in one graph, of operands that need padding or do not."""
+    case = product(64, in_features, out_features, random_mask(in_features, out_features, block, False), block)
+
+    def function(*operands: Tensor) -> Tensor:
+        return torch.ops.mst.linear(*operands, block, False, density)
+
+    made = generate(function, case.arguments())
+    assert not made.questions
+    assert len(templates_of(made)) == 3 - dense
+    check_forward(case, interpreter.run(made.forward))
+    check_backward(case, interpreter.run(made.backward), upstream(case, made))
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("out_first", [False, True])
 def test_the_dense_gradient_fills_its_partials_and_no_more(out_first: bool) -> None:
