@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_cases import TUNED
 from helpers import static
 from mst_compile.lowering import tuning
 from pretend_gpu import generate
@@ -33,7 +34,7 @@ def densities_asked_for(model: nn.Module) -> set[float]:
             patch.setattr(backend, "compile_fx", functools.partial(compile_fx, inner_compile=inner))
             return backend.mst(graph_module, examples, options={"mst.keep_memory": False, "mst.dense_threshold": 1.0})
 
-    generate(model, [torch.randn(4, 256)], choose=choose, backend_wrapper=through_backend)
+    generate(model, [torch.randn(4, 256)], choose=choose, backend_wrapper=through_backend, config=TUNED)
     return asked
 
 
