@@ -264,7 +264,9 @@ def test_numbers_of_chains_and_descriptors(block: int, choice: int, transposed: 
     """One chain or three (of two in a group), the last of which ends beyond the tokens; a line without blocks, ragged
     edges."""
     mask = random_mask(336, 200, block, transposed)
-    case = product(700 if transposed else 2100, 336, 200, mask, block, transposed=transposed, epilogue="gelu", seed=choice)
+    case = product(
+        700 if transposed else 2100, 336, 200, mask, block, transposed=transposed, epilogue="gelu", seed=choice
+    )
     made, _ = generated(case, choice)
     for kernel in templates_of(made):
         offered = (tiles.GRAD_WEIGHT if kind_of(kernel) == "grad_weight" else tiles.GEMM)[block, "half"]
