@@ -1,4 +1,4 @@
-# make demo    train a small GPT-2 dense and with Mixed Sparsity Training, side by side; under 10 minutes on 2 CPU cores
+# make demo    train a small GPT-2 dense and with Mixed Sparsity Training, side by side; 10 to 15 minutes on 2 CPU cores
 # make test    lint, type check, all tests
 # make lint    lint and type check alone
 # make bench   measure against the dense model on this machine; figures go to benchmarks/ledger.csv
