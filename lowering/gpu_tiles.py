@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 import torch
-from mst_compile.kernels.triton import table
+from mst_compile.kernels.triton import splits, table
 from mst_compile.kernels.triton.tiles import GEMM, GRAD_WEIGHT, GemmTile, GradWeightTile
 from torch._inductor import config
 
@@ -47,10 +47,11 @@ def gemm(a: Any, grid: BlockGrid, by_rows: bool, density: float) -> tuple[list[G
     """
     dtype = a.get_dtype()
     if tunes():
-        return _runnable(GEMM[grid.block, kind(dtype)], grid.block, a), True
+        tiles = GEMM[grid.block, kind(dtype)]
+        return _runnable([t for t in tiles if _has_tma(a) or not t.tma], grid.block, a), True
     tokens, lines = math.prod(map(compat.hint, a.get_size()[:-1])), grid.lines(by_rows).count
     processors = _properties(a).multi_processor_count
-    tile = table.gemm(grid.block, kind(dtype), density, tokens, lines, processors)
+    tile = table.gemm(grid.block, kind(dtype), density, tokens, lines, processors, _has_tma(a))
     return _one(tile, grid.block, a)
 
 
@@ -62,20 +63,33 @@ def grad_weight(x: Any, grid: BlockGrid, density: float) -> tuple[list[GradWeigh
     return _one(table.grad_weight(grid.block, kind(dtype), density), grid.block, x)
 
 
+def parts(x: Any, grid: BlockGrid, tile: GradWeightTile, density: float) -> int:
+    """How many parts grad-weight cuts the tokens of ``x``, ``[tokens, features]``, into."""
+    properties = _properties(x)
+    fitting = min(
+        properties.shared_memory_per_multiprocessor // tile.shared(grid.block, x.get_dtype().itemsize),
+        properties.regs_per_multiprocessor // (32 * tile.warps * tile.registers(grid.block)),
+    )
+    programs = grid.blocks * density / tile.gather + grid.lines(True).count * (tile.gather - 1) / (2 * tile.gather)
+    at_once = properties.multi_processor_count * max(1, fitting)
+    return splits.parts(compat.hint(x.get_size()[0]), max(1, round(programs)), at_once, 4 * grid.rows * grid.cols)
+
+
 def _one(tile: Any, block: int, x: Any) -> tuple[list[Any], bool]:
     tiles = [] if tile is None else _runnable([tile], block, x)
     return tiles, not tiles
 
 
 def _runnable(tiles: list[Any], block: int, x: Any) -> list[Any]:
-    """The tiles that fit this GPU's shared memory, and whose loads it has.
+    """The tiles that fit this GPU's shared memory."""
+    room = _properties(x).shared_memory_per_block_optin
+    return [t for t in tiles if t.shared(block, x.get_dtype().itemsize) <= room]
 
-    Descriptors want rows that begin at multiples of 16 bytes, which gpu_operands.py sees to.
-    """
-    properties, itemsize = _properties(x), x.get_dtype().itemsize
-    room = properties.shared_memory_per_block_optin
-    tma = (properties.major, properties.minor) >= _TMA_CAPABILITY
-    return [t for t in tiles if t.shared(block, itemsize) <= room and (tma or not t.tma)]
+
+def _has_tma(x: Any) -> bool:
+    """Whether this GPU loads by descriptor. Those want rows at multiples of 16 bytes; gpu_operands.py sees to it."""
+    properties = _properties(x)
+    return (properties.major, properties.minor) >= _TMA_CAPABILITY
 
 
 def _properties(operand: Any) -> Any:

@@ -19,7 +19,7 @@ from mst_compile.lowering import compat
 from torch._inductor import utils as inductor_utils
 from torch._inductor.codecache import PersistentCache
 
-_CONSTANTS = re.compile(r"\b(BLOCK_M|BLOCK_K|WIDTH|GATHER|CHAIN|TMA|SPECIALIZED|num_warps|num_stages)=(\w+)")
+_CONSTANTS = re.compile(r"\b(BLOCK_M|BLOCK_K|WIDTH|GATHER|CHAIN|TMA|num_warps|num_stages)=(\w+)")
 
 
 def product_of(choice: Any) -> str:

@@ -17,22 +17,23 @@ Arithmetic intensity: a step moves ``BLOCK_K (BLOCK_M + WIDTH)`` elements for ``
 so 64 a 16-bit element at 128 x 128, 51 at 256 x 64, 28 at 256 x 32. Nothing is shared between programs but the L2
 cache, so narrow blocks are bound by it; that is what unions are for.
 
-What bounds it on an H100, by the times of docs/gpu.md, is the L2 cache: M = 16384, N = K = 4096 in bfloat16 at density
-.1 and blocks of 128 reads 859 MB with tiles of 128 rows, in 145 us, which is 5.9 TB/s; .3 with tiles of 256 reads 1.9
-GB in 306 us, 6.3 TB/s; blocks of 64 and 32 run at 6.9 and 6.4 TB/s. ``a`` is read ``density OUT / B`` times whatever
-the tile, the weight ``M / BLOCK_M`` times. At density .1 ``a`` alone is 1.7 GB for blocks of 32, so 250 us or 2.6 times
-dense, and .86 GB or 125 us for blocks of 64. Hence the choices:
+What bounds it on an H100 is what the L2 cache gives, about 7 TB/s. ``a`` is read ``density OUT / B`` times whatever
+the tile, the weight ``M / BLOCK_M`` times. M = 16384, N = K = 4096 in bfloat16 at density .1 with blocks of 128 reads
+859 MB with tiles of 128 rows and writes 134 MB, in 140 us; without the store it takes 122 us, and with ``a`` cut to
+rows that stay in the cache no less. Nsight Compute counts 262 MB from and to memory, which is each operand once, and
+the tensor cores busy for 41 % of the time. With blocks of 32 ``a`` alone is 1.7 GB, the cache is busy for 96 % of the
+time, and 2.3 times dense is what there is. What was tried on the card, with its result (docs/gpu.md):
 
+- Order: all lines for 512 rows, then the next 512. With 1024 rows a product takes 150 us, not 141, with 4096 172.
 - A chain: a program does several row tiles of one line in one loop (Triton's ``flatten``), whose first loads are issued
-  while the tile before is multiplied and stored. Tiles of 256 rows, which alone on a multiprocessor wait for their
-  first loads and their store every six steps, read 645 MB in place of 859 MB at B = 128 and .1: 100 to 110 us, 5.9 to
-  6.5 times dense. They take 3 (256 + 128) 64 2 = 144 KiB of buffers and 32 KiB for the store; of 227.
-- Descriptors (``tl.make_tensor_descriptor``): a block is a rectangle, so the Tensor Memory Accelerator loads it without
-  addresses in registers (167 of 255 a thread in place of 218 to 225 for the tile above). Others measured 1.06 to 1.09
-  times on grouped products. Inductor sets Triton's allocator for them before each launch, in the backward thread too.
-- Specialized warps: one warp group loads, two multiply. Triton takes this for loops of descriptors with four warps,
-  and with numbers carried from step to step it fails to compile, so a block's place is loaded in the step that needs
-  it; only the loading warps wait for that.
+  while the tile before is multiplied and stored. Two tiles of 256 rows that load through descriptors
+  (``tl.make_tensor_descriptor``: the Tensor Memory Accelerator needs no addresses in registers) read 645 MB, but are
+  alone on a multiprocessor and wait at barriers: the fastest from density .3 on (290 us against 320), not below (155
+  against 141). They take 3 (256 + 128) 64 2 = 144 KiB of buffers and 32 KiB for the store; of 227. Inductor sets
+  Triton's allocator for descriptors before each launch, in the backward thread too.
+- Nothing gained: descriptors alone (178 us), stores through descriptors (163 us), hints to keep ``a`` in the cache and
+  ``out`` out of it (149 of 150 us), one load of a line's four numbers in place of three that wait for each other (2 %).
+- Warps of their own for loading (``warp_specialize``) gave wrong numbers on the card under Triton 3.6, and were slower.
 
 Three things make it fast, each seen in the generated code:
 

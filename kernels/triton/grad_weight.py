@@ -17,8 +17,8 @@ The product is transposed so that the gathered columns are the M dimension of th
 be at least 64 wide: blocks of 32 then use wgmma too. Arithmetic intensity as in gather_gemm.py, with tiles of
 GATHER * BLOCK x BLOCK; ``x`` is read again for every active block that it has a part in, whatever the tile: 430 MB for
 blocks of 128 at M = 16384, N = K = 4096 and density .1, and as much of ``dy`` with GATHER = 1, which took 145 us on an
-H100, 5.9 TB/s out of the L2 cache. Loads through descriptors (TMA) save the registers of addresses; they give one
-rectangle each, hence GATHER = 1. The source is ``templates/grad_weight.py.jinja``.
+H100, 5.9 TB/s out of the L2 cache. Loads through descriptors were slower (164 us). How many parts the tokens are cut
+into is splits.py's to say. The source is ``templates/grad_weight.py.jinja``.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 Every one of them is cross-compiled for sm_90 by the test suite and must not spill, must fit shared memory, and must
 get the pipelining depth that it asks for. What is taken where nothing is tuned is in table.py.
 
-Those in half precision that load with asynchronous copies were chosen from some fifteen each on an H100 (``python -m
-benchmarks.gpu.sweep``, docs/gpu.md). At low densities a program has few steps, so that two of them on a multiprocessor,
-with three stages each, hide each other's first loads and last stores; at high ones the largest tile wins. Chains,
-descriptors and specialized warps came later and have not been timed; what they should gain is worked out in
-gather_gemm.py and grad_weight.py.
+Those in half precision were chosen from fifteen to forty each on an H100 (``python -m benchmarks.gpu.sweep``,
+docs/gpu.md). At low densities a program has few steps, so that two of them on a multiprocessor, with three stages each,
+hide each other's first loads and last stores; at high ones the largest tile wins, which with blocks of 128 is a chain
+of two that loads through descriptors. With narrower blocks chains and descriptors lose to asynchronous copies, and so
+do descriptors in grad-weight. Warps of their own for loading were wrong on the card (Triton 3.6) and slower.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ class GemmTile:
     Attributes:
         chain: row tiles that a program does one after the other in one loop.
         tma: loads are the Tensor Memory Accelerator's, through descriptors of whole matrices.
-        specialized: some warps load and the others multiply. Loads must be TMA's, and there must be four warps.
     """
 
     rows: int
@@ -36,7 +35,6 @@ class GemmTile:
     union: bool = False
     chain: int = 1
     tma: bool = False
-    specialized: bool = False
 
     def width(self, block: int) -> int:
         """Columns."""
@@ -50,46 +48,41 @@ class GemmTile:
         """Bytes of shared memory that are enough: the buffers, and a result that waits beside them to be stored."""
         width = self.width(block)
         buffers = self.stages * (self.rows + width) * self.depth * itemsize
-        beside = self.rows * width * itemsize if self.chain > 1 or self.specialized else 0
+        beside = self.rows * width * itemsize if self.chain > 1 else 0
         return buffers + beside + (_BARRIERS if self.tma else 0)
 
 
 @dataclass(frozen=True)
 class GradWeightTile:
-    """``gather`` blocks of a line by one block, ``tokens`` a step.
-
-    Attributes:
-        tma: loads are the Tensor Memory Accelerator's; ``gather`` must be 1, as a descriptor gives one rectangle.
-    """
+    """``gather`` blocks of a line by one block, ``tokens`` a step."""
 
     gather: int
     tokens: int
     warps: int
     stages: int
-    tma: bool = False
 
     def shared(self, block: int, itemsize: int) -> int:
         """Bytes of shared memory that are enough: the buffers, or the float32 result that follows them."""
         buffers = self.stages * (self.gather + 1) * block * self.tokens * itemsize
-        return max(buffers, 4 * self.gather * block**2) + (_BARRIERS if self.tma else 0)
+        return max(buffers, 4 * self.gather * block**2)
+
+    def registers(self, block: int) -> int:
+        """About how many registers a thread has: the accumulators and what addresses take."""
+        return self.gather * block**2 // (32 * self.warps) + 48
 
 
 # Keys are (block, kind); kind "half" is bfloat16 and float16, "tf32" and "ieee" are float32 by torch's setting.
 # IEEE float32 has no tensor cores: operands live in registers, so its tiles are small.
 GEMM = {
     (128, "half"): [
-        GemmTile(128, 64, 8, 3), GemmTile(256, 64, 16, 4), GemmTile(64, 64, 4, 3),
-        GemmTile(256, 64, 8, 3, chain=4), GemmTile(256, 64, 8, 3, chain=4, tma=True), GemmTile(128, 64, 8, 3, tma=True),
-        GemmTile(256, 128, 8, 2, tma=True), GemmTile(128, 64, 4, 3, tma=True, specialized=True),
+        GemmTile(128, 64, 8, 3), GemmTile(256, 64, 8, 3, chain=2, tma=True), GemmTile(64, 64, 4, 3),
+        GemmTile(256, 64, 8, 4),
     ],
     (64, "half"): [
-        GemmTile(256, 32, 8, 4), GemmTile(128, 64, 4, 3), GemmTile(128, 64, 8, 3, union=True),
-        GemmTile(256, 64, 8, 3, chain=4), GemmTile(256, 64, 8, 3, chain=4, tma=True),
-        GemmTile(128, 64, 4, 3, tma=True, specialized=True),
+        GemmTile(128, 64, 4, 3), GemmTile(256, 32, 8, 4), GemmTile(64, 64, 4, 3), GemmTile(128, 64, 8, 3, union=True),
     ],
     (32, "half"): [
-        GemmTile(256, 32, 8, 4), GemmTile(256, 32, 4, 4), GemmTile(128, 32, 4, 4), GemmTile(128, 64, 8, 3, union=True),
-        GemmTile(256, 32, 4, 4, chain=4, tma=True), GemmTile(256, 32, 4, 4, tma=True),
+        GemmTile(256, 32, 4, 4), GemmTile(256, 32, 8, 4), GemmTile(128, 32, 4, 4), GemmTile(128, 64, 8, 3, union=True),
     ],
     (128, "tf32"): [GemmTile(128, 32, 8, 4), GemmTile(64, 32, 4, 4)],
     (64, "tf32"): [GemmTile(128, 32, 4, 4), GemmTile(128, 32, 8, 4, union=True)],
@@ -101,14 +94,14 @@ GEMM = {
 
 GRAD_WEIGHT = {
     (128, "half"): [
-        GradWeightTile(1, 64, 8, 3), GradWeightTile(1, 64, 4, 4), GradWeightTile(2, 32, 8, 4),
-        GradWeightTile(1, 64, 8, 3, tma=True),
+        GradWeightTile(1, 64, 4, 3), GradWeightTile(1, 64, 8, 3), GradWeightTile(1, 64, 4, 4),
+        GradWeightTile(2, 32, 8, 4),
     ],
-    (64, "half"): [
-        GradWeightTile(2, 64, 4, 3), GradWeightTile(4, 64, 8, 4), GradWeightTile(1, 64, 4, 4),
-        GradWeightTile(1, 64, 4, 4, tma=True),
+    (64, "half"): [GradWeightTile(2, 64, 4, 3), GradWeightTile(4, 64, 8, 4), GradWeightTile(1, 64, 4, 4)],
+    (32, "half"): [
+        GradWeightTile(8, 64, 4, 2), GradWeightTile(8, 32, 4, 3), GradWeightTile(16, 32, 8, 2),
+        GradWeightTile(4, 128, 4, 3),
     ],
-    (32, "half"): [GradWeightTile(4, 64, 4, 4), GradWeightTile(8, 64, 8, 4)],
     (128, "tf32"): [GradWeightTile(1, 32, 8, 3)],
     (64, "tf32"): [GradWeightTile(2, 32, 8, 3), GradWeightTile(1, 32, 4, 3)],
     (32, "tf32"): [GradWeightTile(4, 32, 8, 3), GradWeightTile(2, 32, 4, 3)],

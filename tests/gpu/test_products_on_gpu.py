@@ -32,7 +32,7 @@ def every_tile() -> list[Any]:
         if choice >= max(len(gemm), len(tiles.GRAD_WEIGHT[block, kind])):
             continue
         tile = gemm[min(choice, len(gemm) - 1)]
-        template = block, dtype, allowed, tile.union, tile.chain > 1, tile.tma, tile.specialized
+        template = block, dtype, allowed, tile.union, tile.chain > 1, tile.tma
         marks = () if template in seen else pytest.mark.rank(0)
         seen.add(template)
         name = f"{block}-{dtype}-{kind}-{choice}".replace("torch.", "")
