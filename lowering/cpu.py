@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
 
-from . import cpu_attention, cpu_choice, cpu_linear, device
+from . import cpu_attention, cpu_choice, cpu_facts, cpu_linear, device
 from .memory import keep_freed_memory
 
 
@@ -69,5 +69,6 @@ device.register(
         lowerings=_lowerings,
         why_not_compiled=_why_not_compiled,
         keep_memory=keep_freed_memory,
+        facts=cpu_facts.facts,
     )
 )

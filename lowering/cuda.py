@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +56,28 @@ def _why_no_kernels() -> str | None:
     return None
 
 
+def _why_absent() -> str | None:
+    if torch.cuda.is_available():
+        return None
+    return "torch was built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
+
+
+def _facts() -> list[device.Fact]:
+    """GPU, Triton and the C compiler that Triton builds its launchers with."""
+    properties = torch.cuda.get_device_properties(0)
+    size = f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
+    capability = f"compute capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
+    found = importlib.util.find_spec("triton") is not None
+    version = importlib.metadata.version("triton") if found else "none"
+    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), "none")
+    missing = shutil.which(compiler.split()[0]) is None
+    return [
+        device.Fact("GPU", f"{properties.name}, {size}, {capability}", _why_no_kernels()),
+        device.Fact("triton", version, None if found else "install triton"),
+        device.Fact("C compiler", compiler, "Triton needs one: install gcc, or point CC to it" if missing else None),
+    ]
+
+
 def _times(layers: Sequence[device.Layer], tuned: bool) -> list[device.LayerTimes]:
     """One crossover for the whole graph: its products are all dense or all sparse."""
     density = crossover.of_weights([layer.grid for layer in layers], tuned)
@@ -73,5 +98,7 @@ device.register(
         times=_times,
         finest_block=TILE_BLOCK,  # a coarse grid costs density, a finer one all that could be saved
         lowerings=_lowerings,
+        why_absent=_why_absent,
+        facts=_facts,
     )
 )

@@ -78,6 +78,20 @@ def at_crossover(layer: Layer, density: float) -> LayerTimes:
 
 
 @dataclass(frozen=True)
+class Fact:
+    """What this machine has for a device, as ``python -m mst_compile doctor`` prints it.
+
+    Attributes:
+        what, value: a word or two, and a line.
+        problem: why kernels cannot run because of it, and what to do; None if all is well.
+    """
+
+    what: str
+    value: str
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
 class Device:
     """One device type.
 
@@ -104,6 +118,8 @@ class Device:
         why_not_compiled: why nothing can be compiled for the device on this machine, and what to do, or None. The
             model then runs in eager mode.
         keep_memory: asks the device's allocator to keep what it frees in the process.
+        why_absent: why this machine has no such device, or None.
+        facts: what this machine has for the device. May compile kernels.
     """
 
     type: str
@@ -119,6 +135,8 @@ class Device:
     lowerings: Callable[[], Mapping[str, Callable[..., Any]]] = dict
     why_not_compiled: Callable[[], str | None] = lambda: None
     keep_memory: Callable[[], object] = lambda: None
+    why_absent: Callable[[], str | None] = lambda: None
+    facts: Callable[[], Sequence[Fact]] = tuple
 
 
 _records: dict[str, Device] = {}

@@ -14,9 +14,10 @@ from arrows import Arrow
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 ORDER = (
-    "errors", "rules", "blocks", "ops", "kernels", "lowering", "state", "parallel", "graph", "api", "cost", "package",
+    "errors", "rules", "blocks", "ops", "kernels", "lowering", "state", "parallel", "graph", "api", "cost", "doctor",
+    "package",
 )  # fmt: skip
-DOORS = ("schedule", "flops", "communication")  # modules of the package itself that hand on public names
+DOORS = ("schedule", "flops", "communication", "__main__")  # modules of the package itself: public names, commands
 PRETEND = ("compat", "device", "codegen", "machine", "interpreter", "package")
 
 

@@ -40,3 +40,8 @@ def processor_name() -> str:
     facts = _facts()
     told = [f"{name}: {facts[name]}" for name in _FIELDS if name in facts]
     return "\n".join(told or [platform.machine(), platform.processor()])
+
+
+def short_name() -> str:
+    """What people call this processor."""
+    return _facts().get("model name") or platform.processor() or platform.machine()

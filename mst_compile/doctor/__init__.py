@@ -1,0 +1,1 @@
+"""``python -m mst_compile doctor``: what this machine has, whether the kernels are right on it, and how fast."""
