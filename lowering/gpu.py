@@ -20,7 +20,6 @@ from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, lowerings, to_dtype
 from torch._inductor.select_algorithm import ExternKernelChoice
 from torch._inductor.virtualized import V, ops
-from torch.utils._sympy.functions import FloorDiv
 
 from mst_compile.blocks.grid import BlockGrid, Lines
 from mst_compile.blocks.index import DENSE_GRAD
@@ -238,18 +237,27 @@ def _partials(
 
 
 def _finish(partials: Any, index: Any, grid: BlockGrid, split: int, dtype: torch.dtype) -> Any:
-    """The sum of the parts where a gradient is wanted, exact zeros elsewhere; fuses with what follows."""
-    parts, words = partials.make_loader(), index.make_loader()
-
-    def inner(position: Any) -> Any:
-        row, col = position
-        block = FloorDiv(row, grid.block) * grid.block_cols + FloorDiv(col, grid.block)
-        wanted = ops.or_(words([grid.active + block]), words([DENSE_GRAD]))
-
-        def total() -> Any:
-            return functools.reduce(ops.add, [parts([row + s * grid.rows, col]) for s in range(split)])
-
-        value = ops.masked(ops.ne(wanted, ops.constant(0, torch.int32)), total, 0.0)
-        return ops.to_dtype(value, dtype)
-
-    return ir.Pointwise.create(device=partials.get_device(), dtype=dtype, inner_fn=inner, ranges=[grid.rows, grid.cols])
+    """The sum of the parts where a gradient is wanted, exact zeros elsewhere; what follows can be fused into it."""
+    tile = grad_weight_kernel.sum_tile(grid.block)
+    layout = ir.FixedLayout(partials.get_device(), dtype, [grid.rows, grid.cols])
+    inputs, choices = [partials, index], list[Any]()
+    error = grad_weight_kernel.sum_template.maybe_append_choice(
+        choices,
+        input_nodes=tuple(inputs),
+        layout=layout,
+        num_warps=tile.warps,
+        num_stages=1,
+        BLOCK=grid.block,
+        BLOCK_COLS=grid.block_cols,
+        ROWS=grid.rows,
+        COLS=grid.cols,
+        WIDTH=static(partials.get_size()[1]),
+        SPLIT=split,
+        ACTIVE=grid.active,
+        DENSE_GRAD=DENSE_GRAD,
+        TILE_ROWS=tile.rows,
+        TILE_COLS=tile.cols,
+    )
+    if error is not None:
+        raise error
+    return compat.select("mst_grad_weight_sum", choices, inputs, layout)

@@ -58,12 +58,17 @@ def random_mask(in_features: int, out_features: int, block: int, transposed: boo
 
 
 def templates_of(made: Generated) -> list[GeneratedKernel]:
+    """All templates but the sum of grad-weight's parts."""
+    return [kernel for kernel in all_templates_of(made) if kind_of(kernel) != "sum"]
+
+
+def all_templates_of(made: Generated) -> list[GeneratedKernel]:
     kernels = [kernel for graph in made.graphs.values() for kernel in kernels_of(graph.source)]
     return [kernel for kernel in kernels if kernel.kind == "template"]
 
 
 def kind_of(kernel: GeneratedKernel) -> str:
-    return "grad_weight" if "GROUPS" in kernel.source else "gemm"
+    return "sum" if "arg_PARTIALS" in kernel.source else "grad_weight" if "GROUPS" in kernel.source else "gemm"
 
 
 def sizes_of_accesses(kernel: GeneratedKernel, dtype: torch.dtype, *, tf32: bool) -> dict[str, Any]:
@@ -145,6 +150,18 @@ def check_tile(tile: Any, kernel: GeneratedKernel, block: int, dtype: torch.dtyp
         # A product is waited for before the loop's next one is issued; only where a row tile ends, for all.
         waits = "".join(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", facts.ptx))
         assert waits == ("" if not wgmma else "100" if tile.chain > 1 else "10")
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(("rows", "cols", "dtype"), [(256, 512, BF16), (272, 400, F32), (199, 33, F16)])
+def test_parts_are_summed_by_16_bytes(block: int, rows: int, cols: int, dtype: torch.dtype) -> None:
+    case = product(1500, cols, rows, random_mask(cols, rows, block, False), block, dtype=dtype, bias=False)
+    made, _ = generated(case)
+    assert "SPLIT : tl.constexpr = 2" in made.backward.source
+    (kernel,) = (k for k in all_templates_of(made) if kind_of(k) == "sum")
+    facts = cross_compile(kernel)
+    writes = min(16, dtype.itemsize * cols & -(dtype.itemsize * cols))  # rows of 33 begin anywhere
+    check(facts, wgmma=False, spills=0, atomics=0, reads={"arg_PARTIALS": 16}, writes={"out_ptr0": writes})
 
 
 UNALIGNED = [
