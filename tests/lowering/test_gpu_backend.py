@@ -77,7 +77,8 @@ def test_a_model_through_the_backend(interpreter: Interpreter) -> None:
     forward = [k for k in kernels_of(made.forward.source) if k.kind == "template"]
     backward = [k for k in kernels_of(made.backward.source) if k.kind == "template"]
     assert len(forward) == 3
-    assert len(backward) == 6
+    sums = [kernel for kernel in backward if "arg_PARTIALS" in kernel.source]  # weights of one shape share theirs
+    assert (len(backward) - len(sums), len(sums)) == (6, 2)
     # PyTorch 2.11 fuses nothing through a view of the tokens, into its own matrix product templates neither.
     if torch.__version__ >= "2.13":
         assert any("erf(" in kernel.source for kernel in forward), "the activation is in the kernel's store"
