@@ -54,17 +54,24 @@ class _Call:
             "PRECISION": gpu_tiles.precision(self.q.get_dtype()),
         }
 
-    def run(self, which: str, more: dict[str, Any], mutated: Sequence[str], parts: Parts, backwards: bool) -> Any:
-        """One kernel on some parts, tuned. Its result has the queries' size and positions side by side in memory.
+    def run(
+        self,
+        which: str,
+        strides: Sequence[Any],
+        more: dict[str, Any],
+        mutated: Sequence[str],
+        parts: Parts,
+        backwards: bool,
+    ) -> Any:
+        """One kernel on some parts, tuned. Its result has the queries' size.
 
         Args:
+            strides: of the result.
             more: further operands by name, of which those in ``mutated`` are written too.
             backwards: whether the heads are taken from the last one on.
         """
         size = list(self.q.get_size())
-        _, heads, length, features = size
-        strides = [length * heads * features, features, heads * features, 1]
-        layout = ir.FixedLayout(self.q.get_device(), self.q.get_dtype(), size, strides)
+        layout = ir.FixedLayout(self.q.get_device(), self.q.get_dtype(), size, list(strides))
         names, inputs = [*self.names, *more], [*self.inputs, *more.values()]
         constants = self.constants | kernels.constants(parts) | self._strides(names, inputs)
         constants |= {"BEFORE": "SEEN" in names, "BACKWARDS": backwards}
@@ -80,7 +87,7 @@ class _Call:
                 num_stages=tile.stages,
                 BLOCK_M=tile.own,
                 BLOCK_N=tile.walked,
-                PACK=kernels.pack(tile, parts, compat.hint(length)),
+                PACK=kernels.pack(tile, parts, compat.hint(size[2])),
                 NAMES=repr(",".join(names)),
                 **constants,
             )
@@ -97,7 +104,7 @@ class _Call:
         return {
             f"{name}_STRIDE": gpu_operands.static(x.get_stride()[2])
             for name, x in by_name
-            if name in ("Q", "K", "V", "DO", "SEEN")
+            if name in ("Q", "K", "V", "DO", "DK", "DV", "SEEN")
         }
 
 
@@ -105,8 +112,8 @@ def _all_seen(mask: Any) -> torch.Tensor:
     return torch.ones([compat.hint(s) for s in mask.get_size()], dtype=torch.int8, device=mask.get_device())
 
 
-def _new(size: Sequence[Any], dtype: torch.dtype, device: Any) -> Any:
-    buffer = empty_strided(list(size), None, dtype=dtype, device=device)
+def _new(size: Sequence[Any], dtype: torch.dtype, device: Any, strides: Sequence[Any] | None = None) -> Any:
+    buffer = empty_strided(list(size), strides, dtype=dtype, device=device)
     buffer.realize()
     return buffer
 
@@ -120,9 +127,9 @@ def attention(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
         launches = [last, *runs]
     else:  # summaries are keys of the tiles that a run has
         launches = [call.parts]
-    out = None
+    out, strides = None, _by_position(call.q)
     for number, parts in enumerate(launches):
-        out = call.run("forward", {"LSE": lse} | _seen(out), ["LSE"], parts, backwards=number % 2 == 1)
+        out = call.run("forward", strides, {"LSE": lse} | _seen(out), ["LSE"], parts, backwards=number % 2 == 1)
     return out, lse
 
 
@@ -135,12 +142,11 @@ def attention_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *r
     saved = {"DO": grad, "LSE": _contiguous(lse), "DELTA": delta}
     launches = call.parts.alone()
     dq = None
-    dk, dv = (_gradient(call, zeros=bool(launches[0].summary)) for _ in range(2))
+    dk, dv = (_gradient(x, zeros=bool(launches[0].summary)) for x in (call.k, call.v))
     for number, parts in enumerate(launches):
         operands = saved | {"DK": dk, "DV": dv} | _seen(dq)
         # What computes delta goes from the first head to the last, the end of which is in the cache.
-        dq = call.run("backward", operands, ["DK", "DV"], parts, backwards=number % 2 == 0)
-    dk, dv = (lowerings[_aten.permute.default](x, [0, 2, 1, 3]) for x in (dk, dv))
+        dq = call.run("backward", _like(call.q), operands, ["DK", "DV"], parts, backwards=number % 2 == 0)
     return dq, dk, dv
 
 
@@ -153,15 +159,23 @@ def _contiguous(x: Any) -> Any:
     return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
 
 
-def _gradient(call: _Call, zeros: bool) -> Any:
-    """A buffer for the gradient of keys or values, ``[batch, length, key heads, size]``: launches write every position,
-    or add to those of summaries."""
-    batch, kv_heads, length, size = call.k.get_size()
-    dtype, device = call.q.get_dtype(), call.q.get_device()
-    shape = [batch, length, kv_heads, size]
+def _by_position(x: Any) -> list[Any]:
+    """Strides of ``[batch, heads, length, size]`` with positions side by side in memory."""
+    _, heads, length, features = x.get_size()
+    return [length * heads * features, features, heads * features, 1]
+
+
+def _like(x: Any) -> list[Any]:
+    """Strides of a gradient: those of ``x`` if that is contiguous, as autograd would copy it, else by position."""
+    contiguous = ir.FlexibleLayout.contiguous_strides(x.get_size())
+    return contiguous if V.graph.sizevars.statically_known_list_equals(x.get_stride(), contiguous) else _by_position(x)
+
+
+def _gradient(x: Any, zeros: bool) -> Any:
+    """A buffer for the gradient of keys or values: launches write every position, or add to those of summaries."""
     if not zeros:
-        return _new(shape, dtype, device)
-    buffer = full(shape, 0, dtype=dtype, device=device)
+        return _new(x.get_size(), x.get_dtype(), x.get_device(), _like(x))
+    buffer = full(x.get_size(), 0, dtype=x.get_dtype(), device=x.get_device())
     buffer.realize()
     buffer.freeze_layout()
     return buffer

@@ -145,6 +145,15 @@ def test_any_number_of_residues_may_share_a_tile(interpreter: Interpreter, data:
     check_generated(drawn, made, interpreter)
 
 
+@pytest.mark.parametrize("by_position", [False, True])
+def test_gradients_are_laid_out_like_their_operands(by_position: bool, interpreter: Interpreter) -> None:
+    """Autograd copies those of leaves otherwise."""
+    c = case(SPARSE, group=2, by_position=by_position)
+    made, _ = generated(c)
+    gradients = [t for t in interpreter.run(made.backward) if isinstance(t, Tensor)]
+    assert [t.stride() for t in gradients] == [t.stride() for t in (c.q, c.k, c.v)]
+
+
 def test_queries_that_see_no_key_give_zero(interpreter: Interpreter) -> None:
     nothing = case(SPARSE, padded=True)
     assert nothing.key_mask is not None
