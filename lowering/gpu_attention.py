@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from mst_compile.kernels.triton import attention as kernels
 from torch._inductor import ir
-from torch._inductor.lowering import empty_strided, lowerings, to_dtype
-from torch._inductor.virtualized import V, ops
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+from torch._inductor.lowering import empty_strided, full, lowerings, to_dtype
+from torch._inductor.virtualized import V
 
 from mst_compile.rules.patterns import Parts
 
@@ -55,23 +54,27 @@ class _Call:
             "PRECISION": gpu_tiles.precision(self.q.get_dtype()),
         }
 
-    def run(self, which: str, size: Sequence[Any], more: dict[str, Any], parts: Parts, mutated: str | None) -> Any:
-        """One kernel on some parts, tuned; its result has ``size`` and positions side by side in memory. ``mutated`` of
-        ``more`` is written too."""
-        _, heads, length, features = size
-        layout = ir.FixedLayout(
-            self.q.get_device(),
-            self.q.get_dtype(),
-            list(size),
-            [length * heads * features, features, heads * features, 1],
-        )
+    def run(
+        self,
+        which: str,
+        strides: Sequence[Any],
+        more: dict[str, Any],
+        mutated: Sequence[str],
+        parts: Parts,
+        backwards: bool,
+    ) -> Any:
+        """One kernel on some parts, tuned. Its result has the queries' size.
+
+        Args:
+            strides: of the result.
+            more: further operands by name, of which those in ``mutated`` are written too.
+            backwards: whether the heads are taken from the last one on.
+        """
+        size = list(self.q.get_size())
+        layout = ir.FixedLayout(self.q.get_device(), self.q.get_dtype(), size, list(strides))
         names, inputs = [*self.names, *more], [*self.inputs, *more.values()]
-        strides = {
-            f"{n}_STRIDE": gpu_operands.static(x.get_stride()[2])
-            for n, x in zip(names, inputs, strict=True)
-            if n in ("Q", "K", "V", "DO")
-        }
-        constants = self.constants | strides | kernels.constants(parts)
+        constants = self.constants | kernels.constants(parts) | self._strides(names, inputs)
+        constants |= {"BEFORE": "SEEN" in names, "BACKWARDS": backwards}
         template = getattr(kernels, which)
         choices: list[Any] = []
         for tile in kernels.tiles(self.size, self.kind, which, parts)[: None if gpu_tiles.tunes() else 1]:
@@ -79,11 +82,12 @@ class _Call:
                 choices,
                 input_nodes=tuple(inputs),
                 layout=layout,
-                mutated_inputs=[more[mutated]] if mutated else None,
+                mutated_inputs=[more[name] for name in mutated],
                 num_warps=tile.warps,
                 num_stages=tile.stages,
-                BLOCK_M=tile.queries,
-                BLOCK_N=tile.keys,
+                BLOCK_M=tile.own,
+                BLOCK_N=tile.walked,
+                PACK=kernels.pack(tile, parts, compat.hint(size[2])),
                 NAMES=repr(",".join(names)),
                 **constants,
             )
@@ -93,13 +97,23 @@ class _Call:
         masks = {i: _all_seen for i, n in enumerate(names) if n == "VISIBLE"}
         return compat.select(template.name, choices, inputs, layout, input_gen_fns=masks, return_multi_template=False)
 
+    @staticmethod
+    def _strides(names: Sequence[str], inputs: Sequence[Any]) -> dict[str, int]:
+        """Elements between the positions of those operands that have positions and features."""
+        by_name = zip(names, inputs, strict=True)
+        return {
+            f"{name}_STRIDE": gpu_operands.static(x.get_stride()[2])
+            for name, x in by_name
+            if name in ("Q", "K", "V", "DO", "DK", "DV", "SEEN")
+        }
+
 
 def _all_seen(mask: Any) -> torch.Tensor:
     return torch.ones([compat.hint(s) for s in mask.get_size()], dtype=torch.int8, device=mask.get_device())
 
 
-def _new(size: Sequence[Any], dtype: torch.dtype, device: Any) -> Any:
-    buffer = empty_strided(list(size), None, dtype=dtype, device=device)
+def _new(size: Sequence[Any], dtype: torch.dtype, device: Any, strides: Sequence[Any] | None = None) -> Any:
+    buffer = empty_strided(list(size), strides, dtype=dtype, device=device)
     buffer.realize()
     return buffer
 
@@ -108,7 +122,14 @@ def attention(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
     """Lowering of ``mst::attention``: the result and the log-denominators."""
     call = _Call(q, k, v, *rest)
     lse = _new(call.q.get_size()[:3], torch.float32, call.q.get_device())
-    out = call.run("forward", call.q.get_size(), {"LSE": lse}, call.parts, "LSE")
+    *runs, last = call.parts.alone()
+    if last.step:  # tiles of their own, before a run: that one always sees something
+        launches = [last, *runs]
+    else:  # summaries are keys of the tiles that a run has
+        launches = [call.parts]
+    out, strides = None, _by_position(call.q)
+    for number, parts in enumerate(launches):
+        out = call.run("forward", strides, {"LSE": lse} | _seen(out), ["LSE"], parts, backwards=number % 2 == 1)
     return out, lse
 
 
@@ -119,67 +140,42 @@ def attention_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *r
     product = lowerings[_aten.mul.Tensor](to_dtype(grad, torch.float32), to_dtype(out, torch.float32))
     delta = _contiguous(lowerings[_aten.sum.dim_IntList](product, [-1]))
     saved = {"DO": grad, "LSE": _contiguous(lse), "DELTA": delta}
-    dq = dk = dv = None
-    # Row-wise dots want other tiles than products.
-    for parts in call.parts.alone() if call.parts.step else [call.parts]:
-        dq = _sum(dq, call.run("grad_query", call.q.get_size(), saved, parts, None))
-    for parts in call.parts.alone():
-        count = FloorDiv(call.k.get_size()[2], parts.summary) if parts.summary else call.k.get_size()[2]
-        if V.graph.sizevars.statically_known_equals(count, 0):
-            continue
-        dk_part, dv_part = _key_value(call, saved, count, parts)
-        dk, dv = _sum(dk, dk_part), _sum(dv, dv_part)
-    return dq, _or_zeros(dk, call.k), _or_zeros(dv, call.v)
+    launches = call.parts.alone()
+    dq = None
+    dk, dv = (_gradient(x, zeros=bool(launches[0].summary)) for x in (call.k, call.v))
+    for number, parts in enumerate(launches):
+        operands = saved | {"DK": dk, "DV": dv} | _seen(dq)
+        # What computes delta goes from the first head to the last, the end of which is in the cache.
+        dq = call.run("backward", _like(call.q), operands, ["DK", "DV"], parts, backwards=number % 2 == 0)
+    return dq, dk, dv
+
+
+def _seen(before: Any) -> dict[str, Any]:
+    """The result of the launch before, which the next one adds its share to, as an operand."""
+    return {} if before is None else {"SEEN": ir.ExternKernel.realize_input(before)}
 
 
 def _contiguous(x: Any) -> Any:
     return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
 
 
-def _sum(a: Any, b: Any) -> Any:
-    return b if a is None else lowerings[_aten.add.Tensor](a, b)
+def _by_position(x: Any) -> list[Any]:
+    """Strides of ``[batch, heads, length, size]`` with positions side by side in memory."""
+    _, heads, length, features = x.get_size()
+    return [length * heads * features, features, heads * features, 1]
 
 
-def _or_zeros(gradient: Any, like: Any) -> Any:
-    """A gradient, or zeros where no query sees any key."""
-    if gradient is not None:
-        return gradient
-    dtype = like.get_dtype()
-    return ir.Pointwise.create(
-        device=like.get_device(),
-        dtype=dtype,
-        inner_fn=lambda _: ops.constant(0.0, dtype),
-        ranges=list(like.get_size()),
-    )
+def _like(x: Any) -> list[Any]:
+    """Strides of a gradient: those of ``x`` if that is contiguous, as autograd would copy it, else by position."""
+    contiguous = ir.FlexibleLayout.contiguous_strides(x.get_size())
+    return contiguous if V.graph.sizevars.statically_known_list_equals(x.get_stride(), contiguous) else _by_position(x)
 
 
-def _key_value(call: _Call, saved: dict[str, Any], count: Any, parts: Parts) -> tuple[Any, Any]:
-    """The share of one launch, over ``count`` keys, in the gradients of keys and values."""
-    batch, kv_heads, length, size = call.k.get_size()
-    by_position = _new([batch, count, kv_heads, size], call.q.get_dtype(), call.q.get_device())
-    dk = call.run("grad_key_value", [batch, kv_heads, count, size], saved | {"DV": by_position}, parts, "DV")
-    dv = lowerings[_aten.permute.default](by_position, [0, 2, 1, 3])
-    if not parts.summary:
-        return dk, dv
-    return _spread(dk, parts.summary, count, length), _spread(dv, parts.summary, count, length)
-
-
-def _spread(of_summaries: Any, summary: int, count: Any, length: Any) -> Any:
-    """The gradients of ``count`` summaries at their positions, the last one of each chunk, and 0 between them."""
-    load = of_summaries.make_loader()
-    batch, heads, _, size = of_summaries.get_size()
-
-    def inner(position: Any) -> Any:
-        batch, head, t, d = position
-        chunk = FloorDiv(t, summary)
-        where = ops.index_expr(ModularIndexing(t, 1, summary), torch.int32)
-        last = ops.eq(where, ops.constant(summary - 1, torch.int32))
-        inside = ops.lt(ops.index_expr(chunk, torch.int32), ops.index_expr(count, torch.int32))
-        return ops.masked(ops.logical_and(last, inside), lambda: load([batch, head, chunk, d]), 0.0)
-
-    return ir.Pointwise.create(
-        device=of_summaries.get_device(),
-        dtype=of_summaries.get_dtype(),
-        inner_fn=inner,
-        ranges=[batch, heads, length, size],
-    )
+def _gradient(x: Any, zeros: bool) -> Any:
+    """A buffer for the gradient of keys or values: launches write every position, or add to those of summaries."""
+    if not zeros:
+        return _new(x.get_size(), x.get_dtype(), x.get_device(), _like(x))
+    buffer = full(x.get_size(), 0, dtype=x.get_dtype(), device=x.get_device())
+    buffer.realize()
+    buffer.freeze_layout()
+    return buffer

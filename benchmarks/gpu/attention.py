@@ -27,10 +27,14 @@ def _parts(cell: AttentionCell) -> Parts:
 
 
 def operands(cell: AttentionCell, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Queries, keys, values and the gradient of the result, ``[batch, heads, length, size]``."""
+    """Queries, keys, values and the gradient of the result, ``[batch, heads, length, size]``.
+
+    The gradient lies as the result of all sides does, positions side by side: what follows in a model leaves it so.
+    """
     generator = torch.Generator(device).manual_seed(0)
     shape = cell.batch, cell.heads, cell.length, cell.size
-    return [torch.randn(*shape, generator=generator, device=device, dtype=dtype) for _ in range(4)]
+    *qkv, grad = (torch.randn(*shape, generator=generator, device=device, dtype=dtype) for _ in range(4))
+    return [*qkv, grad.transpose(1, 2).contiguous().transpose(1, 2)]
 
 
 def ours(cell: AttentionCell) -> Attend:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import mst_compile.lowering.inductor  # noqa: F401  (registers the lowerings)
 import pytest
@@ -43,8 +44,9 @@ SIZES = [
     *((BF16, False, size) for size in (64, 128, 256)),
     *((F32, tf32, size) for tf32, size in ((True, 64), (True, 128), (False, 128))),
 ]
-# Triton 3.9 spills nothing; 3.8 one register of one fp32 tile, a store and a load.
-SPILLS = 2 if triton.__version__.startswith("3.8.") else 0
+# Triton 3.9 spills nothing; 3.6 and 3.8 one register of one fp32 tile, a store and a load.
+SPILLS = 2 if triton.__version__.startswith(("3.6.", "3.8.")) else 0
+WIDE = ("arg_Q", "arg_K", "arg_V")  # loaded 16 bytes a thread, also from rows a stride apart
 # These two hold the loops of the others; the third is what most models have.
 GATES = [(p, *size) for p in ("window and distances", "chunk and summaries") for size in SIZES]
 GATES += [("everything", *SIZES[0])]
@@ -59,21 +61,31 @@ def test_every_tile_compiles_to_good_machine_code(what: str, dtype: torch.dtype,
         for graph in made.graphs.values():
             for kernel in kernels_of(graph.source):
                 if kernel.kind == "template":
-                    # Products of 32 keys are too narrow for wgmma; row-wise dots have none, IEEE ones no tensor core.
-                    products = "tl.dot(" in kernel.source and (dtype != F32 or tf32)
+                    # Tiles of 32 queries or keys are too short for wgmma; IEEE products have no tensor core.
                     facts = cross_compile(kernel)
-                    check(facts, wgmma=bool(facts.wgmma), spills=SPILLS, atomics=0)
-                    assert bool(facts.wgmma or facts.mma_v2) == products, "tensor cores do the products"
-                    assert not products or facts.wgmma or size > 64
+                    reads = {} if dtype == F32 else dict.fromkeys(WIDE, 16)
+                    check(facts, wgmma=bool(facts.wgmma), spills=SPILLS, atomics=0, reads=reads)
+                    assert bool(facts.wgmma or facts.mma_v2) == (dtype != F32 or tf32), "tensor cores do the products"
+                    assert dtype == F32 or facts.wgmma or size > 128
         choice += 1
 
 
 def test_tiles_of_every_kind_and_size() -> None:
     for kind, largest in (("half", 256), ("tf32", 128), ("ieee", 128)):
         for size in (16, 64, 80, 128, largest):
-            for which in ("forward", "grad_query", "grad_key_value"):
+            for which in ("forward", "backward"):
                 for parts in (Parts(window=40), Parts(step=32)):
                     assert kernels.tiles(size, kind, which, parts)
+
+
+@given(st.integers(1, 300), st.integers(1, 10**5), st.sampled_from([16, 32, 64, 128]), st.sampled_from([16, 64]))
+def test_tiles_hold_whole_classes_where_they_can(step: int, length: int, own: int, walked: int) -> None:
+    pack = kernels.pack(kernels.AttentionTile(own, walked, 4, 1), Parts(step=step), length)
+    room, chunks = min(own, walked), -(-length // step)
+    assert pack & (pack - 1) == 0
+    assert 1 <= pack <= min(room, step)
+    assert pack == 1 or pack * chunks <= room
+    assert 2 * pack > step or 4 * pack * chunks > room, "no more than half of a tile is left empty"
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -109,6 +121,37 @@ def test_numbers_of_generated_code(what: str, interpreter: Interpreter, data: st
     drawn = data.draw(cases(what))
     made, _ = generated(drawn, data.draw(st.integers(0, 1)))
     check_generated(drawn, made, interpreter)
+
+
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_number_of_residues_may_share_a_tile(interpreter: Interpreter, data: st.DataObject) -> None:
+    """Whatever the length: that it is chosen for one makes no other wrong."""
+    step, length = data.draw(st.sampled_from([1, 2, 3, 7, 16, 40, 64, 300, 2**40])), data.draw(st.integers(1, 200))
+    first = data.draw(st.sampled_from([0, 1, step - 1, step, step + 1, 2 * step, 5 * step + 3, 150, 2**40]))
+    window = data.draw(st.sampled_from([0, first]))
+    drawn = case(
+        Parts(window=window, first=first, step=step),
+        group=data.draw(st.integers(1, 2)),
+        length=length,
+        size=16,
+        dtype=data.draw(st.sampled_from([F32, BF16])),
+        padded=data.draw(st.booleans()),
+        seed=data.draw(st.integers(0, 2**31)),
+    )
+    pack = data.draw(st.sampled_from([1, 2, 4, 8, 16]))
+    with mock.patch.object(kernels, "pack", return_value=pack):
+        made, _ = generated(drawn)
+    check_generated(drawn, made, interpreter)
+
+
+@pytest.mark.parametrize("by_position", [False, True])
+def test_gradients_are_laid_out_like_their_operands(by_position: bool, interpreter: Interpreter) -> None:
+    """Autograd copies those of leaves otherwise."""
+    c = case(SPARSE, group=2, by_position=by_position)
+    made, _ = generated(c)
+    gradients = [t for t in interpreter.run(made.backward) if isinstance(t, Tensor)]
+    assert [t.stride() for t in gradients] == [t.stride() for t in (c.q, c.k, c.v)]
 
 
 def test_queries_that_see_no_key_give_zero(interpreter: Interpreter) -> None:
