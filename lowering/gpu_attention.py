@@ -54,24 +54,15 @@ class _Call:
             "PRECISION": gpu_tiles.precision(self.q.get_dtype()),
         }
 
-    def run(
-        self,
-        which: str,
-        strides: Sequence[Any],
-        more: dict[str, Any],
-        mutated: Sequence[str],
-        parts: Parts,
-        backwards: bool,
-    ) -> Any:
-        """One kernel on some parts, tuned. Its result has the queries' size.
+    def run(self, which: str, more: dict[str, Any], mutated: Sequence[str], parts: Parts, backwards: bool) -> Any:
+        """One kernel on some parts, tuned. Its result has the queries' size and positions side by side in memory.
 
         Args:
-            strides: of the result.
             more: further operands by name, of which those in ``mutated`` are written too.
             backwards: whether the heads are taken from the last one on.
         """
         size = list(self.q.get_size())
-        layout = ir.FixedLayout(self.q.get_device(), self.q.get_dtype(), size, list(strides))
+        layout = ir.FixedLayout(self.q.get_device(), self.q.get_dtype(), size, _by_position(size))
         names, inputs = [*self.names, *more], [*self.inputs, *more.values()]
         constants = self.constants | kernels.constants(parts) | self._strides(names, inputs)
         constants |= {"BEFORE": "SEEN" in names, "BACKWARDS": backwards}
@@ -127,9 +118,9 @@ def attention(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any]:
         launches = [last, *runs]
     else:  # summaries are keys of the tiles that a run has
         launches = [call.parts]
-    out, strides = None, _by_position(call.q)
+    out = None
     for number, parts in enumerate(launches):
-        out = call.run("forward", strides, {"LSE": lse} | _seen(out), ["LSE"], parts, backwards=number % 2 == 1)
+        out = call.run("forward", {"LSE": lse} | _seen(out), ["LSE"], parts, backwards=number % 2 == 1)
     return out, lse
 
 
@@ -146,7 +137,7 @@ def attention_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *r
     for number, parts in enumerate(launches):
         operands = saved | {"DK": dk, "DV": dv} | _seen(dq)
         # What computes delta goes from the first head to the last, the end of which is in the cache.
-        dq = call.run("backward", _like(call.q), operands, ["DK", "DV"], parts, backwards=number % 2 == 0)
+        dq = call.run("backward", operands, ["DK", "DV"], parts, backwards=number % 2 == 0)
     return dq, dk, dv
 
 
@@ -159,23 +150,18 @@ def _contiguous(x: Any) -> Any:
     return ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x))
 
 
-def _by_position(x: Any) -> list[Any]:
+def _by_position(size: Sequence[Any]) -> list[Any]:
     """Strides of ``[batch, heads, length, size]`` with positions side by side in memory."""
-    _, heads, length, features = x.get_size()
+    _, heads, length, features = size
     return [length * heads * features, features, heads * features, 1]
-
-
-def _like(x: Any) -> list[Any]:
-    """Strides of a gradient: those of ``x`` if that is contiguous, as autograd would copy it, else by position."""
-    contiguous = ir.FlexibleLayout.contiguous_strides(x.get_size())
-    return contiguous if V.graph.sizevars.statically_known_list_equals(x.get_stride(), contiguous) else _by_position(x)
 
 
 def _gradient(x: Any, zeros: bool) -> Any:
     """A buffer for the gradient of keys or values: launches write every position, or add to those of summaries."""
+    size, dtype, device = x.get_size(), x.get_dtype(), x.get_device()
     if not zeros:
-        return _new(x.get_size(), x.get_dtype(), x.get_device(), _like(x))
-    buffer = full(x.get_size(), 0, dtype=x.get_dtype(), device=x.get_device())
+        return _new(size, dtype, device, _by_position(size))
+    buffer = full(size, 0, dtype=dtype, device=device)
     buffer.realize()
-    buffer.freeze_layout()
+    buffer.freeze_layout_with_exact_strides(_by_position(size))
     return buffer

@@ -29,12 +29,11 @@ def _parts(cell: AttentionCell) -> Parts:
 def operands(cell: AttentionCell, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Queries, keys, values and the gradient of the result, ``[batch, heads, length, size]``.
 
-    The gradient lies as the result of all sides does, positions side by side: what follows in a model leaves it so.
+    As a model's projections leave them, positions side by side in memory, as all sides' results and gradients lie.
     """
     generator = torch.Generator(device).manual_seed(0)
-    shape = cell.batch, cell.heads, cell.length, cell.size
-    *qkv, grad = (torch.randn(*shape, generator=generator, device=device, dtype=dtype) for _ in range(4))
-    return [*qkv, grad.transpose(1, 2).contiguous().transpose(1, 2)]
+    shape = cell.batch, cell.length, cell.heads, cell.size
+    return [torch.randn(*shape, generator=generator, device=device, dtype=dtype).transpose(1, 2) for _ in range(4)]
 
 
 def ours(cell: AttentionCell) -> Attend:
