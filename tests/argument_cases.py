@@ -209,6 +209,7 @@ for _function in (sparsifier, mst_compile.densify, mst_compile.explain, mst_comp
     bad(_function.__name__, lambda b, v, f=_function: f(v), NO_MODEL)
 bad("weight_decay", lambda b, v: mst_compile.param_groups(b.model, weight_decay=v), NO_NUMBER)
 bad("density_rate", lambda b, v: mst_compile.param_groups(b.model, density_rate=v), NO_NUMBER)
+bad("density_decay", lambda b, v: mst_compile.param_groups(b.model, density_decay=v), NO_NUMBER[1:])
 bad("group", lambda b, v: check_ranks(b.model, v), [5, "world"])
 bad("reduce_active_blocks", lambda b, v: reduce_active_blocks(v), NO_MODEL)
 bad("group", lambda b, v: ActiveBlocks(v), [5, "world"])
