@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import math
+import pathlib
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers import Blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_cases import element_masks
 from oracles import assert_within, of_rounding
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dsd
 from training import batches, fresh, loss_of, train
 
 from mst_compile import Constant, MixedSparsity, Schedule, param_groups, sparsifier, sparsify
@@ -150,6 +153,31 @@ def test_l2_that_is_normalised_stays(maker: str) -> None:
     assert rate == pytest.approx(0.125 / sparsifier(model).density)
     assert decay == WEIGHT_DECAY
     assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.125, WEIGHT_DECAY)
+
+
+class Outer(torch.optim.Optimizer):
+    """Lets another optimizer step, on the same groups."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+@pytest.mark.parametrize("maker", ["adam", "decoupled adam", "nadam", "decoupled nadam", "sgd"])
+def test_who_steps_for_another_is_known_by_its_groups(maker: str) -> None:
+    seen = []
+    for wrap in (lambda o: o, Outer):
+        model = single(Constant(0.75, growth="none"))
+        inner = {**BY_RATE, **SCALE_FREE}[maker](param_groups(model, weight_decay=WEIGHT_DECAY), 0.125)
+        optimizer = wrap(inner)
+        found = seen_in_steps(inner)
+        model.weight.grad = torch.ones_like(model.weight)
+        optimizer.step()
+        seen.append(found)
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("maker", ["sgd", "adamw", "adam", "rmsprop", "decoupled nadam"])
@@ -401,6 +429,23 @@ def test_a_function_that_is_missing_is_told_before_anything_is_loaded() -> None:
         other.load_state_dict(state)
     assert other.param_groups[0]["density_rate"] == 1.0
     assert all(torch.equal(v, before[k]) for k, v in next(iter(other.state.values())).items())
+
+
+@pytest.mark.parametrize(
+    "laws", [{}, {"density_rate": "graphcore", "density_decay": lambda d: d}], ids=["default", "of one's own"]
+)
+def test_distributed_checkpoints_hold_the_laws(laws: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    whole, _ = run(20, **laws)
+    model, optimizer = run(9, **laws)
+    dcp.save({"model": model.state_dict(), "optimizer": dsd.get_optimizer_state_dict(model, optimizer)},
+             checkpoint_id=tmp_path)  # fmt: skip
+    again, other = run(0, **laws)
+    template = {"model": again.state_dict(), "optimizer": dsd.get_optimizer_state_dict(again, other)}
+    dcp.load(template, checkpoint_id=tmp_path)
+    dsd.set_state_dict(again, other, model_state_dict=template["model"], optim_state_dict=template["optimizer"])
+    assert other.param_groups[0].keys() == optimizer.param_groups[0].keys()
+    train(again, other, "none", rest_of(20, 9))
+    assert_same_weights(again, whole)
 
 
 # -- compiled steps ----------------------------------------------------------------------------------------------------
