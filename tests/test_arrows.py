@@ -16,7 +16,7 @@ TESTS = ROOT / "tests"
 ORDER = (
     "errors", "rules", "blocks", "ops", "kernels", "lowering", "state", "parallel", "graph", "api", "cost", "package",
 )  # fmt: skip
-DOORS = ("schedule", "flops", "communication")  # modules of the package itself that hand on public names
+DOORS = ("schedule", "recipes", "flops", "communication")  # modules of the package itself that hand on public names
 PRETEND = ("compat", "device", "codegen", "machine", "interpreter", "package")
 
 

@@ -61,6 +61,8 @@ def _schedule(schedule: Schedule, step: int) -> dict[str, Any]:
         "growth": type(rule).__qualname__,
         "gradient_steps": rule.gradient_steps,
         "distribution": schedule.distribution,
+        "magnitude": schedule.magnitude,
+        "drop_after_pruning": schedule.drop_after_pruning,
         "attention": [attention.name, attention.window, attention.stride, list(schedule.attention_steps())],
     }
     if type(schedule) in (MixedSparsity, Constant):
