@@ -78,7 +78,9 @@ class Constant(Schedule):
         if self.total_steps is None:
             given = {"events": self.events is not None, "until": self.until != 0.75, "anneal": self.anneal != "cosine"}
             for name in (name for name, there in given.items() if there):
-                raise ScheduleError(f"{name}={getattr(self, name)!r} needs to know total_steps; give the run's length")
+                raise ScheduleError(
+                    f"{name}={getattr(self, name)!r} needs to know total_steps, which is None; give the run's length"
+                )
         if self.events is None:
             return
         if self.interval != _INTERVAL:

@@ -49,12 +49,12 @@ def dynsparse(total_steps: int, sparsity: float = 0.9, events: int = 160, **chan
 
 
 def granet(total_steps: int, sparsity: float = 0.9, **changes: Any) -> GradualPruning:
-    """GraNet from dense to sparse (arXiv 2106.10404, "Gradual Pruning with Zero-Cost Neuroregeneration", with the numbers
-    of its code for ImageNet): gradual magnitude pruning over 30 % of the run, each pruning followed by the regrowth of
-    a share that falls from 50 % along a cosine over the whole run, by gradient.
+    """GraNet from dense to sparse (arXiv 2106.10404, "Gradual Pruning with Zero-Cost Neuroregeneration"; the numbers
+    are those of its code for ImageNet): gradual magnitude pruning over 30 % of the run, each pruning followed by the
+    regrowth of a share that falls from 50 % along a cosine over the whole run, by gradient.
 
-    ``initial_sparsity=0.5`` is its form from sparse to sparse, ``growth="none"`` pruning alone (arXiv 1710.01878). Densities over the layers are ERK throughout, where the
-    paper prunes by one threshold for all layers.
+    ``initial_sparsity=0.5`` is its form from sparse to sparse, ``growth="none"`` pruning alone (arXiv 1710.01878).
+    Densities over the layers are ERK throughout, where the paper prunes by one threshold for all layers.
     """
     return GradualPruning(total_steps, sparsity, **changes)
 
@@ -62,10 +62,9 @@ def granet(total_steps: int, sparsity: float = 0.9, **changes: Any) -> GradualPr
 def sparse_then_dense(
     total_steps: int, sparsity: float = 0.75, dense: float | int = 0.2, **changes: Any
 ) -> MixedSparsity:
-    """Sparse pretraining, dense at once afterwards (SPDF, arXiv 2303.10464, "Sparse Pre-training and
-    Dense Fine-tuning"): the same sparsity in all
-    layers, random masks that never change, and no mask at all for the last ``dense`` steps; weights that return begin
-    at 0.
+    """Sparse pretraining, dense at once afterwards (SPDF, arXiv 2303.10464, "Sparse Pre-training and Dense
+    Fine-tuning"): the same sparsity in all layers, random masks that never change, and no mask at all for the last
+    ``dense`` steps; weights that return begin at 0.
 
     Args:
         dense: a share of ``total_steps`` if a float, a number of steps if an int; in the paper the fine-tuning.
