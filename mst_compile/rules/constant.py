@@ -77,7 +77,8 @@ class Constant(Schedule):
     def _check_end(self) -> None:
         if self.total_steps is None:
             given = {"events": self.events is not None, "until": self.until != 0.75, "anneal": self.anneal != "cosine"}
-            for name in (name for name, there in given.items() if there):
+            name = next((name for name, there in given.items() if there), None)
+            if name is not None:
                 raise ScheduleError(
                     f"{name}={getattr(self, name)!r} needs to know total_steps, which is None; give the run's length"
                 )
