@@ -2,6 +2,7 @@
 
 from .rules.attention import Attention
 from .rules.constant import Constant
+from .rules.gradual_pruning import GradualPruning
 from .rules.growth import SET, Growth, Mixed, NoGrowth, RigL
 from .rules.mixed_sparsity import MixedSparsity
 from .rules.patterns import Parts, Pattern
@@ -11,6 +12,7 @@ __all__ = [
     "SET",
     "Attention",
     "Constant",
+    "GradualPruning",
     "Growth",
     "Mixed",
     "MixedSparsity",

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 import mst_compile
-from mst_compile import Constant, MixedSparsity, Override, Schedule, sparsifier, sparsify
+from mst_compile import Constant, MixedSparsity, Override, Schedule, recipes, sparsifier, sparsify
 from mst_compile.communication import ActiveBlocks, check_ranks, reduce_active_blocks
 from mst_compile.flops import Meter, attention_saving, dense_linear_training, linear_training
-from mst_compile.schedule import SET, Attention, Growth, Mixed, NoGrowth, Parts, Pattern, RigL
+from mst_compile.schedule import SET, Attention, GradualPruning, Growth, Mixed, NoGrowth, Parts, Pattern, RigL
 
 SPARSE = Constant(0.7, growth="none")
 NAN, INF = math.nan, math.inf
@@ -58,6 +58,23 @@ bad("total_steps", lambda b, v: MixedSparsity(v), NO_STEPS)
 bad("sparsity", lambda b, v: MixedSparsity(100, v), NO_SPARSITY)
 bad("sparsity", lambda b, v: MixedSparsity.published(100, v), [1.0, NAN])
 bad("sparsity", lambda b, v: Constant(v), NO_SPARSITY)
+bad("magnitude", lambda b, v: Constant(0.5, magnitude=v), ["l0", "L1", 1, None, True])
+bad("magnitude", lambda b, v: MixedSparsity(100, magnitude=v), ["l0", 2, None])
+bad("events", lambda b, v: Constant(0.5, total_steps=100, events=v), [v for v in NO_STEPS if v is not None] + [76])
+bad("until", lambda b, v: Constant(0.5, total_steps=100, until=v), NO_SHARE)
+bad("anneal", lambda b, v: Constant(0.5, total_steps=100, anneal=v), ["linear", None, True, 0])
+bad("total_steps", lambda b, v: Constant(0.5, anneal=v), ["none"])
+bad("total_steps", lambda b, v: GradualPruning(v), NO_STEPS)
+for _name in ("sparsity", "initial_sparsity"):
+    bad(_name, lambda b, v, n=_name: GradualPruning(100, **{n: v}), NO_SPARSITY)
+for _name in ("start", "end"):
+    bad(_name, lambda b, v, n=_name: GradualPruning(100, **{n: v}), [-1, -0.5, 1.5, 101, True, "10", None, NAN])
+bad("interval", lambda b, v: GradualPruning(100, interval=v), [v for v in NO_STEPS if v is not None])
+bad("drop_fraction", lambda b, v: GradualPruning(100, drop_fraction=v), NO_SHARE)
+bad("total_steps", lambda b, v: recipes.dynsparse(v), NO_STEPS)
+bad("total_steps", lambda b, v: recipes.granet(v), NO_STEPS)
+bad("total_steps", lambda b, v: recipes.sparse_then_dense(v), NO_STEPS)
+bad("sparsity", lambda b, v: recipes.sparse_evolutionary(v), NO_SPARSITY)
 bad("interval", lambda b, v: Constant(0.5, interval=v), NO_STEPS)
 bad("drop_fraction", lambda b, v: Constant(0.5, drop_fraction=v), NO_SHARE)
 bad("gradient_share", lambda b, v: Constant(0.5, gradient_share=v), NO_SHARE)
@@ -209,6 +226,7 @@ for _function in (sparsifier, mst_compile.densify, mst_compile.explain, mst_comp
     bad(_function.__name__, lambda b, v, f=_function: f(v), NO_MODEL)
 bad("weight_decay", lambda b, v: mst_compile.param_groups(b.model, weight_decay=v), NO_NUMBER)
 bad("density_rate", lambda b, v: mst_compile.param_groups(b.model, density_rate=v), NO_NUMBER)
+bad("density_decay", lambda b, v: mst_compile.param_groups(b.model, density_decay=v), NO_NUMBER[1:])
 bad("group", lambda b, v: check_ranks(b.model, v), [5, "world"])
 bad("reduce_active_blocks", lambda b, v: reduce_active_blocks(v), NO_MODEL)
 bad("group", lambda b, v: ActiveBlocks(v), [5, "world"])

@@ -17,7 +17,7 @@ ORDER = (
     "errors", "rules", "blocks", "ops", "kernels", "lowering", "state", "parallel", "graph", "api", "cost", "doctor",
     "package",
 )  # fmt: skip
-DOORS = ("schedule", "flops", "communication", "__main__")  # modules of the package itself: public names, commands
+DOORS = ("schedule", "flops", "communication", "recipes", "__main__")  # the package's own: public names, commands
 PRETEND = ("compat", "device", "codegen", "machine", "interpreter", "package")
 
 

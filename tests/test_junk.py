@@ -16,12 +16,12 @@ from helpers import Blocks
 from torch import nn
 
 import mst_compile
-from mst_compile import Constant, MixedSparsity, Override, sparsifier, sparsify
+from mst_compile import Constant, MixedSparsity, Override, recipes, sparsifier, sparsify
 from mst_compile.communication import ActiveBlocks, check_ranks, reduce_active_blocks
 from mst_compile.errors import MSTError
 from mst_compile.flops import CompiledFlopCounter, Meter, attention_saving, dense_linear_training, linear_training
 from mst_compile.rules.patterns import PATTERNS
-from mst_compile.schedule import Attention, Mixed, Parts, RigL
+from mst_compile.schedule import Attention, GradualPruning, Mixed, Parts, RigL
 
 SPARSE = Constant(0.7, growth="none")
 
@@ -68,6 +68,13 @@ def doors() -> Doors:
         "MixedSparsity": (MixedSparsity, {"total_steps": 100}),
         "published": (MixedSparsity.published, {"total_steps": 100, "warmup": 0.1, "attention_window": (1, 5)}),
         "Constant": (Constant, {"sparsity": 0.5}),
+        "GradualPruning": (GradualPruning, {"total_steps": 100}),
+        "dynsparse": (recipes.dynsparse, {"total_steps": 1000}),
+        "granet": (recipes.granet, {"total_steps": 100}),
+        "rigl": (recipes.rigl, {"total_steps": 1000}),
+        "sparse_evolutionary": (recipes.sparse_evolutionary, {"sparsity": 0.5}),
+        "sparse_then_dense": (recipes.sparse_then_dense, {"total_steps": 100}),
+        "mixed_sparsity_training": (recipes.mixed_sparsity_training, {"total_steps": 100}),
         "Override": (Override, {}),
         "Attention": (Attention, {}),
         "Parts": (Parts, {"window": 4}),
@@ -98,7 +105,8 @@ def doors() -> Doors:
         "reduce": (ActiveBlocks().reduce, {"bucket": None}),
     }
     for method in ("sparsity_at", "drop_fraction_at", "is_topology_event", "attention_at", "phases"):
-        found[f"schedule {method}"] = getattr(MixedSparsity(100), method), {}
+        for kind in (MixedSparsity, GradualPruning):
+            found[f"{kind.__name__} {method}"] = getattr(kind(100), method), {}
     for name, pattern in PATTERNS.items():
         found[f"pattern {name}"] = pattern.parts, {"window": 4, "stride": 4}
     return found

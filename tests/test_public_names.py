@@ -47,7 +47,7 @@ def test_all_is_there_and_names_no_module() -> None:
         assert not isinstance(getattr(mst_compile, name), type(mst_compile)), f"{name} is shadowed by a module"
 
 
-@pytest.mark.parametrize("door", ["schedule", "flops", "communication"])
+@pytest.mark.parametrize("door", ["schedule", "recipes", "flops", "communication"])
 def test_doors_lead_into_the_rooms(door: str) -> None:
     module = importlib.import_module(f"mst_compile.{door}")
     assert module.__all__ == sorted(module.__all__, key=lambda n: (not n.isupper(), n))

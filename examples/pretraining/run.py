@@ -49,13 +49,14 @@ def optimizer_for(
     GPT-2's hidden weights begin small, and embeddings want larger steps than they do: theirs is ``hidden_rate * lr``.
     The fewer inputs an output sums over, the larger the learning rate of its weights should be: in a narrower model
     (muP, arXiv 2203.03466), and in a sparser one (SµPar, arXiv 2405.15743), which ``density_rate`` takes care of.
+    Weight decay does not grow with the rate: learning rate times weight decay is the full dense model's.
     """
     hidden = {id(m.weight) for m in model.modules() if isinstance(m, Conv1D)}
     matrices = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in hidden]
     groups = [
         {
             "params": [p for p in model.parameters() if id(p) in hidden],
-            "weight_decay": 0.1,
+            "weight_decay": 0.1 * relative_width,
             "rate": hidden_rate / relative_width,
             "density_rate": 1.0,
         },

@@ -7,7 +7,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from .configurations import CONFIGURATIONS
+from .configurations import CONFIGURATIONS, Config
 from .records import Record
 
 
@@ -99,12 +99,17 @@ class Results:
         differences = tuple(losses[s] - others[s] for s in shared)
         return Verdict(name, differences, self.threshold(len(shared)))
 
-    def dense_loss(self, flops: float, seed: int, length: str | int = "full") -> float | None:
-        """Loss that a dense model of so many FLOPs (relative) has, between those trained with this seed and length.
+    def dense_loss(
+        self, flops: float, seed: int, length: str | int = "full", laws: tuple[str, str] = ("power", "rate")
+    ) -> float | None:
+        """Loss that a dense model of so many FLOPs (relative) has, between those trained with this seed and length, and
+        with these laws of rate and decay; they change nothing at full width.
 
         Straight lines over the logarithm of FLOPs; ``None`` outside of them.
         """
-        names = [n for n in self.frontier_names if _length(n) == length]
+        names = [
+            n for n in self.frontier_names if _length(n) == length and (_config(n).width == "full" or _laws(n) == laws)
+        ]
         rows = [r for r in self.rows if r["seed"] == seed and r["name"] in names]
         points = sorted((r["flops_relative"], r["val_loss"]) for r in rows)
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
@@ -114,11 +119,12 @@ class Results:
         return None
 
     def gaps(self, name: str) -> list[float]:
-        """Loss of a configuration less that of a dense model of equal FLOPs and as many steps, of each seed where that
-        is known."""
+        """Loss of a configuration less that of a dense model of equal FLOPs, as many steps and the same laws of rate
+        and decay, of each seed where that is known."""
         length = _length(name)
         length = "full" if length == "match" else length
-        pairs = [(r["val_loss"], self.dense_loss(r["flops_relative"], r["seed"], length)) for r in self.of(name)]
+        laws = _laws(name)
+        pairs = [(r["val_loss"], self.dense_loss(r["flops_relative"], r["seed"], length, laws)) for r in self.of(name)]
         return [loss - dense for loss, dense in pairs if dense is not None]
 
     def gap(self, name: str) -> float | None:
@@ -127,5 +133,13 @@ class Results:
         return statistics.fmean(known) if known else None
 
 
+def _config(name: str) -> Config:
+    return next(c for c in CONFIGURATIONS if c.name == name)
+
+
 def _length(name: str) -> str | int:
-    return next(c.length for c in CONFIGURATIONS if c.name == name)
+    return _config(name).length
+
+
+def _laws(name: str) -> tuple[str, str]:
+    return _config(name).rate_law, _config(name).decay_law

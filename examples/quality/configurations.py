@@ -74,6 +74,10 @@ class Config:
             of inputs that an output sums over, relative to the dense model of full width: its density, times the
             relative width. 1 is the rule of muP and of SµPar (arXiv 2405.15743); 0 gives all weights the rate that
             suits the dense model.
+        rate_law: ``"power"`` is that; ``"graphcore"`` is the library's law of this name in place of it, of the same
+            number of inputs.
+        decay_law: ``"rate"``, weight decay grows with the learning rate, as it did in all runs recorded without a
+            word about it; ``"independent"``, learning rate times weight decay are the dense model's.
         hidden_rate: factor on the learning rate of the hidden weights alone.
         guard: what keeps pairs of block rows and columns alive where there is no backbone, see ``guards.py``.
         main: trained with two seeds at least.
@@ -92,6 +96,8 @@ class Config:
     learning_rate: float = 1.0
     decay: Literal["wsd", "cosine"] = "wsd"
     input_rate: float = 1.0
+    rate_law: Literal["power", "graphcore"] = "power"
+    decay_law: Literal["rate", "independent"] = "rate"
     hidden_rate: float = 1.0
     guard: Form = "none"
     main: bool = False
@@ -163,6 +169,7 @@ AT_ONCE: dict[str, Any] = {
     "settle": 0.2,
 }
 START_80: dict[str, Any] = {"sparsity": 0.8, "initial_sparsity": 0.8, "warmup": 0, "growth": "none"}
+STATIC: dict[str, Any] = {"kind": "constant"}
 FIRST_DENSER = (("blocks.0.*", 0.8, None),)
 
 CONFIGURATIONS: tuple[Config, ...] = (
@@ -329,4 +336,35 @@ CONFIGURATIONS: tuple[Config, ...] = (
         input_rate=0.0,
     ),
     _config("mst-b8-rate-half", "learning rate by the root of the inputs", input_rate=0.5),
+    # Weight decay apart from the learning rate, for sparse models and their narrower rivals alike.
+    *(
+        _config(
+            f"{name}-apart{'-long' if length == 3 else ''}",
+            f"{note}, decay apart from the rate{', three times as long' if length == 3 else ''}",
+            length=length,
+            decay_law="independent",
+            main=True,
+            **settings,
+        )
+        for length in ("full", 3)
+        for name, note, settings in (
+            ("start-80", "start-80", START_80),
+            ("static-b8", "static 80 %, B = 8", STATIC),
+            ("dense-152", "dense, width 152", {"kind": "dense", "width": 152}),
+            ("dense-128", "dense, width 128", {"kind": "dense", "width": 128}),
+        )
+    ),
+    # Laws of the learning rate, with the decay apart.
+    _static(
+        "static-b8-graphcore-apart",
+        "static 80 %, B = 8, Graphcore's rate, decay apart from it",
+        rate_law="graphcore",
+        decay_law="independent",
+    ),
+    _static(
+        "static-b8-rate-half-apart",
+        "static 80 %, B = 8, rate by the root of the inputs, decay apart from it",
+        input_rate=0.5,
+        decay_law="independent",
+    ),
 )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import mst_compile
+from mst_compile.rules.laws import graphcore
 
 from .configurations import BASE, CONFIGURATIONS, Config, Study, learning_rate, lengthened, overrides_of, schedule_of
 from .guards import Guard
@@ -157,7 +158,16 @@ def optimizer_for(model: GPT, study: Study) -> torch.optim.Optimizer:
 
 def rate_factor(config: Config, study: Study, shape: Shape, density: float) -> float:
     """Factor on the learning rate of a hidden weight; the fewer inputs an output sums over, the larger the steps."""
+    if config.rate_law == "graphcore":
+        return config.hidden_rate * graphcore(shape.width * density / study.width)
     return config.hidden_rate * (study.width / (shape.width * density)) ** config.input_rate
+
+
+def scale(group: dict[str, Any], config: Config, study: Study, factor: float) -> None:
+    """Let a hidden weight's group step ``factor`` times as fast, and decay as the configuration says."""
+    group["lr"] *= factor
+    if config.decay_law == "independent":
+        group["weight_decay"] = study.weight_decay / (factor / config.hidden_rate)
 
 
 def _autocast(study: Study, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -212,7 +222,7 @@ def train(
             group["lr"] = rate
             if group["name"]:
                 density = sparse[group["name"]].density if group["name"] in sparse else 1.0
-                group["lr"] *= rate_factor(config, study, shape, density)
+                scale(group, config, study, rate_factor(config, study, shape, density))
         clock.start()
         with _autocast(study, device):
             loss = compiled(x, y)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -133,27 +133,38 @@ def block_mean_square(tensor: Tensor, grid: BlockGrid) -> Tensor:
     Of a tensor that FSDP2 has sharded, every rank gets the scores of the whole tensor, bit for bit the same; all must
     call it.
     """
-    if is_sharded(tensor):
-        return grid.mean_of_sums_(_sums_of_shards(tensor, grid)).float().cpu()
-    if grid.block == 1:
-        return tensor.detach().float().square().cpu()
-    native = _native(tensor, grid)
+    native = None if is_sharded(tensor) or grid.block == 1 else _native(tensor, grid)
     if native is not None:
         return grid.mean_of_sums_(native.sum_of_squares(tensor.detach(), grid))
+    return _block_mean(tensor, grid, Tensor.square_)
+
+
+@torch.no_grad()
+def block_mean_abs(tensor: Tensor, grid: BlockGrid) -> Tensor:
+    """Mean absolute value of each block, as :func:`block_mean_square` has the mean square."""
+    return _block_mean(tensor, grid, Tensor.abs_)
+
+
+def _block_mean(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean over each block of what ``measure_`` makes of a tensor of its elements, in place."""
+    if is_sharded(tensor):
+        return grid.mean_of_sums_(_sums_of_shards(tensor, grid, measure_)).float().cpu()
+    if grid.block == 1:
+        return measure_(tensor.detach().to(torch.float32, copy=True)).cpu()
     pad = (0, grid.block_cols * grid.block - grid.cols, 0, grid.block_rows * grid.block - grid.rows)
-    square = torch.nn.functional.pad(tensor.detach().float(), pad).square_()
-    sums = square.view(grid.block_rows, grid.block, grid.block_cols, grid.block).sum((1, 3))
+    measured = measure_(torch.nn.functional.pad(tensor.detach().float(), pad))
+    sums = measured.view(grid.block_rows, grid.block, grid.block_cols, grid.block).sum((1, 3))
     return grid.mean_of_sums_(sums).cpu()
 
 
-def _sums_of_shards(tensor: Tensor, grid: BlockGrid) -> Tensor:
-    """Sum of squares over each block, float64 ``[R, C]``: a block may be spread over several ranks."""
+def _sums_of_shards(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum over each block of what is measured, float64 ``[R, C]``: a block may be spread over several ranks."""
     local, first = local_rows(tensor)
     sums = torch.zeros(grid.shape, dtype=torch.float64, device=local.device)
     for r, block_rows, height in _parts(first, local.shape[0], grid.block):
         for c, block_cols, width in _parts(0, grid.cols, grid.block):
-            inside = local[r, c].double().unflatten(1, (-1, width)).unflatten(0, (-1, height))
-            sums[block_rows, block_cols] = inside.square().sum((1, 3))
+            inside = measure_(local[r, c].to(torch.float64, copy=True))
+            sums[block_rows, block_cols] = inside.unflatten(1, (-1, width)).unflatten(0, (-1, height)).sum((1, 3))
     return sum_over_shards(sums, tensor)
 
 

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from mst_compile.rules.constant import Constant
+from mst_compile.rules.gradual_pruning import GradualPruning
 from mst_compile.rules.mixed_sparsity import MixedSparsity
 from mst_compile.rules.schedule import Schedule
 from mst_compile.state.run import Run
@@ -61,9 +62,11 @@ def _schedule(schedule: Schedule, step: int) -> dict[str, Any]:
         "growth": type(rule).__qualname__,
         "gradient_steps": rule.gradient_steps,
         "distribution": schedule.distribution,
+        "magnitude": schedule.magnitude,
+        "drop_after_pruning": schedule.drop_after_pruning,
         "attention": [attention.name, attention.window, attention.stride, list(schedule.attention_steps())],
     }
-    if type(schedule) in (MixedSparsity, Constant):
+    if type(schedule) in (MixedSparsity, Constant, GradualPruning):
         values = {field.name: getattr(schedule, field.name) for field in dataclasses.fields(schedule)}  # type: ignore[arg-type]
         return found | {n: v for n, v in values.items() if isinstance(v, int | float | str | None) and n != "attention"}
     return found | {"sparsity": float(schedule.sparsity_at(step)), "topology events": _events(schedule, step)}

@@ -32,7 +32,8 @@ def erdos_renyi(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[floa
         dense |= {i for i, raw in rest.items() if raw == top}
 
 
-DISTRIBUTIONS = {"erdos-renyi": erdos_renyi, "uniform": uniform}
+# A linear layer is a convolution of 1 x 1: the kernel's variant (ERK, arXiv 1911.11134) is the same.
+DISTRIBUTIONS = {"erdos-renyi": erdos_renyi, "erdos-renyi-kernel": erdos_renyi, "uniform": uniform}
 
 
 def layer_densities(

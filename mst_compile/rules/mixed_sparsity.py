@@ -49,6 +49,7 @@ class MixedSparsity(Schedule):
             starts at ``sparsity``.
         restoration_ramp: ``"mirrored"`` (the paper's: most weights return late) or ``"early"`` (most return early;
             costs more FLOPs, lets them train longer).
+        magnitude: ``"l2"`` or ``"l1"``, what of a block decides whether it is dropped.
         attention: pattern of causal self-attention inside ``attention_window``; outside it attention is full ("Hybrid
             Sparse Attention"). A name of :mod:`mst_compile.rules.patterns`, a pattern of
             your own, or an
@@ -81,6 +82,7 @@ class MixedSparsity(Schedule):
     attention_window: tuple[float | int, float | int] | None = None
     stride: int = 128
     span: int | None = None
+    magnitude: str = "l2"
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # plain values, whatever kind of number was given

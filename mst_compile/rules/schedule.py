@@ -28,6 +28,7 @@ from .growth import Growth, as_growth
 from .patterns import Pattern
 
 _NEVER = 2**63 - 1
+MAGNITUDES = ("l2", "l1")
 _REQUIRED = ("max_sparsity", "sparsity_at", "is_topology_event")
 
 
@@ -41,6 +42,10 @@ class Schedule:
         growth: a name (``"mixed"``, ``"gradient"``, ``"random"``, ``"none"``) or a
             :class:`~mst_compile.rules.growth.Growth`.
         gradient_share, gradient_steps: of a growth that is given by name.
+        magnitude: what of a block decides whether it is dropped, ``"l2"`` or ``"l1"``: its mean square, or its mean
+            absolute value.
+        drop_after_pruning: where the density falls, :meth:`drop_fraction_at` is of the blocks that are left after
+            pruning down to it, not of those before.
         distribution: ``"erdos-renyi"`` or ``"uniform"`` densities over the layers.
         attention: a pattern, by name or your own, or an :class:`~mst_compile.rules.attention.Attention`.
         attention_window, stride, span: of an attention that is given by name.
@@ -51,6 +56,8 @@ class Schedule:
     growth: str | Growth = "none"
     gradient_share: float = 0.75
     gradient_steps: int = 1
+    magnitude: str = "l2"
+    drop_after_pruning: bool = False
     distribution: str = "erdos-renyi"
     attention: str | Pattern | Attention = "full"
     attention_window: tuple[float | int, float | int] | None = None
@@ -160,6 +167,8 @@ def check_parts(schedule: Schedule, interval: int, total_steps: int | None = Non
     if steps > interval:
         raise ScheduleError(f"gradient_steps={steps} is more than the {interval} steps between topology events")
     check_choice("distribution", schedule.distribution, DISTRIBUTIONS)
+    check_choice("magnitude", schedule.magnitude, MAGNITUDES)
+    check_flag("drop_after_pruning", schedule.drop_after_pruning, ScheduleError)
     value, (start, end) = schedule.attention_value, _two_steps(schedule)
     asked = value.name != "full" or value.start is not None or value.end is not None
     if asked and start >= (end if total_steps is None else min(end, total_steps)):

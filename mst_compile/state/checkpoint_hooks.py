@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .learning_rates import pack_laws, unpack_laws
 from .packing import PROGRESS, TOPOLOGY_KEYS
 
 
@@ -52,6 +53,7 @@ def _wrap_state_dict() -> None:
     @functools.wraps(original)
     def state_dict(self: Optimizer, *args: Any, **kwargs: Any) -> dict[str, Any]:
         found = original(self, *args, **kwargs)
+        pack_laws(found.get("param_groups", []))
         entries: dict[int, dict[str, Any]] = {}
         for watcher in list(_watchers):
             watcher.save_into(self, entries)
@@ -78,6 +80,9 @@ def _wrap_load_state_dict() -> None:
     @functools.wraps(original)
     def load_state_dict(self: Optimizer, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         entries = _take_entries(self, state_dict)
+        if "param_groups" in state_dict:
+            groups = unpack_laws(self.param_groups, state_dict["param_groups"], set(entries))
+            state_dict = {**state_dict, "param_groups": groups}
         if entries:
             for watcher in list(_watchers):
                 watcher.check_loaded(self, entries)

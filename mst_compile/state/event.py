@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.bulk import block_mean_square, zero_blocks_
+from mst_compile.blocks.bulk import block_mean_abs, block_mean_square, zero_blocks_
+from mst_compile.rules.checks import check_share
 from mst_compile.rules.masks import generator, random_mask, update_mask
 from mst_compile.rules.schedule import Schedule
 
 from .optimizers import zero_state_
 from .weight import SparseWeight
 
+_DROP = "drop_fraction_at(step) of the schedule"
 _FEW = 0.05  # share of dropped blocks up to which visiting them alone beats a pass over the weight
 
 
@@ -47,16 +49,19 @@ def plan_event(
     """
     changes: dict[str, Tensor] = {}
     own = list(parameters)
+    measure = block_mean_abs if schedule.magnitude == "l1" else block_mean_square
     for density, (weight, parameter) in zip(densities, own, strict=True):
         if rests(weight, parameter, own):
             continue
         count = weight.blocks_at(density)
         drop = schedule.drop_fraction_at(step) if density < 1 else 0.0
         active = int(weight.mask.count_nonzero())
+        if schedule.drop_after_pruning and count < active:
+            drop = (active - count + check_share(_DROP, drop) * count) / active
         if drop == 0.0 and count == active:
             continue
         only_grows = drop == 0.0 and count > active
-        magnitude = weight.mask.float() if only_grows else block_mean_square(parameter, weight.grid)
+        magnitude = weight.mask.float() if only_grows else measure(parameter, weight.grid)
         for what, values in (("gradient", weight.scores), ("weight", magnitude)):
             if density < 1 and values is not None and not bool(values.isfinite().all()):
                 return Plan({}, f"the {what} of {weight.name} is not finite")

@@ -121,7 +121,8 @@ def only_makes_state(optimizer: optim.Optimizer) -> bool:
     It steps once with all gradients and all learning rates 0.
     """
     groups = optimizer.param_groups
-    if any(float(group.get("lr", 1.0)) != 0.0 for group in groups):
+    rates = [group.get("lr") for group in groups]
+    if any(rate is None or float(rate) != 0.0 for rate in rates):  # None: the optimizer finds its own
         return False
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     # The same answer on all ranks: each may hold another part of a gradient.

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from mask_cases import block_masks, expand, index_of
 from oracles import assert_same_bits, assert_within, block_sums, of_rounding
 
-from mst_compile.blocks.bulk import block_mean_square, zero_blocks_, zero_inactive_
+from mst_compile.blocks.bulk import block_mean_abs, block_mean_square, zero_blocks_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.float16])
@@ -41,6 +41,21 @@ def test_block_mean_square(rows: int, cols: int, block: int, dtype: torch.dtype,
     assert found.shape == grid.shape
     size = block_sums(torch.ones(rows, cols), block)
     exact = block_sums(tensor.double().square(), block) / size
+    assert_within(found, exact, of_rounding(torch.float32) * (size + 3) * exact)
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 4, 8, 32, 64, 128]), dtypes, st.booleans())
+def test_block_mean_abs(rows: int, cols: int, block: int, dtype: torch.dtype, transposed: bool) -> None:
+    grid = BlockGrid(rows, cols, block)
+    tensor = torch.randn(rows, cols).to(dtype)
+    tensor = tensor.t().clone().t() if transposed else tensor
+    before = tensor.clone()
+    found = block_mean_abs(tensor, grid)
+    assert torch.equal(tensor, before)
+    assert (found.dtype, found.shape) == (torch.float32, grid.shape)
+    size = block_sums(torch.ones(rows, cols), block)
+    exact = block_sums(tensor.double().abs(), block) / size
     assert_within(found, exact, of_rounding(torch.float32) * (size + 3) * exact)
 
 

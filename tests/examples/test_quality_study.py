@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import lzma
+import math
 import random
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -303,6 +304,42 @@ def test_learning_rate_follows_the_inputs() -> None:
     assert training.rate_factor(plain, study, narrow, 1.0) == 2
     assert training.rate_factor(Config("x", "", input_rate=0.5), study, narrow, 0.5) == 2
     assert training.rate_factor(Config("x", "", input_rate=0.0, hidden_rate=3.0), study, narrow, 0.1) == 3
+
+
+def test_graphcores_law_sees_the_inputs_too() -> None:
+    study, config = Study(width=256), Config("x", "", rate_law="graphcore")
+    narrow = model.narrowed(study.shape, 128)
+    assert training.rate_factor(config, study, study.shape, 1.0) == 1
+    for shape, density, sparsity in ((study.shape, 0.2, 0.8), (narrow, 1.0, 0.5), (narrow, 0.2, 0.9)):
+        expected = math.exp(1.969 * sparsity**2 + 0.2905 * sparsity)
+        assert training.rate_factor(config, study, shape, density) == pytest.approx(expected)
+
+
+def test_decay_may_be_apart_from_the_rate_and_old_rows_are_not_taken_for_it() -> None:
+    study, old, new = Study(), Config("x", ""), Config("x", "", decay_law="independent", hidden_rate=2.0)
+    for config, decay in ((old, study.weight_decay), (new, study.weight_decay / 5)):
+        group = {"lr": 0.5, "weight_decay": study.weight_decay}
+        training.scale(group, config, study, config.hidden_rate * 5)
+        assert group == {"lr": 2.5 * config.hidden_rate, "weight_decay": pytest.approx(decay)}
+    assert "decay_law" not in old.settings()
+    assert new.settings()["decay_law"] == "independent"
+    apart = {c.name for c in CONFIGURATIONS if c.decay_law == "independent"}
+    assert {"start-80-apart-long", "static-b8-apart-long", "dense-152-apart-long", "dense-128-apart-long"} <= apart
+    recorded = records.read_csv(Path(__file__).parents[2] / "benchmarks" / "quality.csv")
+    assert not any("decay_law" in row["settings"] for row in recorded if row["name"] not in apart)
+
+
+def test_rivals_have_the_same_laws() -> None:
+    """Narrower models of the old law stand against old runs, of the new law against new ones; at full width there is
+    no difference."""
+
+    def row(name: str, flops: float, loss: float) -> dict[str, Any]:
+        return {"name": name, "seed": 0, "flops_relative": flops, "val_loss": loss}
+
+    rows = [row("dense", 1.0, 1.0), row("dense-128", 0.25, 3.0), row("dense-128-apart", 0.25, 2.0)]
+    results = Results([*rows, row("start-80", 0.5, 2.5), row("start-80-apart", 0.5, 2.5)])
+    assert results.gap("start-80") == pytest.approx(2.5 - 2.0)
+    assert results.gap("start-80-apart") == pytest.approx(2.5 - 1.5)
 
 
 def test_learning_rate() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from mst_compile import Constant, MixedSparsity, Schedule, sparsify
 from mst_compile.parallel.description import describe, difference
+from mst_compile.schedule import GradualPruning
 from mst_compile.state.sparsifier import sparsifier
 
 
@@ -38,18 +39,23 @@ def described(schedule: Schedule, **options: Any) -> dict[str, Any]:
 
 
 def test_equal_runs_are_described_equally() -> None:
-    for make in (lambda: Constant(0.5), lambda: MixedSparsity(1000, attention="sparse"), lambda: Table(3, 7)):
+    for make in (
+        lambda: Constant(0.5),
+        lambda: GradualPruning(1000, 0.5),
+        lambda: MixedSparsity(1000, attention="sparse"),
+        lambda: Table(3, 7),
+    ):
         one = described(make())
         assert one == described(make()) == json.loads(json.dumps(one))
     assert described(Table(0, 7)) == described(Table(1, 7)), "what belongs to a rank is no difference"
 
 
 @pytest.mark.parametrize(
-    "name", ["total_steps", "interval", "drop_fraction", "growth", "settle", "distribution", "stride"]
+    "name", ["total_steps", "interval", "drop_fraction", "growth", "settle", "distribution", "stride", "magnitude"]
 )
 def test_every_argument_of_a_schedule_counts(name: str) -> None:
     other = {"total_steps": 2000, "interval": 50, "drop_fraction": 0.2, "growth": "random", "settle": 0.2}
-    other |= {"distribution": "uniform", "stride": 64}
+    other |= {"distribution": "uniform", "stride": 64, "magnitude": "l1"}
     schedule = MixedSparsity(1000)
     one, two = described(schedule), described(dataclasses.replace(schedule, **{name: other[name]}))
     assert one != two

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mst_compile import sparsifier, sparsify
-from mst_compile.blocks.bulk import block_mean_square, zero_blocks_, zero_inactive_
+from mst_compile.blocks.bulk import block_mean_abs, block_mean_square, zero_blocks_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.shards import check_placement, local_rows, stored
 from mst_compile.errors import ParallelismError, RankMismatchError
@@ -119,11 +119,16 @@ def block_operations() -> None:
                 mask = torch.rand(grid.shape, generator=generator) < 0.5
                 where = f"{rows}x{cols}, block {block}, {dtype}, {placements}"
                 spread = distribute_tensor(plain, mesh, placements)
-                scores = block_mean_square(spread, grid)
-                assert scores.dtype == torch.float32
-                exact = block_sums(plain.double().square(), block) / block_sums(torch.ones(rows, cols), block)
-                assert_within(scores, exact, of_rounding(torch.float32) * exact)
-                assert_same_on_all_ranks(scores)
+                for measure, measured in (
+                    (block_mean_square, plain.double().square()),
+                    (block_mean_abs, plain.double().abs()),
+                ):
+                    scores = measure(spread, grid)
+                    assert scores.dtype == torch.float32
+                    exact = block_sums(measured, block) / block_sums(torch.ones(rows, cols), block)
+                    assert_within(scores, exact, of_rounding(torch.float32) * exact)
+                    assert_same_on_all_ranks(scores)
+                assert torch.equal(whole(spread), plain), where
                 for operation in (lambda t, g=grid, m=mask: zero_inactive_(t, g, m, None),
                                   lambda t, g=grid, m=mask: zero_blocks_(t, g, m)):  # fmt: skip
                     expected, actual = plain.clone(), distribute_tensor(plain, mesh, placements)
