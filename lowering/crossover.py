@@ -4,7 +4,7 @@ When Inductor tunes a product (``mode="max-autotune"``), it times our tiles and 
 user's machine, at the density that training will mostly run at. The time of a sparse product is at most proportional to
 its density, so ``density * dense time / sparse time`` is a density up to which sparse is certain to win. What was
 measured is kept on disk, since compiled code that comes out of Inductor's cache is not tuned again. Where nothing has
-been measured, what was on an H100 serves (:data:`mst_compile.kernels.triton.table.DENSE_FROM`).
+been measured, what was on an H100 serves (:func:`mst_compile.kernels.triton.table.dense_from`).
 
 The ranks of one run agree, see :mod:`mst_compile.lowering.agreement`.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mst_compile.kernels.triton.table import DENSE_FROM
+from mst_compile.kernels.triton.table import dense_from
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
 from mst_compile.blocks.grid import BlockGrid
@@ -75,7 +75,7 @@ def _key(grid: BlockGrid) -> str:
 
 
 def _estimate(grid: BlockGrid) -> float:
-    return DENSE_FROM.get(grid.block, min(DENSE_FROM.values()))
+    return dense_from(grid)
 
 
 def _mean(densities: Iterable[tuple[BlockGrid, float]]) -> float:

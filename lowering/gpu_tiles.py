@@ -49,9 +49,8 @@ def gemm(a: Any, grid: BlockGrid, by_rows: bool, density: float) -> tuple[list[G
     if tunes():
         tiles = GEMM[grid.block, kind(dtype)]
         return _runnable([t for t in tiles if _has_tma(a) or not t.tma], grid.block, a), True
-    tokens, lines = math.prod(map(compat.hint, a.get_size()[:-1])), grid.lines(by_rows).count
-    processors = _properties(a).multi_processor_count
-    tile = table.gemm(grid.block, kind(dtype), density, tokens, lines, processors, _has_tma(a))
+    tokens, processors = math.prod(map(compat.hint, a.get_size()[:-1])), _properties(a).multi_processor_count
+    tile = table.gemm(grid, by_rows, kind(dtype), density, tokens, processors, _has_tma(a))
     return _one(tile, grid.block, a)
 
 
@@ -60,7 +59,7 @@ def grad_weight(x: Any, grid: BlockGrid, density: float) -> tuple[list[GradWeigh
     dtype = x.get_dtype()
     if tunes():
         return _runnable(GRAD_WEIGHT[grid.block, kind(dtype)], grid.block, x), True
-    return _one(table.grad_weight(grid.block, kind(dtype), density), grid.block, x)
+    return _one(table.grad_weight(grid, kind(dtype), density), grid.block, x)
 
 
 def parts(x: Any, grid: BlockGrid, tile: GradWeightTile, density: float) -> int:

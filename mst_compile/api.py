@@ -49,9 +49,9 @@ def sparsify(
         model: any module. Weights of ``nn.Linear`` and Hugging Face ``Conv1D`` are eligible, a tied LM head included;
             embeddings, norms and biases stay dense.
         schedule: :class:`MixedSparsity`, :class:`Constant` or an own one derived from :class:`Schedule`.
-        block: edge of the square blocks, a power of two; default 8 on a CPU, 32 elsewhere. It shrinks for a weight
-            whose backbone would take more than half of the target density (:func:`explain` says so), to no less than
-            4. ``1`` gives unstructured masks; for 1 and 2 there are kernels on a CPU alone.
+        block: edge of the square blocks, a power of two; default 8 on a CPU, 64 on NVIDIA GPUs, 32 elsewhere. It
+            shrinks for a weight whose backbone would take more than half of the target density (:func:`explain` says
+            so), to no less than 4. ``1`` gives unstructured masks; for 1 and 2 there are kernels on a CPU alone.
         include: shell-style patterns of parameter names; only these become sparse. Names of other 2-D parameters are
             accepted too.
         exclude: patterns of names that stay dense.

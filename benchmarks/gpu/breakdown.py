@@ -35,6 +35,7 @@ def seconds_by_kind(step: Callable[[], object]) -> dict[str, float]:
         torch.cuda.synchronize()
     total: dict[str, float] = defaultdict(float)
     for event in found.key_averages():
-        if event.device_type == DeviceType.CUDA and event.self_device_time_total:
+        # What an annotation ("Optimizer.step") spans on the GPU is no kernel.
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation and event.self_device_time_total:
             total[kind(event.key)] += event.self_device_time_total * 1e-6
     return dict(sorted(total.items(), key=lambda item: -item[1]))

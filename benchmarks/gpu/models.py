@@ -159,23 +159,21 @@ def measure(cell: ModelCell, run: Run, block: int) -> None:
         note = "; ".join(parts)
         run.record(BENCHMARK, case, name, median[name], ratio, note)
         print(f"{case}: {name} {median[name] * 1e3:.1f} ms a step, {ratio:.2f}x, {note}", flush=True)
-    _break_down(case, run, sides)
+    _break_down(case, run, sides, median)
     _compile_again(case, run, sides)
     figures = *(f"{median[n] * 1e3:.3f}" for n in sides), f"{median['inductor'] / median['mst']:.2f}x"
     run.rows.append((cell.case, f"{sparsifier.density:.3f}", "step", "mst", *figures, judged))
 
 
-def _break_down(case: str, run: Run, sides: dict[str, Side]) -> None:
+def _break_down(case: str, run: Run, sides: dict[str, Side], median: dict[str, float]) -> None:
     """Record where the time of a step goes, of each side, on a GPU."""
     if run.device.type != "cuda":
         return
     for name, side in sides.items():
-        kinds = breakdown.seconds_by_kind(side.step)
-        whole = sum(kinds.values())
-        for kind, seconds in kinds.items():
-            note = "kernels of one step; ratio is their share of all kernels' time"
-            run.record(KERNELS, f"{case} {kind}", name, seconds, seconds / whole, note)
-            print(f"{case}: {name} {seconds * 1e3:.2f} ms of {whole * 1e3:.2f} in {kind}", flush=True)
+        for kind, seconds in breakdown.seconds_by_kind(side.step).items():
+            share = seconds / median[name]
+            run.record(KERNELS, f"{case} {kind}", name, seconds, share, "kernels; ratio is their share of the step")
+            print(f"{case}: {name} {seconds * 1e3:.2f} ms, {share:.0%} of the step, in {kind}", flush=True)
 
 
 def _compile_again(case: str, run: Run, sides: dict[str, Side]) -> None:

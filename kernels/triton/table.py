@@ -8,7 +8,8 @@ is wide, a chain of two, keeps 516 bytes a thread out of registers with the erro
 with others, and is 1.1 times as fast without any.
 
 Bytes from the L2 cache decide between sparse and dense, and they grow with the products in all precisions alike, so
-that one crossover a block serves.
+that one crossover a block serves, by the edge of the weight: products that take 100 us have no time to hide their
+beginnings and ends. Those of narrow weights were measured at 3072 x 768 and 768 x 3072.
 """
 
 from __future__ import annotations
@@ -16,13 +17,29 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
+from mst_compile.blocks.grid import BlockGrid
+
 from .tiles import GEMM, GRAD_WEIGHT, GemmTile, GradWeightTile
 
 _Tile = TypeVar("_Tile")
 
-DENSE_FROM = {128: 0.80, 64: 0.52, 32: 0.25}
-"""Density from which the three products of a weight, by its block, take as long as dense ones (measured)."""
-_GRAD_WEIGHT_DENSE_FROM = {128: 0.73, 64: 0.50, 32: 0.23}
+_NARROW = 2048  # features
+_DENSE_FROM = {128: 0.78, 64: 0.44, 32: 0.25}
+_NARROW_DENSE_FROM = {128: 0.56, 64: 0.44, 32: 0.24}
+_GRAD_WEIGHT_DENSE_FROM = {128: 0.61, 64: 0.41, 32: 0.23}
+_NARROW_GRAD_WEIGHT_DENSE_FROM = {128: 0.43, 64: 0.35, 32: 0.0}
+
+
+def dense_from(grid: BlockGrid) -> float:
+    """Density from which the three products of a weight take as long as dense ones."""
+    known = _NARROW_DENSE_FROM if min(grid.rows, grid.cols) < _NARROW else _DENSE_FROM
+    return known.get(grid.block, min(known.values()))
+
+
+def _grad_weight_dense_from(grid: BlockGrid) -> float:
+    narrow = min(grid.rows, grid.cols) < _NARROW
+    return (_NARROW_GRAD_WEIGHT_DENSE_FROM if narrow else _GRAD_WEIGHT_DENSE_FROM)[grid.block]
+
 
 # Up to which density a tile is taken, by (block, kind); see tiles.py.
 _GEMM = {
@@ -37,33 +54,37 @@ _GRAD_WEIGHT = {
 }
 
 
-def gemm(block: int, kind: str, density: float, tokens: int, lines: int, processors: int, tma: bool) -> GemmTile | None:
+def gemm(
+    grid: BlockGrid, by_rows: bool, kind: str, density: float, tokens: int, processors: int, tma: bool
+) -> GemmTile | None:
     """The tile for the forward pass or grad-input, None for the dense product.
 
     Args:
+        by_rows: whether block rows make the result's columns.
         density: that training will mostly run at.
-        tokens, lines: rows of the result, and block rows or columns that make its columns.
+        tokens: rows of the result.
         processors: multiprocessors of the GPU.
         tma: whether it has a Tensor Memory Accelerator.
     """
-    if density >= DENSE_FROM[block]:
+    if density >= dense_from(grid):
         return None
-    known = _GEMM.get((block, kind))
-    tile = _up_to(density, known) if known else GEMM[block, kind][0]
+    offered = GEMM[grid.block, kind]
+    known = _GEMM.get((grid.block, kind))
+    tile = _up_to(density, known) if known else offered[0]
     if tile.tma and not tma:
-        tile = GEMM[block, kind][0]
-    if -(-tokens // (tile.rows * tile.chain)) * lines < processors:
-        plain = (t for t in GEMM[block, kind] if t.chain == 1 and not (t.union or t.tma))
+        tile = offered[0]
+    if -(-tokens // (tile.rows * tile.chain)) * grid.lines(by_rows).count < processors:
+        plain = (t for t in offered if t.chain == 1 and not (t.union or t.tma))
         return min(plain, key=lambda t: t.rows)
     return tile
 
 
-def grad_weight(block: int, kind: str, density: float) -> GradWeightTile | None:
+def grad_weight(grid: BlockGrid, kind: str, density: float) -> GradWeightTile | None:
     """The tile for grad-weight, None for the dense product."""
-    if density >= _GRAD_WEIGHT_DENSE_FROM[block]:
+    if density >= _grad_weight_dense_from(grid):
         return None
-    known = _GRAD_WEIGHT.get((block, kind))
-    return _up_to(density, known) if known else GRAD_WEIGHT[block, kind][0]
+    known = _GRAD_WEIGHT.get((grid.block, kind))
+    return _up_to(density, known) if known else GRAD_WEIGHT[grid.block, kind][0]
 
 
 def _up_to(density: float, known: Iterable[tuple[float, _Tile]]) -> _Tile:

@@ -27,27 +27,39 @@ KINDS = ("half", "tf32", "ieee")
 
 
 @given(
-    st.sampled_from(BLOCKS), st.sampled_from(KINDS), st.floats(0, 1), st.integers(1, 10**6), st.integers(1, 2000),
-    st.booleans(),
+    st.sampled_from(BLOCKS), st.sampled_from(KINDS), st.floats(0, 1), st.integers(1, 10**6),
+    st.tuples(st.integers(1, 9000), st.integers(1, 9000)), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_the_table_names_tiles_that_are_tested(
-    block: int, kind: str, density: float, tokens: int, lines: int, tma: bool
+    block: int, kind: str, density: float, tokens: int, shape: tuple[int, int], by_rows: bool, tma: bool
 ) -> None:
     """Every one is compiled to machine code by the tests of the list that it is from."""
-    tile, other = table.gemm(block, kind, density, tokens, lines, 132, tma), table.grad_weight(block, kind, density)
-    assert (tile is None) == (density >= table.DENSE_FROM[block])
+    grid = BlockGrid(*shape, block)
+    tile = table.gemm(grid, by_rows, kind, density, tokens, 132, tma)
+    other = table.grad_weight(grid, kind, density)
+    assert (tile is None) == (density >= table.dense_from(grid))
     assert tile is None or (tile in GEMM[block, kind] and (tma or not tile.tma))
     assert other is None or other in GRAD_WEIGHT[block, kind]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_few_tokens_get_small_tiles(block: int) -> None:
-    many, few = (table.gemm(block, "half", 0.2, tokens, 24, 132, True) for tokens in (65536, 256))
+    grid = BlockGrid(768, 768, block)
+    many, few = (table.gemm(grid, True, "half", 0.2, tokens, 132, True) for tokens in (65536, 256))
     assert few is not None
     assert many is not None
     assert few.rows < many.rows
     assert not few.union
     assert not few.tma
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_narrow_weights_are_dense_earlier(block: int) -> None:
+    """Short products have no time to hide their beginnings and ends."""
+    wide, narrow = BlockGrid(4096, 4096, block), BlockGrid(3072, 768, block)
+    assert table.dense_from(narrow) <= table.dense_from(wide)
+    assert table.grad_weight(wide, "half", 0.1) is not None
+    assert (table.grad_weight(narrow, "half", 0.1) is None) == (block == 32)
 
 
 @given(
@@ -113,7 +125,7 @@ def test_all_is_offered_when_asked_for(setting: str) -> None:
     assert counts == sorted([gemm, gemm, grad_weight]), "each list and the dense product"
 
 
-@pytest.mark.parametrize(("block", "density", "dense"), [(32, 0.24, "grad_weight"), (32, 0.3, "linear grad_weight")])
+@pytest.mark.parametrize(("block", "density", "dense"), [(32, 0.2, "grad_weight"), (32, 0.3, "linear grad_weight")])
 def test_dense_products_where_they_are_known_to_be_faster(block: int, density: float, dense: str) -> None:
     text = code(some(density, block=block).generate())
     for name in ("linear", "grad_weight"):
