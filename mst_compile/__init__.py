@@ -12,6 +12,7 @@ from .rules.constant import Constant
 from .rules.mixed_sparsity import MixedSparsity
 from .rules.schedule import Schedule
 from .state.learning_rates import param_groups
+from .state.listeners import TopologyEvent
 from .state.selection import Override
 from .state.sparsifier import Sparsifier
 from .state.weight import SparseWeight
@@ -26,6 +27,7 @@ __all__ = [
     "Schedule",
     "SparseWeight",
     "Sparsifier",
+    "TopologyEvent",
     "densify",
     "explain",
     "forecast",

@@ -246,6 +246,7 @@ def masks() -> list[Any]:
 
 
 bad("16, 8", lambda b, v: b.own.apply_mask("layers.0.1.weight", v), masks())
+bad("on_event", lambda b, v: b.own.on_event(v), [None, 5, "print", []])
 
 # -- costs -------------------------------------------------------------------------------------------------------------
 

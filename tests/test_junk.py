@@ -92,6 +92,7 @@ def doors() -> Doors:
         "Forecast": (mst_compile.Forecast, {"phases": [], "rest": 0.0, "rates": None, "expressions": {}}),
         "Sparsifier": (mst_compile.Sparsifier, parts),
         "densities": (own.densities, {"sparsity": 0.5}),
+        "on_event": (own.on_event, {"callback": print}),
         "apply_mask": (own.apply_mask, {"name": first, "mask": mask}),
         "load_state_dict": (own.load_state_dict, {"state": own.state_dict()}),
         "Meter": (Meter, {"model": model, "tokens_per_step": 8}),

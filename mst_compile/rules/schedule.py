@@ -134,6 +134,13 @@ def attention_of(schedule: Schedule, step: int) -> str:
     return check_choice(f"attention_at({step}) of the schedule", schedule.attention_at(step), known)
 
 
+def phase_of(schedule: Schedule, step: int) -> str:
+    """Name of the phase that training step number ``step``, from 0, belongs to; empty if the run is over by then."""
+    total: object = getattr(schedule, "total_steps", None)
+    steps = total if isinstance(total, int) else step + 1
+    return next((name for name, first, end in schedule.phases(steps) if first <= step < end), "")
+
+
 def take_plain_parts(schedule: Schedule) -> None:
     """Let a frozen schedule hold plain Python values of what all have in common, whatever kind of number was given."""
     put = functools.partial(object.__setattr__, schedule)

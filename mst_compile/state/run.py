@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mst_compile.errors import MSTWarning
-from mst_compile.rules.schedule import Schedule, attention_of, sparsity_of
+from mst_compile.rules.schedule import Schedule, attention_of, phase_of, sparsity_of
 
 from .attention import AttentionState
 from .checkpoint_hooks import take_unclaimed
 from .event import Plan, apply, change_mask, plan_event, plan_first_masks
+from .listeners import Listeners, TopologyEvent, changes
 from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
 from .resume import Progress, Topology, from_entry, restore
@@ -52,12 +53,14 @@ class Run:
         self.root: Callable[[], nn.Module | None] = _unknown
         self._steps_here = 0  # in this process, until weights that no graph takes were looked for
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self.listeners = Listeners()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("optimizers", "root")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("optimizers", "root", "listeners")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, optimizers=weakref.WeakSet(), root=_unknown)  # a copy knows none yet
+        # A copy knows none yet.
+        self.__dict__.update(state, optimizers=weakref.WeakSet(), root=_unknown, listeners=Listeners())
 
     @property
     def progress(self) -> Progress:
@@ -91,14 +94,17 @@ class Run:
         own = list(self.weights.parameters())
         for weight, parameter in own:
             weight.moved |= parameter.grad is not None or weight.version not in (UNKNOWN, parameter._version)
+        happened = None
         if self.overdue or self.schedule.is_topology_event(self.step_count):
-            self._change_topology()
+            happened = self._change_topology()
         for weight, parameter in own:
             weight.version = parameter._version
         self._steps_here += 1
         if self._steps_here == _PATIENCE:
             warn_unseen([weight for weight, parameter in own if parameter.grad is not None])
         self.prepare_next_step()
+        if happened is not None:  # last: what a callback raises finds a step that is complete
+            self.listeners.tell(happened)
 
     def skip_step(self) -> None:
         """Count a training step that was over before it was known to be one: too late for its topology event."""
@@ -137,10 +143,12 @@ class Run:
         if settle(own, look=look):
             self.optimizers.clear()
 
-    def _change_topology(self) -> None:
+    def _change_topology(self) -> TopologyEvent | None:
+        """Change masks; what happened, if anybody wants to know."""
         self.overdue = False
         self._settle(self.weights.parameters(), look=True)
         plan = self.plan_event()
+        before = {w.name: w.mask for w in self.weights if w.name in plan.masks}
         if plan.skipped:
             warnings.warn(
                 f"topology event at step {self.step_count} skipped: {plan.skipped}. Masks stay until the next one",
@@ -150,6 +158,15 @@ class Run:
         apply(plan, self.weights.parameters(), self.optimizers)
         for weight in self.weights:
             weight.scores, weight.moved = None, False
+        if not self.listeners.wanted:
+            return None
+        phase, found = phase_of(self.schedule, self.step_count), changes(before, self.weights)
+        return TopologyEvent(self.step_count, phase, self.density, plan.skipped, found)
+
+    @property
+    def density(self) -> float:
+        """Share of the elements of all sparse weights that lie in active blocks."""
+        return sum(w.density * w.numel for w in self.weights) / sum(w.numel for w in self.weights)
 
     def plan_event(self) -> Plan:
         """What a topology event would do now, at the present step count and with the scores so far."""

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mst_compile.errors import NotSparseError, SelectionError, SeveralSparsifiersError
 from mst_compile.rules.checks import check_choice, check_flag, check_instance, check_model, check_seed, shown
 from mst_compile.rules.guard import GUARDS, Guard
-from mst_compile.rules.schedule import Schedule
+from mst_compile.rules.schedule import Schedule, phase_of
 
 from . import packing, resume
 from .attention import AttentionState
 from .checkpoint_hooks import watch_checkpoints
 from .checkpoints import OptimizerCheckpoints
 from .event import Plan
+from .listeners import TopologyEvent
 from .run import Run
 from .selection import Candidate
 from .stepping import Stepping
@@ -99,8 +101,35 @@ class Sparsifier:
     @property
     def density(self) -> float:
         """Share of the elements of all sparse weights that lie in active blocks."""
-        weights = self._run.weights
-        return sum(w.density * w.numel for w in weights) / sum(w.numel for w in weights)
+        return self._run.density
+
+    @property
+    def phase(self) -> str:
+        """The schedule's phase of the next training step: ``"warm-up"``, ``"plateau"``, ...; empty after the last."""
+        return phase_of(self.schedule, self.step_count)
+
+    def __repr__(self) -> str:
+        total: object = getattr(self.schedule, "total_steps", None)
+        parts = [f"step {self.step_count}{f' of {total}' if isinstance(total, int) else ''}", self.phase]
+        parts += [f"density {self.density:.2f}", f"{len(self._run.weights.by_name)} weights"]
+        return f"<Sparsifier: {', '.join(filter(None, parts))}>"
+
+    def on_event(self, callback: Callable[[TopologyEvent], Any]) -> RemovableHandle:
+        """Call ``callback(event)`` after every topology event, when the step is complete and the next one prepared.
+
+        The same goes to the log ``"mst_compile"``, level INFO: ``logging.basicConfig(level=logging.INFO)`` shows it.
+        On several ranks each is told of the same events. A copy of the model has no callbacks.
+
+        Args:
+            callback: what it raises is raised by the optimizer's step, which has taken place.
+
+        Returns:
+            A handle; its ``remove()`` ends the calls.
+
+        Raises:
+            ArgumentError: ``callback`` cannot be called.
+        """
+        return self._run.listeners.add(callback)
 
     def parameters(self) -> Iterator[tuple[SparseWeight, nn.Parameter]]:
         """Each sparse weight with the Parameter that its module holds now."""
