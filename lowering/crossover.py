@@ -35,7 +35,7 @@ def of_grid(grid: BlockGrid) -> float:
     """Crossover density of the three products of weights on ``grid`` on this machine's GPU, in (0, 1]."""
     products = _kept.starting_with(f"{_key(grid)} ")
     if not products:
-        return _estimate(grid)
+        return dense_from(grid)
     at_one = sum(sparse / density for density, _, sparse in products)
     return min(1.0, sum(dense for _, dense, _ in products) / at_one)
 
@@ -55,7 +55,7 @@ def of_weights(grids: Sequence[BlockGrid], tuned: bool = False) -> float:
         answer = first_answer(question, lambda: repr(_mean((g, of_grid(g)) for g in grids)))
     else:
         answer = given_answer(question)
-    return _mean((g, _estimate(g)) for g in grids) if answer is None else float(answer)
+    return _mean((g, dense_from(g)) for g in grids) if answer is None else float(answer)
 
 
 def from_tuning(timings: dict[Any, float], *_: Any) -> None:
@@ -72,10 +72,6 @@ def from_tuning(timings: dict[Any, float], *_: Any) -> None:
 
 def _key(grid: BlockGrid) -> str:
     return f"{grid.rows}x{grid.cols}-{grid.block}"
-
-
-def _estimate(grid: BlockGrid) -> float:
-    return dense_from(grid)
 
 
 def _mean(densities: Iterable[tuple[BlockGrid, float]]) -> float:

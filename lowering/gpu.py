@@ -177,7 +177,7 @@ def _partials(
 ) -> tuple[Any, Any, int]:
     """Float32 partials ``[split * rows, cols or more]``, column sums ``[split * out]`` or None, and ``split``."""
     lines = grid.lines(out_first)
-    split = gpu_tiles.parts(x, grid, tiles[0], density) if tiles else 1
+    split = gpu_tiles.parts(x, grid, out_first, tiles[0], density) if tiles else 1
     out_features, in_features = (grid.rows, grid.cols) if out_first else (grid.cols, grid.rows)
     x_width, dy_width = static(x.get_size()[1]), static(grad.get_size()[1])
     device = x.get_device()
@@ -238,7 +238,7 @@ def _partials(
 
 def _finish(partials: Any, index: Any, grid: BlockGrid, split: int, dtype: torch.dtype) -> Any:
     """The sum of the parts where a gradient is wanted, exact zeros elsewhere; what follows can be fused into it."""
-    tile = grad_weight_kernel.sum_tile(grid.block)
+    tile = grad_weight_kernel.SumTile.of(grid.block)
     layout = ir.FixedLayout(partials.get_device(), dtype, [grid.rows, grid.cols])
     inputs, choices = [partials, index], list[Any]()
     error = grad_weight_kernel.sum_template.maybe_append_choice(
@@ -256,7 +256,6 @@ def _finish(partials: Any, index: Any, grid: BlockGrid, split: int, dtype: torch
         ACTIVE=grid.active,
         DENSE_GRAD=DENSE_GRAD,
         TILE_ROWS=tile.rows,
-        TILE_COLS=tile.cols,
     )
     if error is not None:
         raise error

@@ -62,14 +62,15 @@ def grad_weight(x: Any, grid: BlockGrid, density: float) -> tuple[list[GradWeigh
     return _one(table.grad_weight(grid, kind(dtype), density), grid.block, x)
 
 
-def parts(x: Any, grid: BlockGrid, tile: GradWeightTile, density: float) -> int:
-    """How many parts grad-weight cuts the tokens of ``x``, ``[tokens, features]``, into."""
+def parts(x: Any, grid: BlockGrid, out_first: bool, tile: GradWeightTile, density: float) -> int:
+    """How many parts grad-weight cuts the tokens of ``x``, ``[tokens, features]``, into; ``out_first``: the weight is
+    stored ``[out, in]``."""
     properties = _properties(x)
     fitting = min(
         properties.shared_memory_per_multiprocessor // tile.shared(grid.block, x.get_dtype().itemsize),
         properties.regs_per_multiprocessor // (32 * tile.warps * tile.registers(grid.block)),
     )
-    programs = grid.blocks * density / tile.gather + grid.lines(True).count * (tile.gather - 1) / (2 * tile.gather)
+    programs = grid.blocks * density / tile.gather + grid.lines(out_first).count * (tile.gather - 1) / (2 * tile.gather)
     at_once = properties.multi_processor_count * max(1, fitting)
     return splits.parts(compat.hint(x.get_size()[0]), max(1, round(programs)), at_once, 4 * grid.rows * grid.cols)
 

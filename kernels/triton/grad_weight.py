@@ -38,19 +38,16 @@ from . import load
 
 @dataclass(frozen=True)
 class SumTile:
-    """A part of a block, and the warps that sum it up, 32 elements a thread."""
+    """Whole rows of a block, which ``warps`` sum up, 32 elements a thread."""
 
     rows: int
-    cols: int
+    warps: int
 
-    @property
-    def warps(self) -> int:
-        return max(1, self.rows * self.cols // 1024)
-
-
-def sum_tile(block: int) -> SumTile:
-    """The tile of the sum over the parts: whole rows of a block, 4096 elements at most."""
-    return SumTile(min(block, 4096 // block), block)
+    @classmethod
+    def of(cls, block: int) -> SumTile:
+        """That of a block, 4096 elements at most."""
+        rows = min(block, 4096 // block)
+        return cls(rows, max(1, rows * block // 1024))
 
 
 @SymbolicGridFn
@@ -62,8 +59,8 @@ template = TritonTemplate(name="mst_grad_weight", grid=_grid, source=load("grad_
 
 
 @SymbolicGridFn
-def _sum_grid(rows: Any, cols: Any, meta: dict[str, Any], *, cdiv: Callable[..., Any]) -> tuple[Any, int, int]:
-    return cdiv(rows, meta["TILE_ROWS"]) * meta["BLOCK_COLS"] * (meta["BLOCK"] // meta["TILE_COLS"]), 1, 1
+def _sum_grid(rows: Any, _: Any, meta: dict[str, Any], *, cdiv: Callable[..., Any]) -> tuple[Any, int, int]:
+    return cdiv(rows, meta["TILE_ROWS"]) * meta["BLOCK_COLS"], 1, 1
 
 
 sum_template = TritonTemplate(name="mst_grad_weight_sum", grid=_sum_grid, source=load("grad_weight_sum"))

@@ -20,7 +20,7 @@ from pretend_gpu import Generated, Interpreter, check, cross_compile, generate, 
 from torch import Tensor
 
 from mst_compile.ops.attention import attention_reference
-from mst_compile.rules.patterns import Parts
+from mst_compile.rules.patterns import FULL, Parts
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SPARSE = combine("window and distances", 40, 32)
@@ -187,3 +187,12 @@ def test_one_code_serves_any_length(interpreter: Interpreter) -> None:
         wide = (t.double() for t in (other.q, other.k, other.v))
         exact, _ = attention_reference(*wide, None, *other.settings)
         assert_as_good_as(out, usual, exact, F32)
+
+
+def test_short_walks_take_narrow_tiles_first() -> None:
+    """The first tile is what runs untuned: within a window, gradients of 32 keys at a time; elsewhere of 64."""
+    first = {
+        what: kernels.tiles(64, "half", "backward", parts)[0].walked
+        for what, parts in (("window", Parts(window=128)), ("all", FULL), ("distances", Parts(first=128, step=128)))
+    }
+    assert first == {"window": 32, "all": 64, "distances": 64}

@@ -15,6 +15,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from helpers import compiled, static
+from mst_compile.kernels.triton.table import dense_from
 from mst_compile.lowering import crossover, device, inductor  # noqa: F401  (inductor listens to the tuner)
 from pretend_gpu import pretend_h100
 from torch import nn
@@ -83,7 +84,7 @@ def test_a_broken_record_is_no_error(text: str, fresh: Path) -> None:
     (broken,) = crossover._folder().iterdir()
     broken.write_text(text)
     estimate = crossover.of_grid(GRID)
-    assert estimate == crossover._estimate(GRID)
+    assert estimate == dense_from(GRID)
     crossover.record(GRID, "forward", 0.1, dense=2.0, sparse=1.0)
     assert crossover.of_grid(GRID) == pytest.approx(0.2) != estimate
     assert [json.loads(p.read_text()) for p in crossover._folder().iterdir()] == [[0.1, 2.0, 1.0]], "and no drafts stay"
@@ -105,7 +106,7 @@ def test_a_cache_in_which_others_write_is_left_alone(
     assert crossover.of_grid(GRID) == pytest.approx(0.2)
     (tmp_path / "mst_compile").chmod(0o777)
     crossover._folder.cache_clear()
-    assert crossover.of_grid(GRID) == crossover._estimate(GRID)
+    assert crossover.of_grid(GRID) == dense_from(GRID)
     crossover.record(GRID, "forward", 0.1, dense=3.0, sparse=1.0)
     assert crossover.of_grid(GRID) == pytest.approx(0.3)
 
@@ -154,7 +155,7 @@ def ranks_agree() -> None:
     dist.all_gather_object(every, answers)
     assert every[0] == every[1]
     estimate, agreed, *later = answers
-    assert estimate == crossover._estimate(small)
+    assert estimate == dense_from(small)
     own = [(1 / (1 + r) / 2 + 3 / (2 + r) / 2) / 4 for r in range(2)]
     assert agreed in [pytest.approx(x) for x in own], "what one of them has measured"
     assert later == [agreed, agreed]
@@ -170,7 +171,7 @@ def test_ranks_whose_store_keeps_nothing_take_the_estimate(fresh: Path) -> None:
     crossover.record(GRID, "forward", 0.2, dense=2.0, sparse=1.0)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
-        assert crossover.of_weights([GRID], tuned=True) == crossover._estimate(GRID)
+        assert crossover.of_weights([GRID], tuned=True) == dense_from(GRID)
     finally:
         dist.destroy_process_group()
     assert crossover.of_weights([GRID], tuned=True) == pytest.approx(0.4)
