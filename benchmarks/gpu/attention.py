@@ -10,11 +10,12 @@ from mst_compile.lowering import inductor  # noqa: F401  (registers the lowering
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from mst_compile.doctor.trial import error
 from mst_compile.rules.patterns import PATTERNS, Parts, allowed, sees
 
 from .plan import AttentionCell, verdict
 from .report import Run
-from .timing import Call, error, median_times
+from .timing import Call, median_times
 
 BENCHMARK = "gpu_attention"
 # Times the error of PyTorch's own attention on the same operands, and roundings of the result where that is nothing.

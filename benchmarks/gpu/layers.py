@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 import mst_compile  # noqa: F401  (registers the operators)
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import new_index, write_index
+from mst_compile.doctor.trial import error
 from mst_compile.ops import linear as ops
 from mst_compile.rules import masks
 from mst_compile.rules.density import active_count
@@ -20,7 +21,7 @@ from mst_compile.rules.guard import backbone
 from . import rivals
 from .plan import LayerCell, crossover, verdict
 from .report import Run
-from .timing import Call, error, median_times
+from .timing import Call, median_times
 
 OPERATIONS = ("forward", "grad-input", "grad-weight")
 BENCHMARK = "gpu_layers"

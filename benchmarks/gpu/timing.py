@@ -1,4 +1,4 @@
-"""Interleaved timing on a device, and the error of a result in units of its dtype's rounding."""
+"""Interleaved timing on a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 Call = Callable[[], object]
 
@@ -50,14 +49,3 @@ def _cpu_round(calls: dict[str, Call], device: torch.device) -> dict[str, float]
         call()
         seconds[name] = time.perf_counter() - start
     return seconds
-
-
-def error(result: Tensor, reference: Tensor) -> float:
-    """Largest difference, in units of ``result``'s dtype's eps at the reference's size; infinite if not finite.
-
-    The root mean square is added to the size: sums that cancel to nearly 0 carry the rounding of their parts.
-    """
-    reference = reference.double()
-    size = reference.abs() + reference.square().mean().sqrt()
-    worst = float(((result.double() - reference).abs() / size.clamp_min(1e-30)).max())
-    return worst / torch.finfo(result.dtype).eps if worst == worst else float("inf")

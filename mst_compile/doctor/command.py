@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -101,12 +102,5 @@ def _first_line(error: Exception) -> str:
 
 def _line(name: str, text: str, failed: bool = False) -> str:
     """One finding, wrapped at 100 columns."""
-    return "\n".join(_wrapped(name, f"FAILED {text}" if failed else text))
-
-
-def _wrapped(name: str, text: str) -> Iterator[str]:
-    import textwrap
-
-    for line in textwrap.wrap(text, 76, break_long_words=False) or [""]:
-        yield f"{name:<24}{line}"
-        name = ""
+    text = f"FAILED {text}" if failed else text
+    return textwrap.fill(text, 100, initial_indent=f"{name:<24}", subsequent_indent=" " * 24, break_long_words=False)

@@ -79,7 +79,7 @@ def linear(device: torch.device, dtype: torch.dtype) -> list[Verdict]:
         names.append(f"grad-weight of {name}")
         keep.append(weight.grid.expand(weight.mask).to(device))
     return [
-        Verdict(name, _error(mine * kept, right * kept), _error(theirs * kept, right * kept))
+        Verdict(name, error(mine * kept, right * kept), error(theirs * kept, right * kept))
         for name, mine, theirs, right, kept in zip(names, ours, usual, exact, keep, strict=True)
     ]
 
@@ -105,7 +105,7 @@ def attention(device: torch.device, dtype: torch.dtype) -> list[Verdict]:
     ours = run(torch.compile(sparse, fullgraph=True, dynamic=False), q, k, v)
     names = ("forward", "grad-query", "grad-key", "grad-value")
     return [
-        Verdict(name, _error(mine, right), _error(theirs, right))
+        Verdict(name, error(mine, right), error(theirs, right))
         for name, mine, theirs, right in zip(names, ours, usual, exact, strict=True)
     ]
 
@@ -182,11 +182,12 @@ def _randn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(_SEED))
 
 
-def _error(result: Tensor, exact: Tensor) -> float:
+def error(result: Tensor, exact: Tensor) -> float:
     """The largest difference in roundings of ``result``'s dtype at the size of ``exact``, infinite if not a number.
 
     The root mean square counts towards the size: sums that cancel carry the rounding of their parts.
     """
+    exact = exact.double()
     size = exact.abs() + exact.square().mean().sqrt()
     worst = float(((result.double() - exact).abs() / size.clamp_min(1e-30)).max()) / torch.finfo(result.dtype).eps
     return math.inf if math.isnan(worst) else worst
