@@ -14,9 +14,10 @@ and unstructured models run under Inductor. Initial weights, batches and their o
 configuration of a seed, learning rate and its schedule too unless the configuration is about them. Each finished run is
 one line of ``--out``; runs that are there already are skipped, so the study can be stopped and continued at any time.
 
-On a GPU (``--device cuda``) models of 25 million weights train under the few configurations that have kernels there, in
-the order of what they decide; no run is begun that is expected to end after ``--minutes``. Keep their ``--out``,
-``--csv`` and ``--doc`` apart from those of the small models.
+On a GPU (``--device cuda``) models of 42 million weights train under the few configurations that have kernels there, in
+the order of what they decide; no run is begun that is expected to end after ``--minutes``. ``--rehearse 2`` before, for
+each configuration in a process of its own, finds what fails and fills the compilers' caches while no run waits. Keep
+their ``--out``, ``--csv`` and ``--doc`` apart from those of the small models.
 
 The recorded runs, with the loss of every step, are kept; to go on from them:
 
@@ -33,11 +34,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from quality import records, report
-from quality.configurations import CONFIGURATIONS, LARGE, LARGE_QUEUE, QUICK, Config, Study
+from quality.configurations import CONFIGURATIONS, KNOWN, LARGE, LARGE_QUEUE, QUICK, Config, Study
 from quality.training import Text, train
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="all configurations train with the first one")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
     p.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of autocast; float32: none")
     p.add_argument("--minutes", type=float, help="begin no run that is expected to end later than this")
+    p.add_argument("--rehearse", type=int, metavar="STEPS", help="so many steps of each run, to fill compilers' caches")
     p.add_argument("--quick", action="store_true", help="a model and runs of seconds, to try the script itself")
     p.add_argument("--list", action="store_true", help="print the configurations and leave")
     p.add_argument("--collect", action="store_true", help="write --csv from --out")
@@ -65,11 +69,10 @@ def parser() -> argparse.ArgumentParser:
 
 def plan(only: Sequence[str] | None, seeds: Sequence[int]) -> list[tuple[Config, int]]:
     """Which runs, in which order."""
-    known = {config.name: config for config in CONFIGURATIONS}
-    unknown = [name for name in only or () if name not in known]
+    unknown = [name for name in only or () if name not in KNOWN]
     if unknown:
-        raise SystemExit(f"no configuration is called {', '.join(unknown)}; there are {', '.join(known)}")
-    chosen = CONFIGURATIONS if only is None else [known[name] for name in only]
+        raise SystemExit(f"no configuration is called {', '.join(unknown)}; there are {', '.join(KNOWN)}")
+    chosen = CONFIGURATIONS if only is None else [KNOWN[name] for name in only]
     return [(c, seed) for i, seed in enumerate(seeds) for c in chosen if i == 0 or c.main or only is not None]
 
 
@@ -113,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     if args.list:
-        for config in CONFIGURATIONS:
+        for config in KNOWN.values():
             print(f"{config.name:18} {config.note}")
         return 0
     if (args.data is None) != (args.val is None):
@@ -126,9 +129,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = 0
     if args.data is not None:
         large = args.device.type == "cuda"
-        study = QUICK if args.quick else LARGE if large else Study()
+        study = QUICK if args.quick else replace(LARGE if large else Study(), dtype=args.dtype)
         runs = plan(args.only or (LARGE_QUEUE if large else None), args.seeds)
-        trained = train_all(runs, study, Text.load(args.data, args.val), args.out, args.device, args.minutes)
+        text = Text.load(args.data, args.val)
+        if args.rehearse:
+            for config, seed in runs:
+                train(config, seed, study, text, stop=args.rehearse, device=args.device)
+        else:
+            trained = train_all(runs, study, text, args.out, args.device, args.minutes)
     if args.collect:
         records.write_csv(args.csv, records.rows(records.read(args.out)))
     if args.report:

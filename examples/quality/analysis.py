@@ -7,7 +7,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from .configurations import CONFIGURATIONS, Config
+from .configurations import CONFIGURATIONS, KNOWN, Config
 from .records import Record
 
 
@@ -134,7 +134,7 @@ class Results:
 
 
 def _config(name: str) -> Config:
-    return next(c for c in CONFIGURATIONS if c.name == name)
+    return KNOWN[name]
 
 
 def _length(name: str) -> str | int:

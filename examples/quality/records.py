@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import spikes
-from .configurations import CONFIGURATIONS, Config, Study
+from .configurations import KNOWN, Config, Study
 
 Record = dict[str, Any]
 
@@ -52,16 +52,20 @@ def append(file: Path, record: Record) -> None:
 
 
 def is_done(records: Iterable[Record], config: Config, seed: int, study: Study) -> bool:
-    """Whether the run is there already, with these very settings."""
+    """Whether the run is there already, with these very settings; those that a record does not tell are the study's
+    defaults, since it is older than they are."""
     wanted = json.loads(json.dumps({"name": config.name, "seed": seed, "settings": config.settings()}))
-    wanted["study"] = asdict(study)
-    return any(all(record[key] == value for key, value in wanted.items()) for record in records)
+    defaults, asked = asdict(Study()), asdict(study)
+    return any(
+        all(record[key] == value for key, value in wanted.items()) and {**defaults, **record["study"]} == asked
+        for record in records
+    )
 
 
 def rows(records: Sequence[Record]) -> list[Record]:
     """The CSV's rows, in the order of the configurations; of repeated runs the newest counts."""
     newest = {(r["name"], r["seed"]): r for r in records}
-    order = {config.name: i for i, config in enumerate(CONFIGURATIONS)}
+    order = {name: i for i, name in enumerate(KNOWN)}
     known = sorted((key for key in newest if key[0] in order), key=lambda key: (order[key[0]], key[1]))
     return [_row(newest[key], newest) for key in known]
 

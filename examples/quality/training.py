@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import mst_compile
 from mst_compile.rules.laws import graphcore
 
-from .configurations import BASE, CONFIGURATIONS, Config, Study, learning_rate, lengthened, overrides_of, schedule_of
+from .configurations import KNOWN, Config, Study, learning_rate, lengthened, overrides_of, schedule_of
 from .guards import Guard
 from .model import (
     GPT,
@@ -45,6 +45,15 @@ class Text:
         """Read both files, unpacking those that end with ``.xz``."""
         found = (lzma.decompress(f.read_bytes()) if f.suffix == ".xz" else f.read_bytes() for f in (train, validation))
         return cls(*(torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in found))
+
+
+def repeated(text: Tensor, unique: int | None, pieces: int = 64) -> Tensor:
+    """What is left of a training text of which ``unique`` bytes are to be repeated: pieces of equal size, spread
+    evenly, so that it is about the same things as the whole."""
+    if unique is None:
+        return text
+    size = max(1, unique // pieces)
+    return torch.cat([text[i * (len(text) // pieces) :][:size] for i in range(pieces)])
 
 
 def training_batch(text: Tensor, study: Study, seed: int, step: int) -> tuple[Tensor, Tensor]:
@@ -130,12 +139,12 @@ def make_sparse(model: GPT, config: Config, study: Study, seed: int) -> None:
 
 
 def size_of(config: Config, study: Study) -> tuple[Shape, int]:
-    """Shape and number of steps of a configuration; matched ones get the training FLOPs of ``BASE``."""
+    """Shape and number of steps of a configuration; matched ones get the training FLOPs of the study's ``base``."""
     shape, steps = study.shape, lengthened(config, study).steps
     if isinstance(config.width, int):
         shape = narrowed(shape, config.width)
     if "match" in (config.width, config.length):
-        budget = planned_flops(next(c for c in CONFIGURATIONS if c.name == BASE), study)
+        budget = planned_flops(KNOWN[study.base], study)
         if config.width == "match":
             shape = matching_shape(shape, study.tokens, budget / steps)
         else:
@@ -210,10 +219,13 @@ def train(
     compiled = torch.compile(model, backend=backend, dynamic=False) if study.compile else model
     optimizer, clock, guard = optimizer_for(model, study), Clock(device), Guard(model, config.guard)
     losses, densities, flops = [], [], 0.0
+    written, unseen = repeated(text.train, study.unique), validation_batches(text.validation, study)
+    checked = {round(steps * (i + 1) / (study.checks + 1)) for i in range(study.checks)}
+    checks: list[tuple[int, float]] = []
     if look is not None:
         look(0, model)
     for step in range(steps if stop is None else min(steps, stop)):
-        x, y = (t.to(device) for t in training_batch(text.train, study, seed, step))
+        x, y = (t.to(device) for t in training_batch(written, study, seed, step))
         active, in_gradient = active_weights(model, sparse)
         flops += shape.step_flops(study.tokens, active, in_gradient)
         densities.append(active / shape.hidden_size)
@@ -234,6 +246,8 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         clock.stop()
         losses.append(loss.item())
+        if step + 1 in checked:
+            checks.append((step + 1, round(evaluate(model, unseen, study), 5)))
         if look is not None:
             look(step + 1, model)
     dead, dead_values = dead_units(model)
@@ -245,7 +259,7 @@ def train(
         "width": shape.width,
         "steps": len(losses),
         "blocks": sorted({w.grid.block for w in sparse.values()}),
-        "val_loss": evaluate(model, validation_batches(text.validation, study), study),
+        "val_loss": evaluate(model, unseen, study),
         "train_loss": sum(losses[-LAST:]) / len(losses[-LAST:]),
         "flops": flops,
         "flops_relative": flops / (study.steps * study.shape.dense_flops(study.tokens)),
@@ -260,6 +274,7 @@ def train(
         "events": [] if schedule is None else [s for s in range(1, steps) if schedule.is_topology_event(s)],
         "torch": torch.__version__,
         "cpu": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "checks": checks,
         "losses": [round(v, 4) for v in losses],
     }
 

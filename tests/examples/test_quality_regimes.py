@@ -1,0 +1,104 @@
+"""What the quality study needs beside one pass over plenty of text: repeated text, losses on the way, other bases."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import quality_study
+from quality import model, records, training
+from quality.configurations import CONFIGURATIONS, KNOWN, LARGE, LARGE_QUEUE, ON_GPU, QUICK, Study
+
+import mst_compile
+
+
+def text_of(words: int) -> torch.Tensor:
+    written = " ".join(random.Random(words).choices(["one", "two", "three", "many"], k=words))
+    return torch.frombuffer(bytearray(written, "ascii"), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def text() -> training.Text:
+    return training.Text(text_of(20_000), text_of(2_000))
+
+
+def test_repeated_text_is_spread_over_the_whole() -> None:
+    text = torch.arange(64_000)
+    assert training.repeated(text, None) is text
+    left = training.repeated(text, 6400)
+    assert len(left) == 6400
+    assert torch.equal(left.view(64, 100)[:, 0], torch.arange(0, 64_000, 1000))
+    assert (left.view(64, 100).diff() == 1).all()
+
+
+def test_a_run_on_little_text_sees_nothing_else(text: training.Text) -> None:
+    study = replace(QUICK, steps=40, unique=64 * 40, learning_rate=3e-3)
+    seen = {bytes(row) for row in training.repeated(text.train, study.unique).unfold(0, 8, 1).numpy()}
+    x, _ = training.training_batch(training.repeated(text.train, study.unique), study, 0, 7)
+    assert {bytes(row) for row in x.to(torch.uint8).unfold(1, 8, 1).flatten(0, 1).numpy()} <= seen
+    few = training.train(KNOWN["dense"], 0, study, text)
+    all_of_it = training.train(KNOWN["dense"], 0, replace(study, unique=None), text)
+    assert few["losses"] != all_of_it["losses"]
+
+
+def test_losses_on_the_way_change_nothing(text: training.Text) -> None:
+    plain = training.train(KNOWN["static-b8"], 0, QUICK, text)
+    checked = training.train(KNOWN["static-b8"], 0, replace(QUICK, checks=2), text)
+    assert plain["checks"] == []
+    assert [step for step, _ in checked["checks"]] == [20, 40]
+    assert plain["losses"] == checked["losses"]
+    losses = [loss for _, loss in checked["checks"]] + [checked["val_loss"]]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_rivals_get_the_flops_of_the_base_that_the_study_names() -> None:
+    study = replace(LARGE, steps=400)
+    budget = training.planned_flops(KNOWN[LARGE.base], study)
+    for name in ("dense-384-match", "dense-512-match", "dense-short"):
+        shape, steps = training.size_of(KNOWN[name], study)
+        assert shape.width == {"dense-384-match": 384, "dense-512-match": 512}.get(name, 768)
+        assert steps * shape.dense_flops(study.tokens) == pytest.approx(budget, rel=0.02)
+    assert training.size_of(KNOWN["dense-512"], study)[1] == 400
+    assert budget == pytest.approx(0.245 * 400 * study.shape.dense_flops(study.tokens), rel=0.01)
+
+
+def test_what_an_older_record_does_not_tell_are_the_defaults() -> None:
+    config = KNOWN["dense"]
+    told = {key: value for key, value in asdict(Study()).items() if key not in ("base", "unique", "checks")}
+    record = {"name": "dense", "seed": 0, "settings": config.settings(), "study": told}
+    assert records.is_done([record], config, 0, Study())
+    assert not records.is_done([record], config, 0, Study(unique=10))
+    assert not records.is_done([record], config, 0, Study(dtype="float32"))
+
+
+def test_a_rehearsal_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.txt").write_bytes(bytes(text_of(2000).numpy()))
+    asked: list[tuple[str, int | None]] = []
+    monkeypatch.setattr(quality_study, "train", lambda config, *_, stop, device: asked.append((config.name, stop)))
+    data = ["--data", str(tmp_path / "train.txt"), "--val", str(tmp_path / "train.txt")]
+    out = tmp_path / "runs.jsonl"
+    more = ["--only", *LARGE_QUEUE, "--seeds", "1", "--rehearse", "2"]
+    assert quality_study.main([*data, "--quick", "--out", str(out), *more]) == 0
+    assert asked == [(name, 2) for name in LARGE_QUEUE]
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["static-b64", "set-b64", "start-80-b64"])
+def test_blocks_on_a_gpu_are_those_asked_for(name: str) -> None:
+    network = model.GPT(replace(LARGE, layers=1).shape)
+    training.make_sparse(network, KNOWN[name], LARGE, 0)
+    weights = mst_compile.sparsifier(network).weights.values()
+    assert {w.grid.block for w in weights} == {64}  # none shrank to fit the backbone
+    assert sum(w.active for w in weights) / sum(w.numel for w in weights) == pytest.approx(0.2, abs=0.01)
+
+
+def test_names_are_of_one_configuration_each() -> None:
+    assert len(KNOWN) == len(CONFIGURATIONS) + len(ON_GPU)
+    assert set(LARGE_QUEUE) <= set(KNOWN)
