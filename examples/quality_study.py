@@ -17,11 +17,12 @@ one line of ``--out``; runs that are there already are skipped, so the study can
 On a GPU (``--device cuda``) models of 42 million weights train under the few configurations that have kernels there, in
 the order of what they decide; no run is begun that is expected to end after ``--minutes``. ``--rehearse 2`` before, for
 each configuration in a process of its own, finds what fails and fills the compilers' caches while no run waits. Keep
-their ``--out``, ``--csv`` and ``--doc`` apart from those of the small models.
+their ``--out`` and ``--csv`` (benchmarks/quality_large.csv) apart from those of the small models.
 
 The recorded runs, with the loss of every step, are kept; to go on from them:
 
     mkdir -p runs/quality && gunzip -c benchmarks/quality_runs.jsonl.gz > runs/quality/runs.jsonl
+    mkdir -p runs/gpu && gunzip -c benchmarks/quality_large_runs.jsonl.gz > runs/gpu/quality.jsonl
 
 The recorded results come from 58 MB of English: Debian documentation packages and the World English Bible, as
 ``quality/corpus.py`` collects them. Licences: World English Bible public domain; An Anarchist FAQ GPL-2; Debian
@@ -63,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--collect", action="store_true", help="write --csv from --out")
     p.add_argument("--report", action="store_true", help="write --doc from --csv")
     p.add_argument("--csv", type=Path, default=ROOT / "benchmarks" / "quality.csv", help="the recorded results")
+    p.add_argument(
+        "--large-csv", type=Path, default=ROOT / "benchmarks" / "quality_large.csv", help="that of the large models"
+    )
     p.add_argument("--doc", type=Path, default=ROOT / "docs" / "quality.md", help="the report")
     return p
 
@@ -140,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.collect:
         records.write_csv(args.csv, records.rows(records.read(args.out)))
     if args.report:
-        report.write(args.doc, records.read_csv(args.csv))
+        report.write(args.doc, *(records.read_csv(csv) if csv.exists() else [] for csv in (args.csv, args.large_csv)))
     return trained
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,9 @@ class _Bulk:
         supported = kernels.supports(grid.block, tensor.dtype, tensor.dtype) and tensor.stride(-1) == 1
         return supported and kernels.available()
 
-    def zero_inactive_(self, tensor: Tensor, index: Tensor, grid: BlockGrid) -> None:
-        kernels.zero_inactive_(tensor, index, grid.block)
+    def zero_inactive_(self, tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: Sequence[BlockGrid]) -> None:
+        for tensor, index, grid in zip(tensors, indexes, grids, strict=True):
+            kernels.zero_inactive_(tensor, index, grid.block)
 
     def sum_of_squares(self, tensor: Tensor, grid: BlockGrid) -> Tensor:
         return kernels.block_sumsq(tensor, grid.block)

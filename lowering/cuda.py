@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mst_compile.blocks.grid import TILE_BLOCK
+from mst_compile.blocks.grid import TILE_BLOCK, BlockGrid
 
 from . import crossover, device
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MIN_HEAD, _MAX_HEAD, _MAX_HEAD_FLOAT32 = 16, 256, 128  # accumulators of larger ones do not fit the registers
+_WIDEST = 8  # bytes of an element that kernels can write zeros to
 _MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
 
 
@@ -56,6 +58,15 @@ def _why_no_kernels() -> str | None:
     return None
 
 
+@functools.cache
+def _c_compiler() -> str | None:
+    """What Triton builds its launchers with, or None."""
+    named = os.environ.get("CC")
+    if named:
+        return named if shutil.which(named.split()[0]) else None
+    return next(filter(shutil.which, ("gcc", "clang", "cc")), None)
+
+
 def _why_absent() -> str | None:
     if torch.cuda.is_available():
         return None
@@ -69,13 +80,34 @@ def _facts() -> list[device.Fact]:
     capability = f"compute capability {properties.major}.{properties.minor}, CUDA {torch.version.cuda}"
     found = importlib.util.find_spec("triton") is not None
     version = importlib.metadata.version("triton") if found else "none"
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("gcc", "clang", "cc")), "none")
-    missing = shutil.which(compiler.split()[0]) is None
+    compiler = _c_compiler()
     return [
         device.Fact("GPU", f"{properties.name}, {size}, {capability}", _why_no_kernels()),
         device.Fact("triton", version, None if found else "install triton"),
-        device.Fact("C compiler", compiler, "Triton needs one: install gcc, or point CC to it" if missing else None),
+        device.Fact(
+            "C compiler", compiler or "none", None if compiler else "Triton needs one: install gcc, or point CC to it"
+        ),
     ]
+
+
+class _Bulk:
+    """Passes over whole weights, see :mod:`mst_compile.blocks.bulk`."""
+
+    def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
+        """A CUDA graph's capture cannot take the upload of a table, which has no address yet when it is replayed."""
+        if not grid.tiled or tensor.stride(-1) != 1 or tensor.element_size() > _WIDEST:
+            return False
+        # Eager mode, which needs no compiler otherwise, is not to begin to.
+        works = _why_no_kernels() is None and _c_compiler() is not None
+        return works and not torch.cuda.is_current_stream_capturing()
+
+    def zero_inactive_(self, tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: Sequence[BlockGrid]) -> None:
+        from mst_compile.kernels.triton import zero  # where there is no triton, nothing is taken
+
+        zero.zero_inactive_(tensors, indexes, grids)
+
+    def sum_of_squares(self, tensor: Tensor, grid: BlockGrid) -> None:
+        """PyTorch's: it is asked for at topology events alone."""
 
 
 def _times(layers: Sequence[device.Layer], tuned: bool) -> list[device.LayerTimes]:
@@ -100,6 +132,7 @@ device.register(
         # H100, 1/1.24 with 32 (docs/gpu.md).
         default_block=64,
         finest_block=TILE_BLOCK,  # a coarse grid costs density, a finer one all that could be saved
+        bulk=_Bulk(),
         lowerings=_lowerings,
         why_absent=_why_absent,
         facts=_facts,

@@ -202,7 +202,7 @@ CONFIGURATIONS: tuple[Config, ...] = (
     # The method and its rivals.
     _config("dense", "dense", kind="dense", main=True),
     _config("mst-b8", "MST 90 %, B = 8: the base of the variants below", main=True),
-    _config("dense-small", "dense, narrower: MST's FLOPs", kind="dense", width="match", main=True),
+    _config("dense-small", "dense, narrower: the base's FLOPs", kind="dense", width="match", main=True),
     _static("static-b8", "static 80 %, B = 8", main=True),
     _config("dense-hidden-double", "dense, twice the rate of hidden weights", kind="dense", hidden_rate=2.0),
     _config("mst-b1", "MST 90 %, unstructured", block=1, main=True),
@@ -238,7 +238,7 @@ CONFIGURATIONS: tuple[Config, ...] = (
         for block in sizes
     ),
     _static("rigl-b8-coverage", "RigL 80 %, B = 8, coverage", growth="gradient", guard="coverage", main=True),
-    _config("dense-short", "dense, fewer steps: MST's FLOPs", kind="dense", length="match", main=True),
+    _config("dense-short", "dense, fewer steps: the base's FLOPs", kind="dense", length="match", main=True),
     _config("early", "restoration ramp early", restoration_ramp="early", main=True),
     _config("start-sparse", "starts sparse, no warm-up", initial_sparsity=0.9, warmup=0),
     _config("plateau-80", "plateau at 80 %", sparsity=0.8),

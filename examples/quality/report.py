@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .analysis import Results
-from .configurations import BASE, CONFIGURATIONS
+from .configurations import BASE, CONFIGURATIONS, KNOWN, LARGE
 from .records import Record
 from .spikes import AFTER
 
@@ -56,11 +56,16 @@ SKELETON = "# Quality\n\n" + "\n\n".join(
 )
 
 
-def write(file: Path, rows: list[Record]) -> None:
-    """Bring the generated parts of the document up to date; a missing document is made of nothing else."""
+def write(file: Path, rows: list[Record], large: list[Record]) -> None:
+    """Bring the generated parts of the document up to date; a missing document is made of nothing else.
+
+    Args:
+        large: rows of the models trained on a GPU.
+    """
     text = file.read_text(encoding="utf-8") if file.exists() else SKELETON + "\n"
     results = Results(rows)
-    file.write_text(_PART.sub(lambda m: f"{m[1]}{PARTS[m[2]](results)}\n{m[3]}", text), encoding="utf-8")
+    parts = {name: lambda part=part: part(results) for name, part in PARTS.items()} | {"large": lambda: on_gpu(large)}
+    file.write_text(_PART.sub(lambda m: f"{m[1]}{parts[m[2]]()}\n{m[3]}", text), encoding="utf-8")
 
 
 def setup(results: Results) -> str:
@@ -258,6 +263,33 @@ def spikes(results: Results) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     said = [f"{counted[after]} of {looked_at} runs over the {after} steps after an event" for after in AFTER]
     return "\n".join([*lines, "", f"Rises beyond chance: {'; '.join(said)}."])
+
+
+def on_gpu(rows: Sequence[Record]) -> str:
+    """Large models, each against the one whose FLOPs most of the others have."""
+    order = [r for name in KNOWN for r in rows if r["name"] == name]
+    base = {r["seed"]: r for r in order if r["name"] == LARGE.base}
+    lines = [
+        "| run | configuration | seed | steps | validation loss | against the first | FLOPs | seconds | ms a step |",
+        "|---|" + "---|" * 8,
+    ]
+    for row in sorted(order, key=lambda r: (r["name"] != LARGE.base, r["seed"])):
+        own = base.get(row["seed"])
+        cells = [
+            f"`{row['name']}`",
+            KNOWN[row["name"]].note,
+            str(row["seed"]),
+            str(row["steps"]),
+            f"{row['val_loss']:.3f}",
+            "" if own is None or own is row else f"{row['val_loss'] - own['val_loss']:+.3f}",
+            f"{row['flops']:.2e}",
+            f"{row['seconds']:.0f}",
+            f"{1000 * row['seconds'] / row['steps']:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    said = f"{LARGE.layers} layers, {LARGE.width} wide unless a name says otherwise, context {LARGE.context}, "
+    where = sorted({f"{r['cpu']}, torch {r['torch']}" for r in order})
+    return "\n".join([*lines, "", f"{said}{LARGE.tokens} tokens a step. {', '.join(where)}."])
 
 
 PARTS: dict[str, Callable[[Results], str]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -20,11 +20,11 @@ class Kernels(Protocol):
     def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
         """Whether there are kernels for this tensor, ``[rows, cols]``, under this grid; asked of plain ones."""
 
-    def zero_inactive_(self, tensor: Tensor, index: Tensor, grid: BlockGrid) -> None:
-        """Zero what lies outside the active blocks, in place."""
+    def zero_inactive_(self, tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: Sequence[BlockGrid]) -> None:
+        """Zero what lies outside the active blocks of each of the tensors, which are of one device, in place."""
 
-    def sum_of_squares(self, tensor: Tensor, grid: BlockGrid) -> Tensor:
-        """Sum of squares of each block, float32 ``[R, C]`` on the CPU."""
+    def sum_of_squares(self, tensor: Tensor, grid: BlockGrid) -> Tensor | None:
+        """Sum of squares of each block, float32 ``[R, C]`` on the CPU; None: PyTorch is as fast."""
 
 
 _kernels: dict[str, Kernels] = {}
@@ -53,18 +53,32 @@ def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor 
         mask: bool ``[R, C]``, the active blocks.
         index: the packed index of the same blocks on the tensor's device, if there is one; it serves the kernels.
     """
-    if is_sharded(tensor):
-        _zero_sharded_(tensor, grid, ~mask)
-        return
-    native = _native(tensor, grid, index) if index is not None else None
-    if native is not None and index is not None:
-        native.zero_inactive_(tensor, index, grid)
+    zero_all_inactive_([(tensor, grid, mask, index)])
+
+
+@torch.no_grad()
+def zero_all_inactive_(whole: Sequence[tuple[Tensor, BlockGrid, Tensor, Tensor | None]]) -> None:
+    """What :func:`zero_inactive_` does, to each (tensor, grid, mask, index); kernels of a device take all in one call.
+
+    The tensors must not overlap.
+    """
+    taken: dict[torch.device, list[tuple[Tensor, Tensor, BlockGrid]]] = {}
+    for tensor, grid, mask, index in whole:
+        if is_sharded(tensor):
+            _zero_sharded_(tensor, grid, ~mask)
+        elif index is not None and _native(tensor, grid, index) is not None:
+            taken.setdefault(tensor.device, []).append((tensor, index, grid))
+        else:
+            # On a GPU the index already holds the mask: copying the host's would wait for the device.
+            here = index is not None and grid.tiled and index.device == tensor.device
+            blocks = read_mask(index, grid) if here else mask.to(tensor.device)  # type: ignore[arg-type]
+            _fill_(tensor, 0, grid, ~blocks)
+    for device, items in taken.items():
+        tensors, indexes, grids = zip(*items, strict=True)
+        _kernels[device.type].zero_inactive_(tensors, indexes, grids)
         # Autograd cannot see what a kernel writes: a change between forward and backward must not pass unnoticed.
-        torch.autograd.graph.increment_version(tensor)
-        return
-    # On a GPU the index already holds the mask: copying the host's would wait for the device.
-    here = index is not None and grid.tiled and index.device == tensor.device
-    _fill_(tensor, 0, grid, ~(read_mask(index, grid) if here else mask.to(tensor.device)))  # type: ignore[arg-type]
+        for tensor in tensors:
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _zero_sharded_(tensor: Tensor, grid: BlockGrid, blocks: Tensor) -> None:
@@ -134,9 +148,8 @@ def block_mean_square(tensor: Tensor, grid: BlockGrid) -> Tensor:
     call it.
     """
     native = None if is_sharded(tensor) or grid.block == 1 else _native(tensor, grid)
-    if native is not None:
-        return grid.mean_of_sums_(native.sum_of_squares(tensor.detach(), grid))
-    return _block_mean(tensor, grid, Tensor.square_)
+    sums = None if native is None else native.sum_of_squares(tensor.detach(), grid)
+    return grid.mean_of_sums_(sums) if sums is not None else _block_mean(tensor, grid, Tensor.square_)
 
 
 @torch.no_grad()

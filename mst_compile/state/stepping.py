@@ -31,7 +31,7 @@ from .clock import StepClock
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
 from .steps import Step
-from .weight import SparseWeight, first_gradients
+from .weight import SparseWeight, first_gradients, mask_gradients
 
 _PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
 
@@ -144,12 +144,12 @@ class Stepping:
         """
         optimizer, turn = step.optimizer, self._turns[step]
         scale = optimizers.gradient_scale(optimizer)
-        for weight, parameter in own:
-            if parameter.grad is None:
-                continue
+        found = [(weight, parameter) for weight, parameter in own if parameter.grad is not None]
+        for weight, parameter in found:
             if weight.name not in turn.late:
                 _harvest(weight, parameter, scale, turn.scores.get(weight.name), again=step.has_closure)
-            weight.mask_gradient(parameter.grad)
+        mask_gradients((weight, parameter.grad) for weight, parameter in found)  # type: ignore[misc]
+        for weight, parameter in found:
             if weight.grown is not None:
                 optimizers.start_second_moment(optimizer, parameter, weight.grid, weight.grown)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from mst_compile.blocks.bulk import block_mean_square, zero_inactive_
+from mst_compile.blocks.bulk import block_mean_square, zero_all_inactive_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, new_index, write_index
 from mst_compile.blocks.shards import check_placement, holder_of, is_sharded, stored
@@ -240,13 +240,19 @@ class SparseWeight:
 
     def mask_gradient(self, gradient: Tensor) -> None:
         """Set a gradient to 0 outside the active blocks unless it is known to be."""
-        if not self.is_dense and not self.is_masked(gradient):
-            self.zero_inactive_(gradient)
-            self.note_masked(gradient)
+        mask_gradients([(self, gradient)])
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
         return self.__dict__ | {"clean": UNKNOWN, "version": UNKNOWN, "dirty": None, "masked": None}
+
+
+def mask_gradients(gradients: Iterable[tuple[SparseWeight, Tensor]]) -> None:
+    """Set gradients to 0 outside the active blocks of their weights unless they are known to be, all in one go."""
+    unknown = [(weight, g) for weight, g in gradients if not weight.is_dense and not weight.is_masked(g)]
+    zero_all_inactive_([(gradient, weight.grid, weight.mask, weight.index) for weight, gradient in unknown])
+    for weight, gradient in unknown:
+        weight.note_masked(gradient)
 
 
 def _has_index(grid: BlockGrid, device: torch.device) -> bool:

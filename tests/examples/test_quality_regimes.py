@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import quality_study
-from quality import model, records, training
+from quality import model, records, report, training
 from quality.configurations import CONFIGURATIONS, KNOWN, LARGE, LARGE_QUEUE, ON_GPU, QUICK, Study
 
 import mst_compile
@@ -102,3 +102,15 @@ def test_blocks_on_a_gpu_are_those_asked_for(name: str) -> None:
 def test_names_are_of_one_configuration_each() -> None:
     assert len(KNOWN) == len(CONFIGURATIONS) + len(ON_GPU)
     assert set(LARGE_QUEUE) <= set(KNOWN)
+
+
+def test_the_report_of_large_models_holds_each_against_the_base(tmp_path: Path) -> None:
+    row = {"seed": 0, "steps": 100, "val_loss": 1.0, "flops": 2e15, "seconds": 2.5, "cpu": "card", "torch": "2"}
+    rows = [row | {"name": "dense-short", "steps": 50, "val_loss": 1.25}, row | {"name": LARGE.base}]
+    file = tmp_path / "quality.md"
+    file.write_text("By hand\n<!-- study:large -->\nold\n<!-- end -->\n")
+    report.write(file, [], rows)
+    first, second = [line.split(" | ") for line in file.read_text().splitlines() if line.startswith("| `")]
+    assert (first[0], first[5]) == ("| `static-b64`", "")
+    assert (second[0], *second[3:6], second[8]) == ("| `dense-short`", "50", "1.250", "+0.250", "50.0 |")
+    assert "old" not in file.read_text()

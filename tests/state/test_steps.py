@@ -15,7 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from training import assert_zero_outside, loss_of
 
 from mst_compile import Constant, param_groups, sparsifier, sparsify
+from mst_compile.blocks.bulk import zero_all_inactive_
 from mst_compile.state import steps
+from mst_compile.state import weight as weight_module
 from mst_compile.state.steps import Step
 
 SCHEDULE = Constant(0.7, interval=2)
@@ -284,3 +286,26 @@ def test_a_compiled_step_is_counted() -> None:
         assert sparsifier(model).step_count == count
         assert rates_of(optimizer) == [LR] * len(optimizer.param_groups)
     assert_zero_outside(model, optimizer)
+
+
+def test_gradients_that_were_changed_are_masked_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipping changes them all; a GPU then needs one launch and not one a weight."""
+    calls: list[int] = []
+
+    def counted(whole: list[Any]) -> None:
+        calls.append(len(whole))
+        zero_all_inactive_(whole)
+
+    monkeypatch.setattr(weight_module, "zero_all_inactive_", counted)
+    model = sparsify(nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), Constant(0.5, growth="none"), block=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 16)).square().sum().backward()
+    assert calls == [1, 1, 1]  # each as it comes
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad += 1  # not even zeros are kept
+    optimizer.step()
+    assert calls == [1, 1, 1, 3]
+    for weight in sparsifier(model).weights.values():
+        parameter = model.get_parameter(weight.name)
+        assert not parameter[~weight.grid.expand(weight.mask)].any()

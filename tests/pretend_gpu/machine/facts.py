@@ -17,6 +17,8 @@ from typing import Any
 
 from ..device.h100 import REGISTERS_PER_THREAD, SHARED_MEMORY_PER_BLOCK
 
+LOADED = "an address from memory"  # in place of an argument
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -34,8 +36,8 @@ class Facts:
         tma: Copies by the Tensor Memory Accelerator.
         buffers: Shapes of the buffers in shared memory; the first of three or more dimensions is the pipeline's depth.
         atomics: Atomic operations on memory.
-        reads: By argument, how many loads and asynchronous copies from its memory there are of each number of bytes (of
-            one thread).
+        reads: By argument (`LOADED`: an address that comes from memory), how many loads and asynchronous copies from
+            there are of each number of bytes (of one thread).
         writes: By argument, the same of stores.
         ptx: The PTX text.
         ttgir: Triton's GPU dialect, where the buffers are seen.
@@ -124,7 +126,7 @@ def _accesses(ptx: str, arguments: Mapping[str, str]) -> tuple[dict[str, Counter
         while ahead:
             seen |= ahead
             ahead = {source for r in ahead for source in sources[r]} - seen
-        (name,) = {named[r] for r in seen if r in named}
+        (name,) = {named[r] for r in seen if r in named} or {LOADED}
         return name
 
     reads: dict[str, Counter[int]] = defaultdict(Counter)
