@@ -8,6 +8,7 @@ sees the logs; both are methods of the Trainer that are there to be overridden, 
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -276,24 +277,24 @@ def split_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
     sparse = [group for group in groups if DENSITY_RATE in group]
     found = []
     for group in optimizer.param_groups:
-        members = list(group["params"])
-        names = dict(zip(map(id, members), group.get("param_names", ()), strict=False))
-        wanted = [] if DENSITY_RATE in group else sparse
-        inside = {id(p) for p in members}
-        laws = [{key: own[key] for key in (DENSITY_RATE, DENSITY_DECAY)} for own in wanted]
-        parts = [
-            ({**group, **law}, [p for p in own["params"] if id(p) in inside])
-            for law, own in zip(laws, wanted, strict=True)
-        ]
-        taken = {id(p) for _, part in parts for p in part}
-        parts.append((dict(group), [p for p in members if id(p) not in taken]))
-        for options, part in parts:
+        inside = {id(p) for p in group["params"]}
+        taken: set[int] = set()
+        for own in [] if DENSITY_RATE in group else sparse:
+            part = {id(p) for p in own["params"]} & inside
             if part:
-                options["params"] = part
-                if names:
-                    options["param_names"] = [names[id(p)] for p in part]
-                found.append(options)
+                laws = {key: own[key] for key in (DENSITY_RATE, DENSITY_DECAY)}
+                found.append({**_members(group, part), **laws})
+                taken |= part
+        if not taken or inside - taken:
+            found.append(_members(group, inside - taken))
     optimizer.param_groups[:] = found
+
+
+def _members(group: dict[str, Any], wanted: set[int]) -> dict[str, Any]:
+    """The parameter group with those Parameters alone whose ids are wanted, in its order."""
+    of_each = [key for key in ("params", "param_names") if key in group]
+    chosen = [id(p) in wanted for p in group["params"]]
+    return {**group, **{key: list(itertools.compress(group[key], chosen)) for key in of_each}}
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from mst_compile.errors import (
     ScheduleError,
 )
 from mst_compile.flops import Meter, dense_linear_training
-from mst_compile.integrations.transformers import MSTCallback, MSTTrainer, MSTTrainerMixin
+from mst_compile.integrations.transformers import MSTCallback, MSTTrainer, MSTTrainerMixin, split_groups
 
 STEPS = 12
 MIXED = MixedSparsity.published(STEPS, 0.7, warmup=3, restoration=3, settle=2, interval=2, ramp_interval=1)
@@ -291,6 +291,22 @@ def test_laws_of_a_subclass(tmp_path: Path) -> None:
         if "density_rate" in g
     }
     assert laws == {(2.0, 0.0)}
+
+
+def test_groups_with_names_and_without_members() -> None:
+    model = sparsify(tiny(), MIXED, block=4)
+    own = {"up.weight", "down.weight", "head.weight"}
+    optimizer = torch.optim.SGD([{"params": list(model.named_parameters())}, {"params": [], "param_names": []}], 0.1)
+    split_groups(optimizer, param_groups(model))
+    names = {id(p): n for n, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        assert group["param_names"] == [names[id(p)] for p in group["params"]]
+        assert ("density_rate" in group) == bool(own & set(group["param_names"]))
+    assert sorted(n for g in optimizer.param_groups for n in g["param_names"]) == sorted(names.values())
+    assert [len(g["params"]) for g in optimizer.param_groups][-1] == 0
+    before = [dict(group) for group in optimizer.param_groups]
+    split_groups(optimizer, param_groups(model))
+    assert [g["param_names"] for g in optimizer.param_groups] == [g["param_names"] for g in before]
 
 
 def test_an_optimizer_of_the_users_stays(tmp_path: Path) -> None:
