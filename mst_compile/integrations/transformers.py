@@ -55,7 +55,7 @@ class MSTCallback(TrainerCallback, ExportableState):
       steps have equally many tokens), ``mst/events``, ``mst/dropped`` and ``mst/grown`` (topology events and elements
       so far), and ``mst/phase``. They are in ``trainer.state.log_history`` and on the console, and under
       :class:`MSTTrainer` wherever the Trainer reports to (of these ``mst/phase``, a word, is left out).
-    - At the end a warning tells if the model is still sparse.
+    - At the end a warning tells if the model is still sparse, or was when the best model was saved that is loaded then.
 
     Args:
         schedule: as for :func:`mst_compile.sparsify`; None if the model is sparse already.
@@ -169,17 +169,27 @@ class MSTCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say so if the model is still sparse."""
+        """Say so if the model is still sparse, or holds weights of a step at which it was."""
         self._leave()
+        parts = parts_of(kwargs["model"])
+        best = state.best_global_step if args.load_best_model_at_end else None
+        sparsest = max((sparsity_of(part.sparsifier.schedule, best) for part in parts), default=0.0) if best else 0.0
         density = self.metrics(kwargs["model"]).get(f"{_OWN}density", 1.0)
+        stored = 'Its zeros are stored like any other number, and save time under backend="mst" alone'
         if density < 1:
-            warnings.warn(
+            problem = (
                 f"training has ended at step {state.global_step} and the model is still sparse: density {density:.3f}. "
-                'Its zeros are stored like any other number, and save time under backend="mst" alone. If it should '
-                "have ended dense: MixedSparsity(total_steps=...) of the run's own number of steps",
-                MSTWarning,
-                stacklevel=2,
+                f"{stored}. If it should have ended dense: MixedSparsity(total_steps=...) of the run's own number of "
+                "steps"
             )
+        elif sparsest > 0:
+            problem = (
+                f"load_best_model_at_end has loaded the weights of step {best}, when the model was still sparse: "
+                f"sparsity {sparsest:.3g}. {stored}. The weights of the last step are in the last checkpoint"
+            )
+        else:
+            return
+        warnings.warn(problem, MSTWarning, stacklevel=2)
 
     # -- what is counted -----------------------------------------------------------------------------------------------
 

@@ -379,6 +379,30 @@ def test_the_end_of_a_sparse_run_is_told(tmp_path: Path) -> None:
         train(tmp_path, MSTCallback(Constant(0.6), compile=EAGER, block=4), max_steps=2)
 
 
+@pytest.mark.parametrize("best", [6, 12])
+def test_the_best_model_may_be_a_sparse_one(best: int, tmp_path: Path) -> None:
+    """Metrics that say so choose the checkpoint that is loaded at the end."""
+
+    class Chosen(MSTTrainer):
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            return {"eval_loss": float(abs(self.state.global_step - best))}
+
+    more = {"save_strategy": "steps", "save_steps": 6, "eval_strategy": "steps", "eval_steps": 6}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", MSTWarning)
+        callback = MSTCallback(MIXED, compile=False, block=4)
+        trainer = train(tmp_path, callback, cls=Chosen, load_best_model_at_end=True, **more)
+    said = [str(w.message) for w in told if "sparse" in str(w.message) and "no graph" not in str(w.message)]
+    zeros = bool((trainer.model.up.weight == 0).any())
+    assert zeros == (best == 6) == any(f"weights of step {best}, when the model was still sparse" in s for s in said)
+    assert len(said) == int(zeros)
+
+
+def test_the_trainer_alone_cannot_do_with_a_compiled_wrapper(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="The batch received was empty"):
+        train(tmp_path, model=torch.compile(tiny(), backend="eager"), cls=Trainer)
+
+
 def refusals() -> dict[str, tuple[type[MSTError], str, Callable[[Path], Any]]]:
     def longer(folder: Path) -> Any:
         return train(folder, MSTCallback(MixedSparsity(STEPS + 4), block=4))
