@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 ORDER = (
     "errors", "rules", "blocks", "ops", "kernels", "lowering", "state", "parallel", "graph", "api", "cost", "doctor",
-    "package",
+    "integrations", "package",
 )  # fmt: skip
 DOORS = ("schedule", "flops", "communication", "recipes", "__main__")  # the package's own: public names, commands
 PRETEND = ("compat", "device", "codegen", "machine", "interpreter", "package")
@@ -49,6 +49,14 @@ def test_no_arrow_of_the_package_runs_up(package: list[Arrow]) -> None:
 def test_operators_know_neither_kernels_nor_lowerings(package: list[Arrow]) -> None:
     below = ("mst_compile.kernels.", "mst_compile.lowering.")
     wrong = [a for a in package if a.source.startswith("mst_compile.ops.") and a.target.startswith(below)]
+    assert not wrong, said(wrong)
+
+
+def test_integrations_are_imported_by_users_alone(package: list[Arrow]) -> None:
+    room = "mst_compile.integrations."
+    inside = [a for a in package if a.source.startswith(room)]
+    assert any(a.target == "transformers" for a in inside)
+    wrong = [a for a in package if a.target.startswith(room) and a not in inside]
     assert not wrong, said(wrong)
 
 
