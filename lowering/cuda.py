@@ -58,10 +58,13 @@ def _why_no_kernels() -> str | None:
     return None
 
 
-@functools.cache
 def _c_compiler() -> str | None:
     """What Triton builds its launchers with, or None."""
-    named = os.environ.get("CC")
+    return _found(os.environ.get("CC"))
+
+
+@functools.cache
+def _found(named: str | None) -> str | None:
     if named:
         return named if shutil.which(named.split()[0]) else None
     return next(filter(shutil.which, ("gcc", "clang", "cc")), None)
