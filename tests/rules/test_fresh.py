@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from mst_compile.rules.fresh import FALSE_ALARMS, form, lines, looks_trained
 from oracles import of_rounding
 from torch import Tensor, nn
+
+from mst_compile.rules.fresh import FALSE_ALARMS, form, lines, looks_trained
 
 DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda w: nn.init.normal_(w, std=0.02),
