@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mst_compile.blocks.shards import check_placement
 from mst_compile.errors import AlreadySparseError, SelectionError
@@ -21,6 +23,8 @@ from mst_compile.state.selection import Override, check_memory, select
 from mst_compile.state.sparsifier import Sparsifier, attach, detach, parts_of, some_parts_of, sparsifier
 from mst_compile.state.uses import forget_compiled, is_compiled
 
+_logger = logging.getLogger("mst_compile")
+
 __all__ = ["densify", "sparsifier", "sparsify"]
 
 
@@ -33,6 +37,7 @@ def sparsify(
     exclude: str | Iterable[str] | None = None,
     overrides: Mapping[str, Override] | None = None,
     guard: Guard = "coverage",
+    masks: Literal["magnitude", "random"] | Mapping[str, Tensor] | None = None,
     rescale: bool = True,
     seed: int = 0,
     auto_step: bool = True,
@@ -47,23 +52,37 @@ def sparsify(
 
     Args:
         model: any module. Weights of ``nn.Linear`` and Hugging Face ``Conv1D`` are eligible, a tied LM head included;
-            embeddings, norms and biases stay dense.
+            embeddings, norms and biases stay dense, and so do frozen weights (``requires_grad`` False) and adapters
+            (``lora_A``, ``lora_B``, ...) unless ``include`` names them; :func:`explain` says so.
         schedule: :class:`MixedSparsity`, :class:`Constant` or an own one derived from :class:`Schedule`.
         block: edge of the square blocks, a power of two; default 8 on a CPU, 64 on NVIDIA GPUs, 32 elsewhere. It
             shrinks for a weight whose backbone would take more than half of the target density (:func:`explain` says
             so), to no less than 4. ``1`` gives unstructured masks; for 1 and 2 there are kernels on a CPU alone.
-        include: shell-style patterns of parameter names; only these become sparse. Names of other 2-D parameters are
-            accepted too.
+        include: shell-style patterns of parameter names; only these become sparse. Names of other 2-D parameters, of
+            frozen weights and of adapters are accepted too.
         exclude: patterns of names that stay dense.
         overrides: patterns of names -> :class:`Override`, for weights with a sparsity or a block of their own. The
             first pattern that matches counts.
         guard: what drop-and-grow may not take. ``"coverage"``: the largest block of each block row and column.
-            ``"backbone"``: a fixed wrapped block diagonal (:func:`mst_compile.rules.guard.backbone`), which first masks
-            contain with either guard. ``"none"``: anything may go; whole rows and columns of blocks empty, and may
-            never come back.
+            ``"backbone"``: a fixed wrapped block diagonal (:func:`mst_compile.rules.guard.backbone`), which random
+            first masks contain with either guard. ``"none"``: anything may go; whole rows and columns of blocks empty,
+            and may never come back.
+        masks: where the schedule starts sparse, the masks that it starts with. ``"random"``: a uniform choice.
+            ``"magnitude"``: the blocks of largest mean square (or as the schedule's ``magnitude`` says) of each weight,
+            at the density that the schedule's distribution gives it, and with what ``guard`` keeps. A mapping of names
+            of sparse weights to bool masks of their blocks, ``[ceil(rows / block), ceil(cols / block)]``, or elements,
+            ``[rows, cols]``: taken as they are, until a topology event returns to the schedule's density; other weights
+            get masks by the default. None: ``"magnitude"`` if a weight was loaded by transformers' ``from_pretrained``
+            (from its version 5 on) or holds values that no initialiser draws, else ``"random"``; the log
+            ``"mst_compile"``, ``sparsifier(model).first_masks`` and :func:`explain` say which, and why. Of freshly
+            initialised models one in a million is mistaken
+            (:func:`mst_compile.rules.fresh.looks_trained`); a short training may go unnoticed. A schedule that starts
+            dense draws no first masks: what it drops on its way goes by magnitude anyway.
         rescale: where the schedule starts sparse, multiply the weights that stay by ``density ** -0.5``, so that a
             layer's outputs have the variance they had (the initialisation of SµPar, arXiv 2405.15743). Without it a
-            freshly initialised model starts with signals that fade from layer to layer, and learns slower.
+            freshly initialised model starts with signals that fade from layer to layer, and learns slower. Trained
+            weights keep their values: with masks by magnitude, and given ones on weights that are not fresh, nothing
+            is multiplied.
         seed: masks are a function of (seed, step, parameter name).
         auto_step: count steps by a hook on the optimizer; otherwise call ``sparsifier(model).step()``.
 
@@ -71,8 +90,8 @@ def sparsify(
         ``model`` itself.
 
     Raises:
-        ScheduleError, BlockSizeError, SelectionError, WeightError, AlreadySparseError, ArgumentError: see the message;
-            the model is unchanged.
+        ScheduleError, BlockSizeError, SelectionError, WeightError, MaskError, AlreadySparseError, ArgumentError: see
+            the message; the model is unchanged.
     """
     check_model("sparsify", model)
     schedule = as_schedule(schedule)
@@ -88,11 +107,15 @@ def sparsify(
             check_placement(candidate.name, candidate.parameter)
         new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, guard)
         try:
-            new.draw_first_masks(rescale)  # asks the schedule, which may be the user's, before it changes a weight
+            new.draw_first_masks(
+                rescale, masks
+            )  # asks the schedule, which may be the user's, before it changes a weight
         except BaseException:
             new.release()
             raise
         attach(model, new)
+    for name, reason in selection.skipped.items():
+        _logger.info("%s stays dense: %s", name, reason)
     if any(is_compiled(candidate.parameter) for candidate in selection.candidates):
         torch._dynamo.reset()  # they were sparse before, perhaps on another grid of blocks, which graphs rely on
         forget_compiled()

@@ -219,6 +219,11 @@ bad("override", lambda b, v: sparsify(b.plain, SPARSE, overrides=v), [
 bad("sparsity", lambda b, v: Override(sparsity=v), [v for v in NO_SPARSITY if v is not None])
 bad("block", lambda b, v: Override(block=v), [0, 3, 256, 8.0, True, "8"])
 bad("guard", lambda b, v: sparsify(b.plain, SPARSE, guard=v), ["", "all", None, True, ["none"], torch.tensor([1, 2])])
+bad("masks", lambda b, v: sparsify(b.plain, SPARSE, masks=v), ["", "largest", True, 3, ["random"]])
+bad("no sparse weight", lambda b, v: sparsify(b.plain, SPARSE, masks={v: None}), ["", "nowhere", 5, None])
+bad("mask of layers.0.1.weight", lambda b, v: sparsify(b.plain, SPARSE, masks={"layers.0.1.weight": v}), [
+    None, 0.5, "random", [[True]], np.ones((16, 8), bool),
+])  # fmt: skip
 bad("rescale", lambda b, v: sparsify(b.plain, SPARSE, rescale=v), NO_FLAG)
 bad("auto_step", lambda b, v: sparsify(b.plain, SPARSE, auto_step=v), NO_FLAG)
 bad("seed", lambda b, v: sparsify(b.plain, SPARSE, seed=v), [2**63, -(2**63) - 1, None, *NO_WHOLE])

@@ -61,6 +61,7 @@ def doors() -> Doors:
     first, mask = next(iter(own.masks.items()))
     counts = {"tokens": 80, "tokens_per_step": 8}
     options = {"block": 4, "include": "*1*", "exclude": "*3*", "overrides": {}, "guard": "none", "seed": 1}
+    options["masks"] = "random"
     flags = {"rescale": True, "auto_step": True}
     asked = {"inactive": mask, "count": 2, "gradient": None, "generator": torch.Generator("cpu")}
     parts = {"candidates": [], "schedule": SPARSE, "seed": 0, "auto_step": True, "skipped": {}}

@@ -181,6 +181,22 @@ def _sums_of_shards(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor]
     return sum_over_shards(sums, tensor)
 
 
+@torch.no_grad()
+def sample_of(tensor: Tensor, side: int) -> Tensor:
+    """Elements of up to ``side`` rows and columns of ``tensor`` (``[rows, cols]``), evenly spaced: float64 on the CPU.
+
+    Of a tensor that FSDP2 has sharded, every rank gets the same; all must call it.
+    """
+    local, first = local_rows(tensor)
+    rows, cols = tensor.shape
+    step = -(-rows // side)
+    found = torch.zeros(-(-rows // step), -(-cols // -(-cols // side)), dtype=torch.float64, device="cpu")
+    begin = -(-first // step)  # of the sampled rows, the first that is here
+    here = local[begin * step - first :: step, :: -(-cols // side)]
+    found[begin : begin + here.shape[0]] = here.cpu()
+    return sum_over_shards(found, tensor).cpu()
+
+
 def mask_like(index: Tensor, grid: BlockGrid) -> Tensor:
     """Elementwise mask, bool ``[rows, cols]``, of a packed index."""
     return grid.expand(read_mask(index, grid))

@@ -38,11 +38,15 @@ class Row:
 
 
 class Explanation:
-    """Rows of :func:`explain`, and what became of each attention that a schedule wants sparse; prints as a table."""
+    """Rows of :func:`explain`, what became of each attention that a schedule wants sparse, and how the first masks of
+    each part were made; prints as a table."""
 
-    def __init__(self, rows: list[Row], attention: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, rows: list[Row], attention: dict[str, str] | None = None, first_masks: dict[str, str] | None = None
+    ) -> None:
         self.rows = rows
         self.attention = attention or {}
+        self.first_masks = first_masks or {}
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -75,6 +79,7 @@ class Explanation:
             f"linear layers: {total / 1e6:.3f} of {dense / 1e6:.3f} MFLOPs/token ({total / max(1, dense):.1%})"
         )
         lines += [f"attention in {where or 'the model'}: {what}" for where, what in self.attention.items()]
+        lines += [f"first masks{f' of {part}' if part else ''}: {how}" for part, how in self.first_masks.items()]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -93,12 +98,14 @@ def explain(model: nn.Module) -> Explanation:
     check_model("explain", model)
     rows: list[Row] = []
     attention: dict[str, str] = {}
+    first_masks: dict[str, str] = {}
     for part in some_parts_of(model):
         own = part.sparsifier
         rows += [_row(part.full(weight.name), weight, parameter) for weight, parameter in own.parameters()]
         rows += _skipped(part)
         attention |= own.attention.reasons
-    return Explanation(rows, attention)
+        first_masks[part.name] = own.first_masks
+    return Explanation(rows, attention, first_masks)
 
 
 def _skipped(part: Part) -> Iterator[Row]:

@@ -36,11 +36,11 @@ def random_mask(backbone: Tensor, count: int, gen: torch.Generator) -> Tensor:
     return largest(score, count)
 
 
-def magnitude_mask(backbone: Tensor, count: int, magnitude: Tensor) -> Tensor:
-    """``count`` active blocks: the backbone and the others of largest ``magnitude``."""
-    if count >= backbone.numel():
-        return torch.ones_like(backbone)
-    return largest(magnitude.masked_fill(backbone, torch.inf), count)
+def magnitude_mask(safe: Tensor, count: int, magnitude: Tensor) -> Tensor:
+    """``count`` active blocks: the ``safe`` ones, which must be no more, and the others of largest ``magnitude``."""
+    if count >= safe.numel():
+        return torch.ones_like(safe)
+    return largest(magnitude.masked_fill(safe, torch.inf), count)
 
 
 def update_mask(

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from mst_compile.blocks.bulk import block_mean_abs, block_mean_square, zero_blocks_
 from mst_compile.rules.checks import check_share
-from mst_compile.rules.masks import generator, random_mask, update_mask
+from mst_compile.rules.masks import generator, update_mask
 from mst_compile.rules.schedule import Schedule
 
 from .optimizers import zero_state_
@@ -82,13 +82,6 @@ def rests(weight: SparseWeight, parameter: Tensor, own: Sequence[tuple[SparseWei
     """Whether a weight keeps its topology: it is frozen, or others were trained since the last event and it was not,
     as an expert that saw no token."""
     return not parameter.requires_grad or (not weight.moved and any(w.moved for w, _ in own))
-
-
-def plan_first_masks(weights: Iterable[SparseWeight], densities: Sequence[float], seed: int) -> Plan:
-    """The masks of step 0, at random."""
-    pairs = zip(weights, densities, strict=True)
-    masks = {w.name: random_mask(w.backbone, w.blocks_at(density), generator(seed, 0, w.name)) for w, density in pairs}
-    return Plan(masks)
 
 
 def apply(

@@ -70,7 +70,7 @@ def check_entry(name: str, weight: SparseWeight, entry: dict[str, Any]) -> None:
     shapes = {TOPOLOGY: (rows, cols), PROGRESS: (16,), SCORES: (4, rows, cols)}
     for key, value in entry.items():
         if not isinstance(value, Tensor) or tuple(value.shape) != shapes[key]:
-            got = tuple(value.shape) if isinstance(value, Tensor) else _form(value)
+            got = tuple(value.shape) if isinstance(value, Tensor) else form(value)
             raise CheckpointError(
                 f"the optimizer state holds {key} of {got} for {name}, which has {shapes[key]} here (block "
                 f"{weight.grid.block}); sparsify the model with the block that the checkpoint was written with"
@@ -150,7 +150,7 @@ def _check_scores_of(name: str, scores: Any, weight: SparseWeight) -> None:
     fits = isinstance(scores, Tensor) and scores.dtype == torch.float32 and tuple(scores.shape) == weight.grid.shape
     if not fits or scores.is_meta:
         raise CheckpointError(
-            f"the growth scores of {name} must be torch.float32 of {weight.grid.shape} blocks, got {_form(scores)}"
+            f"the growth scores of {name} must be torch.float32 of {weight.grid.shape} blocks, got {form(scores)}"
         )
     _check_scores(f"the growth scores of {name}", scores)
 
@@ -171,11 +171,12 @@ def check_mask(name: str, mask: Any, weight: SparseWeight, what: str = "mask") -
     if not fits or mask.is_meta or mask.layout != torch.strided:
         raise MaskError(
             f"the {what} of {name} must have {weight.grid.shape} blocks of torch.bool (block {weight.grid.block}), got "
-            f"{_form(mask)}; a checkpoint needs the block that it was written with"
+            f"{form(mask)}; a checkpoint needs the block that it was written with"
         )
 
 
-def _form(value: Any) -> str:
+def form(value: Any) -> str:
+    """Shape, dtype, layout and device of a tensor; of anything else what it is. For messages."""
     if not isinstance(value, Tensor):
         return f"{shown(value)} of type {type(value).__name__}"
     return f"{tuple(value.shape)} of {value.dtype} ({value.layout}, on {value.device})"

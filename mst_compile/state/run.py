@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.errors import MSTWarning
+from mst_compile.errors import ArgumentError, MSTWarning
 from mst_compile.rules.schedule import Schedule, attention_of, phase_of, sparsity_of
 
 from .attention import AttentionState
 from .checkpoint_hooks import take_unclaimed
-from .event import Plan, apply, change_mask, plan_event, plan_first_masks
+from .event import Plan, apply, change_mask, plan_event
+from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
 from .listeners import Listeners, TopologyEvent, changes
 from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
@@ -40,6 +41,7 @@ class Run:
         active: False once the model was made dense again.
         root: the model, if it is known: a copy's is not.
         overdue: a topology event has been missed and is made up for at the next step.
+        first_masks: how the masks of step 0 were made.
     """
 
     def __init__(self, schedule: Schedule, weights: Weights, attention: AttentionState, seed: int) -> None:
@@ -54,6 +56,7 @@ class Run:
         self._steps_here = 0  # in this process, until weights that no graph takes were looked for
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.listeners = Listeners()
+        self.first_masks = FirstMasks()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("optimizers", "root", "listeners")}
@@ -80,12 +83,22 @@ class Run:
         """Target density of each weight after the steps that were taken."""
         return self.weights.densities(self.schedule, sparsity_of(self.schedule, self.step_count))
 
-    def draw_first_masks(self, rescale: bool) -> None:
-        """The masks of step 0, at random; with ``rescale`` the weights that stay grow by ``density ** -0.5``."""
-        sparse = sparsity_of(self.schedule, 0) > 0
-        plan = plan_first_masks(self.weights, self.densities(), self.seed) if sparse else Plan({})
+    def draw_first_masks(self, rescale: bool, masks: Masks = None) -> None:
+        """The masks of step 0; with ``rescale`` what stays of freshly initialised weights grows by
+        ``density ** -0.5``."""
+        choice, plan = FirstMasks(), Plan({})
+        check_masks(masks, self.weights)
+        if sparsity_of(self.schedule, 0) > 0:
+            choice = choose(masks, self.weights)
+            plan = plan_first_masks(choice, masks, self.weights, self.densities(), self.schedule.magnitude, self.seed)
+        elif isinstance(masks, Mapping):
+            raise ArgumentError(
+                f"masks gives the first masks of {len(masks)} weights, but the schedule starts dense (sparsity_at(0) "
+                "is 0) and draws none: leave masks out, or call sparsifier(model).apply_mask(name, mask)"
+            )
         self.prepare_next_step()  # asks the schedule, which may fail, before weights have changed
-        apply(plan, self.weights.parameters(), (), rescale=rescale and sparse)
+        apply(plan, self.weights.parameters(), (), rescale=rescale and choice.fresh)
+        self.first_masks = choice
         self.take_unclaimed()
 
     def complete_step(self) -> None:

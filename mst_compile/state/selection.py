@@ -22,6 +22,8 @@ from mst_compile.rules.schedule import Schedule
 
 MAX_BLOCK = 128
 MIN_BLOCK = devices.FINEST_BLOCK  # finer blocks are taken as they are asked for
+# What PEFT, diffusers and adapters call the narrow layers that they add to a model that stays as it is.
+ADAPTERS = frozenset(("lora_A", "lora_B", "lora_down", "lora_up", "adapter_down", "adapter_up"))
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,10 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
         if exclude is not None and any(_matches(alias, exclude) for alias in aliases):
             selection.skipped[name] = "in exclude"
             continue
+        reason = None if include is not None else _left_out(parameter, aliases)
+        if reason is not None:
+            selection.skipped[name] = reason
+            continue
         if min(parameter.shape) < MIN_BLOCK:
             selection.skipped[name] = f"shape {tuple(parameter.shape)} is narrower than a block of {MIN_BLOCK}"
             continue
@@ -209,10 +215,19 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
     if not selection.candidates:
         raise SelectionError(
             "the model has no weight that can be made sparse: nn.Linear and Hugging Face Conv1D weights are found by "
-            "themselves, any 2-D parameter can be named by include (scripted and quantised modules have none); "
-            f"skipped: {selection.skipped or 'none'}"
+            "themselves, any 2-D parameter can be named by include, a frozen one too (scripted and quantised modules "
+            f"have none); skipped: {selection.skipped or 'none'}"
         )
     return selection
+
+
+def _left_out(parameter: Tensor, aliases: Iterable[str]) -> str | None:
+    """Why a weight is not made sparse unless it is named; None if it is."""
+    if not parameter.requires_grad:
+        return "frozen (requires_grad is False): include it to make it sparse"
+    if any(part in ADAPTERS for alias in aliases for part in alias.split(".")):
+        return "an adapter: include it to make it sparse"
+    return None
 
 
 def _parametrized(model: nn.Module) -> dict[str, str]:

@@ -15,7 +15,6 @@ from torch import nn
 
 from mst_compile.blocks.bulk import block_mean_square
 from mst_compile.errors import MSTWarning
-from mst_compile.rules.guard import coverage
 from mst_compile.rules.masks import following_mask
 
 from .weight import SparseWeight
@@ -47,9 +46,8 @@ def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = Fal
 
 def _following(weight: SparseWeight, magnitude: torch.Tensor) -> torch.Tensor:
     """As many active blocks as there are now, where the values are largest."""
-    count, everywhere = int(weight.mask.sum()), torch.ones_like(weight.mask)
-    safe = coverage(everywhere, magnitude) if weight.guard == "coverage" else weight.backbone
-    return following_mask(weight.mask, magnitude.float(), count, safe if int(safe.sum()) <= count else weight.backbone)
+    count = int(weight.mask.sum())
+    return following_mask(weight.mask, magnitude.float(), count, weight.safe_among_all(magnitude, count))
 
 
 def _warn(cut: dict[str, float]) -> None:

@@ -21,6 +21,7 @@ from .attention import AttentionState
 from .checkpoint_hooks import watch_checkpoints
 from .checkpoints import OptimizerCheckpoints
 from .event import Plan
+from .first_masks import Masks
 from .listeners import TopologyEvent
 from .run import Run
 from .selection import Candidate
@@ -46,6 +47,7 @@ class Sparsifier:
         attention: which pattern attention runs with now.
         auto_step: whether optimizer steps are counted by a hook.
         skipped: linear weights that stay dense -> why.
+        first_masks: how the masks of step 0 were made, in words: ``"at random: weights look fresh"``.
     """
 
     def __init__(
@@ -83,6 +85,11 @@ class Sparsifier:
     @property
     def attention(self) -> AttentionState:
         return self._run.attention
+
+    @property
+    def first_masks(self) -> str:
+        """How the masks of step 0 were made, and why so."""
+        return str(self._run.first_masks)
 
     @property
     def step_count(self) -> int:
@@ -155,9 +162,10 @@ class Sparsifier:
         """
         self._stepping.step()
 
-    def draw_first_masks(self, rescale: bool) -> None:
-        """The masks of step 0, at random; with ``rescale`` the weights that stay grow by ``density ** -0.5``."""
-        self._run.draw_first_masks(check_flag("rescale", rescale))
+    def draw_first_masks(self, rescale: bool, masks: Masks = None) -> None:
+        """The masks of step 0, as :func:`sparsify` has ``masks``; with ``rescale`` what stays of freshly initialised
+        weights grows by ``density ** -0.5``."""
+        self._run.draw_first_masks(check_flag("rescale", rescale), masks)
 
     def apply_mask(self, name: str, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule; call it between a step and the next forward.

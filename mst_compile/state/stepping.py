@@ -248,7 +248,8 @@ class Stepping:
         elif self._trains_around(optimizer):
             what = (
                 "trains other Parameters of the model while all sparse weights are frozen, which keep their values and "
-                "masks. Unfreeze them, or densify(model) and train what is left as an ordinary model"
+                "masks. That is right for adapters on a sparse base; else unfreeze them, or densify(model) and train "
+                "what is left as an ordinary model"
             )
         else:
             return

@@ -144,6 +144,15 @@ class SparseWeight:
         """Blocks that a topology event may not drop, bool ``[R, C]``, given the blocks' ``magnitude``."""
         return coverage(self.mask, magnitude) if self.guard == "coverage" else self.backbone
 
+    def safe_among_all(self, magnitude: Tensor, count: int) -> Tensor:
+        """Blocks that a mask of ``count`` made from ``magnitude`` must have, bool ``[R, C]``: those of the guard as if
+        all were active, or the backbone where they are more than that."""
+        if self.guard == "coverage":
+            safe = coverage(torch.ones_like(self.mask), magnitude)
+            if int(safe.count_nonzero()) <= count:
+                return safe
+        return self.backbone
+
     def set_mask(self, mask: Tensor) -> None:
         """Take over ``mask`` and write the index in place."""
         self.mask = mask

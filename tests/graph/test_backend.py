@@ -296,7 +296,8 @@ def test_frozen_weights() -> None:
         model[2].bias.requires_grad_(False)
         return model
 
-    model = sparsify(build(), static())
+    model = sparsify(build(), static(), include="*")
+    assert len(sparsifier(model).weights) == 2
     x = torch.randn(X)
     compiled(model)(x).sum().backward()
     actual = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -28,11 +28,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from mst_compile import sparsifier, sparsify
+from mst_compile import Constant, sparsifier, sparsify
 from mst_compile.blocks.bulk import block_mean_abs, block_mean_square, zero_blocks_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.shards import check_placement, local_rows, stored
-from mst_compile.errors import ParallelismError, RankMismatchError
+from mst_compile.errors import MaskError, ParallelismError, RankMismatchError
 from mst_compile.parallel.ranks import check_ranks
 from mst_compile.rules.schedule import Schedule
 from mst_compile.state import weight as weights
@@ -380,9 +380,35 @@ def compares_at_the_first_step() -> None:
             assert all(torch.equal(whole(p), q) for p, q in zip(model.parameters(), weights_before, strict=True))
 
 
+def first_masks_are_those_of_one_process() -> None:
+    """By magnitude, asked for or chosen because the weights are not fresh, and given, of weights that are sharded."""
+
+    def model(grown: bool) -> nn.Module:
+        found = net()
+        with torch.no_grad():
+            for p in found.parameters() if grown else ():
+                if p.dim() == 2:  # rows of other lengths than an initialiser draws
+                    p *= torch.linspace(0.2, 2, len(p), dtype=p.dtype)[:, None]
+        return found
+
+    schedule = Constant(0.7, growth="none")
+    shape = sparsifier(sparsify(net(), schedule)).masks["first.up.weight"].shape
+    given = torch.rand(shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    for grown, masks in ((False, None), (True, None), (False, "magnitude"), (True, {"first.up.weight": given})):
+        alone = sparsify(model(grown), schedule, masks=masks)  # type: ignore[arg-type]
+        spread = sparsify(shard(model(grown)), schedule, masks=masks)  # type: ignore[arg-type]
+        assert ("by magnitude" in sparsifier(spread).first_masks) == (grown or masks == "magnitude")
+        assert sparsifier(spread).first_masks == sparsifier(alone).first_masks
+        assert_same_run(spread, alone)
+        assert_ranks_agree(spread)
+    with pytest.raises(MaskError, match=r"first\.up\.weight"):
+        sparsify(shard(net()), schedule, masks={"first.up.weight": given[1:]})
+
+
 TWO = [
     block_operations,
     is_one_process,
+    first_masks_are_those_of_one_process,
     masks_gradients_before_events_alone,
     follows_parameters,
     resumes,
@@ -395,6 +421,7 @@ TWO = [
 FOUR = [
     block_operations,
     is_one_process,
+    first_masks_are_those_of_one_process,
     other_layouts_are_refused,
     compares_at_the_first_step,
     mixed_precision_and_replicas,

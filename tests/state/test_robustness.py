@@ -48,7 +48,7 @@ def test_a_model_is_freed() -> None:
 
 def test_weights_that_are_unfrozen_later_have_masked_gradients() -> None:
     model = Blocks().requires_grad_(False)
-    sparsify(model, static())
+    sparsify(model, static(), include="*")
     model.requires_grad_(True)
     model(torch.randn(4, 32)).square().sum().backward()
     for name, mask in element_masks(model).items():
