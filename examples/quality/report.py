@@ -48,7 +48,9 @@ LONGER: tuple[tuple[str | None, str], ...] = (  # short run and long one
     (None, "start-60-long"),
     ("static-b8", "static-b8-long"),
     ("mst-b8", "mst-b8-long"),
+    *((None, f"{name}-apart-long") for name in ("dense-152", "dense-128", "start-80", "static-b8")),
 )
+APART = ("start-80-long", "static-b8-long", "dense-152-long", "dense-128-long")  # and the same with the decay apart
 RATES = {"dense-152-long": "dense-152-long-rate-half", "start-80-long": "start-80-long-rate-half"}
 SKELETON = "# Quality\n\n" + "\n\n".join(
     f"<!-- study:{name} -->\n<!-- end -->"
@@ -79,10 +81,17 @@ def setup(results: Results) -> str:
         f"byte-level GPT of {row['layers']} layers, width {dense['width']} and context {row['context']}, "
         f"{dense['steps']} steps of {tokens} tokens ({dense['steps'] * tokens / 1e6:.2f} M tokens; "
         "`long` runs three times as many), AdamW at "
-        f"{row['learning_rate']:g}, {row['dtype']}{' autocast' * (row['dtype'] == 'bfloat16')}. "
+        f"{row['learning_rate']:g}, {row['dtype']}{' autocast' * (row['dtype'] == 'bfloat16')}"
+        f"{_others_than(row['dtype'], results)}. "
         f"torch {row['torch']}, one thread on an {row['cpu']} that other processes shared, hence CPU seconds (training "
         "alone, compilation apart; the CSV has those of the clock too). FLOPs are training FLOPs relative to `dense`."
     )
+
+
+def _others_than(dtype: str, results: Results) -> str:
+    """Which runs are of another dtype than most."""
+    others = {r["name"]: r["dtype"] for r in results.rows if r["dtype"] != dtype}
+    return "".join(f", but for `{name}` in {found}" for name, found in others.items())
 
 
 def table(results: Results) -> str:
@@ -240,7 +249,12 @@ def longer(results: Results) -> str:
         lines.append(f"| {note} | {share:.2f} | {' | '.join(cells)} |")
     verdicts = [results.compare(half, full) for full, half in RATES.items() if results.of(half) and results.of(full)]
     said = [f"`{v.name}` {v.difference:+.3f} ({v.word})" for v in verdicts]
-    return "\n".join([*lines, *(["", f"Half the learning rate in long runs: {', '.join(said)}."] if said else [])])
+    lines += ["", f"Half the learning rate in long runs: {', '.join(said)}."] if said else []
+    pairs = [(name.replace("-long", "-apart-long"), name) for name in APART]
+    verdicts = [results.compare(new, old) for new, old in pairs if results.of(new) and results.of(old)]
+    said = [f"`{v.name}` {v.difference:+.3f} ({v.word})" for v in verdicts]
+    lines += ["", f"Decay apart from the rate, against the same run without: {', '.join(said)}."] if said else []
+    return "\n".join(lines)
 
 
 def spikes(results: Results) -> str:
