@@ -5,7 +5,8 @@
     python examples/quality_study.py --data DIR/train.txt --val DIR/val.txt --only dense mst-b8 --seeds 0 1 2
     python examples/quality_study.py --data DIR/train.txt.xz --val DIR/val.txt.xz --device cuda --minutes 9
     python examples/quality_study.py --collect          # runs -> benchmarks/quality.csv
-    python examples/quality_study.py --report           # CSV -> docs/quality.md
+    python examples/quality_study.py --report           # CSV -> docs/quality.md, docs/when.md
+    python examples/quality_study.py --report --figure docs/when.svg                     # and its figure
 
 Trains a byte-level GPT (``quality/model.py``) under every configuration of ``quality/configurations.py``, in their
 order of importance: first all of them with the first seed, then the main ones with the others. All go through the
@@ -67,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--large-csv", type=Path, default=ROOT / "benchmarks" / "quality_large.csv", help="that of the large models"
     )
-    p.add_argument("--doc", type=Path, default=ROOT / "docs" / "quality.md", help="the report")
+    docs = ROOT / "docs"
+    p.add_argument("--doc", type=Path, nargs="+", default=[docs / "quality.md", docs / "when.md"], help="the reports")
+    p.add_argument("--figure", type=Path, help="draw docs/when.svg, or another file")
     return p
 
 
@@ -144,7 +147,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.collect:
         records.write_csv(args.csv, records.rows(records.read(args.out)))
     if args.report:
-        report.write(args.doc, *(records.read_csv(csv) if csv.exists() else [] for csv in (args.csv, args.large_csv)))
+        found = [records.read_csv(csv) if csv.exists() else [] for csv in (args.csv, args.large_csv)]
+        for doc in args.doc:
+            report.write(doc, *found)
+        if args.figure is not None:
+            from quality import plots  # needs matplotlib
+
+            plots.draw(args.figure, *found)
     return trained
 
 

@@ -100,36 +100,41 @@ class Results:
         return Verdict(name, differences, self.threshold(len(shared)))
 
     def dense_loss(
-        self, flops: float, seed: int, length: str | int = "full", laws: tuple[str, str] = ("power", "rate")
+        self,
+        cost: float,
+        seed: int,
+        length: str | int = "full",
+        laws: tuple[str, str] = ("power", "rate"),
+        column: str = "flops_relative",
     ) -> float | None:
-        """Loss that a dense model of so many FLOPs (relative) has, between those trained with this seed and length, and
-        with these laws of rate and decay; they change nothing at full width.
+        """Loss that a dense model of so much cost has, by default FLOPs (relative), between those trained with this
+        seed and length, and with these laws of rate and decay; they change nothing at full width.
 
-        Straight lines over the logarithm of FLOPs; ``None`` outside of them.
+        Straight lines over the logarithm of the cost; ``None`` outside of them.
         """
         names = [
             n for n in self.frontier_names if _length(n) == length and (_config(n).width == "full" or _laws(n) == laws)
         ]
         rows = [r for r in self.rows if r["seed"] == seed and r["name"] in names]
-        points = sorted((r["flops_relative"], r["val_loss"]) for r in rows)
+        points = sorted((r[column], r["val_loss"]) for r in rows)
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
-            if x0 <= flops <= x1:
-                share = math.log(flops / x0) / math.log(x1 / x0)
+            if x0 <= cost <= x1:
+                share = math.log(cost / x0) / math.log(x1 / x0)
                 return y0 + share * (y1 - y0)
         return None
 
-    def gaps(self, name: str) -> list[float]:
-        """Loss of a configuration less that of a dense model of equal FLOPs, as many steps and the same laws of rate
-        and decay, of each seed where that is known."""
+    def gaps(self, name: str, column: str = "flops_relative") -> list[float]:
+        """Loss of a configuration less that of a dense model of equal cost, by default FLOPs, as many steps and the
+        same laws of rate and decay, of each seed where that is known."""
         length = _length(name)
         length = "full" if length == "match" else length
         laws = _laws(name)
-        pairs = [(r["val_loss"], self.dense_loss(r["flops_relative"], r["seed"], length, laws)) for r in self.of(name)]
+        pairs = [(r["val_loss"], self.dense_loss(r[column], r["seed"], length, laws, column)) for r in self.of(name)]
         return [loss - dense for loss, dense in pairs if dense is not None]
 
-    def gap(self, name: str) -> float | None:
+    def gap(self, name: str, column: str = "flops_relative") -> float | None:
         """Mean of :meth:`gaps`."""
-        known = self.gaps(name)
+        known = self.gaps(name, column)
         return statistics.fmean(known) if known else None
 
 

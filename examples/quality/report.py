@@ -52,6 +52,9 @@ LONGER: tuple[tuple[str | None, str], ...] = (  # short run and long one
 )
 APART = ("start-80-long", "static-b8-long", "dense-152-long", "dense-128-long")  # and the same with the decay apart
 RATES = {"dense-152-long": "dense-152-long-rate-half", "start-80-long": "start-80-long-rate-half"}
+TIME = "processor_seconds"  # others shared the processor
+WHEN = ("static-b8", "static-b1", "start-80", "start-70", "start-80-b16", "mst-b8")
+WHEN += ("static-b8-long", "start-80-long", "start-70-long", "start-60-long", "mst-b8-long")  # three tokens a weight
 SKELETON = "# Quality\n\n" + "\n\n".join(
     f"<!-- study:{name} -->\n<!-- end -->"
     for name in ("setup", "table", "noise", "blocks", "guards", "default", "remedies", "longer", "spikes")
@@ -90,8 +93,11 @@ def setup(results: Results) -> str:
 
 def _others_than(dtype: str, results: Results) -> str:
     """Which runs are of another dtype than most."""
-    others = {r["name"]: r["dtype"] for r in results.rows if r["dtype"] != dtype}
-    return "".join(f", but for `{name}` in {found}" for name, found in others.items())
+    others: dict[str, list[str]] = {}
+    for row in results.rows:
+        if row["dtype"] != dtype and row["name"] not in others.setdefault(row["dtype"], []):
+            others[row["dtype"]].append(f"`{row['name']}`")
+    return "".join(f" ({found}: {', '.join(dict.fromkeys(names))})" for found, names in others.items())
 
 
 def table(results: Results) -> str:
@@ -279,6 +285,26 @@ def spikes(results: Results) -> str:
     return "\n".join([*lines, "", f"Rises beyond chance: {'; '.join(said)}."])
 
 
+def when(results: Results) -> str:
+    """Sparse runs against dense ones of equal FLOPs, of equal time, and of full width."""
+    lines = [
+        "| run | configuration | loss | FLOPs of dense | less dense of equal FLOPs | time of dense "
+        "| less dense of equal time | less dense, full width |",
+        "|---|" + "---|" * 7,
+    ]
+    for name in WHEN:
+        if not results.of(name):
+            continue
+        dense = DENSE_LONG if name.endswith("-long") else "dense"
+        gaps = [results.gap(name, column) for column in ("flops_relative", TIME)]
+        shares = [results.mean(name, column) / results.mean(dense, column) for column in ("flops_relative", TIME)]
+        by_cost = [f"{s:.2f} | {'' if g is None else f'{g:+.3f}'}" for s, g in zip(shares, gaps, strict=True)]
+        less = results.compare(name, dense).difference
+        cells = [f"`{name}`", KNOWN[name].note, f"{results.loss(name):.3f}", *by_cost, f"{less:+.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def on_gpu(rows: Sequence[Record]) -> str:
     """Large models, each against the one whose FLOPs most of the others have."""
     order = [r for name in KNOWN for r in rows if r["name"] == name]
@@ -307,6 +333,7 @@ def on_gpu(rows: Sequence[Record]) -> str:
 
 
 PARTS: dict[str, Callable[[Results], str]] = {
+    "when": when,
     "setup": setup,
     "table": table,
     "noise": noise,

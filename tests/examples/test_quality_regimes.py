@@ -6,6 +6,7 @@ import random
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import quality_study
-from quality import model, records, report, training
+from quality import model, plots, records, report, training
+from quality.analysis import Results
 from quality.configurations import CONFIGURATIONS, KNOWN, LARGE, LARGE_QUEUE, ON_GPU, QUICK, Study
 
 import mst_compile
@@ -114,3 +116,26 @@ def test_the_report_of_large_models_holds_each_against_the_base(tmp_path: Path) 
     assert (first[0], first[5]) == ("| `static-b64`", "")
     assert (second[0], *second[3:6], second[8]) == ("| `dense-short`", "50", "1.250", "+0.250", "50.0 |")
     assert "old" not in file.read_text()
+
+
+def test_the_figure_shows_recorded_runs_and_is_always_the_same(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    rows = [records.read_csv(folder / name) for name in ("quality.csv", "quality_large.csv")]
+    for name in ("one.svg", "two.svg"):
+        plots.draw(tmp_path / name, *rows)
+    drawn = (tmp_path / "one.svg").read_bytes()
+    assert drawn == (tmp_path / "two.svg").read_bytes()
+    assert all(name in drawn.decode() for name in ("dense-384-match", "static-b64", "start-70", "3 tokens a weight"))
+
+
+def test_dense_models_of_equal_time() -> None:
+    def row(name: str, flops: float, seconds: float, loss: float) -> dict[str, Any]:
+        costs = {"flops_relative": flops, "processor_seconds": seconds, "density": 1.0}
+        return {"name": name, "seed": 0, "val_loss": loss} | costs
+
+    rows = [row("dense", 1.0, 100, 1.0), row("dense-128", 0.25, 25, 3.0), row("start-80", 0.25, 50, 2.5)]
+    results = Results(rows)
+    assert results.gap("start-80") == pytest.approx(-0.5)
+    assert results.gap("start-80", "processor_seconds") == pytest.approx(0.5)
+    (line,) = report.when(results).splitlines()[2:]
+    assert line.split(" | ")[3:] == ["0.25", "-0.500", "0.50", "+0.500", "+1.500 |"]
