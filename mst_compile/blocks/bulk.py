@@ -36,9 +36,10 @@ def register(device_type: str, kernels: Kernels) -> None:
 
 
 def _native(tensor: Tensor, grid: BlockGrid, *more: Tensor) -> Kernels | None:
-    """What passes over ``tensor`` with the help of ``more``; None where PyTorch does, as over tensor subclasses."""
+    """What passes over ``tensor`` with the help of ``more``; None where PyTorch does, as over tensor subclasses, and
+    where they are not on one device."""
     kernels = _kernels.get(tensor.device.type)
-    if kernels is None or not all(map(is_plain, (tensor, *more))):
+    if kernels is None or not all(map(is_plain, (tensor, *more))) or any(t.device != tensor.device for t in more):
         return None
     return kernels if kernels.takes(tensor, grid) else None
 

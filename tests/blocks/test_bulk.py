@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_cases import block_masks, expand, index_of
 from oracles import assert_same_bits, assert_within, block_sums, of_rounding
 
+from mst_compile.blocks import bulk
 from mst_compile.blocks.bulk import block_mean_abs, block_mean_square, zero_blocks_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 
@@ -75,3 +77,21 @@ def test_zero_blocks_touches_the_given_blocks_alone(rows: int, cols: int, block:
     want = tensor.masked_fill(grid.expand(blocks), 0)
     zero_blocks_(tensor, grid, blocks)
     assert torch.equal(tensor, want)
+
+
+def test_kernels_are_asked_only_where_all_is_on_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that read an index of another device by its address would read anything."""
+
+    class Elsewhere:
+        def takes(self, tensor: torch.Tensor, grid: BlockGrid) -> bool:
+            raise AssertionError("asked")
+
+    monkeypatch.setitem(bulk._kernels, "cpu", Elsewhere())
+    grid, mask = BlockGrid(64, 64, 32), torch.eye(2, dtype=torch.bool)
+    index = index_of(mask, 64, 64, 32)
+    with pytest.raises(AssertionError, match="asked"):
+        zero_inactive_(torch.ones(64, 64), grid, mask, index)
+    monkeypatch.setattr(bulk, "is_plain", lambda tensor: True)  # as a tensor on a second device is
+    tensor = torch.ones(64, 64)
+    zero_inactive_(tensor, grid, mask, index.to("meta"))
+    assert torch.equal(tensor, grid.expand(mask).float())
