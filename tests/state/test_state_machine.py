@@ -284,7 +284,7 @@ class Training(RuleBasedStateMachine):
     @rule(schedule=st.sampled_from(sorted(SCHEDULES)))
     def sparsify_again(self, schedule: str) -> None:
         self.schedule = SCHEDULES[schedule]
-        sparsify(self.model, self.schedule, block=4, rescale=False)
+        sparsify(self.model, self.schedule, block=4, include="*.weight", rescale=False)
         self.sparse, self.count, self.trained, self.settled = True, 0, set(), False
         self.expect()
 
