@@ -87,23 +87,27 @@ def alignment(places: Sequence[Place], size: int) -> int:
     return wanted if fits else 1
 
 
-def program_map(places: Sequence[Place], block: int) -> list[list[int]]:
-    """Which tensor, block row and piece of it each program takes."""
+def program_map(shapes: Sequence[tuple[int, int]], block: int) -> list[list[int]]:
+    """Which of the tensors of these shapes, block row and piece of it each program takes."""
     width = width_of(block)
     return [
         [i, row, piece]
-        for i, place in enumerate(places)
-        for row in range(-(-place.rows // block))
-        for piece in range(-(-place.cols // width))
+        for i, (rows, cols) in enumerate(shapes)
+        for row in range(-(-rows // block))
+        for piece in range(-(-cols // width))
     ]
 
 
 @functools.lru_cache(maxsize=1024)
-def _tables(places: tuple[Place, ...], block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _table(places: tuple[Place, ...], device: torch.device) -> Tensor:
     rows = [[p.address, p.mask, p.rows, p.cols, p.stride, p.block_cols] for p in places]
-    return _upload(torch.tensor(rows), device), _upload(
-        torch.tensor(program_map(places, block), dtype=torch.int32), device
-    )
+    return _upload(torch.tensor(rows), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _programs(shapes: tuple[tuple[int, int], ...], block: int, device: torch.device) -> Tensor:
+    """Of GPT-2 small 15000, which take the host longer than a step may wait: they outlive the addresses."""
+    return _upload(torch.tensor(program_map(shapes, block), dtype=torch.int32), device)
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -124,6 +128,7 @@ def zero_inactive_(tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: 
             groups.setdefault((grid.block, tensor.element_size()), []).append(Place.of(tensor, index, grid))
     for (block, size), places in groups.items():
         with torch.cuda.device(tensors[0].device):
-            table, programs = _tables(tuple(places), block, tensors[0].device)
+            table = _table(tuple(places), tensors[0].device)
+            programs = _programs(tuple((p.rows, p.cols) for p in places), block, tensors[0].device)
             zero_inactive[len(programs),](table, programs, _INTEGERS[size], block, width_of(block),
                                           alignment(places, size), num_warps=4)  # fmt: skip
