@@ -88,7 +88,9 @@ def _facts() -> list[device.Fact]:
         device.Fact("GPU", f"{properties.name}, {size}, {capability}", _why_no_kernels()),
         device.Fact("triton", version, None if found else "install triton"),
         device.Fact(
-            "C compiler", compiler or "none", None if compiler else "Triton needs one: install gcc, or point CC to it"
+            "C compiler",
+            compiler or os.environ.get("CC") or "none",
+            None if compiler else "Triton needs one: install gcc, or point CC to it",
         ),
     ]
 

@@ -107,9 +107,8 @@ def sparsify(
             check_placement(candidate.name, candidate.parameter)
         new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, guard)
         try:
-            new.draw_first_masks(
-                rescale, masks
-            )  # asks the schedule, which may be the user's, before it changes a weight
+            # It asks the schedule, which may be the user's, before it changes a weight.
+            new.draw_first_masks(rescale, masks)
         except BaseException:
             new.release()
             raise

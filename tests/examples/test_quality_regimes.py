@@ -139,3 +139,12 @@ def test_dense_models_of_equal_time() -> None:
     assert results.gap("start-80", "processor_seconds") == pytest.approx(0.5)
     (line,) = report.when(results).splitlines()[2:]
     assert line.split(" | ")[3:] == ["0.25", "-0.500", "0.50", "+0.500", "+1.500 |"]
+
+
+@pytest.mark.parametrize("name", ["quality.md", "when.md"])
+def test_the_pages_say_what_the_recorded_rows_say(name: str, tmp_path: Path) -> None:
+    top = Path(__file__).parents[2]
+    page = tmp_path / name
+    page.write_bytes((top / "docs" / name).read_bytes())
+    report.write(page, *(records.read_csv(top / "benchmarks" / f) for f in ("quality.csv", "quality_large.csv")))
+    assert page.read_text() == (top / "docs" / name).read_text()
