@@ -306,6 +306,11 @@ def test_gradients_that_were_changed_are_masked_in_one_call(monkeypatch: pytest.
         parameter.grad += 1  # not even zeros are kept
     optimizer.step()
     assert calls == [1, 1, 1, 3]
+    calls.clear()
+    optimizer.zero_grad()
+    model(torch.randn(4, 16)).square().sum().backward()
+    optimizer.step()  # finds them as they were masked
+    assert calls == [1, 1, 1]
     for weight in sparsifier(model).weights.values():
         parameter = model.get_parameter(weight.name)
         assert not parameter[~weight.grid.expand(weight.mask)].any()
