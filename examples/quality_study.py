@@ -41,7 +41,17 @@ from pathlib import Path
 
 import torch
 from quality import records, report
-from quality.configurations import CONFIGURATIONS, KNOWN, LARGE, LARGE_QUEUE, QUICK, Config, Study
+from quality.configurations import (
+    BUDGET_QUEUE,
+    CONFIGURATIONS,
+    KNOWN,
+    LARGE,
+    LARGE_QUEUE,
+    QUICK,
+    REGIMES,
+    Config,
+    Study,
+)
 from quality.training import Text, train
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +67,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="all configurations train with the first one")
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
     p.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of autocast; float32: none")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of autocast; float32: none")
+    p.add_argument("--regime", choices=REGIMES, help="models of one budget of FLOPs, on plenty of text or repeated text")
     p.add_argument("--minutes", type=float, help="begin no run that is expected to end later than this")
     p.add_argument("--rehearse", type=int, metavar="STEPS", help="so many steps of each run, to fill compilers' caches")
     p.add_argument("--quick", action="store_true", help="a model and runs of seconds, to try the script itself")
@@ -136,8 +147,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = 0
     if args.data is not None:
         large = args.device.type == "cuda"
-        study = QUICK if args.quick else replace(LARGE if large else Study(), dtype=args.dtype)
-        runs = plan(args.only or (LARGE_QUEUE if large else None), args.seeds)
+        study, queue = (LARGE, LARGE_QUEUE) if large else (Study(), None)
+        if args.regime is not None:
+            study, queue = REGIMES[args.regime], BUDGET_QUEUE
+        study = QUICK if args.quick else replace(study, dtype=args.dtype or study.dtype)
+        runs = plan(args.only or queue, args.seeds)
         text = Text.load(args.data, args.val)
         if args.rehearse:
             for config, seed in runs:

@@ -77,6 +77,23 @@ LARGE_QUEUE = (
     "dense-512",
     "dense",
 )
+# Small models of one budget, whatever their width and number of steps: that of a dense model 64 wide which sees a hundred
+# tokens a weight. Twenty a weight has the dense model 96 wide. Hidden weights are three quarters of the base's FLOPs.
+BUDGET = Study(
+    width=64,
+    heads=2,
+    context=64,
+    batch=64,
+    steps=2400,
+    learning_rate=4e-3,
+    validation_batches=20,
+    dtype="float32",
+    base="dense",
+    checks=9,
+)
+REGIMES: dict[str, Study] = {"plenty": BUDGET} | {
+    f"repeat-{n}": replace(BUDGET, unique=BUDGET.steps * BUDGET.tokens // n) for n in (4, 16)
+}
 QUICK = Study(width=64, heads=2, context=32, batch=4, steps=60, validation_batches=4, compile=False, dtype="float32")
 
 
@@ -422,4 +439,34 @@ ON_GPU: tuple[Config, ...] = (
     ),
 )
 
-KNOWN = {config.name: config for config in (*CONFIGURATIONS, *ON_GPU)}
+# Of one budget (``BUDGET``): dense models of every width, and sparse ones that are wider, for as many steps as it allows.
+_SET: dict[str, Any] = {"growth": "random", "drop_fraction": 0.3, "interval": 50}
+
+
+def _budgeted(name: str, note: str, width: int, **changes: Any) -> Config:
+    settings: dict[str, Any] = {"width": width, "length": "match", "decay_law": "independent"}
+    return _config(name, f"{note}, width {width}", **settings | changes)
+
+
+ON_BUDGET: tuple[Config, ...] = (
+    *(_budgeted(f"dense-{width}-match", "dense", width, kind="dense") for width in (80, 48, 96, 128)),
+    _budgeted("wide-128-b8", "static 80 %, B = 8", 128, kind="constant"),
+    _budgeted("wide-128-b1-set", "SET 80 %, unstructured", 128, kind="constant", block=1, **_SET),
+    _budgeted("wide-96-60", "static 60 %, B = 8", 96, kind="constant", sparsity=0.6),
+    _budgeted("wide-128-b8-set", "SET 80 %, B = 8", 128, kind="constant", **_SET),
+    _budgeted("wide-128-b4", "static 80 %, B = 4", 128, kind="constant", block=4),
+    _budgeted("wide-128-b1", "static 80 %, unstructured", 128, kind="constant", block=1),
+    _budgeted("wide-192-90", "static 90 %, B = 8", 192, kind="constant", sparsity=0.9),
+    _budgeted("wide-96-start", "80 % from the start, no drop-and-grow", 96, **START_80),
+    *(
+        _budgeted(f"{name}-rate-{word}", f"{note}, {word} the rate", width, learning_rate=factor, **changes)
+        for word, factor in (("half", 0.5), ("double", 2.0))
+        for name, note, width, changes in (
+            ("dense-80-match", "dense", 80, {"kind": "dense"}),
+            ("wide-128-b8", "static 80 %, B = 8", 128, {"kind": "constant"}),
+        )
+    ),
+)
+BUDGET_QUEUE = ("dense", *(config.name for config in ON_BUDGET))
+
+KNOWN = {config.name: config for config in (*CONFIGURATIONS, *ON_GPU, *ON_BUDGET)}

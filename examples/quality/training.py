@@ -7,7 +7,7 @@ import lzma
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,24 +107,25 @@ class Clock:
 
 
 def planned_flops(config: Config, study: Study) -> float:
-    """Training FLOPs of a whole run of full size, found by walking its schedule without training."""
-    study = lengthened(config, study)
+    """Training FLOPs of a whole run of the study's steps (or so many times them as the configuration says), found by
+    walking its schedule without training."""
+    study, shape = lengthened(config, study), _shape_of(config, study)
     schedule = schedule_of(config, study)
     if schedule is None:
-        return study.steps * study.shape.dense_flops(study.tokens)
-    model = GPT(study.shape)
+        return study.steps * shape.dense_flops(study.tokens)
+    model = GPT(shape)
     make_sparse(model, config, study, 0)
     sparsifier = mst_compile.sparsifier(model)
     total = 0.0
     for _ in range(study.steps):
-        total += study.shape.step_flops(study.tokens, *active_weights(model, sparsifier.weights))
+        total += shape.step_flops(study.tokens, *active_weights(model, sparsifier.weights))
         sparsifier.step()
     return total
 
 
 def make_sparse(model: GPT, config: Config, study: Study, seed: int) -> None:
-    """``sparsify`` as the configuration says; the head stays dense."""
-    schedule = schedule_of(config, lengthened(config, study))
+    """``sparsify`` as the configuration says, for a run of ``study.steps``; the head stays dense."""
+    schedule = schedule_of(config, study)
     assert schedule is not None
     mst_compile.sparsify(
         model,
@@ -138,17 +139,23 @@ def make_sparse(model: GPT, config: Config, study: Study, seed: int) -> None:
     )
 
 
+def _shape_of(config: Config, study: Study) -> Shape:
+    return narrowed(study.shape, config.width) if isinstance(config.width, int) else study.shape
+
+
 def size_of(config: Config, study: Study) -> tuple[Shape, int]:
-    """Shape and number of steps of a configuration; matched ones get the training FLOPs of the study's ``base``."""
-    shape, steps = study.shape, lengthened(config, study).steps
-    if isinstance(config.width, int):
-        shape = narrowed(shape, config.width)
+    """Shape and number of steps of a configuration; matched ones get the training FLOPs of the study's ``base``.
+
+    How many FLOPs a step of a schedule has on average hardly depends on how long it is: a matched sparse run has as
+    many steps as that average, over a run of the study's steps, says.
+    """
+    shape, steps = _shape_of(config, study), lengthened(config, study).steps
     if "match" in (config.width, config.length):
         budget = planned_flops(KNOWN[study.base], study)
         if config.width == "match":
             shape = matching_shape(shape, study.tokens, budget / steps)
         else:
-            steps = max(1, round(budget / shape.dense_flops(study.tokens)))
+            steps = max(1, round(budget / (planned_flops(config, study) / steps)))
     return shape, steps
 
 
@@ -207,13 +214,14 @@ def train(
         device: where to train.
     """
     shape, steps = size_of(config, study)
+    own = replace(study, steps=steps)
     torch._dynamo.reset()
     torch.manual_seed(seed)  # equal shapes start from equal weights
     model = GPT(shape).to(device)
     sparse: dict[str, mst_compile.SparseWeight] = {}
-    schedule = schedule_of(config, lengthened(config, study))
+    schedule = schedule_of(config, own)
     if schedule is not None:
-        make_sparse(model, config, study, seed)
+        make_sparse(model, config, own, seed)
         sparse = mst_compile.sparsifier(model).weights
     backend = "inductor" if schedule is None or config.block == 1 else "mst"
     compiled = torch.compile(model, backend=backend, dynamic=False) if study.compile else model
