@@ -4,6 +4,7 @@
     python examples/quality_study.py --data DIR/train.txt --val DIR/val.txt              # hours on one core; resumes
     python examples/quality_study.py --data DIR/train.txt --val DIR/val.txt --only dense mst-b8 --seeds 0 1 2
     python examples/quality_study.py --data DIR/train.txt.xz --val DIR/val.txt.xz --device cuda --minutes 9
+    python examples/quality_study.py --data DIR/train.txt --val DIR/val.txt --regime repeat-16 --out runs/regimes.jsonl
     python examples/quality_study.py --collect          # runs -> benchmarks/quality.csv
     python examples/quality_study.py --report           # CSV -> docs/quality.md, docs/when.md
     python examples/quality_study.py --report --figure docs/when.svg                     # and its figure
@@ -19,6 +20,11 @@ On a GPU (``--device cuda``) models of 42 million weights train under the few co
 the order of what they decide; no run is begun that is expected to end after ``--minutes``. ``--rehearse 2`` before, for
 each configuration in a process of its own, finds what fails and fills the compilers' caches while no run waits. Keep
 their ``--out`` and ``--csv`` (benchmarks/quality_large.csv) apart from those of the small models.
+
+``--regime`` gives every model the same FLOPs, that of a small dense one trained on a hundred tokens a weight, and lets
+it choose width and number of steps: the dense frontier against models that are wider and sparse. ``plenty``: on text
+that is hardly seen twice; ``repeat-4``, ``repeat-16``: on so little of it that the base sees it four or sixteen times
+(``--csv`` benchmarks/quality_regimes.csv).
 
 The recorded runs, with the loss of every step, are kept; to go on from them:
 
@@ -68,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=1, help="CPU threads")
     p.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
     p.add_argument("--dtype", choices=("bfloat16", "float32"), help="of autocast; float32: none")
-    p.add_argument("--regime", choices=REGIMES, help="models of one budget of FLOPs, on plenty of text or repeated text")
+    p.add_argument("--regime", choices=REGIMES, help="models of one budget of FLOPs; text repeated so often")
     p.add_argument("--minutes", type=float, help="begin no run that is expected to end later than this")
     p.add_argument("--rehearse", type=int, metavar="STEPS", help="so many steps of each run, to fill compilers' caches")
     p.add_argument("--quick", action="store_true", help="a model and runs of seconds, to try the script itself")

@@ -77,8 +77,8 @@ LARGE_QUEUE = (
     "dense-512",
     "dense",
 )
-# Small models of one budget, whatever their width and number of steps: that of a dense model 64 wide which sees a hundred
-# tokens a weight. Twenty a weight has the dense model 96 wide. Hidden weights are three quarters of the base's FLOPs.
+# Small models of one budget, whatever their width and number of steps: that of a dense model 64 wide which sees a
+# hundred tokens a weight. Twenty a weight has the one 96 wide. Hidden weights are three quarters of the base's FLOPs.
 BUDGET = Study(
     width=64,
     heads=2,
@@ -439,7 +439,7 @@ ON_GPU: tuple[Config, ...] = (
     ),
 )
 
-# Of one budget (``BUDGET``): dense models of every width, and sparse ones that are wider, for as many steps as it allows.
+# Of one budget (``BUDGET``): dense models of every width, and sparse ones that are wider, with the steps it allows.
 _SET: dict[str, Any] = {"growth": "random", "drop_fraction": 0.3, "interval": 50}
 
 

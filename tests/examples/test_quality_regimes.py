@@ -16,7 +16,20 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import quality_study
 from quality import model, plots, records, report, training
 from quality.analysis import Results
-from quality.configurations import CONFIGURATIONS, KNOWN, LARGE, LARGE_QUEUE, ON_GPU, QUICK, Study
+from quality.configurations import (
+    BUDGET,
+    BUDGET_QUEUE,
+    CONFIGURATIONS,
+    KNOWN,
+    LARGE,
+    LARGE_QUEUE,
+    ON_BUDGET,
+    ON_GPU,
+    QUICK,
+    REGIMES,
+    Study,
+    schedule_of,
+)
 
 import mst_compile
 
@@ -102,8 +115,29 @@ def test_blocks_on_a_gpu_are_those_asked_for(name: str) -> None:
 
 
 def test_names_are_of_one_configuration_each() -> None:
-    assert len(KNOWN) == len(CONFIGURATIONS) + len(ON_GPU)
-    assert set(LARGE_QUEUE) <= set(KNOWN)
+    assert len(KNOWN) == len(CONFIGURATIONS) + len(ON_GPU) + len(ON_BUDGET)
+    assert {*LARGE_QUEUE, *BUDGET_QUEUE} <= set(KNOWN)
+
+
+@pytest.mark.parametrize("name", ["wide-128-b8", "wide-96-start", "wide-96-60"])
+def test_wider_sparse_models_get_the_steps_that_the_budget_allows(name: str) -> None:
+    study = replace(BUDGET, steps=200)
+    shape, steps = training.size_of(KNOWN[name], study)
+    own = replace(study, steps=steps)
+    budget = training.planned_flops(KNOWN["dense"], study)
+    assert shape.width == int(name.split("-")[1])
+    assert training.planned_flops(KNOWN[name], own) == pytest.approx(budget, rel=0.02)
+    schedule = schedule_of(KNOWN[name], own)
+    assert schedule is not None
+    if name == "wide-96-start":  # dense over the last 15 % of its own steps, not of the study's
+        assert schedule.sparsity_at(round(0.8 * steps)) > 0 == schedule.sparsity_at(round(0.86 * steps))
+
+
+def test_every_regime_is_one_budget() -> None:
+    for name, study in REGIMES.items():
+        assert replace(study, unique=None) == BUDGET
+        if name != "plenty":
+            assert study.unique == BUDGET.steps * BUDGET.tokens // int(name.removeprefix("repeat-"))
 
 
 def test_the_report_of_large_models_holds_each_against_the_base(tmp_path: Path) -> None:
