@@ -6,6 +6,7 @@ model = torch.compile(model, backend="mst")
 
 from .api import densify, sparsifier, sparsify
 from .cost.forecast import Forecast, forecast
+from .cost.recommend import Recommendation, recommend
 from .cost.report import explain
 from .errors import MSTError, MSTWarning
 from .rules.constant import Constant
@@ -24,6 +25,7 @@ __all__ = [
     "MSTWarning",
     "MixedSparsity",
     "Override",
+    "Recommendation",
     "Schedule",
     "SparseWeight",
     "Sparsifier",
@@ -32,6 +34,7 @@ __all__ = [
     "explain",
     "forecast",
     "param_groups",
+    "recommend",
     "sparsifier",
     "sparsify",
 ]

@@ -15,7 +15,7 @@ from .configurations import KNOWN, Config, Study
 Record = dict[str, Any]
 
 CONTROL = "static-b8"  # its topology never changes
-STUDY = ("layers", "context", "batch", "learning_rate", "dtype")
+STUDY = ("layers", "context", "batch", "learning_rate", "dtype", "unique")
 PLAIN: tuple[str, ...] = (
     "width",
     "steps",
@@ -26,9 +26,10 @@ PLAIN: tuple[str, ...] = (
     "seconds",
     "processor_seconds",
 )
+BEST = ("best_loss", "best_step")  # the lowest of the validation losses taken on the way and at the end
 PLAIN += ("compile_seconds", "density_min", "density", "nonzero", "dead_hidden", "dead_values", "torch", "cpu")
 SPIKE = ("step", "rise", "z", "threshold", "events", "own")
-COLUMNS: tuple[str, ...] = ("name", "seed", "settings", *STUDY, "blocks", *PLAIN)
+COLUMNS: tuple[str, ...] = ("name", "seed", "settings", *STUDY, "blocks", *PLAIN, *BEST)
 COLUMNS += tuple(f"spike{after}_{part}" for after in spikes.AFTER for part in SPIKE)
 
 
@@ -64,17 +65,26 @@ def is_done(records: Iterable[Record], config: Config, seed: int, study: Study) 
 
 def rows(records: Sequence[Record]) -> list[Record]:
     """The CSV's rows, in the order of the configurations; of repeated runs the newest counts."""
-    newest = {(r["name"], r["seed"]): r for r in records}
+    texts: dict[int | None, dict[tuple[str, int], Record]] = {}  # runs on different texts are no repetitions
+    for r in records:
+        texts.setdefault(r["study"].get("unique"), {})[r["name"], r["seed"]] = r
     order = {name: i for i, name in enumerate(KNOWN)}
-    known = sorted((key for key in newest if key[0] in order), key=lambda key: (order[key[0]], key[1]))
-    return [_row(newest[key], newest) for key in known]
+    found = []
+    for unique in sorted(texts, key=lambda unique: (unique is not None, -(unique or 0))):
+        newest = texts[unique]
+        known = sorted((key for key in newest if key[0] in order), key=lambda key: (order[key[0]], key[1]))
+        found += [_row(newest[key], newest) for key in known]
+    return found
 
 
 def _row(record: Record, others: dict[tuple[str, int], Record]) -> Record:
     row = {key: record[key] for key in ("name", "seed", *PLAIN)}
     row["settings"] = json.dumps(record["settings"], sort_keys=True)
     row["blocks"] = " ".join(map(str, record["blocks"]))
-    row |= {key: record["study"][key] for key in STUDY}
+    row |= {key: record["study"].get(key) for key in STUDY}
+    if record.get("checks"):
+        loss, step = min((loss, step) for step, loss in [*record["checks"], (record["steps"], record["val_loss"])])
+        row |= {"best_loss": loss, "best_step": step}
     cosine, long = record["settings"].get("decay") == "cosine", isinstance(record["settings"].get("length"), int)
     suffix = "-cosine" if cosine else "-long" if long else ""
     dense, static = (others.get((name + suffix, record["seed"])) for name in ("dense", CONTROL))
