@@ -15,7 +15,7 @@ from mst_compile import Constant, sparsifier, sparsify
 from mst_compile.flops import CompiledFlopCounter
 from mst_compile.ops import watching
 
-BATCH, LENGTH, HEADS, SIZE = 2, 32, 4, 16
+BATCH, LENGTH, HEADS, SIZE = 2, 32, 1, 64
 WIDTH, TOKENS = HEADS * SIZE, BATCH * LENGTH
 X = torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
 

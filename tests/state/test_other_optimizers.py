@@ -16,7 +16,7 @@ from oracles import assert_reordered
 from torch import Tensor, nn
 from training import batches, loss_of
 
-from mst_compile import Constant, sparsifier, sparsify
+from mst_compile import Constant, param_groups, sparsifier, sparsify
 from mst_compile.errors import MSTWarning, OptimizerError
 from mst_compile.state import optimizers
 
@@ -114,6 +114,7 @@ FOREIGN: dict[str, tuple[Maker, str]] = {
     "adafactor": (lambda p: torch.optim.Adafactor(p, 1e-2), "row_var of shape"),
     "whitened": (Whitened, "GG of shape .*exp_avg_sq, perhaps in the basis"),
     "rprop": (lambda p: torch.optim.Rprop(p, 1e-3), "step_size, not 0 where weight and gradient are"),
+    "lbfgs": (lambda p: torch.optim.LBFGS(p, 1e-2, max_iter=2), "prev_flat_grad of shape"),
     "soap": (packaged("pytorch_optimizer", "SOAP", lr=1e-3, precondition_frequency=2), "GG of shape .*exp_avg_sq, per"),
     "shampoo": (packaged("pytorch_optimizer", "Shampoo", lr=1e-3), "pre_cond_0 of shape .*momentum_buffer, perhaps"),
     "scalable shampoo": (packaged("pytorch_optimizer", "ScalableShampoo", lr=1e-3), "pre_conditioner of shape"),
@@ -138,9 +139,18 @@ def started(make: Maker, schedule: Constant = SCHEDULE) -> tuple[nn.Module, Any]
 
 def train(model: nn.Module, optimizer: Any, data: list[Tensor], run: Any = None) -> None:
     for x in data:
-        loss_of(model if run is None else run, x).backward()
-        optimizer.step()
-        model.zero_grad()
+
+        def closure(x: Tensor = x) -> Tensor:
+            model.zero_grad()
+            loss = loss_of(model if run is None else run, x)
+            loss.backward()
+            return loss
+
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +242,43 @@ def test_compiled_calls_equal_eager_ones(name: str) -> None:
             with torch.no_grad():
                 assert_reordered(run(x), model(x), 128)
     assert sparsifier(model).step_count == 8
+
+
+# -- rates -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0, 0.5, 1.0])
+def test_muon_is_told_of_rates_that_grow(rate: float) -> None:
+    """Once, and only where the rate of the density makes its steps larger."""
+    model = sparsify(wide(), SCHEDULE, block=8)
+    groups = [g for g in param_groups(model, density_rate=rate) if all(p.dim() == 2 for p in g["params"])]
+    optimizer = torch.optim.Muon(groups, 1e-2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MSTWarning)
+        warnings.filterwarnings("ignore", "no graph compiled by backend", MSTWarning)
+        train(model, optimizer, list(batches(4)))
+    told = [str(w.message) for w in caught if issubclass(w.category, MSTWarning)]
+    assert len(told) == (rate > 0), told
+    assert all("density_rate=0" in text and "times as large" in text for text in told)
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_updates_of_a_fixed_size_are_larger_on_fewer_elements(name: str) -> None:
+    """Gradients are noise under masks of one weight: the norm of an update is the dense one's, spread over less."""
+    sizes = []
+    for sparsity in (0.0, 0.75):
+        torch.manual_seed(0)
+        model = nn.Linear(128, 128, bias=False)
+        if sparsity:
+            sparsify(model, Constant(sparsity, growth="none"), block=4, rescale=False)
+        active = model.weight.detach() != 0
+        optimizer = ALL[name](list(model.parameters()))
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.randn(128, 128) * active
+        optimizer.step()
+        change = (model.weight.detach() - before)[active]
+        sizes.append(change.square().mean().sqrt().item() * (1.0 if name == "muon" else before.square().mean().rsqrt()))
+    assert 1.6 <= sizes[1] / sizes[0] <= 2.1  # 2 were the whole norm kept, less as some is masked
 
 
 # -- what is assumed ---------------------------------------------------------------------------------------------------
