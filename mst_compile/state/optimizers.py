@@ -161,19 +161,25 @@ def state_like(optimizer: optim.Optimizer, parameter: Tensor) -> Iterator[tuple[
 
 @torch.no_grad()
 def zero_state_(
-    optimizer: optim.Optimizer, weight: SparseWeight, parameter: Tensor, blocks: Tensor | None = None
+    optimizer: optim.Optimizer,
+    weight: SparseWeight,
+    parameter: Tensor,
+    blocks: Tensor | None = None,
+    *,
+    first: bool = False,
 ) -> None:
     """Set what ``optimizer`` remembers of a weight to 0 outside its active blocks.
 
     Args:
         blocks: bool ``[R, C]``, the only ones that can be anything else; None: all that are not active.
+        first: the state has just been made: try whether it can hold a 0, also where it does.
 
     Raises:
         OptimizerError: state in a tensor subclass cannot be read or written.
     """
     for key, value in state_like(optimizer, parameter):
         if type(value) not in (Tensor, Parameter) and not is_sharded(value):
-            _zero_wrapped_(f"{type(optimizer).__name__} keeps {key} of {weight.name}", value, weight)
+            _zero_wrapped_(f"{type(optimizer).__name__} keeps {key} of {weight.name}", value, weight, first)
         elif blocks is not None:
             zero_blocks_(value, weight.grid, blocks)
         else:
@@ -197,14 +203,14 @@ def not_of_elements(optimizer: optim.Optimizer, weight: SparseWeight, parameter:
     return found
 
 
-def _zero_wrapped_(what: str, value: Tensor, weight: SparseWeight) -> None:
+def _zero_wrapped_(what: str, value: Tensor, weight: SparseWeight, first: bool) -> None:
     """Through the subclass's own copies, as of 8-bit state: what an address would show is not its numbers. Where all is
-    0 already nothing is written: what is coded anew may be rounded anew."""
+    0 already nothing is written, unless it is the ``first`` time: what is coded anew may be rounded anew."""
     outside = weight.grid.expand(~weight.mask).to(value.device)
     try:
         plain = torch.empty(value.shape, dtype=torch.float32, device=value.device)
         plain.copy_(value)
-        if not bool((plain[outside] != 0).any()):
+        if not first and not bool((plain[outside] != 0).any()):
             return
         weight.zero_inactive_(plain)
         value.copy_(plain)

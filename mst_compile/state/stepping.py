@@ -44,12 +44,14 @@ class _Turn:
         late: weights whose training step was counted before.
         scores: growth scores before it, by name.
         versions: of the Parameters, by name.
+        first: whether the optimizer had no state of them.
         told: whether its end has been seen.
     """
 
     late: set[str]
     scores: dict[str, Tensor | None]
     versions: dict[str, int]
+    first: bool
     told: bool = False
 
 
@@ -129,7 +131,9 @@ class Stepping:
         late = self._clock.turn(names, run.weights.with_gradients(), nested=step.nested)
         if self._clock.missed:
             run.skip_step()
-        turn = self._turns[step] = _Turn(late, {w.name: w.scores for w, _ in own}, {w.name: p._version for w, p in own})
+        scores, versions = {w.name: w.scores for w, _ in own}, {w.name: p._version for w, p in own}
+        first = not any(optimizer.state.get(p) for _, p in own)
+        turn = self._turns[step] = _Turn(late, scores, versions, first)
         step.at_end(lambda failed: self._end(step, turn, failed))
         self._take_gradients(step, own)
 
@@ -225,7 +229,7 @@ class Stepping:
             if not (known and kept):
                 weight.zero_inactive_(parameter)
             if not kept or (not known and optimizer not in self._checked):
-                optimizers.zero_state_(optimizer, weight, parameter)
+                optimizers.zero_state_(optimizer, weight, parameter, first=turn.first)
             elif look and not weight.is_dense:
                 self._looked.add(optimizer)
                 spread += optimizers.not_of_elements(optimizer, weight, parameter)
