@@ -19,10 +19,11 @@ from mst_compile.ops.linear import DENSITY
 
 from . import cpu_linear
 
-_KERNEL = "mst_linear_out"
+_FORWARD, _GRAD_INPUT = "mst_linear_out", "mst_linear_grad_input_out"
 
 # Generated wrappers call extern_kernels.mst_linear_out(...), also those that come out of Inductor's cache.
-setattr(extern_kernels, _KERNEL, cpu_linear.linear_out)
+setattr(extern_kernels, _FORWARD, cpu_linear.forward_out)
+setattr(extern_kernels, _GRAD_INPUT, cpu_linear.grad_input_out)
 
 
 def _unit_stride(x: Any) -> Any:
@@ -41,6 +42,8 @@ def _linear(
     transposed: bool,
     density: float = DENSITY,
     choose: bool = False,
+    *,
+    kernel: str = _FORWARD,
 ) -> Any:
     """``x W + bias`` as one extern kernel on ``x`` viewed as ``[M, in]``."""
     reason = cpu_linear.why_unsupported(x.get_dtype(), weight.get_dtype(), block)
@@ -63,14 +66,14 @@ def _linear(
             layout,
             operands,
             kwargs={"block": block, "transposed": transposed, "choose": choose},
-            python_kernel_name=f"extern_kernels.{_KERNEL}",
+            python_kernel_name=f"extern_kernels.{kernel}",
         )
     )
     return out if len(lead) == 1 else view(out, [*lead, out_features])
 
 
 def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool, *tuning: Any) -> Any:
-    return _linear(grad, weight, None, index, block, not transposed, *tuning)
+    return _linear(grad, weight, None, index, block, not transposed, *tuning, kernel=_GRAD_INPUT)
 
 
 LOWERINGS: Mapping[str, Callable[..., Any]] = {"linear": _linear, "linear_grad_input": _grad_input}

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from mst_compile.kernels import cpu as kernels
 from torch import Tensor
+from torch.autograd import profiler
 
 from mst_compile.blocks.index import DENSE_GRAD, NNZ
+from mst_compile.ops.watching import counters, marked
 
 from . import cpu_choice, cpu_dense, cpu_times
 
@@ -117,6 +119,41 @@ def _is_dense_faster(kind: str, weight: Tensor, block: int, x: Tensor, bias: boo
 
 
 # -- out variants, called by Inductor's generated code ----------------------------------------------------------------
+
+
+def forward_out(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+    *,
+    block: int,
+    transposed: bool,
+    choose: bool = False,
+    out: Tensor,
+) -> Tensor:
+    """:func:`linear_out` as compiled code calls it for ``mst::linear``."""
+    if not (profiler._is_profiler_enabled or counters):
+        return linear_out(x, weight, index, bias, block=block, transposed=transposed, choose=choose, out=out)
+    with marked("linear", (x, weight, bias, index, block), unseen=True):
+        return linear_out(x, weight, index, bias, block=block, transposed=transposed, choose=choose, out=out)
+
+
+def grad_input_out(
+    grad: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    *,
+    block: int,
+    transposed: bool,
+    choose: bool = False,
+    out: Tensor,
+) -> Tensor:
+    """:func:`linear_out` as compiled code calls it for ``mst::linear_grad_input``."""
+    if not (profiler._is_profiler_enabled or counters):
+        return linear_out(grad, weight, index, block=block, transposed=transposed, choose=choose, out=out)
+    with marked("linear_grad_input", (grad, weight, index, block), unseen=True):
+        return linear_out(grad, weight, index, block=block, transposed=transposed, choose=choose, out=out)
 
 
 def linear_out(

@@ -17,13 +17,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    _FlopCounterMode,
+    flop_registry,
+    register_flop_formula,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, read_mask
 from mst_compile.errors import ArgumentError, ForecastError
 from mst_compile.ops import attention as _attention_op  # noqa: F401  (defines the operators)
 from mst_compile.ops import linear as _linear_op  # noqa: F401
+from mst_compile.ops import watching
 from mst_compile.rules.checks import (
     LARGEST,
     as_number,
@@ -180,18 +188,18 @@ class _ThroughCompiled(_FlopCounterMode):
 class CompiledFlopCounter(FlopCounterMode):
     """PyTorch's ``FlopCounterMode`` for what runs in a compiled model, forward and backward::
 
-        compiled = torch.compile(model, backend="mst", options={"mst.inner": "aot_eager"})
+        compiled = torch.compile(model, backend="mst")
         with CompiledFlopCounter(display=False) as counter:
             compiled(x).sum().backward()
         print(counter.get_total_flops())
 
-    With ``"mst.inner"`` ``"eager"`` or ``"aot_eager"`` every operator of the graph is dispatched, and so counted.
-    Inductor's code calls most kernels directly, past any counter: what it leaves to the dispatcher is counted alone,
-    so that the total is too small. Counts are not split by module (PyTorch's way to do so stops Dynamo).
+    On a CPU under Inductor, too, also of a plain model under ``backend="inductor"``; on a GPU Inductor launches most
+    kernels past any counter: there ``options={"mst.inner": "aot_eager"}`` counts the same graph. Counts are not split
+    by module (PyTorch's way to do so stops Dynamo).
 
     Args:
         mods: ignored, as by PyTorch.
-        depth: of the table.
+        depth: ignored: there are no modules.
         display: print the table at the end.
         custom_mapping: operator -> formula of its FLOPs, as PyTorch's counter takes it.
 
@@ -205,20 +213,51 @@ class CompiledFlopCounter(FlopCounterMode):
         if custom_mapping is not None:
             check_instance("custom_mapping", custom_mapping, dict, "a dict of operators and formulas")
         depth = check_whole("depth", depth, least=0, error=ArgumentError)
-        super().__init__(mods, depth, check_flag("display", display), custom_mapping)
+        mapping = _not_in_pytorch() | (custom_mapping or {})
+        super().__init__(mods, depth, check_flag("display", display), mapping)
 
     def __enter__(self) -> CompiledFlopCounter:
         self.flop_counts.clear()
         self.mode = _ThroughCompiled(self)
         self.mode.__enter__()
+        watching.counters.append(self._count)
         return self
 
     def __exit__(self, *args: Any) -> None:
         assert self.mode is not None
+        watching.counters.remove(self._count)
         self.mode.__exit__(*args)
         self.mode = None
         if self.display:
             print(self.get_table(self.depth))
+
+    def _count(self, operator: Any, flops: int) -> None:
+        self.flop_counts["Global"][operator] += flops
+
+    def get_table(self, depth: int | None = None) -> str:
+        """Operators by their FLOPs, most first, and the total, as text."""
+        total = self.get_total_flops()
+        counts = sorted(self.get_flop_counts().get("Global", {}).items(), key=lambda item: -item[1])
+        rows = [(str(operator), count) for operator, count in counts] + [("total", total)]
+        wide = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{wide}}  {count:>20,} FLOPs  {count / max(1, total):6.1%}" for name, count in rows)
+
+
+def _not_in_pytorch() -> dict[Any, Any]:
+    """Formulas of PyTorch's attention on a CPU, which its counter leaves out; as it counts other devices'."""
+    aten = torch.ops.aten
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value))
+
+    found = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return {operator: formula for operator, formula in found.items() if operator not in flop_registry}
 
 
 def _without_data(tensor: Tensor) -> bool:

@@ -10,8 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from mst_compile.blocks.memory import is_plain
+
+from .watching import marked
 
 library = torch.library.Library("mst", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -38,6 +41,12 @@ def implement(name: str, dispatch_key: str, function: Callable[..., Any]) -> Non
     reference = _references[name]
 
     def dispatch(*args: Any) -> Any:
+        if profiler._is_profiler_enabled:
+            with marked(name, args):
+                return compute(*args)
+        return compute(*args)
+
+    def compute(*args: Any) -> Any:
         plain = all(is_plain(operand) for operand in args if isinstance(operand, torch.Tensor))
         result = function(*args) if plain else None
         return reference(*args) if result is None else result

@@ -2,13 +2,17 @@
 
 PyTorch has hooks for ``state_dict`` and ``load_state_dict`` on single optimizers alone, and an optimizer that is about
 to be resumed has not stepped, so nobody knows it yet: those two methods of ``torch.optim.Optimizer`` are wrapped, once;
-``load_state_dict`` on import, as it may be called first.
+``load_state_dict`` on import, as it may be called first, and also where a class has one of its own, as 8-bit optimizers
+do, which may never call the one that it overrides.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -32,6 +36,23 @@ class CheckpointWatcher(Protocol):
 _watchers: weakref.WeakSet[Any] = weakref.WeakSet()
 _unclaimed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Parameter that was not sparse -> its topology
 _registered = False
+_TELLS = "_mst_tells"
+
+
+@dataclass(eq=False)
+class _Load:
+    """A load that is under way: our part of the state dict, and whether the watchers were told of it."""
+
+    entries: dict[int, dict[str, Any]]
+    told: bool = False
+
+
+class _Loading(threading.local):
+    def __init__(self) -> None:
+        self.loads: list[_Load] = []  # of this thread, outermost first
+
+
+_loading = _Loading()
 
 
 def watch_checkpoints(watcher: CheckpointWatcher) -> None:
@@ -74,12 +95,19 @@ def _wrap_state_dict() -> None:
     Optimizer.state_dict = state_dict  # type: ignore[method-assign]
 
 
-def _wrap_load_state_dict() -> None:
-    original = Optimizer.load_state_dict
+def _telling_of_loads(original: Callable[..., None]) -> Callable[..., None]:
+    """A ``load_state_dict`` that keeps our part from the optimizer and tells the watchers of it.
+
+    A class's own one may call PyTorch's, of itself or of an optimizer inside, or do it all alone: the innermost tells,
+    when it is done, and knows of our part from those around it.
+    """
 
     @functools.wraps(original)
     def load_state_dict(self: Optimizer, state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         entries = _take_entries(self, state_dict)
+        mine = {id(parameter) for parameter in _positions(self.param_groups)}
+        for around in reversed(_loading.loads):
+            entries = {i: entry for i, entry in around.entries.items() if i in mine} | entries
         if "param_groups" in state_dict:
             groups = unpack_laws(self.param_groups, state_dict["param_groups"], set(entries))
             state_dict = {**state_dict, "param_groups": groups}
@@ -91,15 +119,52 @@ def _wrap_load_state_dict() -> None:
                 for key, entry in state_dict["state"].items()
             }
             state_dict = {**state_dict, "state": {key: entry for key, entry in state.items() if entry != {}}}
-        original(self, state_dict, *args, **kwargs)
-        owned: set[int] = set().union(*(watcher.owned(self) for watcher in list(_watchers)))
-        for parameter in _positions(self.param_groups):
-            if id(parameter) in entries and id(parameter) not in owned:
-                _unclaimed[parameter] = entries[id(parameter)]
-        for watcher in list(_watchers):
-            watcher.after_load(self, entries)
+        load = _Load(entries)
+        _loading.loads.append(load)
+        try:
+            original(self, state_dict, *args, **kwargs)
+        finally:
+            _loading.loads.remove(load)
+        if not load.told:
+            for around in _loading.loads:
+                around.told = True
+            _tell(self, entries)
 
-    Optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+    setattr(load_state_dict, _TELLS, True)
+    return load_state_dict
+
+
+def _tell(optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None:
+    owned: set[int] = set().union(*(watcher.owned(optimizer) for watcher in list(_watchers)))
+    for parameter in _positions(optimizer.param_groups):
+        if id(parameter) in entries and id(parameter) not in owned:
+            _unclaimed[parameter] = entries[id(parameter)]
+    for watcher in list(_watchers):
+        watcher.after_load(optimizer, entries)
+
+
+def _wrap_load_state_dict() -> None:
+    """Of PyTorch's class, of those that are derived from it, and of those that will be, once one is made."""
+    classes: list[type] = [Optimizer]
+    for cls in classes:
+        classes += cls.__subclasses__()
+        _wrap_own(cls)
+    original = Optimizer._patch_step_function
+
+    @functools.wraps(original)
+    def patch(self: Optimizer) -> None:
+        original(self)
+        for cls in type(self).__mro__:
+            if issubclass(cls, Optimizer):
+                _wrap_own(cls)
+
+    Optimizer._patch_step_function = patch  # type: ignore[method-assign]
+
+
+def _wrap_own(cls: type) -> None:
+    own = vars(cls).get("load_state_dict")
+    if own is not None and not getattr(own, _TELLS, False):
+        cls.load_state_dict = _telling_of_loads(own)  # type: ignore[attr-defined]
 
 
 def take_unclaimed(parameter: Tensor) -> dict[str, Any]:

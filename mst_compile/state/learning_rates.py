@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from .weight import SparseWeight, of
 DENSITY_RATE = "density_rate"
 DENSITY_DECAY = "density_decay"
 INDEPENDENT = "independent"  # of the learning rate's law: lr * weight_decay is the dense model's
+_warned: weakref.WeakSet[optim.Optimizer] = weakref.WeakSet()
 _OWN = "callable"  # what a state dict holds of a law that is a function: it cannot hold the function
 # L2 in them is a part of the gradient, whose scale does not matter to the update. Of Adam, NAdam and RAdam the group
 # says so itself; then it holds for whoever steps on their behalf, too.
@@ -46,6 +48,9 @@ def param_groups(
     what the rate is multiplied by. In Adam, NAdam, RAdam (not decoupled), Adamax, Adagrad, Adadelta and RMSprop L2 is a
     part of a gradient that is normalised afterwards; there ``weight_decay`` stays. Any other optimizer is taken for a
     decoupled one.
+
+    The rule is Adam's. Muon's update keeps its size whatever the density: give it ``density_rate=0``, as a warning
+    says where one does not.
 
     Both keys work in groups of your own, and both take other laws: a number r for ``density ** -r`` (0: no law),
     ``"graphcore"`` (:func:`mst_compile.rules.laws.graphcore`), or a function of the density that returns the factor,
@@ -119,6 +124,7 @@ def scale_rates(
         active, total = sum(w.active for w in inside), sum(w.numel for w in inside)
         if active:
             found.append((group, _scaled(optimizer, group, rate, decay, active / total)))
+            _warn_of_orthogonal_updates(optimizer, group, found[-1][1])
     before = [(group, {key: group[key] for key in scaled}) for group, scaled in found]
     for group, scaled in found:
         group.update(scaled)
@@ -131,6 +137,22 @@ def _laws_of(group: dict[str, Any]) -> tuple[Law, Law]:
     return (
         _check_rate(of_group(DENSITY_RATE), 0 if rate is None else rate),
         _check_decay(of_group(DENSITY_DECAY), INDEPENDENT if decay is None else decay),
+    )
+
+
+def _warn_of_orthogonal_updates(optimizer: optim.Optimizer, group: dict[str, Any], scaled: dict[str, Any]) -> None:
+    """Muon's update has the same spectral norm at every density: the dense model's rate suits it as it is."""
+    muon = any(cls.__name__ == "Muon" for cls in type(optimizer).__mro__)
+    if not muon or optimizer in _warned or float(scaled.get("lr", group["lr"])) <= float(group["lr"]):
+        return
+    _warned.add(optimizer)
+    warnings.warn(
+        f"{type(optimizer).__name__} orthogonalises its updates, which are as large at a low density as in a dense "
+        f"model, and {DENSITY_RATE!r}: {shown(group[DENSITY_RATE])} of its parameter group makes them "
+        f"{float(scaled['lr']) / float(group['lr']):.3g} times as large. The dense model's rate was measured to be "
+        "best (docs/guide.md): use param_groups(model, density_rate=0) for it",
+        MSTWarning,
+        stacklevel=5,
     )
 
 

@@ -1,17 +1,26 @@
 """What is known about optimizers: which state belongs to which weight, and how regrown weights start.
 
 Zero gradient and zero state give a zero update in the optimizers listed here, so a weight that is masked stays 0 in
-them. Of any other optimizer only weight and gradient can be masked.
+them. After a step of any other optimizer the weight is masked once more.
+
+What an optimizer remembers of single elements is found by its form, of whatever optimizer (:func:`survey`): a
+floating-point tensor under a key of its own that has the parameter's shape in *every* parameter that it is kept of, or
+codes of that shape with a code book beside them. Everything else belongs to several elements at once; and where there
+are matrices among it that may be a basis, tensors of the parameter's shape may be coordinates in that basis. Such state
+is left alone, and said.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, optim
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_compile.blocks.bulk import block_mean_square, zero_blocks_
 from mst_compile.blocks.grid import BlockGrid
@@ -32,7 +41,9 @@ _ELEMENTWISE = {
     optim.RMSprop,
 }
 _ENOUGH = 4  # edge of a block whose mean square is an estimate
-_SECOND_MOMENTS = {"exp_avg_sq": "beta2", "square_avg": "alpha"}  # key of the state -> how its average decays
+# Key of the state -> how its average decays; "state2" is bitsandbytes' second moment.
+_SECOND_MOMENTS = {"exp_avg_sq": "beta2", "square_avg": "alpha", "state2": "beta2"}
+_CODES = 256  # in a code book of 8-bit state
 
 
 def keeps_zeros(optimizer: optim.Optimizer) -> bool:
@@ -43,40 +54,164 @@ def keeps_zeros(optimizer: optim.Optimizer) -> bool:
     return type(optimizer) in _ELEMENTWISE
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What an optimizer keeps of its parameters.
+
+    Attributes:
+        elements: keys of tensors with one number for each element of a parameter.
+        codes: key of 8-bit codes, one for each element -> key of the code book that says what number a code is.
+        foreign: key -> form of what belongs to no single element.
+    """
+
+    elements: frozenset[str]
+    codes: Mapping[str, str]
+    foreign: Mapping[str, str]
+
+
+_surveys: weakref.WeakKeyDictionary[optim.Optimizer, tuple[int, Survey]] = weakref.WeakKeyDictionary()
+
+
+def survey(optimizer: optim.Optimizer) -> Survey:
+    """Look through the state of an optimizer, containers and objects in it included; again when there is more of it."""
+    entries = sum(1 + len(state) for state in optimizer.state.values() if isinstance(state, dict))
+    known = _surveys.get(optimizer)
+    if known is None or known[0] != entries:
+        known = _surveys[optimizer] = entries, _survey(optimizer)
+    return known[1]
+
+
+def _survey(optimizer: optim.Optimizer) -> Survey:
+    elements: set[str] = set()
+    spoiled: set[str] = set()
+    codes: dict[str, str] = {}
+    foreign: dict[str, str] = {}
+    basis = False
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            if not isinstance(value, Tensor):
+                inside = [tensor for tensor in _tensors(value) if tensor.numel() > 1]
+                basis |= any(map(_may_be_basis, inside))
+                if inside:
+                    foreign.setdefault(key, f"{key} of shape {tuple(inside[0].shape)}")
+            elif not isinstance(parameter, Tensor) or (value.shape != parameter.shape and value.numel() > 1):
+                spoiled.add(key)
+                basis |= _may_be_basis(value)
+                foreign.setdefault(key, f"{key} of shape {tuple(value.shape)}")
+            elif value.shape == parameter.shape and value.is_floating_point():
+                elements.add(key)
+            elif value.numel() > 1:
+                book = _code_book(key, value, state)
+                if book is None:
+                    foreign.setdefault(key, f"{key} of {value.dtype}")
+                else:
+                    codes[key] = book
+    # What describes codes: the book, and the scales of groups of them, which are never 0 divided by.
+    for key, book in codes.items():
+        foreign.pop(book, None)
+        foreign.pop(_scale_of(key), None)
+    if basis:
+        foreign |= {key: f"{key}, perhaps in the basis of these" for key in sorted(elements - spoiled)}
+        elements = set()
+    return Survey(frozenset(elements - spoiled), codes, foreign)
+
+
+def _tensors(value: object, depth: int = 4) -> Iterator[Tensor]:
+    """The tensors in lists, tuples, dicts and plain objects."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    inside: Iterable[object] = ()
+    if isinstance(value, Mapping):
+        inside = value.values()
+    elif isinstance(value, list | tuple | set):
+        inside = value
+    elif not isinstance(value, type) and not callable(value) and hasattr(value, "__dict__"):
+        inside = vars(value).values()
+    for item in inside if depth else ():
+        yield from _tensors(item, depth - 1)
+
+
+def _may_be_basis(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] > 1
+
+
+def _code_book(key: str, codes: Tensor, state: Mapping[str, Any]) -> str | None:
+    """Key of the code book of 8-bit codes, as bitsandbytes keeps it: ``state1`` has ``qmap1``, which holds a 0."""
+    name = key.replace("state", "qmap")
+    book = state.get(name)
+    fits = codes.dtype == torch.uint8 and name != key and isinstance(book, Tensor) and book.shape == (_CODES,)
+    return name if fits and bool((book == 0).any()) else None  # type: ignore[union-attr]
+
+
+def _scale_of(key: str) -> str:
+    return key.replace("state", "absmax")
+
+
 def state_like(optimizer: optim.Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The optimizer's state of ``parameter`` that has one number for each of its elements, by its key."""
     state = optimizer.state.get(parameter, {})
-    for key, value in state.items() if isinstance(state, dict) else ():
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+    if not state or not isinstance(state, dict):
+        return
+    keys = state.keys() if keeps_zeros(optimizer) else survey(optimizer).elements
+    for key, value in state.items():
+        if key in keys and isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
             yield key, value
 
 
 @torch.no_grad()
 def zero_state_(
-    optimizer: optim.Optimizer, weight: SparseWeight, parameter: Tensor, blocks: Tensor | None = None
+    optimizer: optim.Optimizer,
+    weight: SparseWeight,
+    parameter: Tensor,
+    blocks: Tensor | None = None,
+    *,
+    first: bool = False,
 ) -> None:
     """Set what ``optimizer`` remembers of a weight to 0 outside its active blocks.
 
     Args:
         blocks: bool ``[R, C]``, the only ones that can be anything else; None: all that are not active.
+        first: the state has just been made: try whether it can hold a 0, also where it does.
 
     Raises:
         OptimizerError: state in a tensor subclass cannot be read or written.
     """
     for key, value in state_like(optimizer, parameter):
         if type(value) not in (Tensor, Parameter) and not is_sharded(value):
-            _zero_wrapped_(f"{type(optimizer).__name__} keeps {key} of {weight.name}", value, weight)
+            _zero_wrapped_(f"{type(optimizer).__name__} keeps {key} of {weight.name}", value, weight, first)
         elif blocks is not None:
             zero_blocks_(value, weight.grid, blocks)
         else:
             weight.zero_inactive_(value)
+    if not keeps_zeros(optimizer) and not is_sharded(parameter):
+        state = optimizer.state.get(parameter, {})
+        for key, book in survey(optimizer).codes.items():
+            if key in state:
+                outside = weight.grid.expand(~weight.mask).to(state[key].device)
+                state[key].masked_fill_(outside, int((state[book] == 0).nonzero()[0]))
 
 
-def _zero_wrapped_(what: str, value: Tensor, weight: SparseWeight) -> None:
-    """Through the subclass's own copies, as of 8-bit state: what an address would show is not its numbers."""
+def not_of_elements(optimizer: optim.Optimizer, weight: SparseWeight, parameter: Tensor) -> list[str]:
+    """Keys of what was taken for state of single elements and is none: it has not stayed 0 where weight and gradient
+    were 0 for a step. Of sharded state nothing is known."""
+    outside = weight.grid.expand(~weight.mask)
+    found = []
+    for key, value in state_like(optimizer, parameter):
+        if type(value) in (Tensor, Parameter) and bool((value.detach()[outside.to(value.device)] != 0).any()):
+            found.append(f"{key}, not 0 where weight and gradient are")
+    return found
+
+
+def _zero_wrapped_(what: str, value: Tensor, weight: SparseWeight, first: bool) -> None:
+    """Through the subclass's own copies, as of 8-bit state: what an address would show is not its numbers. Where all is
+    0 already nothing is written, unless it is the ``first`` time: what is coded anew may be rounded anew."""
+    outside = weight.grid.expand(~weight.mask).to(value.device)
     try:
         plain = torch.empty(value.shape, dtype=torch.float32, device=value.device)
         plain.copy_(value)
+        if not first and not bool((plain[outside] != 0).any()):
+            return
         weight.zero_inactive_(plain)
         value.copy_(plain)
         plain.copy_(value)
@@ -86,7 +221,7 @@ def _zero_wrapped_(what: str, value: Tensor, weight: SparseWeight) -> None:
             "dropped blocks would keep their old state. Use an optimizer with state in plain tensors for the sparse "
             "weights (mst_compile.param_groups lists them)"
         ) from error
-    if bool((plain[weight.grid.expand(~weight.mask).to(plain.device)] != 0).any()):
+    if bool((plain[outside] != 0).any()):
         raise OptimizerError(
             f"{what} in a {type(value).__name__}, which does not hold a 0 exactly, so that dropped blocks would keep "
             "state. Use an optimizer with state in plain tensors for the sparse weights (mst_compile.param_groups "
@@ -96,17 +231,7 @@ def _zero_wrapped_(what: str, value: Tensor, weight: SparseWeight) -> None:
 
 def foreign_state(optimizer: optim.Optimizer) -> list[str]:
     """What ``optimizer`` keeps that cannot be attributed to single elements of parameters: keys, shapes, dtypes."""
-    found = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items() if isinstance(state, dict) else ():
-            for tensor in value if isinstance(value, list) else [value]:
-                if not isinstance(tensor, Tensor) or tensor.numel() <= 1 or key in found:
-                    continue
-                if not isinstance(parameter, Tensor) or tensor.shape != parameter.shape:
-                    found[key] = f"{key} of shape {tuple(tensor.shape)}"
-                elif not tensor.is_floating_point():
-                    found[key] = f"{key} of {tensor.dtype}"
-    return list(found.values())
+    return list(survey(optimizer).foreign.values())
 
 
 def skipped_by_scaler(optimizer: optim.Optimizer) -> bool:
@@ -154,8 +279,7 @@ def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: Blo
     if parameter.grad is None:
         return
     state = optimizer.state.get(parameter, {})
-    averages = {k: v for k, v in state.items() if k in _SECOND_MOMENTS and isinstance(v, Tensor)}
-    averages = {k: v for k, v in averages.items() if v.shape == parameter.shape}
+    averages = {k: v for k, v in state_like(optimizer, parameter) if k in _SECOND_MOMENTS}
     if not averages:
         return
     scale = gradient_scale(optimizer)
@@ -170,7 +294,11 @@ def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: Blo
     for key, average in averages.items():
         begun = square * _correction(optimizer, parameter, state, key)
         local = local_rows(average)[0]
-        local.copy_(torch.where(mask, begun.to(local.dtype), local))
+        if is_traceable_wrapper_subclass(local):  # 8-bit state: through its own copies
+            plain = torch.empty(local.shape, dtype=torch.float32, device=local.device).copy_(local)
+            local.copy_(torch.where(mask, begun, plain))
+        else:
+            local.copy_(torch.where(mask, begun.to(local.dtype), local))
 
 
 def _correction(optimizer: optim.Optimizer, parameter: Tensor, state: dict[str, Any], key: str) -> float:

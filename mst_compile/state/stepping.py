@@ -44,12 +44,14 @@ class _Turn:
         late: weights whose training step was counted before.
         scores: growth scores before it, by name.
         versions: of the Parameters, by name.
+        first: whether the optimizer had no state of them.
         told: whether its end has been seen.
     """
 
     late: set[str]
     scores: dict[str, Tensor | None]
     versions: dict[str, int]
+    first: bool
     told: bool = False
 
 
@@ -85,6 +87,7 @@ class Stepping:
         self._clock = StepClock()
         self._warned: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # unknown ones, their first state cleaned
+        self._looked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those whose state was looked at a step later
         self._turns: dict[Step, _Turn] = {}  # steps under way
         self._deferred = False  # a step within the backward pass waits for its end
         self._making_state = False  # the optimizer that steps now only makes its state
@@ -128,7 +131,9 @@ class Stepping:
         late = self._clock.turn(names, run.weights.with_gradients(), nested=step.nested)
         if self._clock.missed:
             run.skip_step()
-        turn = self._turns[step] = _Turn(late, {w.name: w.scores for w, _ in own}, {w.name: p._version for w, p in own})
+        scores, versions = {w.name: w.scores for w, _ in own}, {w.name: p._version for w, p in own}
+        first = not any(optimizer.state.get(p) for _, p in own)
+        turn = self._turns[step] = _Turn(late, scores, versions, first)
         step.at_end(lambda failed: self._end(step, turn, failed))
         self._take_gradients(step, own)
 
@@ -210,23 +215,33 @@ class Stepping:
         begin, and the gradient that it read is the one that was masked, unchanged.
         """
         turn.told = True
-        known = optimizers.keeps_zeros(optimizer)
+        known, spread = optimizers.keeps_zeros(optimizer), []
+        look = not known and optimizer in self._checked and optimizer not in self._looked
         for weight, parameter in own:
             weight.set_dense_grad(False)
-            if parameter._version == turn.versions.get(weight.name) and not is_sharded(parameter):
+            gradient = parameter.grad
+            # Kernels of other optimizers write through addresses, and leave the version as it was.
+            told = known or gradient is None
+            if told and parameter._version == turn.versions.get(weight.name) and not is_sharded(parameter):
                 continue  # it was not stepped
             weight.moved = True
-            gradient = parameter.grad
             kept = weight.is_dense or gradient is None or weight.is_masked(gradient)
             if not (known and kept):
                 weight.zero_inactive_(parameter)
             if not kept or (not known and optimizer not in self._checked):
-                optimizers.zero_state_(optimizer, weight, parameter)
+                optimizers.zero_state_(optimizer, weight, parameter, first=turn.first)
+            elif look and not weight.is_dense:
+                self._looked.add(optimizer)
+                spread += optimizers.not_of_elements(optimizer, weight, parameter)
             weight.note_clean(parameter)
-        if known:
+        if not known:
+            self._checked.add(optimizer)
+            self._warn_of_foreign_state(optimizer, spread)
+
+    def _warn_of_foreign_state(self, optimizer: Optimizer, spread: list[str]) -> None:
+        if optimizer in self._warned:
             return
-        self._checked.add(optimizer)
-        found = [] if optimizer in self._warned else optimizers.foreign_state(optimizer)
+        found = [*optimizers.foreign_state(optimizer), *dict.fromkeys(spread)]
         if found:
             self._warned.add(optimizer)
             warnings.warn(
@@ -234,7 +249,7 @@ class Stepping:
                 f"({', '.join(found)}): what it remembers of dropped blocks cannot be removed. Weights and gradients "
                 "are masked all the same",
                 MSTWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _warn_if_never_stepped(self, optimizer: Optimizer) -> None:

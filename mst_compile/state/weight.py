@@ -10,6 +10,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, new_index, write_index
 from mst_compile.blocks.shards import check_placement, holder_of, is_sharded, stored
 from mst_compile.lowering import device as devices
+from mst_compile.ops import watching
 from mst_compile.rules.density import active_count
 from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
@@ -333,6 +335,24 @@ def of(parameter: object) -> SparseWeight | None:
 def bound() -> list[tuple[str, Tensor]]:
     """Names and Parameters of all sparse weights of this process that are alive."""
     return [(weight.name, p) for p in _hooks if (weight := of(p)) is not None]
+
+
+class _Names:
+    """Names of weights by where their index is, made anew when it may be elsewhere."""
+
+    epoch = -1
+    by_address: ClassVar[dict[int, str]] = {}
+
+
+def _name_of_index(index: Tensor) -> str | None:
+    if _Names.epoch != epoch.value:
+        own = [weight for p in _hooks if (weight := of(p)) is not None and weight.index is not None]
+        _Names.by_address = {weight.index.data_ptr(): weight.name for weight in own}  # type: ignore[union-attr]
+        _Names.epoch = epoch.value
+    return _Names.by_address.get(index.data_ptr())
+
+
+watching.finders.append(_name_of_index)
 
 
 def carry(old: Tensor, new: Tensor) -> None:
