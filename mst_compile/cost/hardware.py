@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mst_compile.cost.hardware_table import BANDWIDTH, MEASURED
 from mst_compile.cost.rates import Rates
@@ -64,7 +64,8 @@ def estimate(model: nn.Module, own: Sparsifier, hardware: str, tokens: int) -> R
     step = table["step"]
     beside = (step["dense_s"] - step["dense_products_s"]) / (step["tokens"] * step["features"])
     more = step["sparse_s"] - step["sparse_products_s"] - (step["dense_s"] - step["dense_products_s"])
-    shapes = [tuple(m.weight.shape) for m in model.modules() if is_linear(m)]
+    linear = [m.weight for m in model.modules() if is_linear(m) and isinstance(m.weight, Tensor)]
+    shapes = [tuple(weight.shape) for weight in linear]
     sparse_shapes = {(w.grid.rows, w.grid.cols) for w in weights}
     shapes += [shape for shape in sparse_shapes if shape not in shapes]
     other = beside * tokens * sum(map(sum, shapes))
