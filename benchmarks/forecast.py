@@ -5,6 +5,8 @@
 Compilation is in neither figure: a step that compiled is charged what the next one took. On a machine with other work
 the sum of all steps measures that work too, so the steps are also summed robustly, as the median of each kind of step
 times their number; and a second forecast after the run, from rates measured then, tells whether the machine changed.
+Beside every fourth step the dense model takes one under Inductor: what the whole run gains against it is compared with
+the gain that was forecast.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import nn
 
 import mst_compile
 from mst_compile.cost.flops import Meter
-from mst_compile.cost.forecast import timeline
+from mst_compile.cost.timeline import timeline
 from mst_compile.rules.patterns import PATTERNS
 
 from .ledger import record
@@ -58,11 +60,25 @@ def main() -> None:
             model, tokens=tokens, tokens_per_step=per_step, loss=lambda: compiled(batch), optimizer=optimizer
         )
 
+    plain = build(args)
+    dense_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=True)
+    dense_loss = torch.compile(lambda ids: plain(input_ids=ids, labels=ids).loss, dynamic=False)
+
+    def dense_step() -> None:
+        dense_loss(draw()).backward()
+        dense_optimizer.step()
+        dense_optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(3):
+        dense_step()
     before = ask()
     print(before)
     meter = Meter(model, per_step, rest=before.rest, attention_saved=before.attention_saved)
-    seconds = train(model, optimizer, lambda: compiled(draw()), meter, args.steps)
-    report(args, before, meter, seconds, robust_sum(model, before, seconds), ask())
+    dense: list[float] = []
+    seconds = train(model, optimizer, lambda: compiled(draw()), meter, args.steps, dense_step, dense)
+    robust = robust_sum(model, before, seconds)
+    report(args, before, meter, seconds, robust, ask())
+    gains(args, before, statistics.median(dense) * args.steps, robust)
 
 
 def train(
@@ -71,11 +87,18 @@ def train(
     loss: Callable[[], torch.Tensor],
     meter: Meter,
     steps: int,
+    dense_step: Callable[[], None],
+    dense: list[float],
 ) -> list[float]:
-    """Train; returns the seconds of each step, a step that compiled at those of the next one."""
+    """Train; returns the seconds of each step, a step that compiled at those of the next one. Beside every fourth a
+    dense one is taken, whose seconds go into ``dense``."""
     found: list[float] = []
     owed = 0
-    for _ in range(steps):
+    for step in range(steps):
+        if step % 4 == 0:
+            start = time.perf_counter()
+            dense_step()
+            dense.append(time.perf_counter() - start)
         compilations, start = _compilations(), time.perf_counter()
         meter.step()
         loss().backward()
@@ -101,6 +124,22 @@ def robust_sum(model: nn.Module, expected: mst_compile.Forecast, seconds: list[f
     return sum(statistics.median(found) * len(found) for found in kinds.values())
 
 
+def gains(args: argparse.Namespace, expected: mst_compile.Forecast, dense: float, sparse: float) -> None:
+    """Print and record the gain over dense training, forecast and measured by medians."""
+    forecast, measured = expected.decision.speedup, dense / sparse
+    assert forecast is not None
+    print(f"dense over sparse: forecast {forecast:.3f}x, measured {measured:.3f}x ({dense:.2f} s, {sparse:.2f} s)")
+    if not args.dry:
+        note = f"median_s: whole dense run, a step's median; ratio: dense over sparse; forecast {forecast:.3f}"
+        record("forecast", case_of(args), "dense", dense, measured, args.steps, "float32", note)
+
+
+def case_of(args: argparse.Namespace) -> str:
+    case = f"gpt2 d={args.width} L={args.layers} V={args.vocab} T={args.context} batch={args.batch}"
+    case += f" S={args.sparsity}{' published' if args.published else ''} steps={args.steps}"
+    return case + (f" attention={args.attention}" if args.attention != "full" else "")
+
+
 def report(
     args: argparse.Namespace,
     expected: mst_compile.Forecast,
@@ -112,10 +151,7 @@ def report(
     seconds = sum(steps)
     assert expected.seconds is not None
     assert after.seconds is not None
-    case = f"gpt2 d={args.width} L={args.layers} V={args.vocab} T={args.context} batch={args.batch}"
-    case += f" S={args.sparsity}{' published' if args.published else ''} steps={args.steps}"
-    if args.attention != "full":
-        case += f" attention={args.attention}"
+    case = case_of(args)
     flops = expected.flops / meter.flops
     note = f"median_s: whole run; ratio: forecast to measured; FLOPs: forecast {expected.flops:.6g}"
     note += f", measured {meter.flops:.6g}, ratio {flops:.4f}"

@@ -281,6 +281,10 @@ bad("tokens_per_step", lambda b, v: mst_compile.forecast(b.model, tokens=80, tok
 bad("loss", lambda b, v: _forecast(b.model, loss=v), [5, 0.0, "loss", torch.tensor(1.0)])
 bad("loss", lambda b, v: _forecast(b.model, loss=lambda: v), [None, 0.5, torch.tensor(1.0)])
 bad("optimizer", lambda b, v: _forecast(b.model, optimizer=v), [5, "adam", torch.optim.SGD])
+bad("hardware", lambda b, v: _forecast(b.model, hardware=v), ["A100", "h100", "", 5, True])
+bad("ranks", lambda b, v: _forecast(b.model, ranks=v, bandwidth=1e9), [0, -1, 1.5, True, "8", None, 3])
+bad("bandwidth", lambda b, v: _forecast(b.model, ranks=2, bandwidth=v), [0, -1.0, NAN, "fast", True])
+bad("price_per_hour", lambda b, v: _forecast(b.model, price_per_hour=v), [-1, NAN, "3", True])
 bad("schedule", lambda b, v: _forecast(b.plain, v), [0.9, "mixed", MixedSparsity])
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,11 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mst_compile.api import sparsify
+from mst_compile.cost.decision import Decision, amdahl, disagreement, eaten, step_limit
 from mst_compile.cost.flops import check_tokens, dense_linear_training
+from mst_compile.cost.hardware import bandwidth_of, default_options, estimate, table_of
 from mst_compile.cost.rates import Rates, kept, loss_of, measure
+from mst_compile.cost.timeline import Timeline, timeline
 from mst_compile.errors import ForecastError, NotSparseError
-from mst_compile.rules.checks import check_instance, check_model, check_number
-from mst_compile.rules.density import active_count
+from mst_compile.rules.checks import check_instance, check_model, check_number, check_whole
 from mst_compile.rules.schedule import Schedule
 from mst_compile.state.sparsifier import Sparsifier, sparsifier
 
@@ -33,8 +34,10 @@ ATTENTION_SAVED = sympy.Symbol("attention_saved", nonnegative=True)
 FIXED, PER_ELEMENT, PER_GRADIENT, DENSE_STEP, OPTIMIZER, EVENT, ATTENTION = sympy.symbols(
     "t_fixed t_element t_gradient t_dense t_optimizer t_event t_attention", real=True
 )
+MOVE, MOVE_REST = sympy.symbols("t_move t_move_rest", nonnegative=True)
 # ``active`` and ``gradient`` are means over the steps of a phase; ``sparse_*`` over those that run sparse products.
-# A pattern saves ``attention_saved`` FLOPs and ``t_attention`` seconds of a step.
+# A pattern saves ``attention_saved`` FLOPs and ``t_attention`` seconds of a step. Ranks move the gradient elements that
+# are computed, ``t_move`` seconds each, and those of all other parameters, ``t_move_rest`` seconds a step.
 FLOPS = STEPS * (TOKENS * (4 * ACTIVE + 2 * GRADIENT) + REST) - PATTERN * ATTENTION_SAVED
 SECONDS = (
     SPARSE * (FIXED + PER_ELEMENT * SPARSE_ACTIVE + PER_GRADIENT * SPARSE_MORE)
@@ -42,6 +45,7 @@ SECONDS = (
     + (SPARSE + DENSE) * OPTIMIZER
     + EVENTS * EVENT
     - PATTERN * ATTENTION
+    + STEPS * (MOVE * GRADIENT + MOVE_REST)
 )
 
 
@@ -54,6 +58,7 @@ class Phase:
     stop: int
     values: dict[sympy.Symbol, float] = field(repr=False)
     dense_flops: float
+    elements: int = field(default=0, repr=False)  # of all sparse weights
 
     @property
     def flops(self) -> float:
@@ -65,6 +70,14 @@ class Phase:
         """Expected seconds; None if no rates were measured."""
         return float(SECONDS.subs(self.values)) if FIXED in self.values else None
 
+    @property
+    def dense_seconds(self) -> float | None:
+        """Expected seconds of the dense model over as many steps."""
+        if FIXED not in self.values:
+            return None
+        v = self.values
+        return float(v[STEPS] * (v[DENSE_STEP] + v[OPTIMIZER] + v[MOVE] * self.elements + v[MOVE_REST]))
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -73,14 +86,21 @@ class Forecast:
     Attributes:
         phases: in the order of the run.
         rest: FLOPs of a step in everything but products with sparse weights, attention in full.
-        rates: what was measured, or None.
+        rates: what was measured or estimated, or None.
         expressions: ``"flops"`` and ``"seconds"`` of a phase as sympy expressions.
+        source: where seconds come from: what was measured here, what is an estimate, and from what.
+        total_steps: the schedule's, None if it has no end.
+        price_per_hour: of one rank, or None. ranks: of the run.
     """
 
     phases: list[Phase]
     rest: float
     rates: Rates | None
     expressions: dict[str, sympy.Expr]
+    source: tuple[str, ...] = ()
+    total_steps: int | None = None
+    price_per_hour: float | None = None
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         check_instance("phases", self.phases, list, "a list of phases", ForecastError)
@@ -111,16 +131,26 @@ class Forecast:
         found = [p.seconds for p in self.phases]
         return None if any(s is None for s in found) else sum(s for s in found if s is not None)
 
+    @property
+    def dense_seconds(self) -> float | None:
+        """Expected seconds of the dense model over as many steps; None if no rates are known."""
+        found = [p.dense_seconds for p in self.phases]
+        return None if any(s is None for s in found) else sum(s for s in found if s is not None)
+
+    @property
+    def decision(self) -> Decision:
+        """Dense against sparse, and what speaks against the run as it is planned."""
+        return _decide(self)
+
     def __str__(self) -> str:
-        lines = [f"{'phase':12} {'steps':>8} {'TFLOP':>12} {'of dense':>9} {'seconds':>9}"]
-        rows: list[tuple[str, int, float, float, float | None]] = [
-            (p.name, p.stop - p.start, p.flops, p.dense_flops, p.seconds) for p in self.phases
-        ]
+        lines = [f"{'phase':12} {'steps':>8} {'TFLOP':>12} {'of dense':>9} {'seconds':>10} {'dense':>10}"]
+        rows = [(p.name, p.stop - p.start, p.flops, p.dense_flops, p.seconds, p.dense_seconds) for p in self.phases]
         steps = sum(p.stop - p.start for p in self.phases)
-        for name, count, flops, dense, seconds in [*rows, ("all", steps, self.flops, self.dense_flops, self.seconds)]:
-            time = "-" if seconds is None else f"{seconds:.1f}"
-            lines.append(f"{name:12} {count:8} {flops / 1e12:12.4g} {flops / max(dense, 1.0):9.1%} {time:>9}")
-        return "\n".join(lines)
+        rows.append(("all", steps, self.flops, self.dense_flops, self.seconds, self.dense_seconds))
+        for name, count, flops, dense, seconds, dense_seconds in rows:
+            times = " ".join(f"{'-' if s is None else f'{s:.1f}':>10}" for s in (seconds, dense_seconds))
+            lines.append(f"{name:12} {count:8} {flops / 1e12:12.4g} {flops / max(dense, 1.0):9.1%} {times}")
+        return "\n".join([*lines, str(self.decision)])
 
     __repr__ = __str__
 
@@ -133,6 +163,10 @@ def forecast(
     tokens_per_step: int,
     loss: Callable[[], Tensor] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    hardware: str | None = None,
+    ranks: int = 1,
+    bandwidth: float | None = None,
+    price_per_hour: float | None = None,
     **options: Any,
 ) -> Forecast:
     """Training FLOPs, and if it can run the model the time, of a whole run by phase. Nothing is changed.
@@ -150,43 +184,124 @@ def forecast(
         model: sparsified, or a plain one with a ``schedule``.
         schedule: of a plain model; ``options`` then are :func:`sparsify`'s.
         tokens: of the whole run.
-        tokens_per_step: tokens of one optimizer step, gradient accumulation included.
-        loss: runs the forward pass on one step's batch and returns the loss, ``lambda: model(x, y)``; through the
-            compiled model, if time shall be forecast for it. With a sparsified model it is also timed, at a few
-            densities: see :func:`mst_compile.cost.rates.measure`. The rest of the training loop, such as clipping of
-            gradients and loading of data, is not timed.
+        tokens_per_step: tokens of one optimizer step, gradient accumulation and all ranks included.
+        loss: runs the forward pass on one step's batch, of one rank, and returns the loss, ``lambda: model(x, y)``;
+            through the compiled model, if time shall be forecast for it. With a sparsified model it is also timed, at
+            a few densities: see :func:`mst_compile.cost.rates.measure`. The rest of the training loop, such as
+            clipping of gradients and loading of data, is not timed.
         optimizer: the one that will train the model, to be timed.
+        hardware: estimate seconds on a machine that is not here, ``"H100"``, from rates measured there on other models
+            (:mod:`mst_compile.cost.hardware_table`), instead of measuring this one. Blocks are those of that machine:
+            64 by default for a plain model.
+        ranks: of data parallelism; each takes an equal part of a step's tokens, and they exchange the gradients of
+            active blocks (:func:`mst_compile.communication.reduce_active_blocks`), in a ring. An estimate, without
+            overlap with the backward pass: no less time than that is needed if all goes well.
+        bandwidth: bytes a second that each rank sends; default the data sheet's of ``hardware``.
+        price_per_hour: of one rank's machine, in whatever currency.
 
     Returns:
         Phases of :class:`MixedSparsity`: warm-up, plateau, restoration, settle, without those that have no steps; of
-        any other schedule one, ``"training"``. Seconds are known if a sparsified model came with ``loss``.
+        any other schedule one, ``"training"``. Seconds are known if a sparsified model came with ``loss``, or with
+        ``hardware``. ``decision`` has dense against sparse, and notes on what does not fit.
 
     Raises:
         ForecastError: ``tokens`` or ``tokens_per_step`` is not positive or too large, model and schedule do not go
-            together, ``loss`` returns no loss, or an optimizer steps within the backward pass of ``loss``.
+            together, ``loss`` returns no loss, an optimizer steps within the backward pass of ``loss``, ``hardware`` is
+            unknown or has no rates for the model's blocks, ``ranks`` do not divide a step's tokens or have no
+            ``bandwidth``, or there is a price of seconds that are not known.
         ModelError: ``model`` is no module.
     """
     check_model("forecast", model)
     tokens_per_step = check_tokens("tokens_per_step", tokens_per_step)
+    steps = _steps(tokens, tokens_per_step)
+    if loss is not None:
+        check_instance("loss", loss, Callable, "a function without arguments that returns the loss", ForecastError)
+    if optimizer is not None:
+        check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer", ForecastError)
+    timed = hardware is not None or (loss is not None and schedule is None)
+    ranks, speed, says = _machines(hardware, ranks, bandwidth, tokens_per_step)
+    price_per_hour = _price(price_per_hour, timed)
+    if hardware is not None:
+        source = f"estimate, not measured here: rates of other models on {hardware} ({table_of(hardware)['source']})"
+        options = default_options(options) if schedule is not None else options
+    else:
+        source = "measured here: passes at a few densities" + (", optimizer" if optimizer is not None else "")
+    sparse, own = _sparse(model, schedule, options)
+    if loss is None:
+        rest = float(dense_linear_training(sparse) * tokens_per_step)
+    else:
+        rest = ranks * _rest(model, own, tokens_per_step // ranks, loss)
+    rates = None
+    if hardware is not None:
+        rates = estimate(sparse, own, hardware, tokens_per_step // ranks)
+    elif loss is not None and schedule is None:
+        rates = measure(model, loss, optimizer, steps=steps)
+    move = _communication(sparse, own, ranks, speed)
+    line = timeline(own, steps)
+    phases = [_phase(own, line, *phase, tokens_per_step, rest, rates, move) for phase in own.schedule.phases(steps)]
+    total: object = getattr(own.schedule, "total_steps", None)
+    return Forecast(
+        phases, rest, rates, {"flops": FLOPS, "seconds": SECONDS}, (source, *says) if timed else (),
+        total if isinstance(total, int) else None, price_per_hour, ranks,
+    )  # fmt: skip
+
+
+def _steps(tokens: float, tokens_per_step: int) -> int:
+    """Optimizer steps of a run."""
     steps = math.ceil(check_number("tokens", tokens, positive=True, error=ForecastError) / tokens_per_step)
     if steps > MOST_STEPS:
         raise ForecastError(
             f"tokens={tokens!r} at tokens_per_step={tokens_per_step!r} are {steps} optimizer steps, more than "
             f"{MOST_STEPS}; are these the numbers of the whole run and of one step?"
         )
-    if loss is not None:
-        check_instance("loss", loss, Callable, "a function without arguments that returns the loss", ForecastError)
-    if optimizer is not None:
-        check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer", ForecastError)
-    sparse, own = _sparse(model, schedule, options)
-    if loss is None:
-        rest = float(dense_linear_training(sparse) * tokens_per_step)
+    return steps
+
+
+def _machines(
+    hardware: str | None, ranks: int, bandwidth: float | None, tokens: int
+) -> tuple[int, float, tuple[str, ...]]:
+    """Ranks, bytes a second between them, and what to say of that."""
+    if hardware is not None:
+        table_of(hardware)
+    ranks = check_whole("ranks", ranks, of="processes that train together", error=ForecastError)
+    if tokens % ranks:
+        raise ForecastError(f"ranks={ranks} must divide tokens_per_step={tokens}, which counts the tokens of all ranks")
+    if bandwidth is not None:
+        speed = check_number("bandwidth", bandwidth, positive=True, error=ForecastError)
+        by = "as given"
+    elif ranks > 1:
+        known = bandwidth_of(hardware)
+        if known is None:
+            raise ForecastError(
+                f"ranks={ranks} need bandwidth=, the bytes a second that each rank sends, 12.5e9 for 100 Gbit/s"
+            )
+        speed, by = known
     else:
-        rest = _rest(model, own, tokens_per_step, loss)
-    rates = measure(model, loss, optimizer, steps=steps) if loss is not None and schedule is None else None
-    line = timeline(own, steps)
-    phases = [_phase(own, line, *phase, tokens_per_step, rest, rates) for phase in own.schedule.phases(steps)]
-    return Forecast(phases, rest, rates, {"flops": FLOPS, "seconds": SECONDS})
+        return ranks, math.inf, ()
+    text = f"estimate: {ranks} ranks, a ring that moves active blocks at {speed / 1e9:g} GB/s ({by}), no overlap"
+    return ranks, speed, (text,) if ranks > 1 else ()
+
+
+def _price(price: float | None, timed: bool) -> float | None:
+    if price is None:
+        return None
+    price = check_number("price_per_hour", price, least=0, error=ForecastError)
+    if not timed:
+        raise ForecastError(
+            f"price_per_hour={price:g} needs seconds: pass loss with a sparsified model, to have this machine "
+            "measured, or hardware"
+        )
+    return price
+
+
+def _communication(model: nn.Module, own: Sparsifier, ranks: int, speed: float) -> tuple[float, float]:
+    """Seconds that ranks take for a gradient element of a sparse weight, and a step for all other gradients: a ring
+    moves each byte ``2 (ranks - 1) / ranks`` times."""
+    sparse = {id(p): p for _, p in own.parameters()}
+    sizes = [p.numel() * p.element_size() for p in sparse.values()]
+    other = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and id(p) not in sparse)
+    factor = 2 * (ranks - 1) / ranks / speed
+    return factor * sum(sizes) / sum(p.numel() for p in sparse.values()), factor * other
 
 
 def _sparse(model: nn.Module, schedule: Schedule | None, options: dict[str, Any]) -> tuple[nn.Module, Sparsifier]:
@@ -216,64 +331,16 @@ def _rest(model: nn.Module, own: Sparsifier, tokens: int, loss: Callable[[], Ten
     return max(0.0, counter.get_total_flops() - sparse)
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """A run step by step, before it happens; one entry a training step in each tensor, on the CPU.
-
-    Attributes:
-        active: elements of all sparse weights in active blocks, float64 ``[steps]``.
-        gradient: elements of their gradients that are computed, float64 ``[steps]``.
-        event: whether a topology event follows, bool ``[steps]``.
-        pattern: whether attention has a pattern, bool ``[steps]``.
-    """
-
-    active: Tensor
-    gradient: Tensor
-    event: Tensor
-    pattern: Tensor
-
-
-def timeline(own: Sparsifier, steps: int) -> Timeline:
-    """The first ``steps`` training steps under the schedule of ``own``; its own step count does not matter.
-
-    The schedule is asked once for each step, what costs more only where something changes.
-    """
-    schedule, total = own.schedule, float(sum(w.numel for w in own.weights.values()))
-    reach = max(1, schedule.growth_rule.gradient_steps)
-    events = [t for t in range(1, steps + reach) if schedule.is_topology_event(t)]
-    changes = [0, *(t for t in events if t < steps)]
-    targets = [schedule.sparsity_at(t) for t in changes]
-    found = _active_at(own, set(targets))
-    cpu = functools.partial(torch.tensor, device="cpu")
-    lengths = cpu([*changes[1:], steps]) - cpu(changes)
-    active = cpu([found[s] for s in targets], dtype=torch.float64).repeat_interleave(lengths)
-    before = {s for t in events for s in range(max(0, t - reach), min(t, steps))}
-    dense = [s for s in before if schedule.wants_gradient_after(s)]
-    gradient = active.clone()
-    gradient[dense] = total
-    event, pattern = (torch.zeros(steps, dtype=torch.bool, device="cpu") for _ in range(2))
-    event[[t - 1 for t in events if t <= steps]] = True
-    if own.attention.sparse != "full":
-        pattern = cpu([schedule.attention_at(s) != "full" for s in range(steps)])
-    return Timeline(active, gradient, event, pattern)
-
-
-def _active_at(own: Sparsifier, sparsities: set[float]) -> dict[float, float]:
-    """Active elements of all sparse weights at each target sparsity; ragged blocks count as the mean block."""
-    weights = list(own.weights.values())
-    # How few blocks a weight can have is asked once: it means counting its backbone.
-    sizes = [(w.grid.blocks, w.blocks_at(0.0), w.numel / w.grid.blocks) for w in weights]
-    return {
-        sparsity: sum(
-            active_count(density, blocks, least) * size
-            for density, (blocks, least, size) in zip(own.densities(sparsity), sizes, strict=True)
-        )
-        for sparsity in sparsities
-    }
-
-
 def _phase(
-    own: Sparsifier, line: Timeline, name: str, start: int, stop: int, tokens: int, rest: float, rates: Rates | None
+    own: Sparsifier,
+    line: Timeline,
+    name: str,
+    start: int,
+    stop: int,
+    tokens: int,
+    rest: float,
+    rates: Rates | None,
+    move: tuple[float, float] = (0.0, 0.0),
 ) -> Phase:
     """Sums and means over the steps of a phase."""
     steps, part = stop - start, slice(start, stop)
@@ -303,9 +370,32 @@ def _phase(
             OPTIMIZER: rates.optimizer,
             EVENT: rates.event,
             ATTENTION: rates.attention,
+            MOVE: move[0],
+            MOVE_REST: move[1],
         }
-    return Phase(name, start, stop, values, steps * (6.0 * tokens * total + rest))
+    return Phase(name, start, stop, values, steps * (6.0 * tokens * total + rest), total)
 
 
 def _mean(values: Tensor) -> float:
     return float(values.mean()) if len(values) else 0.0
+
+
+def _decide(found: Forecast) -> Decision:
+    first, rates, steps = found.phases[0], found.rates, found.phases[-1].stop
+    values, hours = first.values, found.ranks / 3600
+    timed = rates is not None and rates.per_element > 0  # else what a step takes at no density is not known
+    if rates is None or not timed:
+        limit = amdahl(first.dense_flops, values[STEPS] * found.rest)
+    else:
+        limit = step_limit(rates, values[MOVE] * first.elements, values[MOVE_REST])
+    costs = [
+        None if s is None or found.price_per_hour is None else s * hours * found.price_per_hour
+        for s in (found.seconds, found.dense_seconds)
+    ]
+    seconds, dense = found.seconds, found.dense_seconds
+    speedup = dense / seconds if seconds and dense is not None else None
+    notes = disagreement(steps, found.total_steps, values[TOKENS])
+    notes += eaten(found.dense_flops / max(1.0, found.flops), speedup, limit)
+    return Decision(
+        found.flops, found.dense_flops, seconds, dense, costs[0], costs[1], limit, timed, found.source, tuple(notes)
+    )

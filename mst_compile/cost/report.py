@@ -1,45 +1,25 @@
-"""``explain(model)``: one row a weight, what became of it and why."""
+"""``explain(model)``: what became of each weight and why, groups of alike layers, exceptions first."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from mst_compile.blocks.shards import is_sharded
-from mst_compile.cost.flops import linear_training
-from mst_compile.lowering import device
+from mst_compile.cost import layout
+from mst_compile.cost.layout import Group
+from mst_compile.cost.rows import Row, rows_of
 from mst_compile.rules.checks import check_model
-from mst_compile.state.sparsifier import Part, some_parts_of
-from mst_compile.state.weight import SparseWeight, of
+from mst_compile.state.sparsifier import some_parts_of
 
-
-@dataclass(frozen=True)
-class Row:
-    """One weight. ``flops`` counts forward, grad-input and grad-weight per token, ``dense_flops`` without sparsity.
-
-    ``density`` is the mask's, ``nonzero`` the share of elements that are not 0: less where blocks have grown that did
-    not train, be it that no step was taken yet or that the units they belong to are dead. Of a weight that FSDP2 has
-    sharded it is about the rows on this rank.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    block: int | None
-    density: float
-    nonzero: float
-    target: float
-    kernel: str
-    status: str
-    flops: int
-    dense_flops: int
+FORMAT = 1  # of to_dict: raised when a key changes its meaning or goes
 
 
 class Explanation:
     """Rows of :func:`explain`, what became of each attention that a schedule wants sparse, and how the first masks of
-    each part were made; prints as a table."""
+    each part were made. Prints groups of alike layers in at most 100 columns; iterates over the rows, one a weight."""
 
     def __init__(
         self, rows: list[Row], attention: dict[str, str] | None = None, first_masks: dict[str, str] | None = None
@@ -54,42 +34,74 @@ class Explanation:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def groups(self) -> list[Group]:
+        """Layers of the same shape, block, density (to three digits), kernel and status; exceptions first, then sparse
+        weights, then those that stay dense."""
+        return layout.groups(self.rows)
+
+    def summary(self) -> str:
+        """A few lines: how many weights run sparse, what does not and why, and what of the FLOPs is left."""
+        return "\n".join([*layout.counts(self.rows), *layout.reasons(self.groups), self._total()])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that ``json.dumps`` takes.
+
+        Keys, which stay as they are while ``format`` is 1: ``format``; ``flops`` and ``dense_flops`` per token, of all
+        linear layers; ``weights``, a list of dicts of the fields of :class:`~mst_compile.cost.rows.Row`; ``groups``, a
+        list of dicts of ``names`` and, alike for these, ``shape``, ``block``, ``density``, ``kernel``, ``status`` and
+        ``exception``; ``attention``, place -> what became of it; ``first_masks``, part of the model (empty: the model
+        itself) -> how they were made. ``nonzero`` is None where nothing can be read, ``block`` where there is none.
+        """
+        return {
+            "format": FORMAT,
+            "flops": sum(r.flops for r in self.rows),
+            "dense_flops": sum(r.dense_flops for r in self.rows),
+            "weights": [
+                vars(r) | {"shape": list(r.shape), "nonzero": None if math.isnan(r.nonzero) else r.nonzero}
+                for r in self.rows
+            ],
+            "groups": [
+                {
+                    "names": [r.name for r in group.rows],
+                    "shape": list(group.first.shape),
+                    "block": group.first.block,
+                    "density": group.first.density,
+                    "kernel": group.first.kernel,
+                    "status": group.first.status,
+                    "exception": group.first.exception,
+                }
+                for group in self.groups
+            ],
+            "attention": dict(self.attention),
+            "first_masks": dict(self.first_masks),
+        }
+
     def __str__(self) -> str:
-        head = ("weight", "shape", "block", "density", "non-zero", "target", "kernel", "MFLOPs/token", "status")
-        table = [head] + [
-            (
-                r.name,
-                f"{r.shape[0]}x{r.shape[1]}",
-                "-" if r.block is None else str(r.block),
-                f"{r.density:.3f}",
-                f"{r.nonzero:.3f}",
-                f"{r.target:.3f}",
-                r.kernel,
-                f"{r.flops / 1e6:.3f} of {r.dense_flops / 1e6:.3f}",
-                r.status,
-            )
-            for r in self.rows
-        ]
-        widths = [max(len(line[i]) for line in table) for i in range(len(head) - 1)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[-1]]) for line in table
-        ]
-        total, dense = sum(r.flops for r in self.rows), sum(r.dense_flops for r in self.rows)
-        lines.append(
-            f"linear layers: {total / 1e6:.3f} of {dense / 1e6:.3f} MFLOPs/token ({total / max(1, dense):.1%})"
-        )
-        lines += [f"attention in {where or 'the model'}: {what}" for where, what in self.attention.items()]
-        lines += [f"first masks{f' of {part}' if part else ''}: {how}" for part, how in self.first_masks.items()]
+        lines = layout.table(self.groups)
+        lines.append(self._total())
+        for where, what in self.attention.items():
+            lines += layout.wrapped(f"attention in {where or 'the model'}: {what}")
+        for part, how in self.first_masks.items():
+            lines += layout.wrapped(f"first masks{f' of {part}' if part else ''}: {how}")
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _total(self) -> str:
+        total, dense = sum(r.flops for r in self.rows), sum(r.dense_flops for r in self.rows)
+        return f"linear layers: {total / 1e6:.3f} of {dense / 1e6:.3f} MFLOPs/token ({total / max(1, dense):.1%})"
 
 
 def explain(model: nn.Module) -> Explanation:
     """What became of each linear weight of a sparsified model: matched by the graph pass or why not, block, density
     now and at the schedule's highest sparsity, share of elements that are not 0, kernel, and training FLOPs per token.
     Compile and run the model first to see what the pass matched. Modules that were sparsified separately are all in it,
-    and names are those of the whole model.
+    and names are those of the whole model. Weights that were quantised, resized or replaced after ``sparsify`` are
+    told as what the model holds now.
+
+    Returns:
+        An :class:`Explanation`: print it, or take its ``summary()``, ``to_dict()``, ``groups`` or rows.
 
     Raises:
         NotSparseError: the model is not sparse.
@@ -100,73 +112,7 @@ def explain(model: nn.Module) -> Explanation:
     attention: dict[str, str] = {}
     first_masks: dict[str, str] = {}
     for part in some_parts_of(model):
-        own = part.sparsifier
-        rows += [_row(part.full(weight.name), weight, parameter) for weight, parameter in own.parameters()]
-        rows += _skipped(part)
-        attention |= own.attention.reasons
-        first_masks[part.name] = own.first_masks
+        rows += rows_of(part)
+        attention |= part.sparsifier.attention.reasons
+        first_masks[part.name] = part.sparsifier.first_masks
     return Explanation(rows, attention, first_masks)
-
-
-def _skipped(part: Part) -> Iterator[Row]:
-    """The linear weights of a sparsified module that stay dense."""
-    parameters = dict(part.module.named_parameters())
-    for name, reason in part.sparsifier.skipped.items():
-        parameter = parameters.get(name)
-        if of(parameter) is not None:
-            continue  # it became sparse with a part of its own
-        shape = tuple(parameter.shape) if parameter is not None and parameter.dim() == 2 else (0, 0)
-        flops, nonzero = 6 * shape[0] * shape[1], 1.0 if parameter is None else _nonzero(parameter)
-        why = f"skipped: {reason}"
-        yield Row(part.full(name), shape, None, 1.0, nonzero, 1.0, "dense", why, flops, flops)  # type: ignore[arg-type]
-
-
-def _row(name: str, weight: SparseWeight, parameter: nn.Parameter) -> Row:
-    seen = weight.uses
-    missing = device.of(parameter.device.type).why_unsupported(parameter.dtype, parameter.dtype, weight.grid.block)
-    if seen.matched or seen.served:
-        uses = f"{seen.matched} use{'s' * (seen.matched > 1)}" if seen.matched else "shared graph"
-        kernel, status = "block-sparse", f"matched ({uses})"
-        if seen.unmatched:
-            status += f"; dense: {', '.join(seen.unmatched)}"
-        if seen.dense_now:
-            kernel = "dense"
-            status += "; dense products at the present density, where they are faster"
-        elif seen.dense_products:
-            status += f"; dense {', '.join(seen.dense_products)} at the present density, where faster"
-    elif seen.unmatched:
-        kernel, status = "dense", f"not matched: {', '.join(seen.unmatched)}"
-    else:
-        kernel = "dense"
-        status = missing or 'not seen by backend="mst" yet'
-    if weight.index is not None and not (parameter.is_meta or is_sharded(parameter) or weight.look(parameter)):
-        kernel = "dense"
-        status += "; values stand outside the active blocks: dense products until an optimizer steps"
-    if weight.note:
-        status += f"; {weight.note}"
-    if weight.tied:
-        status += "; tied"
-    grid = weight.grid
-    return Row(
-        name,
-        (grid.rows, grid.cols),
-        grid.block,
-        weight.density,
-        _nonzero(parameter),
-        max(weight.density_target, 1 / min(grid.shape)),
-        kernel,
-        status,
-        linear_training(weight),
-        6 * weight.numel,
-    )
-
-
-def _nonzero(parameter: nn.Parameter) -> float:
-    """Share of elements that are not 0, NaN without any.
-
-    No other rank takes part: often one alone asks.
-    """
-    local = parameter.detach()
-    if is_sharded(local):
-        local = local.to_local()  # type: ignore[attr-defined]
-    return math.nan if local.is_meta or not local.numel() else int(local.count_nonzero()) / local.numel()

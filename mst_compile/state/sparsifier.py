@@ -142,6 +142,13 @@ class Sparsifier:
         """Each sparse weight with the Parameter that its module holds now."""
         return self._run.weights.parameters()
 
+    def held(self) -> Iterator[tuple[SparseWeight, nn.Parameter | None, list[nn.Module]]]:
+        """Each sparse weight, its Parameter, None if that is gone, and the modules that held it at first: the model
+        may hold others in their place by now."""
+        there = dict(self._run.weights.held())
+        for name, weight in self._run.weights.by_name.items():
+            yield weight, there.get(weight), self._run.weights.owners(name)
+
     def densities(self, sparsity: float) -> list[float]:
         """Target density of each of :attr:`weights` when the schedule is at ``sparsity``.
 

@@ -43,6 +43,10 @@ class Weights:
         for name, weight in self.by_name.items():
             yield weight, parameter_of(name, *self._owners[name][0])
 
+    def owners(self, name: str) -> list[nn.Module]:
+        """The modules that held the weight ``name`` when it became sparse."""
+        return [module for module, _ in self._owners[name]]
+
     def of(self, optimizer: Optimizer) -> list[tuple[SparseWeight, nn.Parameter]]:
         """The weights that ``optimizer`` trains.
 

@@ -15,8 +15,9 @@ from training import STEPS, batches, fresh, loss_of
 import mst_compile
 from mst_compile import Constant, MixedSparsity, Override, sparsifier, sparsify
 from mst_compile.cost.flops import CompiledFlopCounter, Meter
-from mst_compile.cost.forecast import SPARSE, timeline
+from mst_compile.cost.forecast import SPARSE
 from mst_compile.cost.rates import Rates, measure
+from mst_compile.cost.timeline import timeline
 from mst_compile.errors import ForecastError
 from mst_compile.rules.patterns import Parts, allowed
 from mst_compile.rules.schedule import Schedule

@@ -315,7 +315,7 @@ def test_explain_tells_what_has_grown_and_not_trained() -> None:
     grown = next(row for row in explain(model) if row.name == name)
     assert grown.density == 1.0
     assert 0 < grown.nonzero < 1
-    assert f"1.000    {grown.nonzero:.3f}" in str(explain(model))
+    assert f"1.000    {grown.nonzero:.3f}" in str(explain(model))  # density, non-zero
 
 
 def test_public_names() -> None:
