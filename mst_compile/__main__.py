@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 from mst_compile.doctor import command as doctor
+from mst_compile.report import command as report
 
-_COMMANDS = {"doctor": doctor.main}
+_COMMANDS = {"doctor": doctor.main, "report": report.main}
 
 
 def main(argv: list[str]) -> int:
