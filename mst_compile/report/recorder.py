@@ -179,6 +179,12 @@ class Recorder:
         """Count training time from here on, and not from the last :meth:`log`: to be called before a step, when
         something else has happened since, such as validation."""
         self._clock.start()
+        self._elapsed: float | None = None
+
+    def stop(self) -> None:
+        """Count training time up to here, and not up to the next :meth:`log`: to be called after a step, when
+        something else comes before it is logged."""
+        self._elapsed = self._clock.stop()
 
     def sample(self, text: str) -> None:
         """Keep a text that the trained model wrote, for the report.
@@ -264,7 +270,7 @@ class Recorder:
 
     def _own(self, taken: int) -> dict[str, Any]:
         """What the recorder knows of the steps since the last record."""
-        elapsed = self._clock.stop()
+        elapsed = self._clock.stop() if self._elapsed is None else self._elapsed
         self._count(taken)
         found = dict(self._state)
         if self._counts_tokens:
