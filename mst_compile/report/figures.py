@@ -21,7 +21,7 @@ from matplotlib.patches import Patch  # noqa: E402
 
 DENSE, SPARSE = "#444444", ("#d1495b", "#2e86ab", "#e09f3e", "#6a994e", "#7b5ea7", "#3a7d7c")
 INACTIVE = "#f1efe9"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -130,7 +130,9 @@ def _loss_curve(axis: Axes, history: History, colour: str, key: str, unit: float
     bad = sum(not math.isfinite(value) for value in history.column("loss", rows))
     if bad:
         found = {f"{history.label}: training (smoothed), {bad} steps not finite": line}
-    points = [(row[key] / unit, row["val_loss"]) for row in history.rows if math.isfinite(row.get("val_loss", math.nan))]
+    points = [
+        (row[key] / unit, row["val_loss"]) for row in history.rows if math.isfinite(row.get("val_loss", math.nan))
+    ]
     if points:
         (dots,) = axis.plot(*zip(*points, strict=True), "o", color=colour, ms=4)
         found[f"{history.label}: validation, {points[-1][1]:.3f} at the end"] = dots
@@ -224,7 +226,9 @@ def mask_figure(history: History) -> Figure:
     (colour,) = coloured([history])
     shown = {(m.step, name): _lying(m.masks[name]) for m in moments for name in names if name in m.masks}
     width = 2.6
-    heights = [max(0.35, width * _lying(moments[0].masks[n]).shape[0] / _lying(moments[0].masks[n]).shape[1]) for n in names]
+    heights = [
+        max(0.35, width * _lying(moments[0].masks[n]).shape[0] / _lying(moments[0].masks[n]).shape[1]) for n in names
+    ]
     figure = Figure(figsize=(width * len(moments) + 1.4, sum(heights) + 0.55 * len(names) + 1.2), layout="constrained")
     axes = figure.subplots(len(names), len(moments), squeeze=False, height_ratios=heights)
     for line, name in zip(axes, names, strict=True):

@@ -64,7 +64,9 @@ class History:
 
     def column(self, name: str, rows: Sequence[Mapping[str, Any]] | None = None) -> list[float]:
         """A scalar of all records, ``nan`` where it is missing."""
-        return [math.nan if row.get(name) is None else float(row[name]) for row in (self.rows if rows is None else rows)]
+        return [
+            math.nan if row.get(name) is None else float(row[name]) for row in (self.rows if rows is None else rows)
+        ]
 
     def last(self, name: str) -> float | None:
         """The last value of a scalar that was recorded."""

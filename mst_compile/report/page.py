@@ -80,7 +80,9 @@ def _against(history: History, dense: History) -> list[str]:
         mine, theirs = history.last(name), dense.last(name)
         if mine and theirs:
             less = "less" if mine < theirs else "more"
-            parts.append(f"{_short(mine / size)} in place of {_short(theirs / size)} {unit}, {abs(1 - mine / theirs):.0%} {less}")
+            parts.append(
+                f"{_short(mine / size)} in place of {_short(theirs / size)} {unit}, {abs(1 - mine / theirs):.0%} {less}"
+            )
     for name, words in (("val_loss", "validation loss"), ("loss", "training loss")):
         mine, theirs = history.last(name), dense.last(name)
         if mine is not None and theirs is not None:
@@ -152,7 +154,11 @@ def _time(history: History) -> list[list[str]]:
     training, compiling, wall = (history.last(n) for n in ("seconds", "compile_seconds", "wall_seconds"))
     if training is None or compiling is None or not wall:
         return []
-    parts = {"training steps": training, "compiling": compiling, "validation, data and the rest": wall - training - compiling}
+    parts = {
+        "training steps": training,
+        "compiling": compiling,
+        "validation, data and the rest": wall - training - compiling,
+    }
     return [[name, f"{max(0.0, s):.1f}", f"{max(0.0, s) / wall:.0%}"] for name, s in {**parts, "all": wall}.items()]
 
 

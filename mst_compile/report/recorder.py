@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import time
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mst_compile.cost.flops import Meter
 from mst_compile.errors import ArgumentError, RecordError
@@ -120,6 +118,10 @@ class Recorder:
         self._writes = not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
         self._clock, self._born = Clock(), time.perf_counter()
         self._handles: list[Any] = []
+        self._rows, self._recorded, self._counted = 0, self.step, self.step
+        self._flops = self._dense_flops = self._wall = 0.0
+        self._events_so_far = {"events": 0, "dropped": 0, "grown": 0}
+        self._last_masks: dict[str, Tensor] = {}
         self._sinks: list[sinks.Sink] = []
         self._closed = False
         about = self._about(parts, total_steps, label, notes)
@@ -128,13 +130,7 @@ class Recorder:
         if self._writes:
             self._open(about, *asked_for)
             for part in parts:
-                self._handles.append(part.sparsifier.on_event(lambda event, part=part: self._event(part, event)))
-            if parts:
-                # The hook is global: it shall not keep a recorder, and so a model, that nobody else knows any more.
-                method = weakref.WeakMethod(self._before_step)
-                handle = register_optimizer_step_pre_hook(lambda *step: (m := method()) and m(*step))
-                self._handles.append(handle)
-                weakref.finalize(self, handle.remove)
+                self._handles.append(part.sparsifier.on_event(functools.partial(self._event, part)))
         self.start()
 
     # -- what a loop calls ---------------------------------------------------------------------------------------------
@@ -157,12 +153,14 @@ class Recorder:
         if self._closed:
             raise RecordError("the recorder was closed; make a new one to go on")
         taken = self._taken(step)
-        before, self.step = self.step, taken
-        if not self._writes:
+        recorded = taken // self._every > self.step // self._every or not self._rows
+        given = {"loss": loss, **scalars} if recorded and self._writes else {}
+        values = {name: _scalar(name, value) for name, value in given.items() if value is not None}
+        self.step = taken
+        if not recorded or not self._writes:
+            self._count(taken)
+            self._look()
             return None
-        if taken // self._every == before // self._every and self._rows:
-            return None
-        values = {name: _scalar(name, value) for name, value in {"loss": loss, **scalars}.items() if value is not None}
         row = {"step": taken, **values, **self._own(taken)}
         self._scalars.add(row)
         self._table.add(row)
@@ -177,7 +175,8 @@ class Recorder:
 
     def start(self) -> None:
         """Count training time from here on, and not from the last :meth:`log`: to be called before a step, when
-        something else has happened since, such as validation."""
+        something else has happened since, such as validation, or masks were changed by hand."""
+        self._look()
         self._clock.start()
         self._elapsed: float | None = None
 
@@ -215,7 +214,8 @@ class Recorder:
             handle.remove()
         if self._writes:
             self._snapshot()
-            for each in (self._scalars, self._table, self._events, self._masks, *self._sinks):
+            written: list[Any] = [self._scalars, self._table, self._events, self._masks]
+            for each in [*written, *self._sinks]:
                 each.close()
 
     def __enter__(self) -> Recorder:
@@ -240,22 +240,18 @@ class Recorder:
             )
         return found
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Count the FLOPs of a training step while its masks are still there: an event may follow it."""
-        parts = parts_of(self._model)
-        own = {id(p) for part in parts for _, p in part.sparsifier.parameters()}
-        if parts and any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-            self._count(max(part.sparsifier.step_count for part in parts) + 1)
+    def _count(self, taken: int) -> None:
+        """Count the steps that have been taken since the last ones that were."""
+        steps, self._counted = taken - self._counted, taken
+        self._flops += steps * self._coming
+        self._dense_flops += steps * self._meter.dense
+        if steps:
+            self._state = self._coming_state
 
-    def _count(self, step: int) -> None:
-        """Count the steps up to ``step``, which have the masks of the moment, unless they were counted."""
-        if step <= self._counted:
-            return
-        coming = self._meter.coming if parts_of(self._model) else self._meter.dense  # it may be dense again
-        self._flops += (step - self._counted) * coming
-        self._dense_flops += (step - self._counted) * self._meter.dense
-        self._counted = step
-        self._state = self._describe()
+    def _look(self) -> None:
+        """See what the coming step will be: after it an event may have changed the masks that it had."""
+        self._coming = self._meter.coming if parts_of(self._model) else self._meter.dense  # it may be dense again
+        self._coming_state = self._describe()
 
     def _describe(self) -> dict[str, Any]:
         own = [part.sparsifier for part in parts_of(self._model)]
@@ -333,7 +329,9 @@ class Recorder:
             "parameters": sum(p.numel() for p in self._model.parameters()),
             "dtype": str(first.dtype).removeprefix("torch."),
             "device": str(first.device),
-            "sparse": [{"name": n, "shape": [w.grid.rows, w.grid.cols], "block": w.grid.block} for n, w in weights.items()],
+            "sparse": [
+                {"name": n, "shape": [w.grid.rows, w.grid.cols], "block": w.grid.block} for n, w in weights.items()
+            ],
             "schedule": "; ".join(_described(schedule) for schedule in schedules),
             "first_masks": "; ".join(dict.fromkeys(part.sparsifier.first_masks for part in parts)),
             "total_steps": total,
@@ -341,7 +339,7 @@ class Recorder:
             "tokens_per_step": self._meter.tokens_per_step if self._counts_tokens else None,
             "dense_flops_per_step": self._meter.dense if self._counts_tokens else None,
             "machine": machine(first.device),
-            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "resumed": [],
             "notes": {str(name): value for name, value in (notes or {}).items()},
         }
@@ -392,8 +390,8 @@ class Recorder:
     def _take_up(self, rows: list[files.Record], masks: list[files.Record]) -> None:
         """Go on counting from the last record."""
         last = rows[-1] if rows else {}
-        self._rows, self._recorded = len(rows), self.step
-        self._counted, self._flops = self.step, float(last.get("flops") or 0.0)
+        self._rows = len(rows)
+        self._flops = float(last.get("flops") or 0.0)
         share = last.get("flops_of_dense")
         # Dense FLOPs are not recorded: they are the same at every step.
         self._dense_flops = int(last.get("step", 0)) * self._meter.dense
@@ -403,7 +401,7 @@ class Recorder:
         self._clock.compile_seconds = float(last.get("compile_seconds", 0.0))
         self._wall = float(last.get("wall_seconds", 0.0))
         self._events_so_far = {name: int(last.get(name, 0)) for name in ("events", "dropped", "grown")}
-        self._last_masks: dict[str, Tensor] = history.unpack(masks[-1]).masks if masks else {}
+        self._last_masks = history.unpack(masks[-1]).masks if masks else {}
         self._state = self._describe()
 
     def _write_about(self) -> None:

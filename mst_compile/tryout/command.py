@@ -15,7 +15,7 @@ from mst_compile.report.sinks import need
 
 from . import text
 from .model import Shape
-from .training import TIMED, Run, Setup, schedule_of
+from .training import TIMED, UNKNOWN, Run, Setup, schedule_of
 
 _ABOUT = """Train a small byte-level GPT on your own text, dense and with Mixed Sparsity Training, within a few minutes
 on a CPU; write a sample of what it has learnt, and a report."""
@@ -111,7 +111,7 @@ def _begin(args: argparse.Namespace, setup: Setup, started: float) -> tuple[Run 
     """
     if args.steps and not args.dense:
         return None, args.steps
-    dense = Run("dense", setup, args.steps or 10**6, args.out / "dense", None)
+    dense = Run("dense", setup, args.steps or UNKNOWN, args.out / "dense", None)
     if args.steps:
         return dense, args.steps
     dense.train(1)

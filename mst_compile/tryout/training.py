@@ -23,6 +23,7 @@ from .text import training_batch, validation_batches
 
 WARM_UP = 20  # steps in which the learning rate rises; fixed, so that a run may begin before its length is known
 SETTLE = 0.15  # share of the steps in which the model is dense again, and the learning rate falls
+UNKNOWN = 10**9  # steps of a run whose length will be said later
 TIMED = 8  # steps whose times say how long a run takes
 _VALIDATIONS = 8
 _PAUSE = 4.0  # seconds between lines of progress
@@ -89,7 +90,8 @@ class Run:
             # A step that was compiled in is given back the time of a usual one afterwards.
             if compiled > 1:
                 print(f"{self.name}: compiled in {compiled:.0f} s (step {self.step})", flush=True)
-            if time.perf_counter() - self._said > _PAUSE or self.step == self.steps:
+            known = self.steps < UNKNOWN
+            if known and (time.perf_counter() - self._said > _PAUSE or self.step == self.steps):
                 self._said = time.perf_counter()
                 print(self._progress(), flush=True)
 
