@@ -17,10 +17,8 @@ from .history import History
 
 _MOST_EVENTS = 100
 _TITLES = {"loss": "Loss against steps, time and FLOPs", "density": "Density and phases"}
-_HEAD = (
-    ("run", "steps", "loss", "val. loss", "TFLOP", "of its dense model's", "training", "compiling", "tokens/s")
-    + ("density at the end",)
-)  # fmt: skip
+_HEAD = ["run", "steps", "loss", "val. loss", "TFLOP", "of its dense model's", "training", "compiling", "tokens/s"]
+_HEAD += ["density at the end"]
 
 
 def render(histories: Sequence[History]) -> str:

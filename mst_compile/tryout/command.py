@@ -20,6 +20,7 @@ from .training import TIMED, UNKNOWN, Run, Setup, schedule_of
 _ABOUT = """Train a small byte-level GPT on your own text, dense and with Mixed Sparsity Training, within a few minutes
 on a CPU; write a sample of what it has learnt, and a report."""
 _AT_LEAST = 60  # steps that are worth a comparison
+_FEWEST = 30  # that the sparse model trains, however slow the machine is
 _SPARSE = 0.8  # of a dense step, what a sparse one is taken to cost before it was measured
 _COMPILES = 2.0  # times as long as the dense model the sparse one compiles: two variants
 _KERNELS = 25.0  # seconds that building and timing kernels takes the first time
@@ -125,7 +126,7 @@ def _begin(args: argparse.Namespace, setup: Setup, started: float) -> tuple[Run 
         dense.steps = both
         print(f"a dense step takes {step:.2f} s: time for {both} steps dense and as many sparse", flush=True)
         return dense, both
-    steps = max(alone, _AT_LEAST)
+    steps = max(alone, _FEWEST)
     dense.abandon()
     why = "time allows no dense run of as many" if args.dense else "no dense run was asked for"
     print(f"a dense step takes {step:.2f} s: {steps} steps sparse; {why}", flush=True)

@@ -35,7 +35,7 @@ def load(files: Sequence[Path], context: int, seed: int) -> tuple[Tensor, Tensor
             f"{least} are needed, and some hundred thousand give a model that writes words"
         )
     parts = split_text(text, seed)
-    if min(map(len, parts)) <= 2 * context:  # the last piece may be short
+    if len(text) < 10 * PIECE or min(map(len, parts)) <= 2 * context:  # few pieces, or one that is too short
         parts = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
     train, validation = (torch.frombuffer(bytearray(part.encode()), dtype=torch.uint8) for part in parts)
     return train, validation
