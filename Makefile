@@ -1,4 +1,5 @@
 # make demo    train a small GPT-2 dense and with Mixed Sparsity Training, side by side; 10 to 15 minutes on 2 CPU cores
+# make try     train a small GPT on a text of yours, make try DATA=my.txt, and write a report; aims at 4 minutes
 # make test    lint, type check, all tests
 # make lint    lint and type check alone
 # make bench   measure against the dense model on this machine; figures go to benchmarks/ledger.csv
@@ -16,6 +17,7 @@ TORCH  ?= torch==2.13.0
 # Passed on: make demo DEMO="--steps 2000", make test TESTS="tests/examples/test_example.py -k resume",
 # make bench BENCH=layers
 DEMO   ?=
+DATA   ?=
 BENCH  ?= layers train_step attention schedule forecast memory overhead epilogue
 TESTS  ?=
 # Parallel test processes. Each compiles, so more than the cores only slows them down.
@@ -24,10 +26,16 @@ JOBS   ?= 2
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench clean preflight
+.PHONY: demo try test lint bench clean preflight
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/python examples/pretrain_gpt.py $(DEMO)
+
+ifeq ($(filter try,$(MAKECMDGOALS))$(DATA),try)
+$(error Name a text file: make try DATA=my.txt)
+endif
+try: .venv-demo/.installed
+	.venv-demo/bin/python -m mst_compile try --data $(DATA)
 
 # One thread a process: tests are small, and two processes with two threads each fight for two cores.
 test: lint

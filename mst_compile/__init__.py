@@ -4,6 +4,7 @@ model = mst_compile.sparsify(model, mst_compile.MixedSparsity(total_steps=20_000
 model = torch.compile(model, backend="mst")
 """
 
+from . import report as report  # mst_compile.report.Recorder
 from .api import densify, sparsifier, sparsify
 from .cost.forecast import Forecast, forecast
 from .cost.recommend import Recommendation, recommend

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 
 from mst_compile.doctor import command as doctor
+from mst_compile.report import command as report
+from mst_compile.tryout import command as tryout
 
-_COMMANDS = {"doctor": doctor.main}
+_COMMANDS = {"doctor": doctor.main, "report": report.main, "try": tryout.main}
 
 
 def main(argv: list[str]) -> int:

@@ -79,5 +79,17 @@ class BackendOptionError(MSTError, ValueError):
     """``torch.compile(backend="mst", options=...)`` got an option that does not exist or has a bad value."""
 
 
+class RecordError(MSTError, ValueError):
+    """A folder does not hold the records of a run, or those of another one."""
+
+
+class DataError(MSTError, ValueError):
+    """Text to train on is missing, empty, no text, or too short."""
+
+
+class MissingPackageError(MSTError, ImportError):
+    """Something was asked for that needs a package which is not installed."""
+
+
 class MSTWarning(UserWarning):
     """Category of every warning that mst_compile issues; each is issued once."""

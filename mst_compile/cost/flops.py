@@ -164,12 +164,22 @@ class Meter:
 
     def step(self) -> None:
         """Count the step that comes."""
-        weights = [weight for own in self._sparsifiers for weight in own.weights.values()]
-        self.flops += self.tokens_per_step * sum(linear_training(w, dense_grad=w.dense_grad) for w in weights)
-        self.flops += self.rest
-        if any(own.attention.pattern != "full" for own in self._sparsifiers):
-            self.flops -= self.attention_saved
+        self.flops += self.coming
         self.steps += 1
+
+    @property
+    def coming(self) -> float:
+        """FLOPs of the step that comes."""
+        weights = [weight for own in self._sparsifiers for weight in own.weights.values()]
+        products = self.tokens_per_step * sum(linear_training(w, dense_grad=w.dense_grad) for w in weights)
+        patterned = any(own.attention.pattern != "full" for own in self._sparsifiers)
+        return products + self.rest - (self.attention_saved if patterned else 0.0)
+
+    @property
+    def dense(self) -> float:
+        """FLOPs of a step of the dense model."""
+        sizes = sum(weight.numel for own in self._sparsifiers for weight in own.weights.values())
+        return 6.0 * self.tokens_per_step * sizes + self.rest
 
 
 class _ThroughCompiled(_FlopCounterMode):

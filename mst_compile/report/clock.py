@@ -1,0 +1,46 @@
+"""Training time, with compilation taken apart."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+class Clock:
+    """Adds up the time of training steps, or of several at a time.
+
+    A step during which anything was compiled counts as compilation; the step after it is charged twice in its stead,
+    so that training time still covers every step. What happens between :meth:`stop` and :meth:`start` is not timed.
+
+    Attributes:
+        seconds, compile_seconds: so far; may be set, as when a run is resumed.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.compile_seconds = 0.0
+        self._owed = 0
+        self.start()
+
+    @staticmethod
+    def _count() -> int:
+        """How many compiler stages have run in this process: what ``torch._dynamo.utils.compile_times`` prints."""
+        return sum(len(times) for times in torch._dynamo.utils.compilation_time_metrics.values())
+
+    def start(self) -> None:
+        """A step begins."""
+        self._compilations = self._count()
+        self._start = time.perf_counter()
+
+    def stop(self) -> float:
+        """A step has ended: its seconds."""
+        elapsed = time.perf_counter() - self._start
+        if self._count() > self._compilations:
+            self.compile_seconds += elapsed
+            self._owed += 1
+            return elapsed
+        self.seconds += elapsed * (1 + self._owed)
+        self.compile_seconds -= elapsed * self._owed
+        self._owed = 0
+        return elapsed

@@ -1,0 +1,153 @@
+"""A recorded run, as it is read again: what figures and reports are made of."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mst_compile.errors import RecordError
+
+from . import files
+
+ABOUT, SCALARS, TABLE, EVENTS, MASKS = "run.json", "scalars.jsonl", "scalars.csv", "events.jsonl", "masks.jsonl"
+SAMPLE = "sample.txt"
+FORMAT = 1
+_MOST_MASKS = 5  # weights whose masks are kept and drawn
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Masks of a few weights, bool ``[block rows, block columns]``, after ``step`` steps."""
+
+    step: int
+    phase: str
+    masks: dict[str, Tensor]
+
+    @property
+    def title(self) -> str:
+        return f"{self.phase + ', ' if self.phase else ''}step {self.step}"
+
+
+@dataclass
+class History:
+    """One run.
+
+    Attributes:
+        label: what figures call it.
+        rows: a dict of scalars a record, by step; ``loss`` and others, ``nan`` where one is not finite.
+        phases: name, first step and end of each phase.
+        sparse: whether it has sparse weights.
+        about: what ``run.json`` says.
+        events: what ``events.jsonl`` says.
+        sample: text that the trained model wrote.
+        colour: for figures, as matplotlib has it; None: one is chosen.
+    """
+
+    label: str
+    rows: list[dict[str, Any]]
+    phases: list[tuple[str, int, int]] = field(default_factory=list)
+    sparse: bool = False
+    about: dict[str, Any] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
+    sample: str = ""
+    colour: str | None = None
+
+    def column(self, name: str, rows: Sequence[Mapping[str, Any]] | None = None) -> list[float]:
+        """A scalar of all records, ``nan`` where it is missing."""
+        return [
+            math.nan if row.get(name) is None else float(row[name]) for row in (self.rows if rows is None else rows)
+        ]
+
+    def last(self, name: str) -> float | None:
+        """The last value of a scalar that was recorded."""
+        return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), None)
+
+
+def read(folder: str | Path) -> History:
+    """The run that a :class:`~mst_compile.report.Recorder` wrote to ``folder``, also while it is under way.
+
+    Raises:
+        RecordError: there is none, or its files were damaged.
+    """
+    folder = Path(folder)
+    file = folder / ABOUT
+    if not file.is_file():
+        raise RecordError(
+            f"there is no recorded run in {str(folder)!r}: it has no {ABOUT}. Name a folder that "
+            "mst_compile.report.Recorder wrote"
+        )
+    about = _about(file)
+    rows = [_numbers(row) for row in files.read(folder / SCALARS)]
+    if any("step" not in row for row in rows):
+        raise RecordError(f"{folder / SCALARS} has a record without a step; was it written by another program?")
+    sample = folder / SAMPLE
+    return History(
+        label=str(about.get("label") or folder.name),
+        rows=rows,
+        phases=[(str(name), int(first), int(end)) for name, first, end in about.get("phases", [])],
+        sparse=bool(about.get("sparse")),
+        about=about,
+        events=files.read(folder / EVENTS),
+        snapshots=[unpack(record) for record in files.read(folder / MASKS)],
+        sample=sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else "",
+    )
+
+
+def _about(file: Path) -> dict[str, Any]:
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecordError(f"{file} is no JSON ({error}); was it written by another program?") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        version = about.get("format") if isinstance(about, dict) else None
+        raise RecordError(f"{file} is of format {version!r}, and this version of mst_compile reads {FORMAT}")
+    return about
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value if (n := files.number(value)) is None or name == "step" else n for name, value in row.items()}
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def telling(shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Names of one weight of each kind, from the middle of the stack: of a kind are those of one shape whose names
+    differ in numbers alone."""
+    by_kind: dict[tuple[str, ...], list[str]] = {}
+    for name, shape in shapes.items():
+        by_kind.setdefault((re.sub(r"\d+", "#", name), str(tuple(shape))), []).append(name)
+    chosen = [same[math.ceil(len(same) / 2) - 1] for same in by_kind.values()]
+    return chosen[-_MOST_MASKS:]
+
+
+def pack(snapshot: Snapshot) -> dict[str, Any]:
+    """A record of masks: eight blocks a byte, the first in the lowest bit, in base64."""
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128])
+    masks = {}
+    for name, mask in snapshot.masks.items():
+        bits = torch.nn.functional.pad(mask.flatten().long(), (0, -mask.numel() % 8)).view(-1, 8)
+        packed = base64.b64encode(bytes((bits * powers).sum(1).tolist()))
+        masks[name] = {"shape": list(mask.shape), "bits": packed.decode()}
+    return {"step": snapshot.step, "phase": snapshot.phase, "masks": masks}
+
+
+def unpack(record: Mapping[str, Any]) -> Snapshot:
+    """The masks of a record."""
+    masks = {}
+    for name, found in record["masks"].items():
+        rows, cols = found["shape"]
+        data = torch.tensor(list(base64.b64decode(found["bits"])), dtype=torch.long)
+        bits = (data[:, None] >> torch.arange(8)) & 1
+        masks[name] = bits.flatten()[: rows * cols].view(rows, cols).bool()
+    return Snapshot(int(record["step"]), str(record["phase"]), masks)
