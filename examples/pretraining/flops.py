@@ -41,7 +41,8 @@ def planned_flops(
 def matching_width(shape: Shape, tokens_per_step: int, steps: int, budget: float) -> Shape:
     """The dense shape of the same depth whose training FLOPs come closest to ``budget``.
 
-    Widths are multiples of 8; of the head counts that divide the width the one nearest to the original head size wins.
+    Widths are multiples of 8 that divide into heads of about the original size (between two thirds and four thirds of
+    it), since many small heads take much longer than their FLOPs say; of small models, any.
     """
     head_size = shape.d_model / shape.heads
 
@@ -53,4 +54,5 @@ def matching_width(shape: Shape, tokens_per_step: int, steps: int, budget: float
         Shape(width, shape.layers, heads(width), shape.context, shape.vocabulary)
         for width in range(8, shape.d_model + 1, 8)
     ]
-    return min(shapes, key=lambda s: abs(planned_flops(s, tokens_per_step, steps) - budget))
+    alike = [s for s in shapes if 2 / 3 <= s.d_model / s.heads / head_size <= 4 / 3]
+    return min(alike or shapes, key=lambda s: abs(planned_flops(s, tokens_per_step, steps) - budget))

@@ -21,8 +21,8 @@ class Options:
     data: tuple[Path, ...] = ()
     tokenizer: str = "bpe"
     vocabulary: int = 2048
-    runs: tuple[str, ...] = ("dense", "mst", "small", "static")
-    steps: int = 360
+    runs: tuple[str, ...] = ("dense", "mst", "small")
+    steps: int = 240
     d_model: int = 384
     layers: int = 4
     heads: int = 6

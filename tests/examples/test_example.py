@@ -131,7 +131,7 @@ def test_matching_width_meets_the_budget() -> None:
     shape = flops.Shape(384, 4, 6, 256, 2048)
     budget = flops.planned_flops(shape, 2048, 400, chosen.mixed_sparsity())
     small = flops.matching_width(shape, 2048, 400, budget)
-    assert small.d_model % small.heads == 0
+    assert 2 / 3 <= small.d_model / small.heads / 64 <= 4 / 3
     assert flops.planned_flops(small, 2048, 400) == pytest.approx(budget, rel=0.06)
 
 
