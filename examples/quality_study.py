@@ -85,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--large-csv", type=Path, default=ROOT / "benchmarks" / "quality_large.csv", help="that of the large models"
     )
+    p.add_argument(
+        "--regimes-csv", type=Path, default=ROOT / "benchmarks" / "quality_regimes.csv", help="that of one budget"
+    )
     docs = ROOT / "docs"
     p.add_argument("--doc", type=Path, nargs="+", default=[docs / "quality.md", docs / "when.md"], help="the reports")
     p.add_argument("--figure", type=Path, help="draw docs/when.svg, or another file")
@@ -167,13 +170,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.collect:
         records.write_csv(args.csv, records.rows(records.read(args.out)))
     if args.report:
-        found = [records.read_csv(csv) if csv.exists() else [] for csv in (args.csv, args.large_csv)]
+        tables = (args.csv, args.large_csv, args.regimes_csv)
+        found = [records.read_csv(csv) if csv.exists() else [] for csv in tables]
         for doc in args.doc:
             report.write(doc, *found)
         if args.figure is not None:
             from quality import plots  # needs matplotlib
 
-            plots.draw(args.figure, *found)
+            plots.draw(args.figure, *found[:2])
     return trained
 
 

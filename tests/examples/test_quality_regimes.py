@@ -180,5 +180,29 @@ def test_the_pages_say_what_the_recorded_rows_say(name: str, tmp_path: Path) -> 
     top = Path(__file__).parents[2]
     page = tmp_path / name
     page.write_bytes((top / "docs" / name).read_bytes())
-    report.write(page, *(records.read_csv(top / "benchmarks" / f) for f in ("quality.csv", "quality_large.csv")))
+    tables = ("quality.csv", "quality_large.csv", "quality_regimes.csv")
+    report.write(page, *(records.read_csv(top / "benchmarks" / f) for f in tables))
     assert page.read_text() == (top / "docs" / name).read_text()
+
+
+def test_each_text_of_a_budget_has_its_own_best_dense_run() -> None:
+    settings = {"cpu": "one", "torch": "2", "dtype": "float32", "density": 1.0, "processor_seconds": 1.0}
+    row = settings | {"seed": 0, "steps": 2400, "width": 64, "flops": 7.73e12, "unique": None}
+    rows = [
+        row | {"name": "dense", "val_loss": 1.6},
+        row | {"name": "wide-128-b8", "val_loss": 1.5, "width": 128, "steps": 2181, "density": 0.2},
+        row | {"name": "dense-80-match", "val_loss": 1.7},
+        row | {"name": "dense", "val_loss": 2.0, "unique": 614400},
+        row | {"name": "dense-80-match", "val_loss": 1.9, "unique": 614400},
+    ]
+    lines = [line.split(" | ") for line in report.on_budget(rows).splitlines() if "`" in line]
+    found = [(cells[1], cells[6], cells[7]) for cells in lines]
+    assert found == [
+        ("`wide-128-b8`", "1.500", "-0.100"),
+        ("`dense`", "1.600", "+0.000"),
+        ("`dense-80-match`", "1.700", "+0.100"),
+        ("`dense-80-match`", "1.900", "+0.000"),
+        ("`dense`", "2.000", "+0.100"),
+    ]
+    assert float(lines[1][5]) == pytest.approx(100, abs=1)
+    assert "16 times" in lines[-1][0]
