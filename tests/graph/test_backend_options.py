@@ -271,7 +271,8 @@ def test_without_a_compiler_one_warning_and_correct_results(tmp_path: Path) -> N
                 results.append(run(torch.compile(model, backend="mst") if fast else model))
         assert results[0] == results[1] == results[2], results
         own = [w for w in caught if issubclass(w.category, mst_compile.MSTWarning)]
-        print(len(own)); print(own[0].message); print(mst_compile.explain(model))
+        print(len(own)); print(own[0].message)
+        for row in mst_compile.explain(model).rows: print(row.kernel, "|", row.status)
         """,
         CXX="/nonexistent/compiler", MST_COMPILE_CACHE_DIR=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "i"),
     )  # fmt: skip
