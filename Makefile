@@ -49,8 +49,9 @@ lint: .venv-test/.installed
 bench: .venv-test/.installed
 	for name in $(BENCH); do echo "== $$name"; .venv-test/bin/python -m benchmarks.$$name; done
 
+# Not --quiet: it silences warnings before --strict can count them.
 docs: .venv-docs/.installed
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs --quiet build --strict
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf .venv-demo .venv-test .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -82,8 +82,9 @@ def test_broken_links_are_found() -> None:
     assert broken(page, "```\n[x](gone.md)\n```\n") == []
 
 
-def test_the_site_loads_nothing_from_elsewhere() -> None:
+def test_the_build_is_strict_and_the_site_loads_nothing_from_elsewhere() -> None:
     assert SITE["strict"] is True
+    assert "mkdocs build --strict\n" in (ROOT / "Makefile").read_text(), "--quiet would hide warnings from --strict"
     assert SITE["theme"]["font"] is False
     assert SITE["validation"]["links"]["anchors"] == "warn", "which is an error in a strict build"
     loaded = SITE["extra"]["polyfills"] + SITE.get("extra_javascript", []) + SITE.get("extra_css", [])
