@@ -2,6 +2,7 @@
 # make try     train a small GPT on a text of yours, make try DATA=my.txt, and write a report; aims at 4 minutes
 # make test    lint, type check, all tests
 # make lint    lint and type check alone
+# make docs    build the documentation as a site that needs no network, site/index.html; stops at a broken link
 # make bench   measure against the dense model on this machine; figures go to benchmarks/ledger.csv
 # make clean   remove virtual environments, caches and build output (runs/ stays)
 #
@@ -26,7 +27,7 @@ JOBS   ?= 2
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: demo try test lint bench clean preflight
+.PHONY: demo try test lint docs bench clean preflight
 
 demo: .venv-demo/.installed
 	.venv-demo/bin/python examples/pretrain_gpt.py $(DEMO)
@@ -48,8 +49,12 @@ lint: .venv-test/.installed
 bench: .venv-test/.installed
 	for name in $(BENCH); do echo "== $$name"; .venv-test/bin/python -m benchmarks.$$name; done
 
+# Not --quiet: it silences warnings before --strict can count them.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict
+
 clean:
-	rm -rf .venv-demo .venv-test .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv-demo .venv-test .venv-docs site .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv-demo/.installed: EXTRAS = examples
@@ -61,6 +66,15 @@ clean:
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$(EXTRAS)]"
+	touch $@
+
+# The API is read from the sources, so neither PyTorch nor the package is installed here.
+.venv-docs/.installed: pyproject.toml
+	rm -rf .venv-docs
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+		print(*p["project"]["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-docs/requirements.txt
 	touch $@
 
 preflight:

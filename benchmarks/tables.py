@@ -1,7 +1,7 @@
-"""Turn the ledger into the README's tables and plot, so that no figure there is typed by hand.
+"""Turn the ledger into the tables of README and docs/benchmarks.md and a plot, so that no figure is typed by hand.
 
 python -m benchmarks.tables            # print the tables
-python -m benchmarks.tables --write    # put them between the README's markers and draw docs/speedup.png
+python -m benchmarks.tables --write    # put them between the pages' markers and draw docs/speedup.png
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from .ledger import LEDGER
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 PLOT = ROOT / "docs" / "speedup.png"
 MACHINE = "avx512"  # in the processor's name; the ledger has rows of other machines too
 PORTABLE = "(avx2)"  # the machine of the table of all densities
+GPU = "H100"
 _CASE = re.compile(r"(?P<layer>\d+->\d+) M=(?P<tokens>\d+) B=(?P<block>\d+) d=(?P<density>[\d.]+)")
-
+_GPU_CASE = re.compile(
+    r"M=(?P<tokens>\d+) N=(?P<n>\d+) K=(?P<k>\d+) B=(?P<block>\d+)(?: for=[\d.]+)? d=(?P<density>[\d.]+) sum"
+)
 _ATTENTION = re.compile(r"T=(?P<length>\d+) heads=\S+ (?P<pattern>\w+)")
 
 
@@ -31,11 +35,11 @@ def read() -> list[dict[str, str]]:
     return list(newest.values())
 
 
-def layer_rows(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of the layer benchmark on the README's machine, with the parts of their case."""
+def layer_rows(rows: list[dict[str, str]], machine: str = MACHINE) -> list[dict[str, str]]:
+    """Rows of the layer benchmark on one machine, by default the README's, with the parts of their case."""
     found = []
     for row in rows:
-        ours = row["benchmark"] == "layers" and MACHINE in row["cpu"]
+        ours = row["benchmark"] == "layers" and machine in row["cpu"]
         case = _CASE.fullmatch(row["case"]) if ours else None
         if case:
             found.append(row | case.groupdict())
@@ -63,10 +67,10 @@ def densities_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def layers_table(rows: list[dict[str, str]]) -> str:
+def layers_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
     """Smallest and largest speed-up over the layer shapes, by dtype, threads, density and block."""
     cells: dict[tuple[str, str, str], dict[int, list[float]]] = {}
-    for row in layer_rows(rows):
+    for row in layer_rows(rows, machine):
         key = (row["dtype"], row["threads"], f"{round(float(row['density']), 1):.1f}")
         cells.setdefault(key, {}).setdefault(int(row["block"]), []).append(float(row["ratio"]))
     blocks = sorted({b for by_block in cells.values() for b in by_block})
@@ -79,12 +83,12 @@ def layers_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def model_table(rows: list[dict[str, str]]) -> str:
+def model_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
     """Whole training steps, whole schedules, memory, overhead."""
     lines = ["| what | dense (inductor) | mst | ratio |", "|---|---|---|---|"]
     by_case: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
-        if row["benchmark"] in ("train_step", "schedule", "memory") and MACHINE in row["cpu"]:
+        if row["benchmark"] in ("train_step", "schedule", "memory") and machine in row["cpu"]:
             key = (row["benchmark"], row["case"], f"{row['dtype']}, {row['threads']} threads")
             by_case.setdefault(key, {})[row["side"]] = row
     units = {
@@ -129,14 +133,66 @@ def pretrain_table(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: list[dict[str, str]]) -> None:
-    """Replace what stands between ``<!-- ledger:NAME -->`` and ``<!-- end -->`` in the README."""
-    text = README.read_text()
-    tables = {"layers": layers_table(rows), "models": model_table(rows), "pretrain": pretrain_table(rows)}
-    tables |= {"attention": attention_table(rows), "densities": densities_table(rows)}
-    for name, table in tables.items():
+def gpu_layers_table(rows: list[dict[str, str]]) -> str:
+    """Speed-up of a layer's three products over cuBLAS on a GPU, by shape, block and density."""
+    shown = (0.3, 0.2, 0.125, 0.1)
+    cells: dict[tuple[int, int, int, int], dict[float, float]] = {}
+    # "for": tiles were chosen for the density that was run, as they are for a schedule's plateau.
+    for row in sorted(rows, key=lambda row: (row["date"], " for=" in row["case"])):
+        ours = row["benchmark"] == "gpu_layers" and GPU in row["cpu"] and row["side"] == "mst"
+        case = _GPU_CASE.fullmatch(row["case"]) if ours else None
+        density = next((d for d in shown if case and abs(float(case["density"]) - d) < 0.005), None)
+        if case and density:
+            layer = (int(case["tokens"]), int(case["n"]), int(case["k"]), int(case["block"]))
+            cells.setdefault(layer, {})[density] = float(row["ratio"])
+    lines = [
+        "| tokens | layer | block | " + " | ".join(f"d = {d}" for d in shown) + " |",
+        "|---|---|---" + "|---" * 4 + "|",
+    ]
+    for (tokens, n, k, block), ratios in sorted(cells.items(), key=lambda item: (-item[0][1] * item[0][2], item[0])):
+        values = [f"{ratios[d]:.2f}x" if d in ratios else "" for d in shown]
+        lines.append(f"| {tokens} | {k}->{n} | {block} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def gpu_models_table(rows: list[dict[str, str]]) -> str:
+    """Attention against causal SDPA, and whole steps against Inductor, on a GPU."""
+    against = {"gpu_attention": ("attention", "causal SDPA"), "gpu_train_step": ("training step", "inductor")}
+    lines = ["| what | against | speed-up |", "|---|---|---|"]
+    for row in rows:
+        if row["benchmark"] in against and row["side"] == "mst" and GPU in row["cpu"] and row["ratio"] != "nan":
+            what, rival = against[row["benchmark"]]
+            lines.append(f"| {what}: {row['case']}, {row['dtype']} | {rival} | {float(row['ratio']):.2f}x |")
+    return "\n".join(lines)
+
+
+def tables(rows: list[dict[str, str]]) -> dict[str, str]:
+    """Name of a table in the pages -> the table."""
+    return {
+        "layers": layers_table(rows),
+        "models": model_table(rows),
+        "pretrain": pretrain_table(rows),
+        "attention": attention_table(rows),
+        "densities": densities_table(rows),
+        "layers, portable": layers_table(rows, PORTABLE),
+        "models, portable": model_table(rows, PORTABLE),
+        "layers, gpu": gpu_layers_table(rows),
+        "models, gpu": gpu_models_table(rows),
+    }
+
+
+def filled(page: Path, rows: list[dict[str, str]]) -> str:
+    """A page's text with what stands between ``<!-- ledger:NAME -->`` and ``<!-- end -->`` replaced by the tables."""
+    text = page.read_text()
+    for name, table in tables(rows).items():
         text = re.sub(rf"(<!-- ledger:{name} -->\n).*?(<!-- end -->)", rf"\g<1>{table}\n\g<2>", text, flags=re.S)
-    README.write_text(text)
+    return text
+
+
+def write(rows: list[dict[str, str]]) -> None:
+    """Put the tables into the pages."""
+    for page in (README, PAGE):
+        page.write_text(filled(page, rows))
 
 
 def plot(rows: list[dict[str, str]]) -> None:
@@ -170,14 +226,14 @@ def plot(rows: list[dict[str, str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="update README.md and docs/speedup.png")
+    parser.add_argument("--write", action="store_true", help="update the pages and docs/speedup.png")
     args = parser.parse_args()
     rows = read()
     if args.write:
         write(rows)
         plot(rows)
     else:
-        print(layers_table(rows), model_table(rows), attention_table(rows), pretrain_table(rows), sep="\n\n")
+        print(*(f"{name}\n\n{table}" for name, table in tables(rows).items()), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TOLD = sorted(
     {
         name.rstrip(".")
-        for file in ("README.md", "docs/guide.md", "docs/design.md", "docs/attention.md")
-        for name in re.findall(r"\bmst_compile(?:\.[A-Za-z_]\w*)+", (ROOT / file).read_text())
+        for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "tasks").glob("*.md"))
+        for name in re.findall(r"\bmst_compile(?:\.[A-Za-z_]\w*)+", file.read_text())
     }
 )
 
