@@ -15,9 +15,9 @@ from mst_compile.cost.fitted import FIT
 from mst_compile.cost.flops import check_tokens
 from mst_compile.cost.forecast import Forecast, forecast
 from mst_compile.errors import ForecastError
-from mst_compile.rules.checks import check_choice, check_model, check_number
+from mst_compile.rules.checks import check_choice, check_model, check_number, shown
 from mst_compile.rules.constant import Constant
-from mst_compile.rules.mixed_sparsity import MixedSparsity
+from mst_compile.rules.mixed_sparsity import MixedSparsity, advisers
 from mst_compile.rules.schedule import Schedule
 from mst_compile.state.sparsifier import sparsifier
 
@@ -245,3 +245,19 @@ def _unknown(task: Task, loss: object, blocks: list[int]) -> list[str]:
     if max(blocks) > 8:
         found.append(f"blocks of {max(blocks)}: the fit has few runs of blocks larger than 8")
     return [*found, "time: mst_compile.forecast(model, loss=...) of the sparsified model measures it"]
+
+
+def _for_auto(model: nn.Module, **sizes: Any) -> MixedSparsity:
+    """For :meth:`MixedSparsity.auto`."""
+    if "end" in sizes:
+        raise ForecastError(
+            f"end={shown(sizes['end'])}: MixedSparsity always ends dense; for a model that stays sparse take "
+            "mst_compile.recommend(..., end='sparse').schedule"
+        )
+    schedule = recommend(model, **sizes).schedule
+    if not isinstance(schedule, MixedSparsity):
+        raise ForecastError(f"budget={shown(sizes['budget'])} pays for dense training, which needs no schedule")
+    return schedule
+
+
+advisers.append(_for_auto)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from .patterns import Pattern
 from .schedule import Schedule, check_parts, cosine, take_plain_parts
 
 RAMPS = ("mirrored", "early")
+# Who chooses for ``auto``: this room knows no models and no costs, so whoever does says so here.
+advisers: list[Callable[..., MixedSparsity]] = []
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,16 @@ class MixedSparsity(Schedule):
         at random. ``changes`` are any other arguments."""
         chosen: dict[str, Any] = {"warmup": 0.1, "growth": "mixed"} | changes
         return cls(total_steps, sparsity, **chosen)
+
+    @classmethod
+    def auto(cls, model: object, **sizes: Any) -> MixedSparsity:
+        """The schedule that :func:`mst_compile.recommend` chooses for ``model``; ``sizes`` are its arguments, of which
+        ``tokens`` and ``tokens_per_step`` are needed. It ends dense.
+
+        Raises:
+            ForecastError: as ``recommend`` does; or the budget pays for dense training, which needs no schedule.
+        """
+        return advisers[-1](model, **sizes)
 
     def _steps(self, length: float | int) -> int:
         return round(length * self.total_steps) if isinstance(length, float) else length

@@ -116,3 +116,13 @@ def test_a_sparse_model_or_none_is_refused() -> None:
         mst_compile.recommend(mst_compile.sparsify(model(), mst_compile.Constant(0.5)), **SIZES)
     with pytest.raises(ModelError):
         mst_compile.recommend("model", **SIZES)  # type: ignore[arg-type]
+
+
+def test_auto_is_what_is_recommended() -> None:
+    own = model()
+    found = mst_compile.MixedSparsity.auto(own, **SIZES)
+    assert found == mst_compile.recommend(own, **SIZES).schedule
+    with pytest.raises(ForecastError, match="stays sparse"):
+        mst_compile.MixedSparsity.auto(own, end="sparse", **SIZES)
+    with pytest.raises(ForecastError, match="needs no schedule"):
+        mst_compile.MixedSparsity.auto(own, budget=1e30, **SIZES)
