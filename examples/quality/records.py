@@ -88,8 +88,8 @@ def _row(record: Record, others: dict[tuple[str, int], Record]) -> Record:
     cosine, long = record["settings"].get("decay") == "cosine", isinstance(record["settings"].get("length"), int)
     suffix = "-cosine" if cosine else "-long" if long else ""
     dense, static = (others.get((name + suffix, record["seed"])) for name in ("dense", CONTROL))
-    if not record["events"] or dense is None:
-        return row
+    if not record["events"] or dense is None or len(dense["losses"]) != len(record["losses"]):
+        return row  # runs of other lengths cannot be subtracted step by step
     control = None if static is None else spikes.difference(static["losses"], dense["losses"])
     curve = spikes.difference(record["losses"], dense["losses"])
     for after in spikes.AFTER:

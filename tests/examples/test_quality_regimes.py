@@ -206,3 +206,14 @@ def test_each_text_of_a_budget_has_its_own_best_dense_run() -> None:
     ]
     assert float(lines[1][5]) == pytest.approx(100, abs=1)
     assert "16 times" in lines[-1][0]
+
+
+def test_runs_on_different_texts_are_kept_apart_and_lengths_may_differ(text: training.Text) -> None:
+    short = replace(QUICK, steps=8, unique=640)
+    kept = [training.train(KNOWN["dense"], 0, QUICK, text), training.train(KNOWN["dense"], 0, short, text)]
+    kept.append(training.train(KNOWN["set-b8"], 0, short, text))
+    kept.append(kept[-1] | {"losses": kept[-1]["losses"][:5], "name": "rigl-b8"})
+    rows = records.rows(kept)
+    assert [(row["name"], row["unique"]) for row in rows] == [
+        ("dense", None), ("dense", 640), ("rigl-b8", 640), ("set-b8", 640),
+    ]  # fmt: skip
