@@ -91,7 +91,8 @@ class Run:
             if compiled > 1:
                 print(f"{self.name}: compiled in {compiled:.0f} s (step {self.step})", flush=True)
             known = self.steps < UNKNOWN
-            if known and (time.perf_counter() - self._said > _PAUSE or self.step == self.steps):
+            due = time.perf_counter() - self._said > _PAUSE and compiled <= 1  # else it says nothing of the rest
+            if known and (due or self.step == self.steps):
                 self._said = time.perf_counter()
                 print(self._progress(), flush=True)
 
