@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import _muon
 
 import mst_compile
-from examples.quality.configurations import Study
 from examples.quality.model import GPT, hidden_weights
+from examples.quality.sizes import Study
 from examples.quality.training import Text, evaluate, training_batch, validation_batches
 
 FACTORS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.24, 5.0)  # of the dense model's rate; the last is 1 / density

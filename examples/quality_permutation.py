@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from quality.configurations import CONFIGURATIONS, Study
+from quality.configurations import CONFIGURATIONS
 from quality.model import GPT, hidden_weights
+from quality.sizes import Study
 from quality.training import Text, train
 
 from mst_compile.rules.density import active_count, layer_densities

@@ -47,17 +47,8 @@ from pathlib import Path
 
 import torch
 from quality import records, report
-from quality.configurations import (
-    BUDGET_QUEUE,
-    CONFIGURATIONS,
-    KNOWN,
-    LARGE,
-    LARGE_QUEUE,
-    QUICK,
-    REGIMES,
-    Config,
-    Study,
-)
+from quality.configurations import BUDGET_QUEUE, CONFIGURATIONS, KNOWN, LARGE_QUEUE, Config
+from quality.sizes import LARGE, QUICK, REGIMES, Study
 from quality.training import Text, train
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from . import spikes
-from .configurations import KNOWN, Config, Study
+from .configurations import KNOWN, Config
+from .sizes import Study
 
 Record = dict[str, Any]
 

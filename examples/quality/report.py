@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .analysis import Results
-from .configurations import BASE, BUDGET, CONFIGURATIONS, KNOWN, LARGE
+from .configurations import CONFIGURATIONS, KNOWN
 from .model import narrowed
 from .records import Record
+from .sizes import BASE, BUDGET, LARGE
 from .spikes import AFTER
 
 _PART = re.compile(r"(<!-- study:(\w+) -->\n).*?(<!-- end -->)", re.S)

@@ -17,7 +17,7 @@ import mst_compile
 from mst_compile.report.machine import processor_name
 from mst_compile.rules.laws import graphcore
 
-from .configurations import KNOWN, Config, Study, learning_rate, lengthened, overrides_of, schedule_of
+from .configurations import KNOWN, Config, learning_rate, lengthened, overrides_of, schedule_of
 from .guards import Guard
 from .model import (
     GPT,
@@ -29,6 +29,7 @@ from .model import (
     narrowed,
     nonzero_share,
 )
+from .sizes import Study
 
 LAST = 50  # steps whose mean training loss is recorded
 

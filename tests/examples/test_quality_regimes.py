@@ -16,20 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import quality_study
 from quality import model, plots, records, report, training
 from quality.analysis import Results
-from quality.configurations import (
-    BUDGET,
-    BUDGET_QUEUE,
-    CONFIGURATIONS,
-    KNOWN,
-    LARGE,
-    LARGE_QUEUE,
-    ON_BUDGET,
-    ON_GPU,
-    QUICK,
-    REGIMES,
-    Study,
-    schedule_of,
-)
+from quality.configurations import BUDGET_QUEUE, CONFIGURATIONS, KNOWN, LARGE_QUEUE, ON_BUDGET, ON_GPU, schedule_of
+from quality.sizes import BUDGET, LARGE, QUICK, REGIMES, Study
 
 import mst_compile
 

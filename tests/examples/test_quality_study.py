@@ -20,18 +20,9 @@ import quality_permutation
 import quality_study
 from quality import model, records, report, spikes, training
 from quality.analysis import Results
-from quality.configurations import (
-    BASE,
-    CONFIGURATIONS,
-    LARGE,
-    LARGE_QUEUE,
-    QUICK,
-    Config,
-    Study,
-    learning_rate,
-    schedule_of,
-)
+from quality.configurations import CONFIGURATIONS, LARGE_QUEUE, Config, learning_rate, schedule_of
 from quality.guards import Guard
+from quality.sizes import BASE, LARGE, QUICK, Study
 
 import mst_compile
 
