@@ -6,6 +6,9 @@ argument, so that it plans and reuses the memory of their results; see :mod:`mst
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from mst_compile.kernels import cpu as kernels
 from torch import Tensor
@@ -121,39 +124,20 @@ def _is_dense_faster(kind: str, weight: Tensor, block: int, x: Tensor, bias: boo
 # -- out variants, called by Inductor's generated code ----------------------------------------------------------------
 
 
-def forward_out(
-    x: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    bias: Tensor | None = None,
-    *,
-    block: int,
-    transposed: bool,
-    choose: bool = False,
-    out: Tensor,
-) -> Tensor:
-    """:func:`linear_out` as compiled code calls it for ``mst::linear``."""
-    if not (profiler._is_profiler_enabled or counters):
-        return linear_out(x, weight, index, bias, block=block, transposed=transposed, choose=choose, out=out)
-    with marked("linear", (x, weight, bias, index, block), unseen=True):
-        return linear_out(x, weight, index, bias, block=block, transposed=transposed, choose=choose, out=out)
+def _watched(name: str) -> Callable[..., Tensor]:
+    """:func:`linear_out` as compiled code calls it for the operator ``mst::<name>``: seen by who watches."""
+
+    def run(x: Tensor, weight: Tensor, index: Tensor, *bias: Tensor, **options: Any) -> Tensor:
+        if not (profiler._is_profiler_enabled or counters):
+            return linear_out(x, weight, index, *bias, **options)
+        added = (bias[0] if bias else None,) if name == "linear" else ()
+        with marked(name, (x, weight, *added, index, options["block"]), unseen=True):
+            return linear_out(x, weight, index, *bias, **options)
+
+    return run
 
 
-def grad_input_out(
-    grad: Tensor,
-    weight: Tensor,
-    index: Tensor,
-    *,
-    block: int,
-    transposed: bool,
-    choose: bool = False,
-    out: Tensor,
-) -> Tensor:
-    """:func:`linear_out` as compiled code calls it for ``mst::linear_grad_input``."""
-    if not (profiler._is_profiler_enabled or counters):
-        return linear_out(grad, weight, index, block=block, transposed=transposed, choose=choose, out=out)
-    with marked("linear_grad_input", (grad, weight, index, block), unseen=True):
-        return linear_out(grad, weight, index, block=block, transposed=transposed, choose=choose, out=out)
+forward_out, grad_input_out = _watched("linear"), _watched("linear_grad_input")
 
 
 def linear_out(
