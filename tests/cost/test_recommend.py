@@ -76,6 +76,12 @@ def test_repeated_text_is_worth_less_to_every_option_and_its_rival() -> None:
     )
 
 
+def test_a_rival_pays_for_the_rest_of_its_step_too() -> None:
+    task = Task(1e6, 3e6, 1e7, math.inf)
+    _, width, tokens = task.rival(0.4)
+    assert tokens * (6e6 * width**2 + 3e6 * width) == pytest.approx(0.4 * (6e6 + 3e6))
+
+
 def test_what_is_outside_of_the_study_is_said() -> None:
     text = str(mst_compile.recommend(model(16), tokens=1e12, tokens_per_step=10**8, unique_tokens=1e6, block=4))
     said = ("hidden weights: the study has", "1e+06 M tokens", "text seen 1e+06 times", "attention and other work")
