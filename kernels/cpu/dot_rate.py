@@ -1,9 +1,9 @@
 """Whether the processor's bf16 dot products are fast, measured once.
 
-``vdpbf16ps`` multiplies and adds two bf16 numbers a lane. AMD's processors run it as often as a float32 multiply-add, so
-it does twice the work; Sapphire Rapids takes 2.1 cycles for one where a float32 multiply-add takes .55, so numbers that
-are widened to float32 as they are packed are multiplied twice as fast, and whole products come out 1.3 to 1.6 times as
-fast (measured there at density .3). Which of the two a processor is like cannot be told by its flags.
+``vdpbf16ps`` multiplies and adds two bf16 numbers a lane. Zen 5 runs it as often as a float32 multiply-add, so it does
+twice the work; Sapphire Rapids takes 2.1 cycles for one where a float32 multiply-add takes .55, so numbers that are
+widened to float32 as they are packed are multiplied twice as fast, and whole products come out 1.3 to 1.6 times as fast
+(measured there at density .3). Which of the two a processor is like cannot be told by its flags.
 """
 
 from __future__ import annotations
