@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from mst_compile.kernels import cpu as kernels
 from mst_compile.kernels.cpu import build, folder, processor
+from mst_compile.kernels.cpu.dot_rate import dot_rate
 
 from .device import Fact
 
@@ -32,6 +33,13 @@ def _instruction_sets() -> Iterator[Fact]:
         return
     others = ", ".join(isa for isa in build.supported_isas() if isa != chosen)
     yield Fact("instructions", f"{chosen} (others that run here: {others or 'none'})")
+    rate = dot_rate(build.find_compiler) if "avx512bf16" in processor.features() else None
+    if rate is not None:
+        yield Fact(
+            "bfloat16",
+            f"a multiply-add by dot products takes {rate.dot / 2 / rate.fma:.2f} of float32's time: "
+            + ("they are used" if rate.pays else "numbers are widened"),
+        )
     if "amxbf16" in processor.features():
         yield Fact("AMX", "here; our kernels do not use it, so bfloat16 products go to the library where it is faster")
 
