@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -98,12 +99,20 @@ def test_resume_refuses_other_options(text: Path, tmp_path: Path) -> None:
         pretrain_gpt.main(arguments(text, tmp_path, "--runs", "dense", "--resume", "--lr", "0.5"))
 
 
-def test_compiled_run_follows_eager_run(text: Path, tmp_path: Path) -> None:
+def test_compiled_run_follows_eager_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the progress bar says that it compiles while it does, not when it has."""
     eager = arguments(text, tmp_path / "eager", "--runs", "mst", "--steps", "12")
     pretrain_gpt.main(eager)
+    assert "compiling" not in capsys.readouterr().err
     compiled = arguments(text, tmp_path / "compiled", "--runs", "mst", "--steps", "12")
     compiled.remove("--no-compile")
     results = pretrain_gpt.main(compiled)
+    bar = re.split(r"[\r\n]+", capsys.readouterr().err)
+    said = [bool(re.match(r"mst +compiling:.*0/12", line)) for line in bar]
+    stepped = [bool(re.match(r"mst +: .*loss", line)) for line in bar]
+    assert any(said)
+    assert said.index(True) < stepped.index(True)
+    assert not bar[-1].startswith("mst    compiling")
     assert losses(tmp_path / "compiled" / "mst") == pytest.approx(losses(tmp_path / "eager" / "mst"), rel=1e-3)
     assert results[0]["compile_seconds"] > 0
 
