@@ -60,6 +60,9 @@ def test_writes_everything(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for file in ("results.json", "results.md", "loss.png", "density.png", "masks_mst.png", "masks_static.png"):
         assert (tmp_path / file).stat().st_size > 0, file
     assert by_run["mst"]["density"] == 1.0
+    snapshots = torch.load(tmp_path / "mst" / "checkpoint.pt", weights_only=True)["snapshots"]
+    moments = [moment.split(",")[0] for moment in snapshots]  # this schedule has no warm-up
+    assert moments == ["plateau begins", "plateau ends", "restoration", "end"]
     assert by_run["static"]["density"] == pytest.approx(0.2, abs=0.1)
     assert by_run["mst"]["flops_vs_dense"] < 0.8
     assert "loaded into plain transformers" in capsys.readouterr().out
