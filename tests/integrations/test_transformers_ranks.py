@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import assert_same_on_all_ranks, run
-from test_transformers import ACCUMULATED, EAGER, MIXED, STEPS, Reports, Sentences, arguments, history, tiny
+from trainer_cases import ACCUMULATED, EAGER, MIXED, STEPS, Reports, Sentences, arguments, history, tiny
 from training import assert_zero_outside
 from transformers import Trainer
 

@@ -13,7 +13,6 @@ import torch
 from helpers import Blocks, compiled
 from mask_cases import element_masks
 from oracles import assert_reordered
-from test_optimizers import largest_updates
 from torch import Tensor, nn
 from training import batches, loss_of
 
@@ -243,48 +242,6 @@ def test_compiled_calls_equal_eager_ones(name: str) -> None:
             with torch.no_grad():
                 assert_reordered(run(x), model(x), 128)
     assert sparsifier(model).step_count == 8
-
-
-@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "torchao"])
-def test_regrown_weights_start_gently_where_state_is_coded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In codes of 8 bits too, whose scale a group of elements shares."""
-    options = {"lr": 1e-2, "weight_decay": 0.0}
-    if name == "torchao":
-        make = packaged("torchao.optim", "AdamW8bit", block_size=64, **options)
-    else:
-        make = packaged("bitsandbytes.optim", name, min_8bit_size=16, **options)
-    grown, others = largest_updates(make, 8)
-    assert 0.7 * others <= grown <= 1.5 * others
-    monkeypatch.setattr(optimizers, "start_second_moment", lambda *_: None)
-    careless, _ = largest_updates(make, 8)
-    assert careless > 2.5 * others
-
-
-@pytest.mark.parametrize("elements", [256, 1000, 4096])
-def test_codes_are_written_where_they_are_wanted_and_nowhere_else(elements: int) -> None:
-    """Values under a mask are said to a code's width; other groups keep codes and scales, others of a group theirs."""
-    generator = torch.Generator().manual_seed(0)
-    book = torch.cat([torch.zeros(1), torch.logspace(-6, 0, 255)])
-    groups = -(-elements // 256)
-    scales = torch.rand(groups, generator=generator) + 0.5
-    codes = torch.randint(1, 256, (elements,), generator=generator).to(torch.uint8)
-    state = {"state2": codes.clone(), "qmap2": book, "absmax2": scales.clone()}
-    mask = torch.zeros(elements, dtype=torch.bool)
-    mask[3:30] = True
-    for largest in (0.01, 3.0):  # below the scale of the group, and above
-        values = torch.rand(elements, generator=generator) * largest
-        optimizers._write_codes(state, "state2", mask, values)
-        now = book[state["state2"].long()] * state["absmax2"][torch.arange(elements) // 256]
-        half = (float(book[2] / book[1]) - 1) / 2  # of the way from a code to the next, relatively
-        least = float(book[1] * state["absmax2"].max())
-        assert ((now - values)[mask].abs() <= half * values[mask] + least).all()
-        assert torch.equal(state["state2"][256:], codes[256:])
-        assert torch.equal(state["absmax2"][1:], scales[1:])
-        if largest < 0.5:
-            assert torch.equal(state["state2"][~mask], codes[~mask])
-            assert torch.equal(state["absmax2"], scales)
-        before = book[codes.long()] * scales[torch.arange(elements) // 256]
-        assert ((now - before)[~mask].abs() <= half * before[~mask] + least).all()
 
 
 # -- rates -------------------------------------------------------------------------------------------------------------
