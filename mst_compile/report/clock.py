@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 
 import torch
+from torch._dynamo.callback import CallbackArgs, callback_handler
+
+
+@contextlib.contextmanager
+def compilations(begins: Callable[[], None]) -> Iterator[None]:
+    """Within it ``begins`` is called whenever a compilation begins: by Dynamo, of a backward pass when it first runs,
+    or of a variant that the ``mst`` backend has not needed before.
+
+    ``torch._dynamo.reset()`` forgets it, as it forgets all callbacks.
+    """
+
+    def told(_: CallbackArgs) -> None:
+        begins()
+
+    callback_handler.register_start_callback(told)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # forgotten by a reset
+            callback_handler.remove_start_callback(told)
 
 
 class Clock:

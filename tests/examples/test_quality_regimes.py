@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.path import Path as Polygon
+from matplotlib.text import Annotation, Text
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -148,6 +150,27 @@ def test_the_figure_shows_recorded_runs_and_is_always_the_same(tmp_path: Path) -
     drawn = (tmp_path / "one.svg").read_bytes()
     assert drawn == (tmp_path / "two.svg").read_bytes()
     assert all(name in drawn.decode() for name in ("dense-384-match", "static-b64", "start-70", "3 tokens a weight"))
+
+
+def test_no_label_of_the_figure_covers_anything() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    figure = plots.figure_of(*(records.read_csv(folder / name) for name in ("quality.csv", "quality_large.csv")))
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        texts = [child for child in axis.get_children() if isinstance(child, Annotation)]
+        boxes = [Text.get_window_extent(text) for text in texts]
+        frame = axis.get_window_extent()
+        for i, box in enumerate(boxes):
+            assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+            assert not any(box.overlaps(other) for other in boxes[:i])
+            for line in axis.lines:
+                places = line.get_transform().transform(line.get_xydata())
+                assert not any(box.contains(*place) for place in places)
+                if line.get_linestyle() == "-":
+                    assert not Polygon(places).intersects_bbox(box, filled=False)
+        shown = {text.get_text() for text in texts}
+        assert len(shown) == len(texts) == sum(len(line.get_xdata()) for line in axis.lines)
+    plots.plt.close(figure)
 
 
 def test_dense_models_of_equal_time() -> None:
