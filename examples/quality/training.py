@@ -160,7 +160,7 @@ def size_of(config: Config, study: Study) -> tuple[Shape, int]:
     return shape, steps
 
 
-def optimizer_for(model: GPT, study: Study) -> torch.optim.Optimizer:
+def optimizer_for(model: GPT, study: Study, beta2: float) -> torch.optim.Optimizer:
     """AdamW: a group for each hidden matrix, called by its name; the other matrices; the vectors, not decayed."""
     hidden = {name for name, _ in hidden_weights(model)}
     named = dict(model.named_parameters())
@@ -169,7 +169,7 @@ def optimizer_for(model: GPT, study: Study) -> torch.optim.Optimizer:
     groups.append({"params": [p for p in rest if p.dim() == 2], "name": ""})
     groups.append({"params": [p for p in rest if p.dim() < 2], "name": "", "weight_decay": 0.0})
     return torch.optim.AdamW(
-        groups, lr=study.learning_rate, betas=(0.9, 0.95), weight_decay=study.weight_decay, fused=True
+        groups, lr=study.learning_rate, betas=(0.9, beta2), weight_decay=study.weight_decay, fused=True
     )
 
 
@@ -226,7 +226,7 @@ def train(
         sparse = mst_compile.sparsifier(model).weights
     backend = "inductor" if schedule is None or config.block == 1 else "mst"
     compiled = torch.compile(model, backend=backend, dynamic=False) if study.compile else model
-    optimizer, clock, guard = optimizer_for(model, study), Clock(device), Guard(model, config.guard)
+    optimizer, clock, guard = optimizer_for(model, study, config.beta2), Clock(device), Guard(model, config.guard)
     losses, densities, flops = [], [], 0.0
     written, unseen = repeated(text.train, study.unique), validation_batches(text.validation, study)
     checked = {round(steps * (i + 1) / (study.checks + 1)) for i in range(study.checks)}
