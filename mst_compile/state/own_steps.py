@@ -172,11 +172,31 @@ def stepped(
     return kept - lr * rule.direction(averages, factors, gradient, group["eps"])
 
 
-def is_corrected(optimizer: optim.Optimizer, group: Mapping[str, Any], steps: Tensor) -> Tensor:
-    """Whether the corrections of a block's next step still matter, bool ``[n]``, after ``steps`` of its own."""
-    rule = RULES[type(optimizer)]
-    here, far = (rule.factors(s, group) for s in ((steps + 1).double(), torch.tensor([_FAR], dtype=torch.float64)))
-    found = torch.zeros(len(steps), dtype=torch.bool, device="cpu")
-    for factor, limit in zip(here, far, strict=True):
-        found |= (factor - limit).abs() > _SETTLED * limit.abs()
-    return found
+def young_for(optimizer: optim.Optimizer, group: Mapping[str, Any]) -> int:
+    """Steps after which a block's corrections are as good as none, and it is as any other."""
+    beta1, beta2 = group["betas"]
+    return _settled(RULES[type(optimizer)], float(beta1), float(beta2), float(group.get("momentum_decay", 0.0)))
+
+
+@functools.lru_cache(maxsize=32)
+def _settled(rule: Rule, beta1: float, beta2: float, momentum_decay: float) -> int:
+    """The number of the last step whose factors are not those of steps without end up to float32's rounding."""
+    group = {"betas": (beta1, beta2), "momentum_decay": momentum_decay}
+
+    def at(steps: float) -> Sequence[Tensor]:
+        return rule.factors(torch.tensor([steps], dtype=torch.float64, device="cpu"), group)
+
+    limits = at(_FAR)
+
+    def differs(steps: int) -> bool:
+        pairs = zip(at(steps), limits, strict=True)
+        return any(bool((factor - limit).abs() > _SETTLED * limit.abs()) for factor, limit in pairs)
+
+    more = 1
+    while differs(more):
+        more *= 2
+    least = more // 2
+    while more - least > 1:  # least differs (or is 0), more does not
+        middle = (least + more) // 2
+        least, more = (middle, more) if differs(middle) else (least, middle)
+    return least

@@ -107,10 +107,8 @@ def _write(
             new = old + young.spread(share, parameter, grid) * (new - old)
         young.put(parameter, grid, new)
     young.steps += 1
-    stays = young.steps + 1 < length
-    if corrects:
-        stays |= own_steps.is_corrected(optimizer, group, young.steps)
-    return young.where(stays)
+    last = max(length - 1, own_steps.young_for(optimizer, group) if corrects else 0)
+    return young.where(young.steps < last)
 
 
 def _can_correct(optimizer: Optimizer) -> bool:

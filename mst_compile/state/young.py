@@ -10,10 +10,12 @@ from torch import Tensor
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.shards import local_rows
 
+MANY = 0.25  # share of the blocks from which on a pass over all of the weight is cheaper than visiting elements
+
 
 @dataclass(eq=False)
 class Young:
-    """The young blocks of one weight. What it costs grows with their number alone.
+    """The young blocks of one weight. What they cost grows with their number, up to :data:`MANY` of them.
 
     Attributes:
         blocks: int64 ``[n]`` on the CPU, numbers of blocks, row by row, rising.
@@ -65,28 +67,53 @@ class Young:
 
     @torch.no_grad()
     def take(self, tensor: Tensor, grid: BlockGrid) -> Tensor:
-        """The elements of the blocks in ``tensor`` (of the weight's shape), ``[e]``, float32, of float64 float64; of a
-        tensor that FSDP2 has sharded those in this rank's rows."""
+        """The elements of the blocks in ``tensor`` (of the weight's shape), a copy, ``[e]``, float32, of float64
+        float64; of a tensor that FSDP2 has sharded those in this rank's rows. Where there are many blocks, all elements
+        of the tensor."""
         local, first = local_rows(tensor.detach())
+        dtype = torch.promote_types(local.dtype, torch.float32)
+        if self._are_many(grid):
+            return local.to(dtype, copy=True).reshape(-1)
         index, _ = self._places(local, first, grid)
         found = local.view(-1)[index] if local.is_contiguous() else local[index // grid.cols, index % grid.cols]
-        return found if found.dtype == torch.float64 else found.float()
+        return found.to(dtype)
 
     @torch.no_grad()
     def put(self, tensor: Tensor, grid: BlockGrid, values: Tensor) -> None:
-        """Write what :meth:`take` reads, in place."""
+        """Write to the elements of the blocks what :meth:`take` has read, changed; in place."""
         local, first = local_rows(tensor.detach())
+        values = values.to(local.dtype)
+        if self._are_many(grid):
+            blocks = torch.zeros(grid.blocks, dtype=torch.bool, device="cpu").index_fill(0, self.blocks, True)
+            inside = self._of_elements(blocks, local, first, grid)
+            local.copy_(torch.where(inside, values.view_as(inside), local))
+            return
         index, _ = self._places(local, first, grid)
         if local.is_contiguous():
-            local.view(-1)[index] = values.to(local.dtype)
+            local.view(-1)[index] = values
         else:
-            local[index // grid.cols, index % grid.cols] = values.to(local.dtype)
+            local[index // grid.cols, index % grid.cols] = values
 
     def spread(self, of_blocks: Tensor, tensor: Tensor, grid: BlockGrid) -> Tensor:
-        """Give each element what its block has in ``of_blocks``, ``[n]``; as many as :meth:`take` reads."""
+        """Give each element what its block has in ``of_blocks``, ``[n]``; as many as :meth:`take` reads, those of other
+        blocks 1."""
         local, first = local_rows(tensor.detach())
+        of_blocks = of_blocks.to(torch.promote_types(local.dtype, torch.float32))
+        if self._are_many(grid):
+            everywhere = torch.ones(grid.blocks, dtype=of_blocks.dtype, device="cpu").index_copy(
+                0, self.blocks, of_blocks
+            )
+            return self._of_elements(everywhere, local, first, grid).reshape(-1)
         _, owner = self._places(local, first, grid)
-        return of_blocks.to(local.device, torch.promote_types(local.dtype, torch.float32))[owner]
+        return of_blocks.to(local.device)[owner]
+
+    def _are_many(self, grid: BlockGrid) -> bool:
+        return len(self.blocks) > MANY * grid.blocks
+
+    @staticmethod
+    def _of_elements(of_blocks: Tensor, local: Tensor, first: int, grid: BlockGrid) -> Tensor:
+        """What each element of the rows from ``first`` on has of its block, of all blocks ``[R C]``."""
+        return grid.expand(of_blocks.view(grid.shape).to(local.device))[first : first + local.shape[0]]
 
     def _places(self, local: Tensor, first: int, grid: BlockGrid) -> tuple[Tensor, Tensor]:
         """Of each element where it is in the rows from ``first`` on, and which of the young blocks it belongs to."""

@@ -21,7 +21,7 @@ from mst_compile import Constant, MixedSparsity, param_groups, sparsifier, spars
 from mst_compile.errors import CheckpointError, MSTWarning, ScheduleError
 from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.schedule import GradualPruning
-from mst_compile.state import own_steps
+from mst_compile.state import own_steps, young
 
 ROWS, COLS, BLOCK, STEPS = 44, 36, 8, 36  # ragged edges
 Maker = Callable[[Any], torch.optim.Optimizer]
@@ -88,11 +88,14 @@ def gradient_of(model: nn.Linear, step: int) -> Tensor:
     return noise if sparsifier(model).weights["weight"].dense_grad else noise * element_masks(model)["weight"]
 
 
-@pytest.mark.parametrize("warmup", [0, 3, 12])
+@pytest.mark.parametrize(("warmup", "many"), [(0, 2.0), (3, young.MANY), (12, 0.0)])
 @pytest.mark.parametrize("name", OWN)
-def test_a_regrown_block_steps_as_a_parameter_of_its_own(name: str, warmup: int) -> None:
+def test_a_regrown_block_steps_as_a_parameter_of_its_own(
+    name: str, warmup: int, many: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each active block is where an optimizer of its own, made when it grew, puts it: in every step of several lives.
     Noise decides the gradients, so that errors add up and do not grow."""
+    monkeypatch.setattr(young, "MANY", many)  # visited one by one, or in passes over all of the weight
     model = single(often(regrown_warmup=warmup))
     own, optimizer = sparsifier(model), OWN[name](model.parameters())
     # Blocks of the first masks are not regrown and have no warm-up.
@@ -191,6 +194,27 @@ def test_a_warm_up_scales_what_the_optimizer_does(name: str) -> None:
     assert scaled > 1000
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("stored", ["rows", "columns"])
+def test_many_young_blocks_are_written_as_few_are(
+    stored: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, whichever way their elements are found, and in weights that are not contiguous."""
+    found = []
+    for many in (0.0, 2.0):
+        monkeypatch.setattr(young, "MANY", many)
+        model = single(BOTH, dtype=dtype)
+        if stored == "columns":
+            model.weight.data = model.weight.data.t().contiguous().t()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, foreach=False)
+        for step in range(16):
+            model.weight.grad = gradient_of(model, step).to(dtype)
+            optimizer.step()
+        assert model.weight.is_contiguous() == (stored == "rows")
+        found.append(model.weight.detach())
+    assert_same_bits(*found)
+
+
 def test_off_is_as_if_there_was_no_such_option() -> None:
     model = fresh(often())
     plain = fresh(often(regrown="first estimate"))
@@ -244,7 +268,7 @@ RESUMED: dict[str, tuple[Schedule, Maker]] = {
 @pytest.mark.parametrize("way", ["optimizer", "sparsifier", "distributed"])
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_bit_for_bit(name: str, way: str) -> None:
-    """At every step, by the optimizer's state dict, the sparsifier's, or PyTorch's distributed state dicts."""
+    """By the optimizer's state dict, the sparsifier's, or PyTorch's distributed state dicts."""
     schedule, make = RESUMED[name]
     data = list(batches(20))
 
@@ -261,13 +285,13 @@ def test_resumed_bit_for_bit(name: str, way: str) -> None:
         return file.getvalue()
 
     model, optimizer = begin()
-    states, young = [], 0
+    states, seen = [], 0
     for x in data:
         train(model, optimizer, "none", iter([x]))
         states.append(saved(model, optimizer))
-        young += sum(w.young is not None for w in sparsifier(model).weights.values())
-    assert young > 20
-    for step in range(2, 20, 1 if name == "adamw" else 5):
+        seen += sum(w.young is not None for w in sparsifier(model).weights.values())
+    assert seen > 20
+    for step in range(2, 20, 1 if (name, way) == ("adamw", "optimizer") else 6):
         again, other = begin()
         weights, state, own = torch.load(io.BytesIO(states[step - 1]), weights_only=True)
         if way == "distributed":
@@ -516,9 +540,9 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
         {name: numbers - 9},
         {"more": numbers},
     ]
-    for young in bad:
+    for value in bad:
         with pytest.raises(CheckpointError, match="young"):
-            own.load_state_dict({**own.state_dict(), "young": young})
+            own.load_state_dict({**own.state_dict(), "young": value})
     assert all(torch.equal(v, before["young"][n]) for n, v in own.state_dict()["young"].items())
     state = optimizer.state_dict()
     key = next(k for k, entry in state["state"].items() if "mst_young" in entry)
