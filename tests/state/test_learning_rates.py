@@ -201,6 +201,7 @@ def test_a_run_is_the_one_whose_groups_are_set_by_hand(law: Any, by_tensor: bool
     """Bit for bit, gradients, events, scheduler and all."""
     factors = {
         "graphcore": lambda d: math.exp(1.969 * (1 - d) ** 2 + 0.2905 * (1 - d)),
+        "none": lambda d: 1.0,
     }
     by = law if callable(law) else factors.get(law, lambda d: d**-law)
     runs = [fresh(restored()), fresh(restored())]
