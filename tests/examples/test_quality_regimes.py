@@ -18,7 +18,16 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import quality_study
 from quality import model, plots, records, report, training
 from quality.analysis import Results
-from quality.configurations import BUDGET_QUEUE, CONFIGURATIONS, KNOWN, LARGE_QUEUE, ON_BUDGET, ON_GPU, schedule_of
+from quality.configurations import (
+    BUDGET_QUEUE,
+    CONFIGURATIONS,
+    KNOWN,
+    LARGE_QUEUE,
+    ON_BUDGET,
+    ON_GPU,
+    ON_REGROWN,
+    schedule_of,
+)
 from quality.sizes import BUDGET, LARGE, QUICK, REGIMES, Study
 
 import mst_compile
@@ -105,8 +114,17 @@ def test_blocks_on_a_gpu_are_those_asked_for(name: str) -> None:
 
 
 def test_names_are_of_one_configuration_each() -> None:
-    assert len(KNOWN) == len(CONFIGURATIONS) + len(ON_GPU) + len(ON_BUDGET)
+    assert len(KNOWN) == len(CONFIGURATIONS) + len(ON_GPU) + len(ON_BUDGET) + len(ON_REGROWN)
     assert {*LARGE_QUEUE, *BUDGET_QUEUE} <= set(KNOWN)
+
+
+def test_first_steps_of_regrown_blocks_make_a_difference(text: training.Text) -> None:
+    """Each way another run than its base, of as many FLOPs."""
+    names = ("set-b8", "set-b8-own", "set-b8-warm", "set-b8-own-warm", "set-b8-999", "set-b8-999-own-warm")
+    runs = [training.train(KNOWN[name], 0, QUICK, text, stop=12) for name in names]
+    assert len({tuple(run["losses"]) for run in runs}) == len(runs)
+    assert len({run["flops"] for run in runs}) == 1
+    assert {c.name for c in ON_REGROWN if c.kind == "mst"} >= {"mst-b8-own", "mst-b8-warm", "mst-b8-999-own-warm"}
 
 
 @pytest.mark.parametrize("name", ["wide-128-b8", "wide-96-start", "wide-96-60"])
