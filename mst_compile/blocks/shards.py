@@ -191,16 +191,20 @@ def held_parameter(module: nn.Module, attribute: str) -> nn.Parameter | None:
     return None if parameter is None else stored(parameter)  # type: ignore[return-value]
 
 
-def is_flattened(parameter: Tensor) -> bool:
-    """Whether FSDP1 has made this Parameter of others, or a view of such a one."""
+def is_made_of_others(parameter: Tensor) -> bool:
+    """Whether FSDP1 has made this Parameter of others, or a view of such a one, or DistributedDataParallel of the local
+    tensor of a DTensor."""
     base = parameter._base if parameter._is_view() else parameter
-    return getattr(base, "_is_flat_param", False) or getattr(parameter, "_is_flat_param", False)
+    flat = getattr(base, "_is_flat_param", False) or getattr(parameter, "_is_flat_param", False)
+    return flat or hasattr(parameter, _LOCALISED)
 
 
 def _flattened(name: str, what: str) -> ParallelismError:
     return ParallelismError(
-        f"the Parameter {name} that was made sparse is {what}. FSDP1 (FullyShardedDataParallel) flattens Parameters "
-        "and is not supported: use torch.distributed.fsdp.fully_shard. Apply parametrizations before sparsify"
+        f"the Parameter {name} that was made sparse is {what}. FSDP1 (FullyShardedDataParallel) flattens Parameters, "
+        "DistributedDataParallel over tensor parallelism takes them out of their modules, and neither is supported: use "
+        "torch.distributed.fsdp.fully_shard, of a tensor-parallel model on the other dimension of the mesh. Apply "
+        "parametrizations before sparsify"
     )
 
 

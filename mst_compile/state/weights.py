@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.shards import check_placement, held_parameter, is_flattened, is_sharded, parameter_of, stored
+from mst_compile.blocks.shards import check_placement, held_parameter, is_made_of_others, is_sharded, parameter_of, stored
 from mst_compile.errors import WeightError
 from mst_compile.rules.density import layer_densities
 from mst_compile.rules.guard import Guard
@@ -78,11 +78,12 @@ class Weights:
                 )
 
     def check_not_flattened(self, optimizer: Optimizer) -> None:
-        """Raise :class:`ParallelismError` if ``optimizer`` trains Parameters that FSDP1 has made, and weights are gone.
+        """Raise :class:`ParallelismError` if ``optimizer`` trains Parameters that FSDP1 or DistributedDataParallel has
+        made of others, and weights are gone.
 
         Which model they are of cannot be known; no optimizer of another kind is troubled.
         """
-        if any(is_flattened(p) for group in optimizer.param_groups for p in group["params"]):
+        if any(is_made_of_others(p) for group in optimizer.param_groups for p in group["params"]):
             for _ in self.parameters():
                 pass
 
