@@ -46,7 +46,7 @@ def divisions(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, trans
     if len({tensor.device_mesh for tensor in given}) > 1:  # type: ignore[attr-defined]
         return "its tensors are spread over different meshes"
     placements = [tensor.placements for tensor in (x, weight, out)]  # type: ignore[attr-defined]
-    found = [_division(*along, x.dim() - 1, transposed) for along in zip(*placements, strict=True)]
+    found = [_division(a, b, c, x.dim() - 1, transposed) for a, b, c in zip(*placements, strict=True)]
     if None in found:
         one, other, result = (", ".join(map(str, given)) for given in placements)
         return f"its input is laid out as ({one}), its weight as ({other}), its result as ({result})"

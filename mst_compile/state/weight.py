@@ -22,7 +22,15 @@ from mst_compile.blocks.bulk import block_mean_square, zero_all_inactive_, zero_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, new_index, write_index
 from mst_compile.blocks.layout import Part, reaching
-from mst_compile.blocks.shards import check_placement, gathered, holder_of, is_sharded, local_part, part_multiplied, stored
+from mst_compile.blocks.shards import (
+    check_placement,
+    gathered,
+    holder_of,
+    is_sharded,
+    local_part,
+    part_multiplied,
+    stored,
+)
 from mst_compile.lowering import device as devices
 from mst_compile.ops import watching
 from mst_compile.rules.density import active_count

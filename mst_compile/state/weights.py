@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.shards import check_placement, held_parameter, is_made_of_others, is_sharded, parameter_of, stored
+from mst_compile.blocks.shards import (
+    check_placement,
+    held_parameter,
+    is_made_of_others,
+    is_sharded,
+    parameter_of,
+    stored,
+)
 from mst_compile.errors import WeightError
 from mst_compile.rules.density import layer_densities
 from mst_compile.rules.guard import Guard

@@ -65,10 +65,10 @@ def test_partial_sums_are_whole() -> None:
     assert part_of((6, 4), [Partial(), Shard(1)], [2, 2], [1, 1]) == Part(0, 2, 6, 2)
 
 
-@given(
-    rows=st.integers(1, 40), cols=st.integers(1, 40), block=st.sampled_from([1, 2, 4, 8, 16]), data=st.data()
-)
-def test_reaching_blocks_are_those_with_an_active_element(rows: int, cols: int, block: int, data: st.DataObject) -> None:
+@given(rows=st.integers(1, 40), cols=st.integers(1, 40), block=st.sampled_from([1, 2, 4, 8, 16]), data=st.data())
+def test_reaching_blocks_are_those_with_an_active_element(
+    rows: int, cols: int, block: int, data: st.DataObject
+) -> None:
     row, col = data.draw(st.integers(0, rows)), data.draw(st.integers(0, cols))
     part = Part(row, col, data.draw(st.integers(0, rows - row)), data.draw(st.integers(0, cols - col)))
     mask = data.draw(block_masks(-(-rows // block), -(-cols // block)))
