@@ -202,16 +202,15 @@ def is_made_of_others(parameter: Tensor) -> bool:
 def _flattened(name: str, what: str) -> ParallelismError:
     return ParallelismError(
         f"the Parameter {name} that was made sparse is {what}. FSDP1 (FullyShardedDataParallel) flattens Parameters, "
-        "DistributedDataParallel over tensor parallelism takes them out of their modules, and neither is supported: use "
+        "DistributedDataParallel over tensor parallelism takes them out of their modules, neither is supported. Use "
         "torch.distributed.fsdp.fully_shard, of a tensor-parallel model on the other dimension of the mesh. Apply "
         "parametrizations before sparsify"
     )
 
 
 def unsharded(parameter: Tensor) -> Tensor | None:
-    """The copy that FSDP2 has gathered of a sharded ``parameter``, if it is in use now: changes of ``parameter`` must be
-    made in it too, because it is gathered anew only after it has been freed. (Over tensor parallelism it is itself a
-    DTensor.)"""
+    """The copy that FSDP2 has gathered of a sharded ``parameter``, if it is in use now (over tensor parallelism it is
+    itself a DTensor): changes of ``parameter`` must be made in it too, as it is gathered anew only once it was freed."""
     if not is_sharded(parameter):
         return None
     holder = holder_of(parameter)

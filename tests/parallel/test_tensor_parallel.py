@@ -120,7 +120,7 @@ def is_one_process() -> None:
         )
         assert_same_run(model, alone, 1)
         optimizers = [torch.optim.AdamW(m.parameters(), 0.01) for m in (alone, model)]
-        for step, (x, y) in enumerate(batches(40), 1):
+        for step, (x, y) in enumerate(batches(17), 1):
             losses = [mse(m(x), y) for m in (alone, model)]
             for loss, optimizer in zip(losses, optimizers, strict=True):
                 loss.backward()
@@ -135,16 +135,20 @@ def is_one_process() -> None:
 
 def compiles() -> None:
     """Every rank multiplies its own part by sparse products, forward and backward."""
-    ranks = dist.get_world_size()
-    cases = [("aot_eager", True, SCHEDULES[0]), ("inductor", False, SCHEDULES[0])]
-    for inner, before, schedule in cases if ranks == 2 else cases[:1]:
+    schedule = SCHEDULES[0]
+    cases = [("aot_eager", True), ("inductor", False)]
+    for inner, before in cases if dist.get_world_size() == 2 else cases[:1]:
         torch._dynamo.reset()
         alone = sparsify(net(torch.float32), schedule)
         model = net(torch.float32)
         model = tensor_parallel(sparsify(model, schedule)) if before else sparsify(tensor_parallel(model), schedule)
-        fast = always_sparse(model, inner)
+        if inner == "inductor":  # half of the model, as it takes long
+            fast, seen = model, "first"
+            model.first.compile(backend="mst", options={"mst.dense_threshold": 1.0})
+        else:
+            fast, seen = always_sparse(model, inner), ""
         optimizers = [torch.optim.AdamW(m.parameters(), 0.01) for m in (alone, model)]
-        for step, (x, y) in enumerate(batches(12, torch.float32)):
+        for step, (x, y) in enumerate(batches(6, torch.float32)):
             losses = [mse(alone(x), y), mse(fast(x), y)]
             for loss, optimizer in zip(losses, optimizers, strict=True):
                 loss.backward()
@@ -153,14 +157,13 @@ def compiles() -> None:
             assert_zero_outside(model, optimizers[1])
             for optimizer in optimizers:
                 optimizer.zero_grad()
-        for name, weight in sparsifier(model).weights.items():
-            empty = name == "head.weight" and dist.get_rank() == 3
-            assert weight.uses.served != empty, (inner, name, weight.uses)
+        own = list(sparsifier(model).parameters())
+        here = {weight.name for weight, p in own if p.to_local().numel() and weight.name.startswith(seen)}
+        assert {weight.name for weight, _ in own if weight.uses.served} == here, inner
         x, y = next(batches(1, torch.float32))
-        here = {weight.name for weight, p in sparsifier(model).parameters() if p.to_local().numel()}
         multiplied = products(lambda x=x, y=y, fast=fast: mse(fast(x), y).backward())
-        assert multiplied["mst::linear"] == multiplied["mst::linear_grad_weight"] == here, inner
-        assert multiplied["mst::linear_grad_input"] == here, inner
+        for operator in ("mst::linear", "mst::linear_grad_weight", "mst::linear_grad_input"):
+            assert multiplied[operator] == here, (inner, operator)
 
 
 def under_fsdp() -> None:
@@ -181,7 +184,7 @@ def under_fsdp() -> None:
             for block in (model.first, model.second):
                 block.compile(backend="mst", options={"mst.inner": inner, "mst.dense_threshold": 1.0})
         optimizers = [torch.optim.AdamW(m.parameters(), 0.01) for m in (alone, model)]
-        for x, y in batches(20 if inner is None else 8, dtype):
+        for x, y in batches(12 if inner is None else 4, dtype):
             part = mesh["dp"].get_local_rank()
             mse(alone(x), y).backward()
             mse(model(x.chunk(2)[part]), y.chunk(2)[part]).backward()
@@ -307,7 +310,7 @@ def saves() -> None:
     parts = dict(zip(("model", "optimizer"), dsd.get_state_dict(model, optimizer), strict=True))
     dcp.save(parts, checkpoint_id=Path(os.environ[FOLDER], "dcp"))
     now = sparsifier(model).masks
-    train(model, optimizer, range(7, 20))
+    train(model, optimizer, range(7, 12))
     expected = {"now": now, "then": sparsifier(model).masks, "weights": [whole(p) for p in model.parameters()]}
     if dist.get_rank() == 0:
         torch.save(expected, Path(os.environ[FOLDER], "expected.pt"))
@@ -333,7 +336,7 @@ def resumes_elsewhere() -> None:
         own = sparsifier(model)
         assert (own.step_count, own.seed) == (7, 0)
         assert all(torch.equal(mask, expected["now"][n]) for n, mask in own.masks.items())
-        train(model, optimizer, range(7, 20), mesh)
+        train(model, optimizer, range(7, 12), mesh)
         check_ranks(model)
         assert all(torch.equal(mask, expected["then"][n]) for n, mask in own.masks.items())
         for p, q in zip(model.parameters(), expected["weights"], strict=True):
