@@ -209,8 +209,8 @@ def _flattened(name: str, what: str) -> ParallelismError:
 
 
 def unsharded(parameter: Tensor) -> Tensor | None:
-    """The copy that FSDP2 has gathered of a sharded ``parameter``, if it is in use now (over tensor parallelism it is
-    itself a DTensor): changes of ``parameter`` must be made in it too, as it is gathered anew only once it was freed."""
+    """The copy that FSDP2 has gathered of a sharded ``parameter``, if it is in use now; over tensor parallelism it is
+    itself a DTensor. Changes of ``parameter`` must be made in it too: it is gathered anew only after it was freed."""
     if not is_sharded(parameter):
         return None
     holder = holder_of(parameter)
