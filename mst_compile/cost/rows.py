@@ -71,7 +71,7 @@ def _row(part: Part, name: str, weight: SparseWeight, parameter: nn.Parameter) -
         kernel, exception = "dense", True
         status += "; values stand outside the active blocks: dense products until an optimizer steps"
     if weight.cuts_blocks:
-        status += f"; this rank's part begins within blocks of {weight.grid.block}, so products take all they reach into"
+        status += f"; this rank's part begins within blocks of {weight.grid.block}: products take more than is active"
     status += f"; {weight.note}" if weight.note else ""
     status += "; tied" if weight.tied else ""
     grid = weight.grid
