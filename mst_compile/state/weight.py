@@ -432,7 +432,11 @@ watching.finders.append(_name_of_index)
 
 
 def carry(old: Tensor, new: Tensor) -> None:
-    """Let a Parameter that takes another's place, as FSDP2's do, have the other's sparse state, also if it has none."""
+    """Let a Parameter that takes another's place, as FSDP2's do, have the other's sparse state, also if it has none.
+
+    Raises:
+        ParallelismError: it is spread over ranks in a way that is not served.
+    """
     weight = of(old)
     if weight is of(new):
         return

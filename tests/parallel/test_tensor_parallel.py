@@ -184,7 +184,7 @@ def under_fsdp() -> None:
             for block in (model.first, model.second):
                 block.compile(backend="mst", options={"mst.inner": inner, "mst.dense_threshold": 1.0})
         optimizers = [torch.optim.AdamW(m.parameters(), 0.01) for m in (alone, model)]
-        for x, y in batches(12 if inner is None else 4, dtype):
+        for x, y in batches(12 if inner is None else 2, dtype):
             part = mesh["dp"].get_local_rank()
             mse(alone(x), y).backward()
             mse(model(x.chunk(2)[part]), y.chunk(2)[part]).backward()
@@ -255,7 +255,7 @@ def other_layers() -> None:
         assert "embedding.weight" in sparsifier(model).weights
         fast = model if inner is None else always_sparse(model, inner)
         optimizers = [torch.optim.AdamW(m.parameters(), 0.01, foreach=False) for m in (alone, model)]
-        for step in range(10):
+        for step in range(7):
             tokens = torch.randint(37, (3, length), generator=torch.Generator().manual_seed(step))
             for m, optimizer in zip((alone, fast), optimizers, strict=True):
                 nn.functional.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten()).backward()
