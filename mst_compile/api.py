@@ -14,6 +14,7 @@ from mst_compile.errors import AlreadySparseError, SelectionError
 from mst_compile.parallel import (
     first_step,  # noqa: F401  (compares ranks)
     fsdp,
+    tensor,  # noqa: F401  (follows tensor parallelism)
 )
 from mst_compile.rules.checks import check_choice, check_flag, check_model, check_seed
 from mst_compile.rules.guard import GUARDS, Guard
@@ -90,8 +91,8 @@ def sparsify(
         ``model`` itself.
 
     Raises:
-        ScheduleError, BlockSizeError, SelectionError, WeightError, MaskError, AlreadySparseError, ArgumentError: see
-            the message; the model is unchanged.
+        ScheduleError, BlockSizeError, SelectionError, WeightError, MaskError, AlreadySparseError, ArgumentError,
+            ParallelismError: see the message; the model is unchanged.
     """
     check_model("sparsify", model)
     schedule = as_schedule(schedule)

@@ -64,7 +64,8 @@ class OptimizerError(MSTError, RuntimeError):
 
 
 class ParallelismError(MSTError, RuntimeError):
-    """A weight is distributed over ranks in a way that sparse training does not support, like tensor parallelism."""
+    """A weight is distributed over ranks in a way that sparse training does not support, as FSDP1's; the message names
+    those that it does."""
 
 
 class RankMismatchError(MSTError, RuntimeError):

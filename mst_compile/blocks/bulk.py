@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import read_mask
+from mst_compile.blocks.layout import Part
 from mst_compile.blocks.memory import is_plain
-from mst_compile.blocks.shards import is_sharded, local_rows, sum_over_shards, unsharded
+from mst_compile.blocks.shards import is_sharded, local_part, sum_over_shards, unsharded
 
 
 class Kernels(Protocol):
@@ -48,7 +49,7 @@ def _native(tensor: Tensor, grid: BlockGrid, *more: Tensor) -> Kernels | None:
 def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor | None) -> None:
     """Set every element of ``tensor`` (``[rows, cols]``, any dtype) outside the active blocks to 0, in place.
 
-    Of a tensor that FSDP2 has sharded, every rank zeroes its own rows.
+    Of a tensor that is spread over ranks, every rank zeroes its own part.
 
     Args:
         mask: bool ``[R, C]``, the active blocks.
@@ -73,7 +74,7 @@ def zero_all_inactive_(whole: Sequence[tuple[Tensor, BlockGrid, Tensor, Tensor |
             # On a GPU the index already holds the mask: copying the host's would wait for the device.
             here = index is not None and grid.tiled and index.device == tensor.device
             blocks = read_mask(index, grid) if here else mask.to(tensor.device)  # type: ignore[arg-type]
-            _fill_(tensor, 0, grid, ~blocks)
+            _fill_(tensor, Part(0, 0, grid.rows, grid.cols), grid.block, ~blocks)
     for device, items in taken.items():
         tensors, indexes, grids = zip(*items, strict=True)
         _kernels[device.type].zero_inactive_(tensors, indexes, grids)
@@ -83,20 +84,26 @@ def zero_all_inactive_(whole: Sequence[tuple[Tensor, BlockGrid, Tensor, Tensor |
 
 
 def _zero_sharded_(tensor: Tensor, grid: BlockGrid, blocks: Tensor) -> None:
-    """Zero ``blocks`` in this rank's rows, and in the whole copy of the weight if FSDP2 has one in use."""
-    local, first = local_rows(tensor)
-    _fill_(local, first, grid, blocks.to(local.device))
-    copy = unsharded(tensor)
-    if copy is not None:
-        _fill_(copy, 0, grid, blocks.to(copy.device))
+    """Zero ``blocks`` in this rank's part, and in the copy of the weight that FSDP2 has gathered if it is in use."""
+    for one in (tensor, unsharded(tensor)):
+        if one is not None:
+            local, part = local_part(one)
+            _fill_(local, part, grid.block, blocks.to(local.device))
 
 
-def _fill_(rows: Tensor, first: int, grid: BlockGrid, blocks: Tensor) -> None:
-    """Zero ``blocks`` (bool ``[R, C]``) in ``rows``, the rows of a weight from ``first`` on."""
-    for r, block_rows, height in _parts(first, rows.shape[0], grid.block):
-        for c, block_cols, width in _parts(0, grid.cols, grid.block):
-            inside = rows[r, c].unflatten(1, (-1, width)).unflatten(0, (-1, height))
-            inside.masked_fill_(blocks[block_rows, block_cols][:, None, :, None], 0)
+def _fill_(local: Tensor, part: Part, block: int, blocks: Tensor) -> None:
+    """Zero ``blocks`` (bool ``[R, C]``, of the whole weight) in ``local``, a part of a weight."""
+    for r, c, of_blocks, size in _pieces(part, block):
+        inside = local[r, c].unflatten(1, (-1, size[1])).unflatten(0, (-1, size[0]))
+        inside.masked_fill_(blocks[of_blocks][:, None, :, None], 0)
+
+
+def _pieces(part: Part, block: int) -> Iterator[tuple[slice, slice, tuple[slice, slice], tuple[int, int]]]:
+    """Cut a part where whole blocks begin and end; yields, for each piece, its rows and columns in the part, the blocks
+    that it lies in, and how many rows and columns of each of them it has."""
+    for r, block_rows, height in _parts(part.row, part.rows, block):
+        for c, block_cols, width in _parts(part.col, part.cols, block):
+            yield r, c, (block_rows, block_cols), (height, width)
 
 
 def _parts(first: int, length: int, block: int) -> Iterator[tuple[slice, slice, int]]:
@@ -117,7 +124,7 @@ def _parts(first: int, length: int, block: int) -> Iterator[tuple[slice, slice, 
 def zero_blocks_(tensor: Tensor, grid: BlockGrid, blocks: Tensor) -> None:
     """Set the given ``blocks`` (bool ``[R, C]``) of ``tensor`` to 0, in place; cheap where they are few.
 
-    Of a tensor that FSDP2 has sharded, every rank zeroes its own rows.
+    Of a tensor that is spread over ranks, every rank zeroes its own part.
     """
     if is_sharded(tensor):
         _zero_sharded_(tensor, grid, blocks)
@@ -145,8 +152,8 @@ def elements_of(grid: BlockGrid, rows: Tensor, cols: Tensor) -> tuple[Tensor, Te
 def block_mean_square(tensor: Tensor, grid: BlockGrid) -> Tensor:
     """Mean square of each block of ``tensor`` (``[rows, cols]``): float32 ``[R, C]`` on the CPU.
 
-    Of a tensor that FSDP2 has sharded, every rank gets the scores of the whole tensor, bit for bit the same; all must
-    call it.
+    Of a tensor that is spread over ranks, every rank gets the scores of the whole tensor, bit for bit the same; all
+    must call it.
     """
     native = None if is_sharded(tensor) or grid.block == 1 else _native(tensor, grid)
     sums = None if native is None else native.sum_of_squares(tensor.detach(), grid)
@@ -173,12 +180,11 @@ def _block_mean(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Te
 
 def _sums_of_shards(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum over each block of what is measured, float64 ``[R, C]``: a block may be spread over several ranks."""
-    local, first = local_rows(tensor)
+    local, part = local_part(tensor)
     sums = torch.zeros(grid.shape, dtype=torch.float64, device=local.device)
-    for r, block_rows, height in _parts(first, local.shape[0], grid.block):
-        for c, block_cols, width in _parts(0, grid.cols, grid.block):
-            inside = measure_(local[r, c].to(torch.float64, copy=True))
-            sums[block_rows, block_cols] = inside.unflatten(1, (-1, width)).unflatten(0, (-1, height)).sum((1, 3))
+    for r, c, of_blocks, size in _pieces(part, grid.block):
+        inside = measure_(local[r, c].to(torch.float64, copy=True))
+        sums[of_blocks] = inside.unflatten(1, (-1, size[1])).unflatten(0, (-1, size[0])).sum((1, 3))
     return sum_over_shards(sums, tensor)
 
 
@@ -186,15 +192,16 @@ def _sums_of_shards(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor]
 def sample_of(tensor: Tensor, side: int) -> Tensor:
     """Elements of up to ``side`` rows and columns of ``tensor`` (``[rows, cols]``), evenly spaced: float64 on the CPU.
 
-    Of a tensor that FSDP2 has sharded, every rank gets the same; all must call it.
+    Of a tensor that is spread over ranks, every rank gets the same; all must call it.
     """
-    local, first = local_rows(tensor)
-    rows, cols = tensor.shape
-    step = -(-rows // side)
-    found = torch.zeros(-(-rows // step), -(-cols // -(-cols // side)), dtype=torch.float64, device="cpu")
-    begin = -(-first // step)  # of the sampled rows, the first that is here
-    here = local[begin * step - first :: step, :: -(-cols // side)]
-    found[begin : begin + here.shape[0]] = here.cpu()
+    local, part = local_part(tensor)
+    steps = [-(-length // side) for length in tensor.shape]
+    sides = [-(-length // step) for length, step in zip(tensor.shape, steps, strict=True)]
+    found = torch.zeros(sides, dtype=torch.float64, device="cpu")
+    # Of the sampled rows and columns, the first that are here.
+    first = [-(-start // step) for start, step in zip((part.row, part.col), steps, strict=True)]
+    here = local[first[0] * steps[0] - part.row :: steps[0], first[1] * steps[1] - part.col :: steps[1]]
+    found[first[0] : first[0] + here.shape[0], first[1] : first[1] + here.shape[1]] = here.cpu()
     return sum_over_shards(found, tensor).cpu()
 
 

@@ -1,8 +1,9 @@
-"""Weights that are spread over ranks: which rows of one live here, and where its other forms are.
+"""Weights that are spread over ranks: which part of one lives here, and where its other forms are.
 
-``torch.distributed.fsdp.fully_shard`` stores each Parameter as a DTensor that holds some rows on every rank (row
-shards may cut through blocks and may be empty), and puts a whole, "unsharded" Parameter in its place while the module
-runs. Masks and index are those of the whole weight, the same on every rank. Who shards a Parameter tells by
+Tensor parallelism makes a Parameter a DTensor that holds some rows or columns on every rank, and multiplies those.
+``torch.distributed.fsdp.fully_shard`` stores each Parameter, of either kind, as a DTensor that holds some rows of it,
+and puts what it was before, gathered, in its place while the module runs. Parts may cut through blocks and may be
+empty. Masks are those of the whole weight, the same on every rank. Who keeps a Parameter in two forms tells by
 :func:`remember`; nothing here knows FSDP2.
 """
 
@@ -15,15 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mst_compile.blocks.layout import Part, part_of
 from mst_compile.errors import ParallelismError
 
 if TYPE_CHECKING or torch.distributed.is_available():
     import torch.distributed as dist
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     _AVAILABLE = True
 else:  # a build of PyTorch without torch.distributed
     _AVAILABLE = False
+
+
+SERVED = (
+    "Sparse weights may be DTensors that are Shard(0), Shard(1) or Replicate() on each dimension of their mesh, cut as "
+    "torch.chunk cuts: ColwiseParallel and RowwiseParallel of parallelize_module, distribute_tensor with such "
+    "placements, and fully_shard, alone or over these"
+)
+_LOCALISED = "_st_info"  # on what torch.distributed.tensor.parallel.ddp makes of DTensors
 
 
 class Holder(Protocol):
@@ -35,7 +46,7 @@ class Holder(Protocol):
 
     @property
     def whole(self) -> Tensor | None:
-        """The whole copy of it, if it is in use now."""
+        """The copy of it that was gathered, if that is in use now."""
 
 
 # Sharded and unsharded Parameters -> a weak reference to what holds both. Weak, because that keeps the key alive.
@@ -57,68 +68,94 @@ def holder_of(parameter: Tensor) -> Holder | None:
 
 
 def is_sharded(tensor: object) -> bool:
-    """Whether ``tensor`` is a DTensor."""
+    """Whether ``tensor`` is a DTensor, of whatever layout."""
     return _AVAILABLE and isinstance(tensor, DTensor)
 
 
 @torch.no_grad()
-def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
-    """The rows of ``tensor`` that this rank holds.
+def local_part(tensor: Tensor) -> tuple[Tensor, Part]:
+    """What this rank holds of ``tensor``.
 
     Args:
-        tensor: ``[rows, cols]``, any dtype; a DTensor that is sharded on dimension 0 by at most one dimension of its
-            mesh, as FSDP2's are, or an ordinary tensor.
+        tensor: ``[rows, cols]``, any dtype; an ordinary tensor, or a DTensor that leaves every rank one rectangle.
+            Partial sums, as gradients may be, count as whole along their dimension of the mesh.
 
     Returns:
-        The local tensor, ``[n, cols]`` with ``n >= 0``, sharing storage; and the row of ``tensor`` that it begins at.
+        The local tensor, ``[part.rows, part.cols]``, sharing storage; and which part of ``tensor`` it is.
 
     Raises:
         ParallelismError: the DTensor is laid out in another way.
     """
     if not is_sharded(tensor):
-        return tensor, 0
+        return tensor, Part(0, 0, *tensor.shape)
     assert isinstance(tensor, DTensor)
-    dim = _shard_dim(tensor)
-    if dim is None:
-        raise ParallelismError(f"expected a tensor whose rows are sharded by FSDP2, got placements {tensor.placements}")
+    part = _part(tensor)
     local = tensor.to_local()
-    if dim < 0:
-        return local, 0
-    # Shards are made as torch.chunk makes them: of equal height, the last ones shorter or empty.
-    rows, mesh = tensor.shape[0], tensor.device_mesh
-    height = -(-rows // mesh.size(dim))
-    return local, min(mesh.get_local_rank(dim) * height, rows)
+    if isinstance(local, AsyncCollectiveTensor):
+        local = local.wait()
+    if part is None or tuple(local.shape) != (part.rows, part.cols):
+        raise ParallelismError(f"a tensor of shape {tuple(tensor.shape)} has {_layout(tensor)}. {SERVED}")
+    return local, part
 
 
-def _shard_dim(tensor: DTensor) -> int | None:
-    """The mesh dimension that shards the rows of ``tensor``; -1 if it is whole on every rank, None if neither."""
-    found = -1
-    for dim, placement in enumerate(tensor.placements):
-        # Subclasses of Shard interleave rows: they come from FSDP2 over tensor parallelism.
-        if type(placement) is Shard and placement.dim == 0 and found < 0:
-            found = dim
-        elif not isinstance(placement, Replicate):
-            return None
-    return found
+def _part(tensor: DTensor) -> Part | None:
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    return None if coordinate is None else part_of(tensor.shape, tensor.placements, mesh.shape, coordinate)
+
+
+def _layout(tensor: DTensor) -> str:
+    return f"placements {tuple(tensor.placements)} on {tensor.device_mesh}, {tuple(tensor.to_local().shape)} of it here"
 
 
 def sum_over_shards(part: Tensor, tensor: Tensor) -> Tensor:
-    """Add up ``part``, computed from the local rows of ``tensor``, over the ranks that hold the other rows.
+    """Add up ``part``, computed from this rank's part of ``tensor``, over the ranks that hold the other parts.
 
-    Every rank that holds a shard must call it; all get the same sum (``torch.distributed.all_reduce``), in which NaN
-    and inf of any rank appear. Ordinary tensors: ``part`` itself.
+    Every rank that holds a part must call it; all get the same sum (``torch.distributed.all_reduce``), in which NaN
+    and inf of any rank appear. Partial sums are added up as well. Ordinary tensors: ``part`` itself.
     """
     if not is_sharded(tensor):
         return part
     assert isinstance(tensor, DTensor)
-    dim = _shard_dim(tensor)
-    assert dim is not None
-    if dim < 0:
-        return part
     mesh = tensor.device_mesh
-    part = part.to(mesh.device_type)  # shards that are offloaded to the host are summed where the group can
-    dist.all_reduce(part, group=mesh.get_group(dim))
+    for dim, placement in enumerate(tensor.placements):
+        if not isinstance(placement, Replicate):
+            part = part.to(mesh.device_type)  # parts that are offloaded to the host are summed where the group can
+            dist.all_reduce(part, group=mesh.get_group(dim))
     return part
+
+
+@torch.no_grad()
+def any_nonzero(tensor: Tensor) -> bool:
+    """Whether an element of ``tensor``, of any shape, is not 0; all ranks must ask, and get the same answer."""
+    local = tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return bool(sum_over_shards(local.abs().sum(), tensor))
+
+
+def lay_out_gradient(parameter: Tensor) -> None:
+    """Let the gradient of a DTensor be laid out as the Parameter is: that of a Parameter that is whole on ranks with
+    different inputs arrives as partial sums. All ranks must call it."""
+    gradient = parameter.grad
+    if is_sharded(gradient) and is_sharded(parameter) and gradient.placements != parameter.placements:  # type: ignore[union-attr, attr-defined]
+        parameter.grad = gradient.redistribute(placements=parameter.placements)  # type: ignore[union-attr, attr-defined]
+
+
+def gathered(parameter: Tensor) -> bool:
+    """Whether ``parameter`` is what FSDP2 has gathered and puts into modules, and not what optimizers know."""
+    holder = holder_of(parameter)
+    return holder is not None and holder.sharded is not parameter
+
+
+def part_multiplied(parameter: Tensor) -> Part | None:
+    """The part of a weight that products multiply on this rank; None if it is whole there.
+
+    Args:
+        parameter: as modules hold it while they run.
+    """
+    if not is_sharded(parameter):
+        return None
+    part = local_part(parameter)[1]
+    return None if (part.rows, part.cols) == tuple(parameter.shape) else part
 
 
 def stored(parameter: Tensor) -> Tensor:
@@ -154,22 +191,26 @@ def held_parameter(module: nn.Module, attribute: str) -> nn.Parameter | None:
     return None if parameter is None else stored(parameter)  # type: ignore[return-value]
 
 
-def is_flattened(parameter: Tensor) -> bool:
-    """Whether FSDP1 has made this Parameter of others, or a view of such a one."""
+def is_made_of_others(parameter: Tensor) -> bool:
+    """Whether FSDP1 has made this Parameter of others, or a view of such a one, or DistributedDataParallel of the local
+    tensor of a DTensor."""
     base = parameter._base if parameter._is_view() else parameter
-    return getattr(base, "_is_flat_param", False) or getattr(parameter, "_is_flat_param", False)
+    flat = getattr(base, "_is_flat_param", False) or getattr(parameter, "_is_flat_param", False)
+    return flat or hasattr(parameter, _LOCALISED)
 
 
 def _flattened(name: str, what: str) -> ParallelismError:
     return ParallelismError(
-        f"the Parameter {name} that was made sparse is {what}. FSDP1 (FullyShardedDataParallel) flattens Parameters "
-        "and is not supported: use torch.distributed.fsdp.fully_shard. Apply parametrizations before sparsify"
+        f"the Parameter {name} that was made sparse is {what}. FSDP1 (FullyShardedDataParallel) flattens Parameters, "
+        "DistributedDataParallel over tensor parallelism takes them out of their modules, neither is supported. Use "
+        "torch.distributed.fsdp.fully_shard, of a tensor-parallel model on the other dimension of the mesh. Apply "
+        "parametrizations before sparsify"
     )
 
 
 def unsharded(parameter: Tensor) -> Tensor | None:
-    """The whole copy that FSDP2 has gathered of a sharded ``parameter``, if it is in use now: changes of ``parameter``
-    must be made in it too, because it is gathered anew only after it has been freed."""
+    """The copy that FSDP2 has gathered of a sharded ``parameter``, if it is in use now; over tensor parallelism it is
+    itself a DTensor. Changes of ``parameter`` must be made in it too: it is gathered anew only after it was freed."""
     if not is_sharded(parameter):
         return None
     holder = holder_of(parameter)
@@ -177,30 +218,28 @@ def unsharded(parameter: Tensor) -> Tensor | None:
 
 
 def check_placement(name: str, parameter: Tensor) -> None:
-    """Raise :class:`ParallelismError` unless ``parameter`` can be trained sparse: it is an ordinary tensor, or sharded
-    by FSDP2 on dimension 0 (a replicated second mesh dimension, HSDP, included).
+    """Raise :class:`ParallelismError` unless ``parameter`` can be trained sparse: it is an ordinary tensor, or a
+    DTensor of which every rank holds one rectangle.
 
     Args:
         name: of the weight, for the message.
         parameter: of any dtype, ``[rows, cols]``.
     """
+    if hasattr(parameter, _LOCALISED):
+        raise ParallelismError(
+            f"the tensor-parallel Parameter {name} is a local tensor of {tuple(parameter.shape)} now, as "
+            "DistributedDataParallel with a device mesh makes them. For data parallelism over tensor parallelism call "
+            "fully_shard on the other dimension of the mesh"
+        )
     if parameter.dim() != 2:
         raise _flattened(name, f"of shape {tuple(parameter.shape)} now")
     if not is_sharded(parameter):
         return
     assert isinstance(parameter, DTensor)
-    ours = holder_of(parameter) is not None
-    if ours and _shard_dim(parameter) is not None:
-        return
-    layout = f"{name} is a DTensor with placements {tuple(parameter.placements)} on {parameter.device_mesh}"
-    if ours:
+    part = _part(parameter)
+    partial = any(placement.is_partial() for placement in parameter.placements)
+    if partial or part is None or tuple(parameter.to_local().shape) != (part.rows, part.cols):
         raise ParallelismError(
-            f"{layout}: of fully_shard's layouts only Shard(0), with or without replication, is supported for sparse "
-            "weights. Call fully_shard without shard_placement_fn and on no tensor-parallel weight, or leave the "
+            f"{name} is a DTensor of shape {tuple(parameter.shape)} with {_layout(parameter)}. {SERVED}, or leave the "
             "weight out with sparsify(..., exclude=...)"
         )
-    raise ParallelismError(
-        f"{layout}, which torch.distributed.fsdp.fully_shard did not make. Tensor parallelism (parallelize_module, "
-        "distribute_tensor) of sparse weights is not supported: shard the model with fully_shard or train it with "
-        "DistributedDataParallel, or leave the weight out with sparsify(..., exclude=...)"
-    )

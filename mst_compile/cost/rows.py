@@ -70,6 +70,8 @@ def _row(part: Part, name: str, weight: SparseWeight, parameter: nn.Parameter) -
     if weight.index is not None and not (parameter.is_meta or is_sharded(parameter) or weight.look(parameter)):
         kernel, exception = "dense", True
         status += "; values stand outside the active blocks: dense products until an optimizer steps"
+    if weight.cuts_blocks:
+        status += f"; this rank's part begins within blocks of {weight.grid.block}: products take more than is active"
     status += f"; {weight.note}" if weight.note else ""
     status += "; tied" if weight.tied else ""
     grid = weight.grid

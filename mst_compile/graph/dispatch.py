@@ -130,7 +130,7 @@ class Dispatch:
         for i in self._positions:
             weight = getattr(args[i], "_mst_weight", None)
             if weight is not None and not isinstance(args[i], FakeTensor):
-                found |= not weight.look(args[i])
+                found |= not weight.look_here(args[i])
         return found
 
     def _hold_zeros(self, args: Sequence[Any]) -> bool:

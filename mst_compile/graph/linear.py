@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_compile.blocks.shards import is_sharded
+from mst_compile.graph import spread
 from mst_compile.graph.context import Context, Product
 from mst_compile.graph.fx import (
     CHECKPOINT,
@@ -127,18 +129,25 @@ class _Rewrite:
         key = self._keys.get(region.origin(base))
         if key is None:
             return
-        reason = self._why_not(node, found, way, self._context.weights[key])
+        transposed = found.rows_are_out == flipped
+        reason = self._why_not(node, found, way, self._context.weights[key], transposed)
         if reason is not None:
             self._context.unmatched.setdefault(key, []).append(reason)
             return
         index = region.receive(self._index(region, key))
-        self._replace(node, found, base, index, key, found.rows_are_out == flipped)
+        self._replace(node, found, base, index, key, transposed)
         self._context.matched.setdefault(key, []).append(node.meta.get("stack_trace") or "")
 
-    def _why_not(self, node: fx.Node, found: Match, way: list[Any], weight: SparseWeight) -> str | None:
+    def _why_not(
+        self, node: fx.Node, found: Match, way: list[Any], weight: SparseWeight, transposed: bool
+    ) -> str | None:
         out, x, w = value(node), value(found.x), value(way[0])
         if not all(isinstance(v, torch.Tensor) for v in (out, x, w)):
             return f"{describe(node)}: its tensors are unknown"
+        if is_sharded(out) or is_sharded(w):
+            divided = spread.divisions(x, w, _bias(found), out, transposed)
+            if isinstance(divided, str):
+                return f"{describe(node)}: {divided}"
         dtypes = [value(n).dtype for n in way] + [out.dtype]  # the operator casts the parameter to its result's dtype
         if not is_one_cast(dtypes):
             rounds = next(n for n in way if not holds(value(n).dtype, w.dtype))
@@ -170,18 +179,15 @@ class _Rewrite:
         x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
         # Rounded, so that weights of nearly the same density share compiled code.
         density = max(0.01, round(weight.density_target, 2))
-        new = emit(
-            torch.ops.mst.linear.default,
-            x,
-            base,
-            bias,
-            index,
-            weight.grid.block,
-            transposed,
-            density,
-            self._context.choose,
-        )
-        product = Product(tuple(value(x).shape), out.dtype, transposed, bias is not None)
+        given = (x, base, bias, index, weight.grid.block, transposed, density, self._context.choose)
+        here = value(x)
+        if is_sharded(out):
+            divided = spread.divisions(here, value(base), _bias(found), out, transposed)
+            new = emit(spread.linear, *given, [int(along) for along in divided])
+            here = here.to_local()
+        else:
+            new = emit(torch.ops.mst.linear.default, *given)
+        product = Product(tuple(here.shape), out.dtype, transposed, bias is not None)
         self._context.products.setdefault(key, []).append(product)
         if extra is not None:
             new = emit(operator.add, new, extra)
@@ -195,8 +201,14 @@ class _Rewrite:
         for region, node in walk(graph_module):
             key = self._keys.get(region.origin(node))
             for user in node.users if key is not None else ():
-                if user.target not in (torch.ops.mst.linear.default, CHECKPOINT):
+                if user.target not in (torch.ops.mst.linear.default, spread.linear, CHECKPOINT):
                     self._context.unmatched.setdefault(key, [f"used by {describe(user)}"])  # type: ignore[arg-type]
+
+
+def _bias(found: Match) -> Any:
+    """The bias that the operator adds: what is broadcast otherwise is added behind it."""
+    bias = value(found.bias)
+    return bias if bias is not None and bias.dim() == 1 else None
 
 
 def _way_from_source(node: Any) -> tuple[list[Any], bool]:

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_compile.blocks.bulk import block_mean_square, zero_blocks_
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.shards import is_sharded, local_rows, sum_over_shards
+from mst_compile.blocks.shards import any_nonzero, is_sharded, local_part
 from mst_compile.errors import OptimizerError
 
 from .weight import SparseWeight
@@ -255,7 +255,7 @@ def only_makes_state(optimizer: optim.Optimizer) -> bool:
         return False
     gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
     # The same answer on all ranks: each may hold another part of a gradient.
-    return bool(gradients) and not any(bool(sum_over_shards(local_rows(g)[0].abs().sum(), g)) for g in gradients)
+    return bool(gradients) and not any(any_nonzero(g) for g in gradients)
 
 
 def gradient_scale(optimizer: optim.Optimizer) -> float:
@@ -288,17 +288,16 @@ def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: Blo
     if not averages and not codes:
         return
     scale = gradient_scale(optimizer)
-    gradient, first = local_rows(parameter.grad)
-    here = slice(first, first + gradient.shape[0])
+    gradient, part = local_part(parameter.grad)
     means = block_mean_square(parameter.grad, grid)
     if grid.block < _ENOUGH:
         means = torch.full_like(means, means[grown].mean().item())
-    mask = grid.expand(grown)[here].to(gradient.device)
-    least = grid.expand(means)[here].to(gradient.device)
+    mask = part.of(grid.expand(grown)).to(gradient.device)
+    least = part.of(grid.expand(means)).to(gradient.device)
     square = torch.maximum(gradient.float().square(), least) / (scale * scale)
     for key, average in averages.items():
         begun = square * _correction(optimizer, parameter, state, key)
-        local = local_rows(average)[0]
+        local = local_part(average)[0]
         if is_traceable_wrapper_subclass(local):  # 8-bit state: through its own copies
             plain = torch.empty(local.shape, dtype=torch.float32, device=local.device).copy_(local)
             local.copy_(torch.where(mask, begun, plain))

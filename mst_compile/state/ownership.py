@@ -19,6 +19,12 @@ def remember_owner(module: nn.Module, attribute: str, weight: SparseWeight) -> N
     module.__dict__[_OWNED][attribute] = weight
 
 
+def owned(module: nn.Module, attribute: str) -> SparseWeight | None:
+    """What :func:`remember_owner` noted of a module's parameter."""
+    weight: SparseWeight | None = module.__dict__.get(_OWNED, {}).get(attribute)
+    return weight
+
+
 def forget_owner(module: nn.Module) -> None:
     """Undo :func:`remember_owner` for all of the module's parameters."""
     if module.__dict__.pop(_OWNED, None) is not None:
@@ -37,5 +43,5 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
         parameter = module._parameters[attribute]
         if parameter is not None:
             bind(parameter, weight)
-            weight.clean = weight.version = UNKNOWN
-            weight.dirty, weight.follows = None, True
+            weight.forget()
+            weight.version, weight.follows = UNKNOWN, True

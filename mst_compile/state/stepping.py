@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mst_compile.blocks.bulk import block_mean_square
-from mst_compile.blocks.shards import is_sharded
+from mst_compile.blocks.shards import is_sharded, lay_out_gradient
 from mst_compile.errors import MSTWarning
 
 from . import optimizers, regrown
@@ -154,6 +154,8 @@ class Stepping:
         optimizer, turn = step.optimizer, self._turns[step]
         scale = optimizers.gradient_scale(optimizer)
         found = [(weight, parameter) for weight, parameter in own if parameter.grad is not None]
+        for _, parameter in found:
+            lay_out_gradient(parameter)
         for weight, parameter in found:
             if weight.name not in turn.late:
                 _harvest(weight, parameter, scale, turn.scores.get(weight.name), again=step.has_closure)
@@ -309,9 +311,10 @@ def _harvest(
     Args:
         again: another dense gradient may take this one's place in the same step.
     """
-    gradient = parameter.grad
-    if not weight.dense_grad or gradient is None or weight.is_masked(gradient):
+    if not weight.dense_grad or parameter.grad is None or weight.is_masked(parameter.grad):
         return
+    lay_out_gradient(parameter)
+    gradient: Tensor = parameter.grad
     weight.set_dense_grad(again)
     score = block_mean_square(gradient, weight.grid) / (scale * scale)
     weight.scores = score if base is None else base + score

@@ -21,7 +21,16 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from mst_compile.blocks.bulk import block_mean_square, zero_all_inactive_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, new_index, write_index
-from mst_compile.blocks.shards import check_placement, holder_of, is_sharded, stored
+from mst_compile.blocks.layout import Part, reaching
+from mst_compile.blocks.shards import (
+    check_placement,
+    gathered,
+    holder_of,
+    is_sharded,
+    local_part,
+    part_multiplied,
+    stored,
+)
 from mst_compile.lowering import device as devices
 from mst_compile.ops import watching
 from mst_compile.rules.density import active_count
@@ -62,7 +71,9 @@ class SparseWeight:
         mask: bool ``[R, C]`` on the CPU, the active blocks.
         backbone: bool ``[R, C]``, the backbone, active in first masks; empty without a guard.
         guard: which blocks a topology event may not drop.
-        index: the packed index on the weight's device; ``None`` where no kernel could ever ask for it.
+        index: the packed index on the weight's device, of ``part`` where there is one; ``None`` where no kernel could
+            ever ask for it.
+        part: what products multiply on this rank of a tensor-parallel weight; None if that is the whole.
         note: why the block differs from the one asked for, or why the weight stays dense.
         active: number of elements in active blocks.
         changes: number of topology changes so far.
@@ -72,7 +83,8 @@ class SparseWeight:
         clean: version of the Parameter (``Tensor._version``) at which it was last known to be 0 outside the active
             blocks; ``UNKNOWN`` if somebody must look.
         address: where its elements were then.
-        dirty: version and address at which values were seen outside.
+        dirty: version and address at which values were seen outside, by this rank.
+        clean_here: version and address at which this rank's part of a spread weight was last seen to be 0 outside.
         recording: whether the compiled graph that last took the weight recorded gradients.
         timed: somebody times products under masks that are not the weight's: its values do not matter.
         follows: whether values were loaded after the masks, so that masks have to follow them.
@@ -90,6 +102,7 @@ class SparseWeight:
     index: Tensor | None
     tied: bool = False
     note: str = ""
+    part: Part | None = None
     active: int = 0
     changes: int = 0
     dense_grad: bool = False
@@ -99,6 +112,7 @@ class SparseWeight:
     clean: int = UNKNOWN
     address: int = 0
     dirty: tuple[int, int] | None = None
+    clean_here: tuple[int, int] | None = None
     recording: bool | None = None
     timed: bool = False
     follows: bool = False
@@ -124,7 +138,12 @@ class SparseWeight:
     def __post_init__(self) -> None:
         # Plain attributes: the backend reads them at every call.
         self.numel = self.grid.rows * self.grid.cols
-        self.signature = (self.grid.rows, self.grid.cols, self.grid.block)
+        self._lay_out(self.part)
+
+    def _lay_out(self, part: Part | None) -> None:
+        self.part = part
+        self.multiplied = self.grid if part is None else part.grid(self.grid.block)
+        self.signature = (self.multiplied.rows, self.multiplied.cols, self.multiplied.block)
 
     @property
     def density(self) -> float:
@@ -135,6 +154,11 @@ class SparseWeight:
     def can_be_sparse(self) -> bool:
         """Whether the user may expect sparse products: not of unstructured masks on a device that has none."""
         return self.index is not None or self.grid.block > 1
+
+    @property
+    def cuts_blocks(self) -> bool:
+        """Whether what products multiply here begins within blocks: then they take more than the active ones."""
+        return self.part is not None and (self.part.row % self.grid.block + self.part.col % self.grid.block) > 0
 
     @property
     def is_dense(self) -> bool:
@@ -163,12 +187,16 @@ class SparseWeight:
         self.mask = mask
         self.active = self.grid.count_elements(mask)
         self.changes += 1
-        self.clean, self.dirty = UNKNOWN, None
+        self.forget()
         if self.young is not None and not self.timed:
             self.young = self.young.inside(mask)
         epoch.value += 1
+        self._write_index()
+
+    def _write_index(self) -> None:
         if self.index is not None:
-            write_index(self.index, self.grid, mask, dense_grad=self.dense_grad)
+            mask = self.mask if self.part is None else reaching(self.mask, self.part, self.grid.block)
+            write_index(self.index, self.multiplied, mask, dense_grad=self.dense_grad)
 
     def set_dense_grad(self, wanted: bool) -> None:
         """Ask kernels for the gradient on all blocks (growth reads it), or on the active ones alone."""
@@ -180,18 +208,32 @@ class SparseWeight:
     def zero_inactive_(self, tensor: Tensor) -> None:
         """Set a tensor of the weight's shape to 0 outside the active blocks, in place."""
         if not self.is_dense:
-            zero_inactive_(tensor, self.grid, self.mask, self.index)
+            zero_inactive_(tensor, self.grid, self.mask, self.index_of_whole)
+
+    @property
+    def index_of_whole(self) -> Tensor | None:
+        """The index where it is that of the whole weight."""
+        return self.index if self.part is None else None
+
+    def follow(self, parameter: Tensor) -> None:
+        """Keep the index of what products with ``parameter`` multiply on this rank, where they do."""
+        part = part_multiplied(parameter)
+        if part != self.part:
+            self._lay_out(part)
+            self.index, self.clean_here = None, None
+            epoch.value += 1
+        self.to_device(parameter.device)
 
     def to_device(self, device: torch.device) -> None:
         """Follow a weight that was moved."""
         if self.index is None:
             with unset_fake_temporarily(), torch.inference_mode(False):  # also while a graph is compiled
-                self.index = _new_index(self.grid, device)
+                self.index = _new_index(self.multiplied, device)
                 if self.index is not None:
-                    write_index(self.index, self.grid, self.mask, dense_grad=self.dense_grad)
+                    self._write_index()
                     epoch.value += 1
         elif self.index.device != device:
-            self.index = self.index.to(device) if _has_index(self.grid, device) else None
+            self.index = self.index.to(device) if _has_index(self.multiplied, device) else None
             epoch.value += 1
 
     # -- zeros: what is known of them --
@@ -199,12 +241,17 @@ class SparseWeight:
     def note_clean(self, parameter: Tensor) -> None:
         """The parameter is 0 outside the active blocks, as it is now."""
         self.clean, self.address, self.dirty, self.follows = parameter._version, _address(parameter), None, False
+        self.clean_here = _written_at(parameter) if is_sharded(parameter) else None
+
+    def forget(self) -> None:
+        """Nothing is known of the parameter's values any more."""
+        self.clean, self.dirty, self.clean_here = UNKNOWN, None, None
 
     def is_clean(self, parameter: Tensor) -> bool:
         """Whether nobody has written to the parameter since it was known to be 0 outside the active blocks.
 
-        Writes through ``parameter.data`` in place leave no trace and are not seen. Of a weight that FSDP2 has sharded
-        only what was loaded is known to have been written.
+        Writes through ``parameter.data`` in place leave no trace and are not seen. Of a weight that is spread over
+        ranks only what was loaded is known to have been written: all of them answer the same.
         """
         if self.is_dense or is_sharded(parameter):
             return self.is_dense or self.clean != UNKNOWN
@@ -213,35 +260,51 @@ class SparseWeight:
     def look(self, parameter: Tensor) -> bool:
         """Whether the parameter is 0 outside the active blocks, by its values; what was found is remembered.
 
-        Of a weight that FSDP2 has sharded all ranks must ask.
+        Of a weight that is spread over ranks all of them must ask.
         """
         if self.timed:
             return True
+        if not is_sharded(parameter) or gathered(parameter):
+            return self.look_here(parameter)
         with unset_fake_temporarily():  # also while a graph is compiled
-            if is_sharded(parameter):
-                found = bool(block_mean_square(parameter, self.grid)[~self.mask].any())
-            else:
-                found = not self.is_dense and bool(((parameter.detach() != 0) & self._outside(parameter)).any())
+            found = bool(block_mean_square(parameter, self.grid)[~self.mask].any())
         if found:
-            self.clean, self.dirty = UNKNOWN, (parameter._version, _address(parameter))
-        elif holder_of(parameter) is None or is_sharded(parameter):
+            self.clean, self.dirty, self.clean_here = UNKNOWN, _written_at(parameter), None
+        else:
+            self.note_clean(parameter)
+        return not found
+
+    def look_here(self, parameter: Tensor) -> bool:
+        """As :meth:`look`, at what this rank holds: no other takes part. What is found of a part says nothing of the
+        whole, whose ranks must know the same of it."""
+        if self.timed:
+            return True
+        with unset_fake_temporarily():
+            local, part = local_part(parameter.detach())
+            outside = part.of(self.grid.expand(~self.mask)).to(local.device)
+            found = not self.is_dense and bool(((local != 0) & outside).any())
+        if is_sharded(parameter):
+            self.dirty, self.clean_here = (_written_at(parameter), None) if found else (None, _written_at(parameter))
+        elif found:
+            self.clean, self.dirty = UNKNOWN, _written_at(parameter)
+        elif not gathered(parameter):
             self.note_clean(parameter)
         return not found
 
     def holds_zeros(self, parameter: Tensor) -> bool:
-        """Whether a compiled graph may take the parameter to be 0 outside the active blocks; looks where nobody knows.
+        """Whether a compiled graph may take what this rank holds of the parameter to be 0 outside the active blocks;
+        looks where nobody knows.
 
         What FSDP2 has gathered is known by what it was gathered from.
         """
-        if self.is_clean(parameter):
-            return True
-        if self.dirty == (parameter._version, _address(parameter)):
-            return False
-        gathered = holder_of(parameter) is not None and not is_sharded(parameter)
-        return (gathered and self.clean != UNKNOWN) or self.look(parameter)
-
-    def _outside(self, parameter: Tensor) -> Tensor:
-        return self.grid.expand(~self.mask).to(parameter.device)
+        now = _written_at(parameter)
+        if is_sharded(parameter) and not gathered(parameter):
+            known = self.is_dense or self.clean_here == now
+        else:
+            known = self.is_clean(parameter)
+        if known or self.dirty == now:
+            return known
+        return (gathered(parameter) and self.clean != UNKNOWN) or self.look_here(parameter)
 
     def note_masked(self, gradient: Tensor) -> None:
         """The gradient is 0 outside the active blocks, as it is now."""
@@ -260,20 +323,21 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        return self.__dict__ | {"clean": UNKNOWN, "version": UNKNOWN, "dirty": None, "masked": None}
+        return self.__dict__ | {"clean": UNKNOWN, "version": UNKNOWN, "dirty": None, "clean_here": None, "masked": None}
 
 
 def mask_gradients(gradients: Iterable[tuple[SparseWeight, Tensor]]) -> None:
     """Set gradients to 0 outside the active blocks of their weights unless they are known to be, all in one go."""
     unknown = [(weight, g) for weight, g in gradients if not weight.is_dense and not weight.is_masked(g)]
-    zero_all_inactive_([(gradient, weight.grid, weight.mask, weight.index) for weight, gradient in unknown])
+    zero_all_inactive_([(gradient, weight.grid, weight.mask, weight.index_of_whole) for weight, gradient in unknown])
     for weight, gradient in unknown:
         weight.note_masked(gradient)
 
 
 def _has_index(grid: BlockGrid, device: torch.device) -> bool:
-    """Whether a device may have kernels for such blocks. An index of fine ones is larger than the weight itself."""
-    return grid.block >= min(devices.of(device.type).finest_block, devices.FINEST_BLOCK)
+    """Whether a device may have kernels for such blocks. An index of fine ones is larger than the weight itself; and of
+    some weights a rank holds nothing."""
+    return grid.rows * grid.cols > 0 and grid.block >= min(devices.of(device.type).finest_block, devices.FINEST_BLOCK)
 
 
 def _new_index(grid: BlockGrid, device: torch.device) -> Tensor | None:
@@ -290,8 +354,9 @@ def bind(parameter: Tensor, weight: SparseWeight) -> bool:
         _remove_hook(parameter)
         setattr(parameter, _ATTRIBUTE, weight)
         epoch.value += 1
-    if not is_sharded(parameter):  # FSDP2 may keep shards on the host: the index belongs where products are computed
-        weight.to_device(parameter.device)
+    # FSDP2 may keep shards on the host, and gathers what it has cut: the index is of what products are computed with.
+    if holder_of(parameter) is None or gathered(parameter):
+        weight.follow(parameter)
     if parameter not in _hooks:
         # The hook holds no more than the weight's state: one that led back to the parameter would never be freed.
         hook = torch._dynamo.disable(functools.partial(_mask_gradient, weight))
@@ -332,6 +397,17 @@ def _address(parameter: Tensor) -> int:
     return parameter.data_ptr() if type(parameter) in (Parameter, Tensor) else 0
 
 
+def _written_at(parameter: Tensor) -> tuple[int, int]:
+    """What is another when somebody has written: the version, and where the elements are.
+
+    Of a DTensor those of what this rank holds of it: a write through the one does not show in the version of the other.
+    """
+    if not is_sharded(parameter):
+        return parameter._version, _address(parameter)
+    local = parameter._local_tensor  # type: ignore[attr-defined]
+    return parameter._version + local._version, _address(local)
+
+
 def of(parameter: object) -> SparseWeight | None:
     """The sparse state of ``parameter``, or ``None``."""
     return getattr(parameter, _ATTRIBUTE, None)
@@ -361,7 +437,11 @@ watching.finders.append(_name_of_index)
 
 
 def carry(old: Tensor, new: Tensor) -> None:
-    """Let a Parameter that takes another's place, as FSDP2's do, have the other's sparse state, also if it has none."""
+    """Let a Parameter that takes another's place, as FSDP2's do, have the other's sparse state, also if it has none.
+
+    Raises:
+        ParallelismError: it is spread over ranks in a way that is not served.
+    """
     weight = of(old)
     if weight is of(new):
         return

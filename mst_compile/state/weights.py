@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.shards import check_placement, held_parameter, is_flattened, parameter_of, stored
+from mst_compile.blocks.shards import (
+    check_placement,
+    held_parameter,
+    is_made_of_others,
+    is_sharded,
+    parameter_of,
+    stored,
+)
 from mst_compile.errors import WeightError
 from mst_compile.rules.density import layer_densities
 from mst_compile.rules.guard import Guard
@@ -16,7 +23,7 @@ from mst_compile.rules.schedule import Schedule
 from .attention import AttentionState
 from .ownership import forget_owner, remember_owner
 from .selection import Candidate
-from .weight import UNKNOWN, SparseWeight, bind, of, unbind
+from .weight import SparseWeight, bind, of, unbind
 
 
 class Weights:
@@ -78,11 +85,12 @@ class Weights:
                 )
 
     def check_not_flattened(self, optimizer: Optimizer) -> None:
-        """Raise :class:`ParallelismError` if ``optimizer`` trains Parameters that FSDP1 has made, and weights are gone.
+        """Raise :class:`ParallelismError` if ``optimizer`` trains Parameters that FSDP1 or DistributedDataParallel has
+        made of others, and weights are gone.
 
         Which model they are of cannot be known; no optimizer of another kind is troubled.
         """
-        if any(is_flattened(p) for group in optimizer.param_groups for p in group["params"]):
+        if any(is_made_of_others(p) for group in optimizer.param_groups for p in group["params"]):
             for _ in self.parameters():
                 pass
 
@@ -101,11 +109,28 @@ class Weights:
             bind(parameter, self.by_name[name])
 
     def rebind(self) -> None:
-        """Follow weights that moved to another device, were unfrozen, or whose Parameter object was replaced."""
+        """Follow weights that moved to another device, were unfrozen, or whose Parameter object was replaced.
+
+        Raises:
+            ParallelismError: one is spread over ranks in a way that is not served.
+            WeightError: modules that shared one hold two since they were made tensor-parallel one by one.
+        """
         for weight, parameter in self.parameters():
             check_placement(weight.name, parameter)
+            self._check_tied(weight.name, parameter)
             if bind(parameter, weight):
-                weight.clean = UNKNOWN
+                weight.forget()
+
+    def _check_tied(self, name: str, parameter: nn.Parameter) -> None:
+        for module, attribute in self._owners[name][1:] if is_sharded(parameter) else ():
+            other = held_parameter(module, attribute)
+            if other is not None and other is not parameter:
+                raise WeightError(
+                    f"{name} was shared by {len(self._owners[name])} modules and is not any more: tensor parallelism "
+                    f"has made a DTensor for each of them. Tie them again after parallelize_module, before the "
+                    "optimizer is made (model.lm_head.weight = model.embedding.weight); both must be cut alike, as "
+                    "RowwiseParallel cuts an embedding and ColwiseParallel a linear layer"
+                )
 
     def release(self) -> None:
         """Leave the model as an ordinary one."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.shards import local_rows
+from mst_compile.blocks.layout import Part
+from mst_compile.blocks.shards import local_part
 
 # Share of the blocks from which on a pass over all of the weight moves no more bytes than visits do: to visit an
 # element takes the 8 bytes of its place and the 8 of its block beside the 4 of its value.
@@ -70,63 +71,64 @@ class Young:
     @torch.no_grad()
     def take(self, tensor: Tensor, grid: BlockGrid) -> Tensor:
         """The elements of the blocks in ``tensor`` (of the weight's shape), a copy, ``[e]``, float32, of float64
-        float64; of a tensor that FSDP2 has sharded those in this rank's rows. Where there are many blocks, all elements
+        float64; of a tensor that is spread over ranks those in this rank's part. Where there are many blocks, all elements
         of the tensor."""
-        local, first = local_rows(tensor.detach())
+        local, part = local_part(tensor.detach())
         dtype = torch.promote_types(local.dtype, torch.float32)
         if self._are_many(grid):
             return local.to(dtype, copy=True).reshape(-1)
-        index, _ = self._places(local, first, grid)
-        found = local.view(-1)[index] if local.is_contiguous() else local[index // grid.cols, index % grid.cols]
+        index, _ = self._places(local, part, grid)
+        found = local.view(-1)[index] if local.is_contiguous() else local[index // part.cols, index % part.cols]
         return found.to(dtype)
 
     @torch.no_grad()
     def put(self, tensor: Tensor, grid: BlockGrid, values: Tensor) -> None:
         """Write to the elements of the blocks what :meth:`take` has read, changed; in place."""
-        local, first = local_rows(tensor.detach())
+        local, part = local_part(tensor.detach())
         values = values.to(local.dtype)
         if self._are_many(grid):
             blocks = torch.zeros(grid.blocks, dtype=torch.bool, device="cpu").index_fill(0, self.blocks, True)
-            inside = self._of_elements(blocks, local, first, grid)
+            inside = self._of_elements(blocks, local, part, grid)
             local.copy_(torch.where(inside, values.view_as(inside), local))
             return
-        index, _ = self._places(local, first, grid)
+        index, _ = self._places(local, part, grid)
         if local.is_contiguous():
             local.view(-1)[index] = values
         else:
-            local[index // grid.cols, index % grid.cols] = values
+            local[index // part.cols, index % part.cols] = values
 
     def spread(self, of_blocks: Tensor, tensor: Tensor, grid: BlockGrid) -> Tensor:
         """Give each element what its block has in ``of_blocks``, ``[n]``; as many as :meth:`take` reads, those of other
         blocks 1."""
-        local, first = local_rows(tensor.detach())
+        local, part = local_part(tensor.detach())
         of_blocks = of_blocks.to(torch.promote_types(local.dtype, torch.float32))
         if self._are_many(grid):
             everywhere = torch.ones(grid.blocks, dtype=of_blocks.dtype, device="cpu").index_copy(
                 0, self.blocks, of_blocks
             )
-            return self._of_elements(everywhere, local, first, grid).reshape(-1)
-        _, owner = self._places(local, first, grid)
+            return self._of_elements(everywhere, local, part, grid).reshape(-1)
+        _, owner = self._places(local, part, grid)
         return of_blocks.to(local.device)[owner]
 
     def _are_many(self, grid: BlockGrid) -> bool:
         return len(self.blocks) > MANY * grid.blocks
 
     @staticmethod
-    def _of_elements(of_blocks: Tensor, local: Tensor, first: int, grid: BlockGrid) -> Tensor:
-        """What each element of the rows from ``first`` on has of its block, of all blocks ``[R C]``."""
-        return grid.expand(of_blocks.view(grid.shape).to(local.device))[first : first + local.shape[0]]
+    def _of_elements(of_blocks: Tensor, local: Tensor, part: Part, grid: BlockGrid) -> Tensor:
+        """What each element of a part has of its block, of all blocks ``[R C]``."""
+        return part.of(grid.expand(of_blocks.view(grid.shape).to(local.device)))
 
-    def _places(self, local: Tensor, first: int, grid: BlockGrid) -> tuple[Tensor, Tensor]:
-        """Of each element where it is in the rows from ``first`` on, and which of the young blocks it belongs to."""
-        key = (grid, first, local.shape[0], local.device)
+    def _places(self, local: Tensor, part: Part, grid: BlockGrid) -> tuple[Tensor, Tensor]:
+        """Of each element where it is in a part, and which of the young blocks it belongs to."""
+        key = (grid, part, local.device)
         if self._where is None or self._where[0] != key:
             within = torch.arange(grid.block, device=local.device)
             blocks = self.blocks.to(local.device)
             r = ((blocks // grid.block_cols)[:, None] * grid.block + within)[:, :, None]
             c = ((blocks % grid.block_cols)[:, None] * grid.block + within)[:, None, :]
-            there = (r >= first) & (r < first + local.shape[0]) & (c < grid.cols)  # ragged edges, other ranks' rows
-            index, owner = (r - first) * grid.cols + c, torch.arange(len(blocks), device=local.device)
+            r, c = r - part.row, c - part.col
+            there = (r >= 0) & (r < part.rows) & (c >= 0) & (c < part.cols)  # ragged edges, other ranks' parts
+            index, owner = r * part.cols + c, torch.arange(len(blocks), device=local.device)
             self._where = key, index[there], owner[:, None, None].expand_as(there)[there]
         return self._where[1:]
 
