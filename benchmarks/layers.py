@@ -1,6 +1,6 @@
 """One linear layer, forward and backward, ``backend="mst"`` against ``backend="inductor"``.
 
-python -m benchmarks.layers --threads 2 --dtype float32 --blocks 8,32 --densities 1,.3,.1
+python -m benchmarks.layers --threads 2 --dtype float32 --blocks 8,32 --densities 1,.3,.2,.1
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--blocks", default="4,8,16,32,64")
-    parser.add_argument("--densities", default="1,.3,.1")
+    parser.add_argument("--densities", default="1,.3,.2,.1")
     parser.add_argument("--runs", type=int, default=15)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -42,6 +42,8 @@ from pretraining.run import Run, Spec
 from torch import Tensor
 from tqdm import tqdm
 
+from mst_compile.report.clock import compilations
+
 
 def specs(options: Options, vocabulary: int) -> list[Spec]:
     """What each run trains; prints how ``small`` and ``short`` were matched to ``mst``."""
@@ -88,17 +90,31 @@ def prepare_folder(options: Options) -> None:
 
 
 class Progress:
-    """One progress bar over the steps of all runs, and a line of losses after each validation."""
+    """One progress bar over the steps of all runs, which says so while one of them compiles, and a line of losses after
+    each validation."""
 
     def __init__(self, runs: Sequence[Run], limit: int) -> None:
         total, done = sum(min(run.spec.steps, limit) for run in runs), sum(run.step for run in runs)
         quiet = not sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit="step", mininterval=20 if quiet else 0.2, smoothing=0.05)
+        self._name, self._compiling = "", False
+
+    def begin(self, run: Run) -> None:
+        """A step begins."""
+        self._name = run.spec.name
+
+    def compiling(self) -> None:
+        """It compiles, which takes longer than many steps: what the bar says until the step has ended."""
+        if not self._compiling:
+            self._compiling = True
+            self.bar.set_postfix_str("", refresh=False)
+            self.bar.set_description(f"{self._name:6} compiling")
 
     def step(self, run: Run, row: dict[str, Any]) -> None:
         text = f"loss {row['loss']:.3f}, density {row['density']:.2f}, {row['tokens_per_s']:.0f} tokens/s"
         self.bar.set_description(f"{run.spec.name:6}", refresh=False)
-        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.set_postfix_str(text, refresh=self._compiling)
+        self._compiling = False
         self.bar.update()
 
     def validated(self, run: Run, val_loss: float) -> None:
@@ -112,13 +128,15 @@ def train(runs: Sequence[Run], options: Options, val: list[Tensor]) -> None:
     limit = options.stop_at or max(run.spec.steps for run in runs)
     longest = max(run.spec.steps for run in runs)
     progress = Progress(runs, limit)
-    while waiting := [run for run in runs if run.step < min(limit, run.spec.steps)]:
-        for run in waiting:
-            share = max(1, round(options.chunk * run.spec.steps / longest))  # shorter runs take shorter turns
-            for _ in range(min(share, run.spec.steps - run.step, limit - run.step)):
-                progress.step(run, run.train_step())
-                between(run, options, val, progress)
-            run.write_scalars()
+    with compilations(progress.compiling):
+        while waiting := [run for run in runs if run.step < min(limit, run.spec.steps)]:
+            for run in waiting:
+                share = max(1, round(options.chunk * run.spec.steps / longest))  # shorter runs take shorter turns
+                for _ in range(min(share, run.spec.steps - run.step, limit - run.step)):
+                    progress.begin(run)
+                    progress.step(run, run.train_step())
+                    between(run, options, val, progress)
+                run.write_scalars()
     for run in runs:
         run.save()
     progress.bar.close()

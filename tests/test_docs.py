@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,19 @@ def test_broken_links_are_found() -> None:
     for link in ("gone.md", "design.md#gone", "#here--there", "#here-there", "#twice", "../../outside.md", "upstream"):
         assert broken(page, f"{text}[x]({link})\n") == [link]
     assert broken(page, "```\n[x](gone.md)\n```\n") == []
+
+
+def levels(text: str) -> list[int]:
+    """How deep each heading of a page is."""
+    return [len(marks) for marks in re.findall(r"^(#+) ", FENCED.sub("", text), re.M)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names)
+def test_a_page_has_one_title_and_its_headings_skip_no_level(page: Path) -> None:
+    found = levels(page.read_text())
+    assert found[0] == 1
+    assert found.count(1) == 1
+    assert all(below <= above + 1 for above, below in itertools.pairwise(found))
 
 
 def test_the_build_is_strict_and_the_site_loads_nothing_from_elsewhere() -> None:

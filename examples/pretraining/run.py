@@ -174,8 +174,9 @@ class Run:
         if hasattr(self.spec.schedule, "restoration_start"):
             s = self.spec.schedule
             plateau = s.restoration_start - s.warmup_steps
+            if s.warmup_steps:
+                moments[max(1, s.warmup_steps // 3)] = "warm-up"
             moments |= {
-                max(1, s.warmup_steps // 3): "warm-up",
                 s.warmup_steps + max(1, plateau // 20): "plateau begins",
                 s.restoration_start: "plateau ends",
                 s.restoration_start + s.restoration_steps * 3 // 4: "restoration",

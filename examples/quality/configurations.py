@@ -40,6 +40,7 @@ class Config:
         decay_law: ``"rate"``, weight decay grows with the learning rate, as it did in all runs recorded without a
             word about it; ``"independent"``, learning rate times weight decay are the dense model's.
         hidden_rate: factor on the learning rate of the hidden weights alone.
+        beta2: of AdamW.
         guard: what keeps pairs of block rows and columns alive where there is no backbone, see ``guards.py``.
         main: trained with two seeds at least.
     """
@@ -60,6 +61,7 @@ class Config:
     rate_law: Literal["power", "graphcore"] = "power"
     decay_law: Literal["rate", "independent"] = "rate"
     hidden_rate: float = 1.0
+    beta2: float = 0.95
     guard: Form = "none"
     main: bool = False
 
@@ -397,4 +399,27 @@ LARGE_QUEUE = (
     "dense",
 )
 
-KNOWN = {config.name: config for config in (*CONFIGURATIONS, *ON_GPU, *ON_BUDGET)}
+# How regrown blocks take their first steps. A count of their own changes the more, the nearer beta2 is to 1.
+_MOVING: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("set-b8", "SET 80 %, B = 8", STATIC | {"growth": "random"}),
+    ("mst-b8", "MST 90 %, B = 8", {}),
+)
+_FIRST_STEPS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("", "", {}),
+    ("-own", ", regrown blocks count their own steps", {"regrown": "own steps"}),
+    ("-warm", ", regrown blocks warmed up over 100 steps", {"regrown_warmup": 100}),
+    (
+        "-own-warm",
+        ", regrown blocks count their own steps, warmed up over 100",
+        {"regrown": "own steps", "regrown_warmup": 100},
+    ),
+)
+ON_REGROWN: tuple[Config, ...] = tuple(
+    _config(f"{name}{beta}{ending}", f"{note}{law}{what}", **settings, **steps, **changes)
+    for beta, law, changes in (("", "", {}), ("-999", ", beta2 = 0.999", {"beta2": 0.999}))
+    for name, note, settings in _MOVING
+    for ending, what, steps in _FIRST_STEPS
+    if beta or ending  # else it is one of those above
+)
+
+KNOWN = {config.name: config for config in (*CONFIGURATIONS, *ON_GPU, *ON_BUDGET, *ON_REGROWN)}

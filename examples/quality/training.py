@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import lzma
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mst_compile
+from mst_compile.report.clock import Clock
 from mst_compile.report.machine import processor_name
 from mst_compile.rules.laws import graphcore
 
@@ -73,40 +73,6 @@ def validation_batches(text: Tensor, study: Study) -> list[tuple[Tensor, Tensor]
     return [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in rows.split(study.batch)]
 
 
-class Clock:
-    """Training time, wall clock and processor, with compilation taken apart.
-
-    A step in which anything was compiled counts as compilation; the step after it is charged twice in its stead. A step
-    has ended when the device has.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.wall = self.processor = self.compiling = 0.0
-        self._owed, self._stages = 0, 0
-        self._started = (0.0, 0.0)
-
-    @staticmethod
-    def _count() -> int:
-        return sum(len(times) for times in torch._dynamo.utils.compilation_time_metrics.values())
-
-    def start(self) -> None:
-        self._stages = self._count()
-        self._started = (time.perf_counter(), time.process_time())
-
-    def stop(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        wall, processor = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
-        if self._count() > self._stages:
-            self.compiling += wall
-            self._owed += 1
-            return
-        self.wall += wall * (1 + self._owed)
-        self.processor += processor * (1 + self._owed)
-        self._owed = 0
-
-
 def planned_flops(config: Config, study: Study) -> float:
     """Training FLOPs of a whole run of the study's steps (or so many times them as the configuration says), found by
     walking its schedule without training."""
@@ -160,7 +126,7 @@ def size_of(config: Config, study: Study) -> tuple[Shape, int]:
     return shape, steps
 
 
-def optimizer_for(model: GPT, study: Study) -> torch.optim.Optimizer:
+def optimizer_for(model: GPT, study: Study, beta2: float) -> torch.optim.Optimizer:
     """AdamW: a group for each hidden matrix, called by its name; the other matrices; the vectors, not decayed."""
     hidden = {name for name, _ in hidden_weights(model)}
     named = dict(model.named_parameters())
@@ -169,7 +135,7 @@ def optimizer_for(model: GPT, study: Study) -> torch.optim.Optimizer:
     groups.append({"params": [p for p in rest if p.dim() == 2], "name": ""})
     groups.append({"params": [p for p in rest if p.dim() < 2], "name": "", "weight_decay": 0.0})
     return torch.optim.AdamW(
-        groups, lr=study.learning_rate, betas=(0.9, 0.95), weight_decay=study.weight_decay, fused=True
+        groups, lr=study.learning_rate, betas=(0.9, beta2), weight_decay=study.weight_decay, fused=True
     )
 
 
@@ -226,7 +192,7 @@ def train(
         sparse = mst_compile.sparsifier(model).weights
     backend = "inductor" if schedule is None or config.block == 1 else "mst"
     compiled = torch.compile(model, backend=backend, dynamic=False) if study.compile else model
-    optimizer, clock, guard = optimizer_for(model, study), Clock(device), Guard(model, config.guard)
+    optimizer, clock, guard = optimizer_for(model, study, config.beta2), Clock(), Guard(model, config.guard)
     losses, densities, flops = [], [], 0.0
     written, unseen = repeated(text.train, study.unique), validation_batches(text.validation, study)
     checked = {round(steps * (i + 1) / (study.checks + 1)) for i in range(study.checks)}
@@ -253,6 +219,8 @@ def train(
         optimizer.step()
         guard.after_step()
         optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         clock.stop()
         losses.append(loss.item())
         if step + 1 in checked:
@@ -272,9 +240,9 @@ def train(
         "train_loss": sum(losses[-LAST:]) / len(losses[-LAST:]),
         "flops": flops,
         "flops_relative": flops / (study.steps * study.shape.dense_flops(study.tokens)),
-        "seconds": clock.wall,
-        "processor_seconds": clock.processor,
-        "compile_seconds": clock.compiling,
+        "seconds": clock.seconds,
+        "processor_seconds": clock.processor_seconds,
+        "compile_seconds": clock.compile_seconds,
         "density_min": min(densities),
         "density": active_weights(model, sparse)[0] / shape.hidden_size,
         "nonzero": nonzero_share(model),

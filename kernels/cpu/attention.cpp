@@ -3,18 +3,19 @@
 // Loop nest:
 //
 //     for each head and share of its tiles of QT queries (threads, dynamic):
-//       for each tile of queries:                            q is scaled as it is packed
+//       for each tile of queries:
 //         for each step of up to step_keys keys (attention_steps.h):
-//           scores of the tile against the step              SIMD over keys, k packed transposed
+//           scaled scores of the tile against the step       SIMD over keys, k packed transposed
 //           mask, where the step's edges need it
 //           online softmax: new maxima, exponentials, sums; earlier results scaled down
 //           add the probabilities' product with the values   SIMD over the head size
 //         divide by the sums and write
 //
-// Keys and values of a head are packed to floats once by each thread that needs them, tile by tile on demand. Both
-// products run from registers at 16 multiply-adds for 10 loads with AVX-512 (8 rows by 2 vectors); a tile of 32 queries
-// does 64 multiply-adds per float that it reads of a packed key or value, enough for L2 and L3 alike. Rowwise steps do
-// one multiply-add per float read: they are bound by the cache, which the order of the tiles is chosen for.
+// Keys and values of a head are packed once by each thread that needs them, tile by tile on demand (attention_pack.h).
+// Both products run from registers at 16 multiply-adds for 10 loads with AVX-512 (8 rows by 2 vectors), twice as many
+// of bf16 numbers in pairs; a tile of 32 queries does 64 multiply-adds per float that it reads of a packed key or value,
+// enough for L2 and L3 alike. Rowwise steps do one multiply-add per number read: they are bound by the cache, which the
+// order of the tiles is chosen for.
 #include "attention_head.h"
 
 namespace mst {
@@ -25,13 +26,15 @@ template <class E> struct Forward {
   Head<E> head;
   std::vector<Step> steps;
   alignas(64) float scores[QT * step_keys];
-  alignas(64) float query[QT * 256], sums[QT * 256];
+  TileRows<E> query;
+  alignas(64) float sums[QT * 256];
   alignas(64) float top[QT], lanes[QT * L];  // maxima, and L partial sums of each row's exponentials
 
   explicit Forward(const MstAttention& problem) : p(problem), head(problem, false) {}
 
-  // Turns scores to exponentials below the new maximum of their row, and scales what came before down to it.
-  void soften(const Step& step) {
+  // Turns scores to exponentials below the new maximum of their row, and scales what came before down to it. NARROW
+  // leaves them as bf16 numbers in the first half of their row.
+  template <bool NARROW> void soften(const Step& step) {
     for (int r = 0; r < QT; r++) {
       float* s = scores + r * step_keys;
       vf best = load(s);
@@ -40,8 +43,11 @@ template <class E> struct Forward {
       vf sum{};
       for (int j = 0; j < step.width; j += L) {
         const vf e = exponential(load(s + j) - base);
-        store(s + j, e);
         sum = sum + e;
+#if defined(MST_BF16_PAIRS)
+        if constexpr (NARROW) store_half(s + j / 2, narrow(e));
+#endif
+        if constexpr (!NARROW) store(s + j, e);
       }
       vf before = load(lanes + r * L);
       if (now != top[r]) {
@@ -66,10 +72,11 @@ template <class E> struct Forward {
                    sums + r * width);
       return;
     }
-    const float* values = head.of(step.kind).v;
+    using P = Packed<E>;
+    const KeySet<E>& set = head.of(step.kind);
     head.stretches(step, [&](int j, int count) {
-      product<false>(QT, width / L, count, scores + j, step_keys, values + head.layout.at(step.first + j), width, sums,
-                     width, true);
+      product<typename P::unit, false>(QT, width / L, count / P::per_unit, scores + j / P::per_unit, step_keys,
+                                       set.vj + set.joined_at(head.layout, step.first + j), width, sums, width, true);
     });
   }
 
@@ -85,18 +92,19 @@ template <class E> struct Forward {
 
   void tile(int64_t b, int64_t h, int64_t i0) {
     const int64_t real = std::min<int64_t>(QT, p.length - i0), width = head.width;
-    std::fill_n(query, QT * width, 0.0f);
-    for (int64_t r = 0; r < real; r++)
-      read_row(row_of<const E>(p.q, b, h, i0 + r), p.size, width, p.scale, query + r * width);
+    query.read(p.q, b, h, i0, real, p.size, width);
     std::fill_n(sums, QT * width, 0.0f);
     std::fill_n(top, QT, -infinity);
     std::fill_n(lanes, QT * L, 0.0f);
     head.geometry.steps(i0, i0 + real, steps);
     for (const Step& step : steps) {
       head.need(step, i0, i0 + real);
-      head.products(step, query, i0, real, false, scores);
+      head.products(step, query, i0, real, false, p.scale, scores);
       head.mask(step, i0, real, scores);
-      soften(step);
+      if (Packed<E>::pairs && step.kind != ROWWISE)
+        soften<Packed<E>::pairs>(step);
+      else
+        soften<false>(step);
       add_values(step, i0, real);
     }
     write(b, h, i0, real);

@@ -15,7 +15,8 @@
 //
 // dk and dv belong to one thread at a time, so nothing is atomic. How many shares a head has depends on the shapes
 // alone, and so do the results, bit by bit. Five products, each from registers at 16 multiply-adds for 10 loads with
-// AVX-512; a tile of 32 queries does 27 multiply-adds per float moved, of k, v (both ways) and dk, dv (in and out).
+// AVX-512, twice as many of bf16 numbers in pairs; a tile of 32 queries does 27 multiply-adds per float moved, of k, v
+// (both ways) and dk, dv (in and out). dq and dk miss the factor of the scores until they are written.
 #include "attention_head.h"
 
 namespace mst {
@@ -26,7 +27,9 @@ template <class E> struct Backward {
   Head<E> head;
   std::vector<Step> steps;
   alignas(64) float probabilities[QT * step_keys], slopes[QT * step_keys];  // p and ds
-  alignas(64) float query[QT * 256], grad[QT * 256], dq[QT * 256];
+  alignas(64) uint16_t narrow_slopes[Packed<E>::pairs ? QT * step_keys : 1];  // ds once more, along the keys
+  TileRows<E> query, grad;
+  alignas(64) float dq[QT * 256];
   alignas(64) float lse[QT], delta[QT];
 
   explicit Backward(const MstAttention& problem) : p(problem), head(problem, true) {}
@@ -43,15 +46,49 @@ template <class E> struct Backward {
     }
   }
 
+#if defined(MST_BF16_PAIRS)
+  // The same as bf16 numbers: p and ds joined by queries in the first half of their rows, ds along the keys as well.
+  void differentiate_narrow(const Step& step) {
+    for (int r = 0; r < QT; r += 2) {
+      for (int j = 0; j < step.width; j += L) {
+        __m256i e[2], d[2];
+        MST_UNROLL for (int i = 0; i < 2; i++) {
+          const int at = (r + i) * step_keys + j;
+          const vf x = exponential(load(probabilities + at) - lse[r + i]);
+          e[i] = narrow(x);
+          d[i] = narrow(x * (load(slopes + at) - delta[r + i]));
+          store_half(narrow_slopes + at, d[i]);
+        }
+        store_pairs(probabilities + r / 2 * step_keys + j, e[0], e[1]);
+        store_pairs(slopes + r / 2 * step_keys + j, d[0], d[1]);
+      }
+    }
+  }
+#endif
+
+  void slope(const Step& step) {
+#if defined(MST_BF16_PAIRS)
+    if constexpr (Packed<E>::pairs)
+      if (step.kind != ROWWISE) return differentiate_narrow(step);
+#endif
+    differentiate(step);
+  }
+
   void accumulate(const Step& step, int64_t i0, int64_t tile) {
+    using P = Packed<E>;
+    using U = typename P::unit;
     const int64_t width = head.width, vectors = width / L;
-    KeySet& set = head.of(step.kind);
+    KeySet<E>& set = head.of(step.kind);
     if (step.kind != ROWWISE) {
+      const float* along = P::pairs ? reinterpret_cast<const float*>(narrow_slopes) : slopes;
       head.stretches(step, [&](int j, int count) {
-        const int64_t at = head.layout.at(step.first + j);
-        product<true>(count, vectors, QT, probabilities + j, step_keys, grad, width, set.dv + at, width, true);
-        product<true>(count, vectors, QT, slopes + j, step_keys, query, width, set.dk + at, width, true);
-        product<false>(QT, vectors, count, slopes + j, step_keys, set.k + at, width, dq, width, true);
+        const int64_t at = head.layout.at(step.first + j), joined = set.joined_at(head.layout, step.first + j);
+        const int64_t depth = QT / P::per_unit;
+        product<U, true>(count, vectors, depth, probabilities + j, step_keys, grad.joined(), width, set.dv + at, width,
+                         true);
+        product<U, true>(count, vectors, depth, slopes + j, step_keys, query.joined(), width, set.dk + at, width, true);
+        product<U, false>(QT, vectors, count / P::per_unit, along + j / P::per_unit, step_keys / P::per_unit,
+                          set.kj + joined, width, dq, width, true);
       });
       return;
     }
@@ -60,24 +97,26 @@ template <class E> struct Backward {
       if (!count) continue;
       const int64_t key = head.rowwise_at(step, i0 + r);
       const float *prob = probabilities + r * step_keys, *slope = slopes + r * step_keys;
-      row_updates(prob, grad + r * width, set.dv + key, -head.row_step(), count, width);
-      row_updates(slope, query + r * width, set.dk + key, -head.row_step(), count, width);
+      row_updates(prob, grad.floats() + r * width, set.dv + key, -head.row_step(), count, width);
+      row_updates(slope, query.floats() + r * width, set.dk + key, -head.row_step(), count, width);
       row_sums(slope, set.k + key, -head.row_step(), count, width, dq + r * width);
     }
   }
 
   void load_tile(int64_t b, int64_t h, int64_t i0, int64_t real) {
     const int64_t width = head.width;
-    for (float* rows : {query, grad, dq}) std::fill_n(rows, QT * width, 0.0f);
+    query.read(p.q, b, h, i0, real, p.size, width);
+    grad.read(p.grad, b, h, i0, real, p.size, width);
+    query.join(width);
+    grad.join(width);
+    std::fill_n(dq, QT * width, 0.0f);
     std::fill_n(lse, QT, 0.0f);
     std::fill_n(delta, QT, 0.0f);
     for (int64_t r = 0; r < real; r++) {
-      read_row(row_of<const E>(p.q, b, h, i0 + r), p.size, width, p.scale, query + r * width);
-      read_row(row_of<const E>(p.grad, b, h, i0 + r), p.size, width, 1.0f, grad + r * width);
-      read_row(row_of<const E>(p.out, b, h, i0 + r), p.size, width, 1.0f, dq + r * width);  // for delta
+      read_row(row_of<const E>(p.out, b, h, i0 + r), p.size, width, dq + r * width);  // for delta
       vf sum{};
       for (int64_t d = r * width; d < (r + 1) * width; d += L) {
-        sum = load(grad + d) * load(dq + d) + sum;
+        sum = load(grad.floats() + d) * load(dq + d) + sum;
         store(dq + d, vf{});
       }
       delta[r] = lanes_sum(sum);
@@ -92,10 +131,10 @@ template <class E> struct Backward {
     head.geometry.steps(i0, i0 + real, steps);
     for (const Step& step : steps) {
       head.need(step, i0, i0 + real);
-      head.products(step, query, i0, real, false, probabilities);
+      head.products(step, query, i0, real, false, p.scale, probabilities);
       head.mask(step, i0, real, probabilities);
-      head.products(step, grad, i0, real, true, slopes);
-      differentiate(step);
+      head.products(step, grad, i0, real, true, 1, slopes);
+      slope(step);
       accumulate(step, i0, real);
     }
     for (int64_t r = 0; r < real; r++) {
@@ -127,17 +166,17 @@ template <class E> struct Backward {
   void write(int64_t b, int64_t key_head, int64_t begin, int64_t end, const float* dk, const float* dv, int64_t splits,
              int64_t apart) {
     float row[256 + L];
-    const auto one = [&](const MstHeads& to, const float* from, int64_t j) {
+    const auto one = [&](const MstHeads& to, const float* from, int64_t j, float factor) {
       for (int64_t d = 0; d < head.width; d += L) {
         vf sum = load(from + head.layout.at(j) + d);
         for (int64_t s = 1; s < splits; s++) sum = sum + load(from + s * apart + head.layout.at(j) + d);
-        store(row + d, sum);
+        store(row + d, sum * factor);
       }
       convert(row, row_of<E>(to, b, key_head, j), static_cast<int>(p.size));
     };
     for (int64_t j = begin; j < end; j++) {
-      one(p.dk, dk, j);
-      one(p.dv, dv, j);
+      one(p.dk, dk, j, p.scale);
+      one(p.dv, dv, j, 1);
     }
   }
 };
@@ -162,7 +201,7 @@ template <class E> int backward(const MstAttention& p, int threads) {
     for (int64_t item = 0; item < heads * splits; item++) {
       if (!ready) continue;
       const int64_t b = item / splits / p.key_heads, key_head = item / splits % p.key_heads;
-      KeySet& keys = worker->head.keys;
+      KeySet<E>& keys = worker->head.keys;
       if (splits > 1) keys.dk = shares.get() + item * 2 * part, keys.dv = keys.dk + part;
       ready = within_memory([&] { worker->share(b, key_head, item % splits, splits); });
       if (ready && splits == 1) worker->write(b, key_head, 0, p.length, keys.dk, keys.dv, 1, 0);

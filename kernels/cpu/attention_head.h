@@ -3,17 +3,12 @@
 #include <memory>
 #include <new>
 
-#include "attention_steps.h"
-#include "attention_tile.h"
+#include "attention_pack.h"
 
 namespace mst {
 namespace {
 
-template <class E> MST_INLINE E* row_of(const MstHeads& t, int64_t batch, int64_t head, int64_t token) {
-  return static_cast<E*>(t.data) + batch * t.batch + head * t.head + token * t.token;
-}
-
-// How packed rows lie in memory: `width` floats each, in tiles of KT rows that stand `tile` floats apart. Queries that
+// How packed rows lie in memory: `width` numbers each, in tiles of KT rows that stand `tile` numbers apart. Queries that
 // meet keys a multiple of the step away would meet them all in the same few cache sets if the step is a power of two;
 // gaps between the tiles shift each such key by about a row.
 struct Layout {
@@ -28,36 +23,46 @@ struct Layout {
   int64_t apart(int64_t step) const { return gaps() ? step / KT * tile : step * width; }
 };
 
-// Keys that steps count through: all of a head's, or its summaries. Rows are padded with zeros, and so is their number
-// to a multiple of KT. The transposed copies let scores run SIMD over keys: [tile of KT keys][size][KT].
-struct KeySet {
+// Keys that steps count through: all of a head's, or its summaries, in the forms of attention_pack.h. Rows are padded
+// with zeros, and so is their number to a multiple of KT.
+template <class E> struct KeySet {
+  using P = Packed<E>;
+  using Number = typename P::number;
   int64_t padded = 0;
-  float *k = nullptr, *v = nullptr, *kt = nullptr, *vt = nullptr;
+  float *kt = nullptr, *vt = nullptr;    // across, tile by tile
+  float *kj = nullptr, *vj = nullptr;    // joined
+  Number *k = nullptr, *v = nullptr;     // along
   float *dk = nullptr, *dv = nullptr;
   float* bias = nullptr;  // 0, or -inf for a key that is masked out; null without a mask
 
-  static size_t floats(int64_t padded, const Layout& layout, bool backward, bool mask) {
-    return layout.at(padded) * (backward ? 4 : 2) + padded * layout.width * (backward ? 2 : 1) + (mask ? padded : 0);
-  }
-  void place(float*& at, int64_t count, const Layout& layout, bool backward, bool mask) {
+  // Units of a tile across: what a row holds, in whole vectors.
+  static int64_t units(int64_t size) { return ceil_div(size, L * P::per_unit) * L; }
+
+  // Takes what is wanted from `at` on, in floats; with at = 0 that counts them.
+  template <class Pointer> void place(Pointer take, int64_t count, int64_t size, const Layout& layout, bool backward,
+                                      bool rows, bool mask) {
     padded = count;
-    const auto take = [&](int64_t n) { return (at += n) - n; };
-    const int64_t rows = layout.at(padded), columns = padded * layout.width;
-    k = take(rows), v = take(rows), kt = take(columns);
-    if (backward) vt = take(columns), dk = take(rows), dv = take(rows);
+    const int64_t across = padded * units(size), all = layout.at(padded), joined = padded / P::per_unit * layout.width;
+    kt = take(across);
+    if (backward) vt = take(across), dk = take(all), dv = take(all);
+    if constexpr (P::pairs) {
+      vj = take(joined);
+      if (backward) kj = take(joined);
+      if (rows) {
+        k = reinterpret_cast<Number*>(take(all / P::per_unit));
+        v = reinterpret_cast<Number*>(take(all / P::per_unit));
+      }
+    } else {
+      kj = k = take(all), vj = v = take(all);
+    }
     bias = mask ? take(padded) : nullptr;
   }
-};
 
-// to[d][j] = row j's number d, for KT rows of `width` numbers.
-inline void transpose_tile(const float* from, int64_t width, float* to) {
-  for (int j = 0; j < KT; j += L)
-    for (int64_t d = 0; d < width; d += L) {
-      const float* rows[L];
-      for (int i = 0; i < L; i++) rows[i] = from + (j + i) * width + d;
-      transpose_units<F32>(rows, to + d * KT + j, KT);
-    }
-}
+  // Where joined rows begin; `row` is a multiple of KT.
+  int64_t joined_at(const Layout& layout, int64_t row) const {
+    return P::pairs ? row / P::per_unit * layout.width : layout.at(row);
+  }
+};
 
 template <class E> class Head {
  public:
@@ -66,20 +71,18 @@ template <class E> class Head {
   const Layout layout;
   const int64_t width;  // of a packed row
   const bool backward;
-  KeySet keys, summaries;
+  KeySet<E> keys, summaries;
 
   Head(const MstAttention& problem, bool is_backward)
       : p(problem), geometry(problem), layout(problem), width(layout.width), backward(is_backward) {}
 
   // Places the key sets in memory; false if there is none.
   bool allocate(Scratch& memory) {
-    const int64_t count = ceil_div(p.length, KT) * KT, few = ceil_div(geometry.summaries(), KT) * KT;
-    const bool mask = p.key_mask != nullptr;
-    float* at = memory.floats(KeySet::floats(count, layout, backward, mask) +
-                              KeySet::floats(few, layout, backward, mask) + 64);
+    int64_t floats = 0;
+    place([&](int64_t n) { return floats += n, static_cast<float*>(nullptr); });
+    float* at = memory.floats(floats + 64);
     if (!at) return false;
-    keys.place(at, count, layout, backward, mask);
-    summaries.place(at, few, layout, backward, mask);
+    place([&](int64_t n) { return (at += n) - n; });
     return true;
   }
 
@@ -95,7 +98,7 @@ template <class E> class Head {
   // Forgets the head, so that binding it again starts its gradients from zero.
   void release() { batch_ = -1; }
 
-  KeySet& of(Kind kind) { return kind == SUMMARY ? summaries : keys; }
+  KeySet<E>& of(Kind kind) { return kind == SUMMARY ? summaries : keys; }
 
   // Packs what a step of queries [i0, i1) reads.
   void need(const Step& step, int64_t i0, int64_t i1) {
@@ -119,19 +122,24 @@ template <class E> class Head {
     for (int j = 0; j < step.width; j += most) body(j, most);
   }
 
-  // s[QT][step_keys] = the products of the tile's rows x with a step's keys (or values). `tile` rows are real.
-  void products(const Step& step, const float* x, int64_t i0, int64_t tile, bool with_values, float* s) {
+  // s[QT][step_keys] = `factor` times the products of the tile's rows x with a step's keys (or values). `tile` rows are
+  // real.
+  void products(const Step& step, const TileRows<E>& x, int64_t i0, int64_t tile, bool with_values, float factor,
+                float* s) {
     if (step.kind == ROWWISE) {
-      const float* rows = with_values ? keys.v : keys.k;
+      const auto* rows = with_values ? keys.v : keys.k;
       for (int64_t r = 0; r < tile; r++)
         if (const int64_t count = rowwise_count(step, i0 + r))
-          row_dots(x + r * width, rows + rowwise_at(step, i0 + r), -row_step(), count, width, s + r * step_keys);
+          row_dots(x.floats() + r * width, rows + rowwise_at(step, i0 + r), -row_step(), count, width, factor,
+                   s + r * step_keys);
       return;
     }
-    const KeySet& set = of(step.kind);
-    const float* from = (with_values ? set.vt : set.kt) + step.first * width;
+    const KeySet<E>& set = of(step.kind);
+    const int64_t units = KeySet<E>::units(p.size);
+    const float* from = (with_values ? set.vt : set.kt) + step.first * units;
     for (int t = 0; t < step.width; t += KT)
-      product<false>(QT, KT / L, p.size, x, width, from + t * width, KT, s + t, step_keys, false);
+      product<typename P::unit, false>(QT, KT / L, p.size / P::per_unit, x.along(), width / P::per_unit,
+                                       from + t * units, KT, s + t, step_keys, false, factor);
   }
 
   // Cuts the scores to what each query may see.
@@ -146,9 +154,19 @@ template <class E> class Head {
   }
 
  private:
+  using P = Packed<E>;
+  using Number = typename P::number;
   int64_t batch_ = -1, key_head_ = -1;
   std::vector<uint8_t> packed_;
   float bias_row_[step_keys];
+  alignas(64) Number tile_[P::pairs ? KT * 256 : 1];
+
+  template <class Take> void place(Take take) {
+    const int64_t count = ceil_div(p.length, KT) * KT, few = ceil_div(geometry.summaries(), KT) * KT;
+    const bool mask = p.key_mask != nullptr;
+    keys.place(take, count, p.size, layout, backward, geometry.has(ROWWISE), mask);
+    summaries.place(take, few, p.size, layout, backward, false, mask);
+  }
 
   void need_keys(int64_t begin, int64_t end) {
     for (int64_t t = begin / KT; t < ceil_div(end, KT); t++)
@@ -159,24 +177,37 @@ template <class E> class Head {
   }
 
   // Packs tile t of a set whose row j stands at position j * every + offset, j < count.
-  void pack(KeySet& set, int64_t t, int64_t count, int64_t every, int64_t offset) {
-    const int64_t at = layout.at(t * KT), columns = t * KT * width;
-    for (int64_t j = 0; j < KT; j++) {
-      const int64_t row = t * KT + j, token = row * every + offset;
-      if (row < count) {
-        read_row(row_of<const E>(p.k, batch_, key_head_, token), p.size, width, 1.0f, set.k + at + j * width);
-        read_row(row_of<const E>(p.v, batch_, key_head_, token), p.size, width, 1.0f, set.v + at + j * width);
-      } else {
-        std::fill_n(set.k + at + j * width, width, 0.0f);
-        std::fill_n(set.v + at + j * width, width, 0.0f);
+  void pack(KeySet<E>& set, int64_t t, int64_t count, int64_t every, int64_t offset) {
+    pack_rows(p.k, t, count, every, offset, set.k, set.kj, set.kt, set);
+    pack_rows(p.v, t, count, every, offset, set.v, set.vj, set.vt, set);
+    if (set.bias)
+      for (int64_t row = t * KT; row < (t + 1) * KT; row++) {
+        const bool seen = row < count && p.key_mask[batch_ * p.length + row * every + offset];
+        set.bias[row] = seen ? 0.0f : -infinity;
       }
-      if (set.bias) set.bias[row] = row < count && p.key_mask[batch_ * p.length + token] ? 0.0f : -infinity;
-    }
-    transpose_tile(set.k + at, width, set.kt + columns);
     if (!backward) return;
-    transpose_tile(set.v + at, width, set.vt + columns);
-    std::fill_n(set.dk + at, KT * width, 0.0f);
-    std::fill_n(set.dv + at, KT * width, 0.0f);
+    std::fill_n(set.dk + layout.at(t * KT), KT * width, 0.0f);
+    std::fill_n(set.dv + layout.at(t * KT), KT * width, 0.0f);
+  }
+
+  // Keys or values of tile t, in the forms that there is a place for.
+  void pack_rows(const MstHeads& from, int64_t t, int64_t count, int64_t every, int64_t offset, Number* along,
+                 float* joined, float* across, const KeySet<E>& set) {
+    const int64_t units = KeySet<E>::units(p.size), apart = P::pairs ? units * P::per_unit : width;
+    Number* to = P::pairs ? tile_ : along + layout.at(t * KT);
+    for (int64_t j = 0; j < KT; j++) {
+      const int64_t row = t * KT + j;
+      if (row < count)
+        read_row(row_of<const E>(from, batch_, key_head_, row * every + offset), p.size, apart, to + j * apart);
+      else
+        std::fill_n(to + j * apart, apart, Number{});
+    }
+    if (across) transpose_tile<typename P::unit>(to, apart, across + t * KT * units);
+    if constexpr (P::pairs) {
+      if (joined) join_rows(to, apart, KT, width, joined + set.joined_at(layout, t * KT));
+      for (int64_t j = 0; along && j < KT; j++)
+        std::copy_n(to + j * apart, width, along + layout.at(t * KT + j));
+    }
   }
 
   // What is added to query i's scores, null for nothing.

@@ -68,10 +68,11 @@ constexpr int MR = 8, NV = 2;  // 16 accumulators; 16 multiply-adds for 2 loads 
 constexpr int MR = 4, NV = 2;
 #endif
 
-// R rows by V vectors of c (+)= a . b. Entry (m, k) of a is a[m * lda + k], or a[k * lda + m] if TRANSPOSED.
-template <int R, int V, bool TRANSPOSED>
+// R rows by V vectors of c += a . b, or c = factor a . b. Entry (m, k) of a, a unit, is a[m * lda + k], or
+// a[k * lda + m] if TRANSPOSED.
+template <class U, int R, int V, bool TRANSPOSED>
 MST_INLINE void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                              int64_t depth, bool add) {
+                              int64_t depth, bool add, float factor) {
   vf acc[R][V];
   MST_UNROLL for (int r = 0; r < R; r++) MST_UNROLL for (int v = 0; v < V; v++)
     acc[r][v] = add ? load(c + r * ldc + v * L) : vf{};
@@ -81,24 +82,27 @@ MST_INLINE void product_block(const float* a, int64_t lda, const float* b, int64
     MST_UNROLL for (int v = 0; v < V; v++) y[v] = load(b + k * ldb + v * L);
     MST_UNROLL for (int r = 0; r < R; r++) {
       const vf x = broadcast(TRANSPOSED ? a[k * lda + r] : a[r * lda + k]);
-      MST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = x * y[v] + acc[r][v];
+      MST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = U::multiply_add(x, y[v], acc[r][v]);
     }
   }
-  MST_UNROLL for (int r = 0; r < R; r++) MST_UNROLL for (int v = 0; v < V; v++) store(c + r * ldc + v * L, acc[r][v]);
+  MST_UNROLL for (int r = 0; r < R; r++) MST_UNROLL for (int v = 0; v < V; v++)
+    store(c + r * ldc + v * L, add ? acc[r][v] : acc[r][v] * factor);
 }
 
-// c[rows, vectors * L] (+)= a . b over `depth`; rows is a multiple of MR.
-template <bool TRANSPOSED>
+// c[rows, vectors * L] += a . b over `depth` units, or c = factor a . b; rows is a multiple of MR.
+template <class U, bool TRANSPOSED>
 MST_NOINLINE void product(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t lda, const float* b,
-                          int64_t ldb, float* c, int64_t ldc, bool add) {
+                          int64_t ldb, float* c, int64_t ldc, bool add, float factor = 1) {
   const int64_t row_step = TRANSPOSED ? 1 : lda;
+  const auto block = [&](auto width, int64_t r, int64_t v) {
+    product_block<U, MR, decltype(width)::value, TRANSPOSED>(a + r * row_step, lda, b + v * L, ldb, c + r * ldc + v * L,
+                                                             ldc, depth, add, factor);
+  };
   int64_t v = 0;
   for (; v + NV <= vectors; v += NV)
-    for (int64_t r = 0; r < rows; r += MR)
-      product_block<MR, NV, TRANSPOSED>(a + r * row_step, lda, b + v * L, ldb, c + r * ldc + v * L, ldc, depth, add);
+    for (int64_t r = 0; r < rows; r += MR) block(std::integral_constant<int, NV>(), r, v);
   for (; v < vectors; v++)
-    for (int64_t r = 0; r < rows; r += MR)
-      product_block<MR, 1, TRANSPOSED>(a + r * row_step, lda, b + v * L, ldb, c + r * ldc + v * L, ldc, depth, add);
+    for (int64_t r = 0; r < rows; r += MR) block(std::integral_constant<int, 1>(), r, v);
 }
 
 // ---- rows against rows at a constant distance ----------------------------------------------------------------------
@@ -116,8 +120,16 @@ template <class Body> MST_INLINE void by_pieces(int64_t width, Body body) {
   if (at < width) body(std::integral_constant<int, 1>(), at);
 }
 
-// out[n] = q . rows[n * step], n < count; writes up to a multiple of four.
-MST_NOINLINE void row_dots(const float* q, const float* rows, int64_t step, int64_t count, int64_t width, float* out) {
+// L numbers of a packed row.
+MST_INLINE vf load_numbers(const float* p) { return load(p); }
+#if defined(MST_AVX512)
+MST_INLINE vf load_numbers(const bf16* p) { return (vf)load16(p); }
+#endif
+
+// out[n] = factor q . rows[n * step], n < count; writes up to a multiple of four.
+template <class N>
+MST_NOINLINE void row_dots(const float* q, const N* rows, int64_t step, int64_t count, int64_t width, float factor,
+                           float* out) {
   by_pieces(width, [&](auto pieces, int64_t at) {
     constexpr int V = decltype(pieces)::value;
     vf x[V];
@@ -125,29 +137,29 @@ MST_NOINLINE void row_dots(const float* q, const float* rows, int64_t step, int6
     for (int64_t n = 0; n < count; n += 4) {
       v4f sum[4];
       MST_UNROLL for (int i = 0; i < 4; i++) {
-        const float* row = rows + std::min(n + i, count - 1) * step + at;
-        vf acc = x[0] * load(row);
-        MST_UNROLL for (int v = 1; v < V; v++) acc = x[v] * load(row + v * L) + acc;
+        const N* row = rows + std::min(n + i, count - 1) * step + at;
+        vf acc = x[0] * load_numbers(row);
+        MST_UNROLL for (int v = 1; v < V; v++) acc = x[v] * load_numbers(row + v * L) + acc;
         sum[i] = quarter_sum(acc);
       }
       transpose4(sum[0], sum[1], sum[2], sum[3]);
-      const v4f four = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      const v4f four = ((sum[0] + sum[1]) + (sum[2] + sum[3])) * factor;
       store4(out + n, at ? load4(out + n) + four : four);
     }
   });
 }
 
 // out += sum of factor[n] * rows[n * step].
-MST_NOINLINE void row_sums(const float* factor, const float* rows, int64_t step, int64_t count, int64_t width,
-                           float* out) {
+template <class N>
+MST_NOINLINE void row_sums(const float* factor, const N* rows, int64_t step, int64_t count, int64_t width, float* out) {
   by_pieces(width, [&](auto pieces, int64_t at) {
     constexpr int V = decltype(pieces)::value;
     vf acc[V];
     MST_UNROLL for (int v = 0; v < V; v++) acc[v] = load(out + at + v * L);
     for (int64_t n = 0; n < count; n++) {
       const vf f = broadcast(factor[n]);
-      const float* row = rows + n * step + at;
-      MST_UNROLL for (int v = 0; v < V; v++) acc[v] = f * load(row + v * L) + acc[v];
+      const N* row = rows + n * step + at;
+      MST_UNROLL for (int v = 0; v < V; v++) acc[v] = f * load_numbers(row + v * L) + acc[v];
     }
     MST_UNROLL for (int v = 0; v < V; v++) store(out + at + v * L, acc[v]);
   });
@@ -182,14 +194,6 @@ MST_INLINE void mask_row(float* s, int width, int64_t begin, int64_t end, const 
     const vi at = lane + j;
     store(s + j, select((vi)(at >= lo) & (vi)(at < hi), x, broadcast(-infinity)));
   }
-}
-
-// ---- rows of a head ------------------------------------------------------------------------------------------------
-
-// One row of `size` numbers times `factor`, zeros up to `width`.
-template <class E> MST_INLINE void read_row(const E* from, int64_t size, int64_t width, float factor, float* to) {
-  for (int64_t d = 0; d < size; d += 4) store4(to + d, load4(from + d) * factor);
-  for (int64_t d = size; d < width; d++) to[d] = 0;
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
 from . import abi, processor, table
+from .dot_rate import dot_rate
 from .folder import UntrustedFolderError, cache_dir, open_cache_dir
 from .processes import CommandError, OutOfTimeError, run_all
 
@@ -88,16 +89,24 @@ def supported_isas() -> tuple[str, ...]:
 
 
 def choose_isa() -> str:
-    """The instruction set to compile for: the best one, unless ``MST_CPU_ISA`` names another."""
+    """The instruction set to compile for: the fastest one, unless ``MST_CPU_ISA`` names another."""
     isas = supported_isas()
     wanted = os.environ.get("MST_CPU_ISA", "")
     if not wanted:
-        return isas[0]
+        return _fastest(isas)
     if wanted == "portable":
         return next(isa for isa in isas if table.isa_named(isa).portable)
     if wanted not in isas:
         raise BuildError(f"MST_CPU_ISA={wanted!r}: this machine supports {', '.join(isas)} (or 'portable')")
     return wanted
+
+
+@functools.cache
+def _fastest(isas: tuple[str, ...]) -> str:
+    """The best one, unless that multiplies bf16 in pairs and the processor is slow at it (``dot_rate.py``)."""
+    best = table.isa_named(isas[0])
+    rate = dot_rate(find_compiler) if "MST_BF16_PAIRS" in best.macros else None
+    return isas[0] if rate is None or rate.pays else isas[1]
 
 
 # ---- compiler --------------------------------------------------------------------------------------------------------

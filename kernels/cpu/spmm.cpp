@@ -11,12 +11,19 @@
 //           for each output block, tile, group of NR outputs:
 //             NR x MV vector accumulators in registers, across ALL active blocks of the output block:
 //               for each active block, each k:  MV loads of x^T, NR broadcasts of W, NR * MV multiply-adds
-//             write y once, transposed in registers, bias included
+//             write y once, transposed in registers, bias included; by way of a stage where that takes small pieces
 //
 // Intensity: NR * MV multiply-adds for NR + MV loads, 24 for 11 with AVX-512 (32 registers: 8 x 3; 4 x 6 for blocks of
 // 4) and 8 for 6 with 16 registers. There 4 x 3 would be 12 for 7 and fill all of them: compilers then spill sums within
-// the loop, or load x^T once more for each multiply-add, and two thirds of the speed are left. W comes from L1, where it is reused by each tile of a panel, x^T from L2, y goes
-// out once. Nothing depends on the block size but the length of the innermost loop, so fine blocks cost little.
+// the loop, or load x^T once more for each multiply-add, and two thirds of the speed are left. W comes from L1, where it
+// is reused by each tile of a panel, x^T from L2, y goes out once. Nothing depends on the block size but the length of
+// the innermost loop, so fine blocks cost little.
+//
+// Rows of y that stand a multiple of 4096 bytes apart share a set of the L1 cache, and what is written to the tokens of a
+// tile in pieces of 8 or 16 bytes misses it each time. Such pieces are collected in a stage of 32 outputs or more, and
+// copied from there: with rows of 12288 bytes grad-input takes .4 to .5 of the time at blocks of 4, .73 to .88 in bf16 at
+// wider ones (density .1, Zen 5). Pieces of 32 bytes (float, 8 outputs) gain nothing, and lose a tenth where rows do not
+// collide, so they go to y; so do all where vectors are shorter, whose tiles have fewer tokens.
 #include "spmm_plan.h"
 
 namespace mst {
@@ -28,14 +35,13 @@ constexpr int64_t chunk_bytes = 640 << 10;  // one tile of x^T; a longer reducti
 
 // ---- the tile ------------------------------------------------------------------------------------------------------
 
-// Where the accumulators of a tile start and end: bias or earlier partial sums in, partial sums or y out.
+// Where the accumulators of a tile start and end: bias or earlier partial sums in, partial sums or results out.
 template <class Y> struct TileEnds {
   const float* bias;
   const float* partial_in;  // [NR][MV * L] or null
-  float* partial_out;       // or null: write y
-  Y* y;
-  int64_t ldy;
-  int outputs, tokens;  // of y, may be less than the tile
+  float* partial_out;       // or null: write results
+  Y* to;                    // the results' place for the first token, in the stage or in y
+  int64_t apart;            // of tokens there
 };
 
 template <int NR, int MV, class Y> MST_INLINE void finish(const vf (&acc)[NR][MV], const TileEnds<Y>& e) {
@@ -44,7 +50,7 @@ template <int NR, int MV, class Y> MST_INLINE void finish(const vf (&acc)[NR][MV
       MST_UNROLL for (int v = 0; v < MV; v++) store(e.partial_out + (r * MV + v) * L, acc[r][v]);
     return;
   }
-  store_tile<NR, MV>(acc, e.y, e.ldy, e.outputs, e.tokens);
+  store_tile<NR, MV>(acc, e.to, e.apart, NR, MV * L);
 }
 
 // x: the tile's x^T shifted so that block idx[q] starts at idx[q] * units rows. KU divides units.
@@ -57,9 +63,6 @@ MST_NOINLINE void tile(const float* x, const float* w, const int32_t* idx, int64
   } else {
     MST_UNROLL for (int r = 0; r < NR; r++) MST_UNROLL for (int v = 0; v < MV; v++) acc[r][v] = broadcast(e.bias[r]);
   }
-  // The lines of y that the tile ends in arrive while it computes.
-  if (!e.partial_out)
-    for (int t = 0; t < e.tokens; t++) __builtin_prefetch(e.y + t * e.ldy, 1, 3);
   const int64_t stride = static_cast<int64_t>(units) * MV * L;
   for (int64_t q = 0; q < n; q++) {
     const float* xk = x + idx[q] * stride;
@@ -84,6 +87,7 @@ MST_NOINLINE void tile(const float* x, const float* w, const int32_t* idx, int64
 
 template <class U, int NR, int MV, class X, class W> struct Kernel {
   static constexpr int64_t MT = MV * L, pack_rows = 4;
+  static constexpr bool small_pieces = L == 16 && NR * sizeof(X) < 32;
   const Problem& p;
   const Plan plan;
   const X* x;
@@ -106,8 +110,11 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
   }
   int64_t scratch_floats(const Piece& piece) const {
     const int64_t partial = plan.chunk < p.red_blocks ? (piece.end - piece.begin) * p.block * MT : 0;
-    return plan.panel_tiles() * (plan.tile_size + partial);
+    return stage_floats() + plan.panel_tiles() * (plan.tile_size + partial);
   }
+  // The stage: outputs of whole blocks for each token of a tile.
+  int64_t stage_width() const { return std::max(line_outputs, p.block); }
+  int64_t stage_floats() const { return MT * stage_width() * sizeof(X) / 4; }
   void pack(const Piece& piece, int64_t i0, int64_t i1) const {
     for (int64_t i = i0; i < i1; i++)
       pack_output_block<U, NR, X, W>(p, i, piece.w + (p.lists.ptr[i] - piece.w_base) * units() * p.block);
@@ -116,7 +123,7 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
   // One chunk of the reduction for one tile of V vectors: all outputs of block i.
   template <int V>
   void run_tile(const Piece& piece, int64_t i, const float* xt, int64_t c0, int64_t c1, float* partial, X* to,
-                int tokens) const {
+                int64_t apart) const {
     const int B = p.block, units = static_cast<int>(this->units());
     const int32_t* idx = p.lists.idx;
     const int64_t first = p.lists.ptr[i], last = p.lists.ptr[i + 1];
@@ -129,8 +136,8 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
       const int64_t o = i * B + g * NR;
       if (o >= p.outputs) break;
       float* sums = partial ? partial + (o - piece.begin * B) * V * L : nullptr;
-      const TileEnds<X> ends{p.bias + o, c0 > 0 ? sums : nullptr, c1 < p.red_blocks ? sums : nullptr, to + o, ldy,
-                             static_cast<int>(std::min<int64_t>(NR, p.outputs - o)), tokens};
+      const TileEnds<X> ends{p.bias + o, c0 > 0 ? sums : nullptr, c1 < p.red_blocks ? sums : nullptr, to + g * NR,
+                             apart};
       const float* wg = w + (g * (last - first) + q0 - first) * units * NR;
       if (units % 4 == 0)
         tile<U, NR, V, 4>(from, wg, idx + q0, q1 - q0, units, ends);
@@ -139,8 +146,28 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
     }
   }
 
+  // One chunk of the reduction for one tile: blocks [i, end) of outputs, at most a stage of them, and their rows of y.
+  template <int V>
+  void run_outputs(const Piece& piece, int64_t i, int64_t end, const float* xt, int64_t c0, int64_t c1, float* partial,
+                   X* stage, X* rows, int64_t tokens) const {
+    const int64_t first = i * p.block, outs = std::min((end - i) * p.block, p.outputs - first), bytes = outs * sizeof(X);
+    const bool last = c1 == p.red_blocks, whole = tokens == V * L && outs == (end - i) * p.block;
+    const bool direct = whole && !small_pieces;
+    X* to = direct ? rows + first : stage;
+    const int64_t apart = direct ? ldy : stage_width();
+    if (last)  // the lines of y arrive while the results are computed
+      for (int64_t t = 0; t < tokens; t++)
+        for (int64_t at = 0; at < bytes; at += 64)
+          __builtin_prefetch(reinterpret_cast<const char*>(rows + t * ldy + first) + at, 1, 3);
+    for (int64_t j = i; j < end; j++) run_tile<V>(piece, j, xt, c0, c1, partial, to + (j - i) * p.block, apart);
+    if (last && !direct)
+      for (int64_t t = 0; t < tokens; t++) copy_row(stage + t * apart, rows + t * ldy + first, bytes);
+  }
+
   void panel(const Piece& piece, int64_t t0, int64_t t1, int64_t o0, int64_t o1, float* scratch) const {
     const int64_t outs = (piece.end - piece.begin) * p.block;
+    X* stage = reinterpret_cast<X*>(scratch);
+    scratch += stage_floats();
     float* partial = plan.chunk < p.red_blocks ? scratch + plan.panel_tiles() * plan.tile_size : nullptr;
     for (int64_t c0 = 0; c0 < p.red_blocks; c0 += plan.chunk) {
       const int64_t c1 = std::min(p.red_blocks, c0 + plan.chunk), k0 = c0 * p.block, n = (c1 - c0) * units();
@@ -155,14 +182,14 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
       const int64_t span = std::max(1, line_outputs / p.block);
       for (int64_t i = o0; i < o1; i += span)
         for (int64_t t = t0; t < t1; t++) {
-          const int tokens = static_cast<int>(std::min(MT, p.m - t * MT));
+          const int64_t tokens = std::min(MT, p.m - t * MT), end = std::min(o1, i + span);
           float* sums = partial ? partial + (t - t0) * outs * MT : nullptr;
           const float* xt = scratch + (t - t0) * plan.tile_size;
-          for (int64_t j = i; j < std::min(o1, i + span); j++)
-            if (tokens > L)
-              run_tile<MV>(piece, j, xt, c0, c1, sums, y + t * MT * ldy, tokens);
-            else
-              run_tile<1>(piece, j, xt, c0, c1, sums, y + t * MT * ldy, tokens);
+          X* rows = y + t * MT * ldy;
+          if (tokens > L)
+            run_outputs<MV>(piece, i, end, xt, c0, c1, sums, stage, rows, tokens);
+          else
+            run_outputs<1>(piece, i, end, xt, c0, c1, sums, stage, rows, tokens);
         }
     }
   }

@@ -140,6 +140,19 @@ void pack_output_block(const Problem& p, int64_t i, float* dst) {
 
 // ---- writing y -----------------------------------------------------------------------------------------------------
 
+// Copies a short row, in vectors.
+MST_INLINE void copy_row(const void* from, void* to, int64_t bytes) {
+  const char* src = static_cast<const char*>(from);
+  char* dst = static_cast<char*>(to);
+  int64_t at = 0;
+  for (; at + 4 * L <= bytes; at += 4 * L) {
+    vf_mem v;
+    memcpy(&v, src + at, 4 * L);
+    memcpy(dst + at, &v, 4 * L);
+  }
+  if (at < bytes) memcpy(dst + at, src + at, bytes - at);
+}
+
 // y[t * ldy + r] = acc[r] of token t, for the tokens and outputs that y has.
 template <int NR, int MV, class Y>
 MST_INLINE void store_tile(const vf (&acc)[NR][MV], Y* y, int64_t ldy, int outputs, int tokens) {

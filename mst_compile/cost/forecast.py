@@ -213,9 +213,8 @@ def forecast(
     """
     check_model("forecast", model)
     tokens_per_step = check_tokens("tokens_per_step", tokens_per_step)
-    steps = _steps(tokens, tokens_per_step)
-    if loss is not None:
-        check_instance("loss", loss, Callable, "a function without arguments that returns the loss", ForecastError)
+    steps = steps_of(tokens, tokens_per_step)
+    check_loss(loss)
     if optimizer is not None:
         check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer", ForecastError)
     timed = hardware is not None or (loss is not None and schedule is None)
@@ -227,26 +226,61 @@ def forecast(
     else:
         source = "measured here: passes at a few densities" + (", optimizer" if optimizer is not None else "")
     sparse, own = _sparse(model, schedule, options)
-    if loss is None:
-        rest = float(dense_linear_training(sparse) * tokens_per_step)
-    else:
-        rest = ranks * _rest(model, own, tokens_per_step // ranks, loss)
+    rest = rest_of(model, sparse, own, tokens_per_step, loss, ranks)
     rates = None
     if hardware is not None:
         rates = estimate(sparse, own, hardware, tokens_per_step // ranks)
     elif loss is not None and schedule is None:
         rates = measure(model, loss, optimizer, steps=steps)
     move = _communication(sparse, own, ranks, speed)
+    told = (source, *says) if timed else ()
+    return of_run(
+        own, steps, tokens_per_step, rest, rates, move, source=told, price_per_hour=price_per_hour, ranks=ranks
+    )
+
+
+def of_run(
+    own: Sparsifier,
+    steps: int,
+    tokens_per_step: int,
+    rest: float,
+    rates: Rates | None = None,
+    move: tuple[float, float] = (0.0, 0.0),
+    **more: Any,
+) -> Forecast:
+    """The forecast of a run of ``steps`` under the schedule of ``own``; ``more`` is the Forecast's own."""
     line = timeline(own, steps)
     phases = [_phase(own, line, *phase, tokens_per_step, rest, rates, move) for phase in own.schedule.phases(steps)]
     total: object = getattr(own.schedule, "total_steps", None)
-    return Forecast(
-        phases, rest, rates, {"flops": FLOPS, "seconds": SECONDS}, (source, *says) if timed else (),
-        total if isinstance(total, int) else None, price_per_hour, ranks,
-    )  # fmt: skip
+    more["total_steps"] = total if isinstance(total, int) else None
+    return Forecast(phases, rest, rates, {"flops": FLOPS, "seconds": SECONDS}, **more)
 
 
-def _steps(tokens: float, tokens_per_step: int) -> int:
+def check_loss(loss: object) -> None:
+    """Raise :class:`ForecastError` unless ``loss`` is a function, or None."""
+    if loss is not None:
+        check_instance("loss", loss, Callable, "a function without arguments that returns the loss", ForecastError)
+
+
+def rest_of(
+    model: nn.Module,
+    sparse: nn.Module,
+    own: Sparsifier,
+    tokens_per_step: int,
+    loss: Callable[[], Tensor] | None,
+    ranks: int = 1,
+) -> float:
+    """FLOPs of a step of all ranks in everything but products with sparse weights.
+
+    Args:
+        model: what ``loss`` runs. sparse: the same model, or a copy that was made sparse, with its sparsifier ``own``.
+    """
+    if loss is None:
+        return float(dense_linear_training(sparse) * tokens_per_step)
+    return ranks * _rest(model, own, tokens_per_step // ranks, loss)
+
+
+def steps_of(tokens: float, tokens_per_step: int) -> int:
     """Optimizer steps of a run."""
     steps = math.ceil(check_number("tokens", tokens, positive=True, error=ForecastError) / tokens_per_step)
     if steps > MOST_STEPS:

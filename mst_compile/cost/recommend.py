@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mst_compile.api import sparsify
+from mst_compile.api import densify, sparsify
 from mst_compile.cost.fitted import FIT
 from mst_compile.cost.flops import check_tokens
-from mst_compile.cost.forecast import Forecast, forecast
+from mst_compile.cost.forecast import Forecast, check_loss, of_run, rest_of, steps_of
 from mst_compile.errors import ForecastError
 from mst_compile.rules.checks import check_choice, check_model, check_number, shown
 from mst_compile.rules.constant import Constant
 from mst_compile.rules.mixed_sparsity import MixedSparsity, advisers
 from mst_compile.rules.schedule import Schedule
-from mst_compile.state.sparsifier import sparsifier
+from mst_compile.state.sparsifier import parts_of, sparsifier
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)  # at 90 % the study's runs lie above the law
 ENDS = ("dense", "sparse")
@@ -157,17 +157,21 @@ def recommend(
     if budget is not None:
         budget = check_number("budget", budget, positive=True, error=ForecastError)
     check_choice("end", end, ENDS, ForecastError)
-    steps = math.ceil(total / per_step)
-    probe = forecast(model, Constant(0.5, growth="none"), tokens=total, tokens_per_step=per_step, loss=loss, **options)
-    weights = (probe.dense_flops / steps - probe.rest) / (6 * per_step)
-    task = Task(weights, probe.rest / per_step, steps * per_step, unique)
+    steps = steps_of(total, per_step)
+    check_loss(loss)
+    if parts_of(model):
+        raise ForecastError("the model is sparse already and has its schedule: recommend takes a plain one")
+    twin = sparsify(copy.deepcopy(model), Constant(0.5, growth="none"), **options)  # the only copy
+    own = sparsifier(twin)
+    rest = rest_of(model, twin, own, per_step, loss)
+    task = Task(sum(w.numel for w in own.weights.values()), rest / per_step, steps * per_step, unique)
     found = sorted(_options(task, end, steps), key=lambda option: option.share)
     option = _choose(found, task, budget)
-    twin = sparsify(copy.deepcopy(model), option.schedule or Constant(0.5, growth="none"), **options)
-    blocks = sorted({w.grid.block for w in sparsifier(twin).weights.values()})
     expected = None
     if option.schedule is not None:
-        expected = forecast(model, option.schedule, tokens=total, tokens_per_step=per_step, loss=loss, **options)
+        own = sparsifier(sparsify(densify(twin), option.schedule, **options))
+        expected = of_run(own, steps, per_step, rest)
+    blocks = sorted({w.grid.block for w in own.weights.values()})
     _, width, data = task.rival(option.share)
     rival = f"dense, {width:.2f} of the width, {data:.2f} of the tokens"
     reasons = _reasons(option, rival, budget)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.callback import CallbackTrigger, callback_handler
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mst_compile.graph import passes
@@ -93,11 +94,17 @@ def late_examples(tracing: torch._guards.TracingContext | None, example_inputs: 
 def compiling_late(
     tracing: torch._guards.TracingContext | None, compile_context: torch._guards.CompileContext | None
 ) -> Iterator[None]:
-    """The contexts that Inductor asks for, as Dynamo left them; unless it is still at work."""
+    """The contexts that Inductor asks for, as Dynamo left them; unless it is still at work.
+
+    Whoever has asked Dynamo to be told of compilations is told of this one.
+    """
     with contextlib.ExitStack() as stack:
-        if tracing is not None and torch._guards.TracingContext.try_get() is None:
-            stack.enter_context(torch._guards.compile_context(compile_context))  # type: ignore[arg-type]
-            stack.enter_context(torch._guards.tracing(_late(tracing)))
+        if torch._guards.TracingContext.try_get() is None:
+            what = str(compile_context.compile_id if compile_context is not None else None)
+            stack.enter_context(callback_handler.install_callbacks(CallbackTrigger.DYNAMO, what))
+            if tracing is not None:
+                stack.enter_context(torch._guards.compile_context(compile_context))  # type: ignore[arg-type]
+                stack.enter_context(torch._guards.tracing(_late(tracing)))
         yield
 
 

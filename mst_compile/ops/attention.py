@@ -8,8 +8,10 @@ average.
 
 The operator returns the result, laid out ``[batch, length, heads, head size]`` in memory as PyTorch's flash attention
 does it, and the logarithm of each softmax's denominator, float32 (float64 for float64) ``[batch, heads, length]``. The
-gradient recomputes the rest. The reference below forms the dense scores; it is the oracle of all kernels, and what runs
-where there is none.
+gradient recomputes the rest. Sums and exponentials are float32; of bfloat16 operands a kernel may round probabilities,
+and their gradients, to bfloat16 before it multiplies them, as ``scaled_dot_product_attention`` does: those for GPUs do,
+and those for CPUs that have bf16 dot products. The reference below forms the dense scores and rounds nothing but its
+results; it is the oracle of all kernels, and what runs where there is none.
 """
 
 from __future__ import annotations

@@ -64,6 +64,8 @@ def _schedule(schedule: Schedule, step: int) -> dict[str, Any]:
         "distribution": schedule.distribution,
         "magnitude": schedule.magnitude,
         "drop_after_pruning": schedule.drop_after_pruning,
+        "regrown": schedule.regrown,
+        "regrown_warmup": schedule.regrown_warmup,
         "attention": [attention.name, attention.window, attention.stride, list(schedule.attention_steps())],
     }
     if type(schedule) in (MixedSparsity, Constant, GradualPruning):

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 
 import torch
+from torch._dynamo.callback import CallbackArgs, callback_handler
+
+
+@contextlib.contextmanager
+def compilations(begins: Callable[[], None]) -> Iterator[None]:
+    """Within it ``begins`` is called whenever a compilation begins: by Dynamo, of a backward pass when it first runs,
+    or of a variant that the ``mst`` backend has not needed before.
+
+    ``torch._dynamo.reset()`` forgets it, as it forgets all callbacks.
+    """
+
+    def told(_: CallbackArgs) -> None:
+        begins()
+
+    callback_handler.register_start_callback(told)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # forgotten by a reset
+            callback_handler.remove_start_callback(told)
 
 
 class Clock:
@@ -12,14 +34,18 @@ class Clock:
 
     A step during which anything was compiled counts as compilation; the step after it is charged twice in its stead,
     so that training time still covers every step. What happens between :meth:`stop` and :meth:`start` is not timed.
+    A step that a device computes ends when the device has: wait for it before :meth:`stop`.
 
     Attributes:
         seconds, compile_seconds: so far; may be set, as when a run is resumed.
+        processor_seconds: of this process and all its threads in the same steps: on a machine that others use as well,
+            what training takes of it.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.compile_seconds = 0.0
+        self.processor_seconds = 0.0
         self._owed = 0
         self.start()
 
@@ -31,16 +57,17 @@ class Clock:
     def start(self) -> None:
         """A step begins."""
         self._compilations = self._count()
-        self._start = time.perf_counter()
+        self._start, self._processor = time.perf_counter(), time.process_time()
 
     def stop(self) -> float:
         """A step has ended: its seconds."""
-        elapsed = time.perf_counter() - self._start
+        elapsed, processor = time.perf_counter() - self._start, time.process_time() - self._processor
         if self._count() > self._compilations:
             self.compile_seconds += elapsed
             self._owed += 1
             return elapsed
         self.seconds += elapsed * (1 + self._owed)
+        self.processor_seconds += processor * (1 + self._owed)
         self.compile_seconds -= elapsed * self._owed
         self._owed = 0
         return elapsed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,7 @@ def mask_figure(history: History) -> Figure:
     heights = [
         max(0.35, width * _lying(moments[0].masks[n]).shape[0] / _lying(moments[0].masks[n]).shape[1]) for n in names
     ]
-    figure = Figure(figsize=(width * len(moments) + 1.4, sum(heights) + 0.55 * len(names) + 1.2), layout="constrained")
+    figure = Figure(figsize=(width * len(moments) + 1.4, sum(heights) + 0.4 * len(names) + 1.0), layout="compressed")
     axes = figure.subplots(len(names), len(moments), squeeze=False, height_ratios=heights)
     for line, name in zip(axes, names, strict=True):
         for axis, moment in zip(line, moments, strict=True):
@@ -269,4 +270,11 @@ def _short(name: str) -> str:
     """The end of a weight's name, broken into lines."""
     text = name.removesuffix(".weight")
     text = text if len(text) <= 36 else f"...{text[-33:]}"
-    return "\n".join(text[i : i + 18] for i in range(0, len(text), 18))
+    lines = [""]
+    for part in re.split(r"(?<=\.)(?!\.)", text):  # at dots, and within what is wider than a line
+        for piece in (part[i : i + 18] for i in range(0, len(part), 18)):
+            if len(lines[-1]) + len(piece) <= 18:
+                lines[-1] += piece
+            else:
+                lines.append(piece)
+    return "\n".join(lines)

@@ -37,6 +37,7 @@ class Constant(Schedule):
             place of ``interval``. None is at the very end of the run, which would come to nothing.
         until: share of ``total_steps`` over which there are topology events.
         anneal: ``"cosine"`` or ``"none"``: the drop fraction stays.
+        regrown, regrown_warmup: as in :class:`MixedSparsity`.
 
     Raises:
         ScheduleError: a value is out of range, or two contradict each other.
@@ -58,6 +59,8 @@ class Constant(Schedule):
     events: int | None = None
     until: float = 0.75
     anneal: str = "cosine"
+    regrown: str = "first estimate"
+    regrown_warmup: int = 0
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # plain values, whatever kind of number was given

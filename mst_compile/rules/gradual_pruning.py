@@ -29,7 +29,7 @@ class GradualPruning(Schedule):
         start, end: where pruning begins and ends, shares of ``total_steps`` if floats, numbers of steps if ints.
         interval: steps between events; default ``total_steps / 25``, within 1 to 100.
         drop_fraction: share of the blocks left after pruning that is dropped and regrown.
-        growth, gradient_share, gradient_steps, distribution, magnitude: as in
+        growth, gradient_share, gradient_steps, distribution, magnitude, regrown, regrown_warmup: as in
             :class:`~mst_compile.rules.mixed_sparsity.MixedSparsity`; ``growth="none"`` is gradual magnitude pruning
             alone.
 
@@ -50,6 +50,8 @@ class GradualPruning(Schedule):
     distribution: str = "erdos-renyi"
     magnitude: str = "l2"
     drop_after_pruning: bool = True
+    regrown: str = "first estimate"
+    regrown_warmup: int = 0
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # plain values, whatever kind of number was given

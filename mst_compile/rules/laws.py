@@ -27,7 +27,12 @@ def graphcore(density: float) -> float:
     return math.exp(1.969 * sparsity**2 + 0.2905 * sparsity)
 
 
-NAMED: dict[str, Callable[[float], float]] = {"graphcore": graphcore}
+def none(density: float) -> float:
+    """1 at every density: no law."""
+    return 1.0
+
+
+NAMED: dict[str, Callable[[float], float]] = {"graphcore": graphcore, "none": none}
 
 
 def check_law(name: str, law: object, *, least: float = -math.inf) -> Law:

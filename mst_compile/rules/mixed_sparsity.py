@@ -62,6 +62,15 @@ class MixedSparsity(Schedule):
             ``total_steps`` if a float, a number of steps if an int; default the plateau.
         stride: of the patterns, in positions.
         span: number of last keys that ``"local"`` and ``"sparse"`` attend to; default ``stride``.
+        regrown: how the optimizer's moments of blocks that grow begin. ``"first estimate"``: the second moment v at its
+            first estimate, the first moment m at 0. ``"own steps"`` (SMET, arXiv 2606.00888): both at 0, and Adam,
+            AdamW, NAdam, RAdam and Adamax correct their bias by the number k of steps that the block has taken since it
+            grew, in place of the weight's; in Adam's case the update is
+            ``lr * (m / (1 - beta1**k)) / (sqrt(v / (1 - beta2**k)) + eps)``. Other optimizers keep to the first, and a
+            warning says so.
+        regrown_warmup: steps over which the updates of a block that has grown rise linearly to their full size,
+            weight decay included: the n-th of them is ``n / regrown_warmup`` of what the optimizer makes; 0 for none,
+            100 in SMET.
 
     Raises:
         ScheduleError: a value is out of range, or the phases do not fit into ``total_steps``.
@@ -86,6 +95,8 @@ class MixedSparsity(Schedule):
     stride: int = 128
     span: int | None = None
     magnitude: str = "l2"
+    regrown: str = "first estimate"
+    regrown_warmup: int = 0
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)  # plain values, whatever kind of number was given

@@ -21,6 +21,7 @@ from .checks import (
     check_sparsity,
     check_step,
     check_steps,
+    check_whole,
     shown,
 )
 from .density import DISTRIBUTIONS
@@ -29,6 +30,7 @@ from .patterns import Pattern
 
 _NEVER = 2**63 - 1
 MAGNITUDES = ("l2", "l1")
+REGROWN = ("first estimate", "own steps")
 _REQUIRED = ("max_sparsity", "sparsity_at", "is_topology_event")
 
 
@@ -49,6 +51,10 @@ class Schedule:
         distribution: ``"erdos-renyi"`` or ``"uniform"`` densities over the layers.
         attention: a pattern, by name or your own, or an :class:`~mst_compile.rules.attention.Attention`.
         attention_window, stride, span: of an attention that is given by name.
+        regrown: how the optimizer's moments of regrown blocks begin: ``"first estimate"``, the second moment at its
+            first estimate; or ``"own steps"``, both at 0, with bias corrections by the block's own number of steps.
+            See :mod:`mst_compile.state.own_steps`.
+        regrown_warmup: steps over which the updates of a regrown block rise linearly to their full size; 0: none.
     """
 
     max_sparsity: float
@@ -63,6 +69,8 @@ class Schedule:
     attention_window: tuple[float | int, float | int] | None = None
     stride: int = 128
     span: int | None = None
+    regrown: str = "first estimate"
+    regrown_warmup: int = 0
 
     def sparsity_at(self, step: int) -> float:
         """Target share of zeros after ``step`` optimizer steps."""
@@ -151,6 +159,7 @@ def take_plain_parts(schedule: Schedule) -> None:
         put("span", check_positions("span", schedule.span))
     if isinstance(schedule.attention_window, list):
         put("attention_window", tuple(schedule.attention_window))
+    put("regrown_warmup", _check_warmup(schedule))
 
 
 def check_parts(schedule: Schedule, interval: int, total_steps: int | None = None) -> None:
@@ -176,6 +185,8 @@ def check_parts(schedule: Schedule, interval: int, total_steps: int | None = Non
     check_choice("distribution", schedule.distribution, DISTRIBUTIONS)
     check_choice("magnitude", schedule.magnitude, MAGNITUDES)
     check_flag("drop_after_pruning", schedule.drop_after_pruning, ScheduleError)
+    check_choice("regrown", schedule.regrown, REGROWN)
+    _check_warmup(schedule)
     value, (start, end) = schedule.attention_value, _two_steps(schedule)
     asked = value.name != "full" or value.start is not None or value.end is not None
     if asked and start >= (end if total_steps is None else min(end, total_steps)):
@@ -184,6 +195,10 @@ def check_parts(schedule: Schedule, interval: int, total_steps: int | None = Non
             f"attention {schedule.attention!r} would never be on: its first step is {start}{of}, and its first step "
             f"without the pattern is {end} (attention_window={schedule.attention_window!r})"
         )
+
+
+def _check_warmup(schedule: Schedule) -> int:
+    return check_whole("regrown_warmup", schedule.regrown_warmup, least=0, of="optimizer steps", error=ScheduleError)
 
 
 def as_schedule(schedule: object) -> Schedule:

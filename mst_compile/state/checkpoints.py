@@ -25,7 +25,7 @@ class OptimizerCheckpoints:
     def save_into(self, optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None:
         """Add the topology of the optimizer's sparse weights to what its state dict will hold of them."""
         for weight, parameter in self._run.of(optimizer):
-            entry = resume.entry_of(weight, self._run.progress, self._run.keeps_scores)
+            entry = resume.entry_of(weight, self._run.progress, self._run.keeps_scores, self._run.keeps_young)
             entries[id(parameter)] = {key: value.to(parameter.device) for key, value in entry.items()}
 
     def owned(self, optimizer: Optimizer) -> set[int]:

@@ -52,17 +52,18 @@ def param_groups(
     The rule is Adam's. Muon's update keeps its size whatever the density: give it ``density_rate=0``, as a warning
     says where one does not.
 
-    Both keys work in groups of your own, and both take other laws: a number r for ``density ** -r`` (0: no law),
-    ``"graphcore"`` (:func:`mst_compile.rules.laws.graphcore`), or a function of the density that returns the factor,
-    which is asked at every step. A ``density_decay`` that is such a law multiplies ``weight_decay``, whatever the
-    optimizer.
+    Both keys work in groups of your own, and both take other laws: a number r for ``density ** -r``, ``"graphcore"``
+    (:func:`mst_compile.rules.laws.graphcore`), ``"none"`` (which 0 means as well), or a function of the density that
+    returns the factor, which is asked at every step. A ``density_decay`` that is such a law multiplies
+    ``weight_decay``, whatever the optimizer. A group of your own that names neither steps as in the dense model.
 
     Args:
         model: a sparsified model.
-        weight_decay: of sparse weights and other matrices; vectors have none.
-        density_rate: law of the learning rate; 1 is SµPar's rule, 0 gives all weights the same learning rate.
-        density_decay: ``"independent"``, or a law of the weight decay; 0 leaves it as it is, so that decoupled decay
-            grows with the rate.
+        weight_decay: of sparse weights and other matrices; vectors have none. Every group says its own, so that a
+            ``weight_decay`` given to the optimizer itself, or its default, counts for none of them.
+        density_rate: law of the learning rate; 1 is SµPar's rule, ``"none"`` gives all weights the same learning rate.
+        density_decay: ``"independent"``, or a law of the weight decay; ``"none"`` leaves it as it is, so that decoupled
+            decay grows with the rate.
 
     Returns:
         A group for the sparse weights of each target density (layers of one shape) and schedule, one for other

@@ -138,10 +138,14 @@ def _may_be_basis(tensor: Tensor) -> bool:
 
 def _code_book(key: str, codes: Tensor, state: Mapping[str, Any]) -> str | None:
     """Key of the code book of 8-bit codes, as bitsandbytes keeps it: ``state1`` has ``qmap1``, which holds a 0."""
-    name = key.replace("state", "qmap")
+    name = _book_of(key)
     book = state.get(name)
     fits = codes.dtype == torch.uint8 and name != key and isinstance(book, Tensor) and book.shape == (_CODES,)
     return name if fits and bool((book == 0).any()) else None  # type: ignore[union-attr]
+
+
+def _book_of(key: str) -> str:
+    return key.replace("state", "qmap")
 
 
 def _scale_of(key: str) -> str:
@@ -280,7 +284,8 @@ def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: Blo
         return
     state = optimizer.state.get(parameter, {})
     averages = {k: v for k, v in state_like(optimizer, parameter) if k in _SECOND_MOMENTS}
-    if not averages:
+    codes = [] if keeps_zeros(optimizer) or is_sharded(parameter) else _coded_averages(optimizer, state)
+    if not averages and not codes:
         return
     scale = gradient_scale(optimizer)
     gradient, part = local_part(parameter.grad)
@@ -298,6 +303,44 @@ def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: Blo
             local.copy_(torch.where(mask, begun, plain))
         else:
             local.copy_(torch.where(mask, begun.to(local.dtype), local))
+    for key in codes:
+        _write_codes(state, key, mask, square * _correction(optimizer, parameter, state, key))
+
+
+def _coded_averages(optimizer: optim.Optimizer, state: Mapping[str, Any]) -> list[str]:
+    """Keys of second moments in 8-bit codes, with a scale for each group of them."""
+    codes = survey(optimizer).codes
+    return [k for k in codes if k in _SECOND_MOMENTS and k in state and isinstance(state.get(_scale_of(k)), Tensor)]
+
+
+def _write_codes(state: dict[str, Any], key: str, mask: Tensor, values: Tensor) -> None:
+    """Let 8-bit codes say ``values`` under ``mask``.
+
+    The scale of a group, by which its codes are multiplied, grows where a value is larger, and its other codes are then
+    written anew; all other groups stay as they are, bit for bit. How codes are grouped must follow from how many scales
+    there are, or nothing is written.
+    """
+    codes, book, scales = state[key], state[_book_of(key)], state[_scale_of(key)]
+    size = _group_size(codes.numel(), scales.numel())
+    if size is None:
+        return
+    group = torch.arange(codes.numel(), device=codes.device) // size
+    mask, values = mask.reshape(-1), values.reshape(-1)
+    flat = codes.reshape(-1)
+    said = book[flat.long()] * scales.reshape(-1)[group]
+    wanted = torch.where(mask, values, said)
+    largest = scales.reshape(-1).scatter_reduce(0, group, wanted.where(mask, 0.0).to(scales.dtype), "amax")
+    changed = mask | (largest > scales.reshape(-1))[group]
+    order = book.argsort()
+    middles = (book[order][1:] + book[order][:-1]) / 2
+    nearest = order[torch.bucketize(wanted / largest[group].clamp_min(torch.finfo(scales.dtype).tiny), middles)]
+    codes.copy_(torch.where(changed, nearest.to(codes.dtype), flat).view_as(codes))
+    scales.copy_(largest.view_as(scales))
+
+
+def _group_size(elements: int, groups: int) -> int | None:
+    """How many codes share a scale, a power of 2, if that many groups follow from it."""
+    return next((size for size in (1 << i for i in range(4, 16)) if -(-elements // size) == groups), None)
 
 
 def _correction(optimizer: optim.Optimizer, parameter: Tensor, state: dict[str, Any], key: str) -> float:

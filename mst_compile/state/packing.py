@@ -7,6 +7,8 @@ dtype. So all is written in whole numbers from 0 to 255, which every floating dt
                                more everywhere if the weight was trained since that event
     mst_progress  [16]         step count and seed, eight bytes each, little end first
     mst_scores    [4, R, C]    float32 growth scores so far, four bytes each; where scores are added up over steps
+    mst_young     [4, R, C]    int32, the number of a young block's next step, 0 for all others, four bytes each; where
+                               the schedule has young blocks
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from mst_compile.rules.checks import as_whole, check_flag, check_seed, check_who
 from .weight import SparseWeight
 
 STATE_VERSION = 2
-TOPOLOGY, PROGRESS, SCORES = TOPOLOGY_KEYS = ("mst_topology", "mst_progress", "mst_scores")
+TOPOLOGY, PROGRESS, SCORES, YOUNG = TOPOLOGY_KEYS = ("mst_topology", "mst_progress", "mst_scores", "mst_young")
 
 
 def pack_topology(mask: Tensor, grown: Tensor | None, moved: bool = False) -> Tensor:
@@ -53,21 +55,21 @@ def unpack_progress(packed: Tensor) -> tuple[int, int]:
     return int.from_bytes(data[:8], "little"), int.from_bytes(data[8:], "little", signed=True)
 
 
-def pack_scores(scores: Tensor) -> Tensor:
-    """The bytes of float32 ``[R, C]``: uint8 ``[4, R, C]``."""
-    return scores.contiguous().view(torch.uint8).view(*scores.shape, 4).movedim(-1, 0).contiguous()
+def pack_words(words: Tensor) -> Tensor:
+    """The bytes of float32 or int32 ``[R, C]``: uint8 ``[4, R, C]``."""
+    return words.contiguous().view(torch.uint8).view(*words.shape, 4).movedim(-1, 0).contiguous()
 
 
-def unpack_scores(packed: Tensor) -> Tensor:
-    """Inverse of :func:`pack_scores`, from any dtype and device."""
+def unpack_words(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Inverse of :func:`pack_words`, from any dtype and device."""
     data = packed.detach().cpu().to(torch.uint8).movedim(0, -1).contiguous()
-    return data.view(torch.float32).squeeze(-1)
+    return data.view(dtype).squeeze(-1)
 
 
 def check_entry(name: str, weight: SparseWeight, entry: dict[str, Any]) -> None:
     """Raise :class:`CheckpointError` unless our part of an optimizer's state of one weight fits the weight."""
     rows, cols = weight.grid.shape
-    shapes = {TOPOLOGY: (rows, cols), PROGRESS: (16,), SCORES: (4, rows, cols)}
+    shapes = {TOPOLOGY: (rows, cols), PROGRESS: (16,), SCORES: (4, rows, cols), YOUNG: (4, rows, cols)}
     for key, value in entry.items():
         if not isinstance(value, Tensor) or tuple(value.shape) != shapes[key]:
             got = tuple(value.shape) if isinstance(value, Tensor) else form(value)
@@ -87,7 +89,9 @@ def check_entry(name: str, weight: SparseWeight, entry: dict[str, Any]) -> None:
         step, _ = unpack_progress(entry[PROGRESS])
         check_whole(f"the step count of {name} in the optimizer state", step, least=0, error=CheckpointError)
     if SCORES in entry:
-        _check_scores(f"{SCORES} of {name} in the optimizer state", unpack_scores(entry[SCORES]))
+        _check_scores(f"{SCORES} of {name} in the optimizer state", unpack_words(entry[SCORES], torch.float32))
+    if YOUNG in entry:
+        _check_young(f"{YOUNG} of {name} in the optimizer state", unpack_words(entry[YOUNG], torch.int32))
 
 
 def _check_bytes(what: str, packed: Tensor, most: int) -> None:
@@ -138,6 +142,7 @@ def check_state(state: Any, own: dict[str, SparseWeight]) -> tuple[int, int]:
         raise CheckpointError(f"'moved' of the sparsifier state must be a dict, got {shown(moved)}")
     for name, value in moved.items():
         check_flag(f"'moved' of {name} in the sparsifier state", value, CheckpointError)
+    _check_young_of(state.get("young", {}), own)
     for key in ("grown", "scores"):
         more = sorted(state[key].keys() - own.keys(), key=str)
         if more:
@@ -162,6 +167,28 @@ def _check_scores(what: str, scores: Tensor) -> None:
         raise CheckpointError(
             f"{what} must be mean squares, at least 0, got {bad[0].item()!r}; go on from a checkpoint whose gradients "
             "were numbers"
+        )
+
+
+def _check_young_of(young: Any, own: dict[str, SparseWeight]) -> None:
+    """Raise :class:`CheckpointError` unless ``young`` are the numbers of steps of young blocks, by weight."""
+    if not isinstance(young, dict):
+        raise CheckpointError(f"'young' of the sparsifier state must be a dict, got {shown(young)}")
+    for name, numbers in young.items():
+        if name not in own:
+            raise CheckpointError(f"the checkpoint has 'young' of weights that are not sparse here: {[name]}")
+        shape = own[name].grid.shape
+        fits = isinstance(numbers, Tensor) and numbers.dtype == torch.int32 and tuple(numbers.shape) == shape
+        if not fits or numbers.is_meta:
+            raise CheckpointError(f"'young' of {name} must be torch.int32 of {shape} blocks, got {form(numbers)}")
+        _check_young(f"'young' of {name}", numbers)
+
+
+def _check_young(what: str, numbers: Tensor) -> None:
+    """Raise :class:`CheckpointError` unless all are numbers of steps."""
+    if bool((numbers < 0).any()):
+        raise CheckpointError(
+            f"{what} must be numbers of steps, at least 0, got {int(numbers.min())}; it was not written by this library"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import packing
 from .weight import SparseWeight
 from .weights import Weights
+from .young import Young
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class Topology:
     grown: Tensor | None
     scores: Tensor | None
     moved: bool = False
+    young: Tensor | None = None  # numbers of steps, int32
 
 
-def state_dict(weights: Weights, progress: Progress, keeps_scores: bool) -> dict[str, Any]:
+def state_dict(weights: Weights, progress: Progress, keeps_scores: bool, keeps_young: bool) -> dict[str, Any]:
     """The sparsifier's state dict."""
-    return {
+    state = {
         "version": packing.STATE_VERSION,
         "step": progress.step,
         "seed": progress.seed,
@@ -43,6 +45,7 @@ def state_dict(weights: Weights, progress: Progress, keeps_scores: bool) -> dict
         "moved": {w.name: w.moved for w in weights},
         "scores": {w.name: _scores_or_zeros(w) for w in weights if keeps_scores},
     }
+    return state | ({"young": {w.name: _numbers(w) for w in weights}} if keeps_young else {})
 
 
 def from_state_dict(state: Any, weights: Weights) -> tuple[Progress, dict[str, Topology]]:
@@ -53,21 +56,24 @@ def from_state_dict(state: Any, weights: Weights) -> tuple[Progress, dict[str, T
     """
     progress = Progress(*packing.check_state(state, weights.by_name))
     masks, grown, scores, moved = state["masks"], state["grown"], state["scores"], state.get("moved", {})
+    young = state.get("young", {})
     found = {
-        name: Topology(masks[name], grown.get(name), scores.get(name), bool(moved.get(name, False)))
+        name: Topology(masks[name], grown.get(name), scores.get(name), bool(moved.get(name, False)), young.get(name))
         for name in weights.by_name
     }
     return progress, found
 
 
-def entry_of(weight: SparseWeight, progress: Progress, keeps_scores: bool) -> dict[str, Tensor]:
+def entry_of(weight: SparseWeight, progress: Progress, keeps_scores: bool, keeps_young: bool) -> dict[str, Tensor]:
     """What an optimizer's state dict shall hold of a weight."""
     entry = {
         packing.TOPOLOGY: packing.pack_topology(weight.mask, weight.grown, weight.moved),
         packing.PROGRESS: packing.pack_progress(progress.step, progress.seed),
     }
     if keeps_scores:
-        entry[packing.SCORES] = packing.pack_scores(_scores_or_zeros(weight))
+        entry[packing.SCORES] = packing.pack_words(_scores_or_zeros(weight))
+    if keeps_young:
+        entry[packing.YOUNG] = packing.pack_words(_numbers(weight))
     return entry
 
 
@@ -76,12 +82,13 @@ def from_entry(entry: dict[str, Tensor] | None) -> tuple[Progress, Topology] | N
     if entry is None or packing.TOPOLOGY not in entry or packing.PROGRESS not in entry:
         return None
     mask, grown, moved = packing.unpack_topology(entry[packing.TOPOLOGY])
-    scores = packing.unpack_scores(entry[packing.SCORES]) if packing.SCORES in entry else None
-    return Progress(*packing.unpack_progress(entry[packing.PROGRESS])), Topology(mask, grown, scores, moved)
+    scores = packing.unpack_words(entry[packing.SCORES], torch.float32) if packing.SCORES in entry else None
+    young = packing.unpack_words(entry[packing.YOUNG], torch.int32) if packing.YOUNG in entry else None
+    return Progress(*packing.unpack_progress(entry[packing.PROGRESS])), Topology(mask, grown, scores, moved, young)
 
 
-def restore(weight: SparseWeight, topology: Topology) -> None:
-    """Let a weight go on from a checkpoint's topology.
+def restore(weight: SparseWeight, topology: Topology, keeps_young: bool) -> None:
+    """Let a weight go on from a checkpoint's topology; with its young blocks, if the schedule has any.
 
     Values are left alone: those of the same checkpoint may have come before or be still to come, and what stands
     outside the active blocks is settled when an optimizer steps. A topology that is the present one, as when an
@@ -94,10 +101,19 @@ def restore(weight: SparseWeight, topology: Topology) -> None:
     weight.grown = _copy_if_any(topology.grown)
     weight.scores = _copy_if_any(topology.scores)
     weight.moved = topology.moved
+    young = Young.of_numbers(topology.young) if keeps_young and topology.young is not None else None
+    weight.young = None if young is None else young.inside(mask)
 
 
 def _copy_if_any(values: Tensor | None) -> Tensor | None:
     return values.detach().cpu().clone() if values is not None and bool(values.any()) else None
+
+
+def _numbers(weight: SparseWeight) -> Tensor:
+    """Of the next step of each young block, 0 of all others: int32 ``[R, C]``."""
+    if weight.young is not None:
+        return weight.young.numbers(weight.grid)
+    return torch.zeros(weight.grid.shape, dtype=torch.int32, device="cpu")
 
 
 def _scores_or_zeros(weight: SparseWeight) -> Tensor:

@@ -20,6 +20,7 @@ from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_mask
 from .listeners import Listeners, TopologyEvent, changes
 from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
+from .regrown import follows
 from .resume import Progress, Topology, from_entry, restore
 from .settle import settle
 from .unseen import warn_unseen
@@ -74,6 +75,11 @@ class Run:
     def keeps_scores(self) -> bool:
         """Whether growth scores may be waiting when a checkpoint is written."""
         return self.schedule.growth_rule.gradient_steps > 1 or any(w.scores is not None for w in self.weights)
+
+    @property
+    def keeps_young(self) -> bool:
+        """Whether blocks may be young when a checkpoint is written."""
+        return follows(self.schedule)
 
     def of(self, optimizer: Optimizer) -> list[tuple[SparseWeight, nn.Parameter]]:
         """The sparse weights that ``optimizer`` trains."""
@@ -202,6 +208,6 @@ class Run:
         self.step_count, self.seed = progress.step, progress.seed
         for weight in self.weights:
             if weight.name in topologies:
-                restore(weight, topologies[weight.name])
+                restore(weight, topologies[weight.name], self.keeps_young)
         self.optimizers.clear()
         self.prepare_next_step()

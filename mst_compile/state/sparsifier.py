@@ -198,7 +198,8 @@ class Sparsifier:
     def state_dict(self) -> dict[str, Any]:
         """Step count, seed, masks and what else the next step depends on; loads with ``torch.load(weights_only=True)``
         and through ``torch.distributed.checkpoint`` (this object is Stateful in its sense)."""
-        return resume.state_dict(self._run.weights, self._run.progress, self._run.keeps_scores)
+        run = self._run
+        return resume.state_dict(run.weights, run.progress, run.keeps_scores, run.keeps_young)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Load the model's own state dict as well, before or after.

@@ -7,7 +7,8 @@ Within one training step::
     optimizer.step()    before: values that stand outside the active blocks are settled, a new optimizer's state is
                         cleaned; growth scores are harvested and the inactive part of the gradient is zeroed, with a
                         closure each time it has run
-                        after:  what cannot be trusted to have stayed 0 is zeroed, the step is counted and, on an event,
+                        after:  blocks that have just grown are written as the schedule wants their first steps,
+                        what cannot be trusted to have stayed 0 is zeroed, the step is counted and, on an event,
                         the topology changes
 """
 
@@ -26,7 +27,7 @@ from mst_compile.blocks.bulk import block_mean_square
 from mst_compile.blocks.shards import is_sharded, lay_out_gradient
 from mst_compile.errors import MSTWarning
 
-from . import optimizers
+from . import optimizers, regrown
 from .clock import StepClock
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
@@ -45,6 +46,7 @@ class _Turn:
         scores: growth scores before it, by name.
         versions: of the Parameters, by name.
         first: whether the optimizer had no state of them.
+        young: values of young blocks before it, by name.
         told: whether its end has been seen.
     """
 
@@ -52,6 +54,7 @@ class _Turn:
     scores: dict[str, Tensor | None]
     versions: dict[str, int]
     first: bool
+    young: dict[str, Tensor]
     told: bool = False
 
 
@@ -133,7 +136,8 @@ class Stepping:
             run.skip_step()
         scores, versions = {w.name: w.scores for w, _ in own}, {w.name: p._version for w, p in own}
         first = not any(optimizer.state.get(p) for _, p in own)
-        turn = self._turns[step] = _Turn(late, scores, versions, first)
+        young = regrown.values_before(run.schedule, own)
+        turn = self._turns[step] = _Turn(late, scores, versions, first, young)
         step.at_end(lambda failed: self._end(step, turn, failed))
         self._take_gradients(step, own)
 
@@ -157,7 +161,7 @@ class Stepping:
                 _harvest(weight, parameter, scale, turn.scores.get(weight.name), again=step.has_closure)
         mask_gradients((weight, parameter.grad) for weight, parameter in found)  # type: ignore[misc]
         for weight, parameter in found:
-            if weight.grown is not None:
+            if weight.grown is not None and not regrown.by_own_steps(self._run.schedule, optimizer):
                 optimizers.start_second_moment(optimizer, parameter, weight.grid, weight.grown)
 
     def after_step(self, step: Step) -> None:
@@ -167,6 +171,7 @@ class Stepping:
             return
         own = run.of(optimizer)
         if step in self._turns:
+            self._write_young(step, own)
             self._keep_zeros(optimizer, own, self._turns[step])
         if step.nested:
             return
@@ -182,6 +187,15 @@ class Stepping:
                 self.step()  # of several optimizers the last one completes the step
         elif run.active and run.step_count == 0:
             self._warn_if_never_stepped(optimizer)
+
+    def _write_young(self, step: Step, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Let young blocks step as the schedule says: once, whoever steps around the one that has moved them."""
+        done = regrown.after_step(self._run.schedule, step.optimizer, own, self._turns[step].young)
+        outer = step.outer
+        while outer is not None:
+            if outer in self._turns:
+                self._turns[outer].young = {n: v for n, v in self._turns[outer].young.items() if n not in done}
+            outer = outer.outer
 
     def _end(self, step: Step, turn: _Turn, failed: bool) -> None:
         """A step is over. One that has raised was one if weights have moved all the same, as where a hook after it

@@ -39,6 +39,7 @@ from mst_compile.rules.guard import backbone as wrapped_diagonal
 from mst_compile.state.attention import AttentionState
 from mst_compile.state.selection import Candidate
 from mst_compile.state.uses import Uses
+from mst_compile.state.young import Young
 
 _ATTRIBUTE = "_mst_weight"
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> handle of its gradient hook
@@ -78,6 +79,7 @@ class SparseWeight:
         changes: number of topology changes so far.
         scores: growth scores since the last event, float32 ``[R, C]``; None where nothing was read.
         grown: blocks that grew at the last event and have not been stepped since, bool ``[R, C]``, or None.
+        young: blocks whose first steps are not over, where the schedule has them take steps of their own.
         clean: version of the Parameter (``Tensor._version``) at which it was last known to be 0 outside the active
             blocks; ``UNKNOWN`` if somebody must look.
         address: where its elements were then.
@@ -106,6 +108,7 @@ class SparseWeight:
     dense_grad: bool = False
     scores: Tensor | None = None
     grown: Tensor | None = None
+    young: Young | None = None
     clean: int = UNKNOWN
     address: int = 0
     dirty: tuple[int, int] | None = None
@@ -185,6 +188,8 @@ class SparseWeight:
         self.active = self.grid.count_elements(mask)
         self.changes += 1
         self.forget()
+        if self.young is not None and not self.timed:
+            self.young = self.young.inside(mask)
         epoch.value += 1
         self._write_index()
 

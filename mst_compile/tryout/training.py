@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mst_compile.api import sparsify
+from mst_compile.report.clock import compilations
 from mst_compile.report.recorder import Recorder
 from mst_compile.rules.mixed_sparsity import MixedSparsity
 from mst_compile.state.learning_rates import param_groups
@@ -75,17 +76,17 @@ class Run:
             self.model, folder, tokens_per_step=tokens, rest=rest, label=name, overwrite=True,
             notes={"layers": shape.layers, "width": shape.width, "context": f"{shape.context} bytes"},
         )  # fmt: skip
-        self.step, self._said = 0, time.perf_counter()
+        self.step, self._said, self._said_so = 0, time.perf_counter(), False
         self.row: dict[str, Any] = {}
         self.times: list[float] = []  # seconds of each step
 
     def train(self, until: int) -> None:
         """Train up to so many steps."""
         while self.step < min(until, self.steps):
-            if self.step == 0 and self.setup.compile:
-                print(f"{self.name}: compiling, which happens once ...", flush=True)
             compiled = self.row.get("compile_seconds", 0.0)
-            self._train_step()
+            self._said_so = False
+            with compilations(self._compiling):
+                self._train_step()
             compiled = self.row["compile_seconds"] - compiled
             # A step that was compiled in is given back the time of a usual one afterwards.
             if compiled > 1:
@@ -95,6 +96,13 @@ class Run:
             if known and (due or self.step == self.steps):
                 self._said = time.perf_counter()
                 print(self._progress(), flush=True)
+
+    def _compiling(self) -> None:
+        """Say so before it is waited for, once a step."""
+        if not self._said_so:
+            self._said_so = True
+            what = "" if self.step == 0 else " for other products"  # dense ones, of weights that are no longer sparse
+            print(f"{self.name}: compiling{what}, which happens once ...", flush=True)
 
     def _train_step(self) -> None:
         setup, model = self.setup, self.model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +43,32 @@ def test_shares_are_those_of_the_forecast() -> None:
     assert found.option.share == pytest.approx(found.forecast.flops / found.forecast.dense_flops, abs=0.02)
     assert [o.share for o in found.options] == sorted(o.share for o in found.options)
     assert len(found.options) == len(SPARSITIES) + 1
+
+
+@pytest.mark.parametrize("end", ["dense", "sparse"])
+def test_one_copy_does(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its forecast is that of the schedule, asked for by itself, in the blocks that the schedule's density has."""
+    copies: list[int] = []
+    deepcopy = copy.deepcopy
+
+    def counted(value: Any, *rest: Any) -> Any:
+        copies.extend([1] * isinstance(value, nn.Sequential))
+        return deepcopy(value, *rest)
+
+    monkeypatch.setattr(copy, "deepcopy", counted)
+    own, x = model(), torch.randn(4096, 64)
+    asked = {**SIZES, "block": 32, "loss": lambda: own(x).square().mean()}
+    found = mst_compile.recommend(own, end=end, **asked)
+    assert len(copies) == 1
+    assert found.schedule is not None
+    alone = mst_compile.forecast(own, found.schedule, **asked)
+    assert found.forecast == alone
+    for schedule, right in ((found.schedule, True), (mst_compile.Constant(0.5), False)):  # blocks shrink with density
+        weights = mst_compile.sparsifier(
+            mst_compile.sparsify(model(), schedule, block=32, exclude="3")
+        ).weights.values()
+        assert (sorted({w.grid.block for w in weights}) == found.blocks) == right
+    assert all("_mst_sparsifier" not in vars(m) for m in own.modules())
 
 
 def test_the_largest_lead_without_a_budget_and_the_lowest_loss_within_one() -> None:

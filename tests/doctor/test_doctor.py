@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from mst_compile.kernels import cpu as kernels
-from mst_compile.lowering import cuda
+from mst_compile.lowering import cpu_facts, cuda
 
 from mst_compile.__main__ import main
 from mst_compile.doctor import command, trial
@@ -41,7 +41,7 @@ def test_a_machine_that_works(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert "FAILED" not in text
     assert text.count("right: ") == 4, "products and attention in both dtypes"
-    for fact in ("processor", "instructions", "C++ compiler", "cache folder", "kernels"):
+    for fact in ("processor", "instructions", "bfloat16", "C++ compiler", "cache folder", "kernels"):
         assert f"cpu {fact}" in text
     assert kernels.choose_isa() in text
     assert "block 8" in text
@@ -59,6 +59,18 @@ def test_a_device_that_is_absent(capsys: pytest.CaptureFixture[str]) -> None:
     status, text = run(capsys, "--device", "cuda")
     assert status == 1
     assert "FAILED torch" in text
+
+
+@pytest.mark.parametrize(("flags", "seconds"), [({"avx512bf16", "avx2"}, 0.5), ({"avx2"}, 15.0), ({"avx512f"}, 1.25)])
+def test_bfloat16_that_is_slow_is_told(flags: set[str], seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_facts.processor, "features", lambda: frozenset(flags))
+    monkeypatch.setattr(cpu_facts, "_product_seconds", lambda dtype: seconds if dtype == torch.bfloat16 else 1.0)
+    fact = cpu_facts._bfloat16()
+    assert fact.problem is None
+    assert f"{seconds:.2g} times" in fact.value
+    assert ("has instructions for it (avx512bf16)" in fact.value) == ("avx512bf16" in flags)
+    assert ("has no instructions" in fact.value) == ("avx512bf16" not in flags)
+    assert ("train in float32 here" in fact.value) == (seconds > 1.5)
 
 
 def test_what_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,8 +126,6 @@ def test_no_compiler(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path / "file" / "folder"))
-    from mst_compile.lowering import cpu_facts
-
     fact = cpu_facts._cache()
     assert fact.problem is not None
     assert "MST_COMPILE_CACHE_DIR" in fact.problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -59,6 +60,9 @@ def test_writes_everything(text: Path, tmp_path: Path, capsys: pytest.CaptureFix
     for file in ("results.json", "results.md", "loss.png", "density.png", "masks_mst.png", "masks_static.png"):
         assert (tmp_path / file).stat().st_size > 0, file
     assert by_run["mst"]["density"] == 1.0
+    snapshots = torch.load(tmp_path / "mst" / "checkpoint.pt", weights_only=True)["snapshots"]
+    moments = [moment.split(",")[0] for moment in snapshots]  # this schedule has no warm-up
+    assert moments == ["plateau begins", "plateau ends", "restoration", "end"]
     assert by_run["static"]["density"] == pytest.approx(0.2, abs=0.1)
     assert by_run["mst"]["flops_vs_dense"] < 0.8
     assert "loaded into plain transformers" in capsys.readouterr().out
@@ -98,12 +102,20 @@ def test_resume_refuses_other_options(text: Path, tmp_path: Path) -> None:
         pretrain_gpt.main(arguments(text, tmp_path, "--runs", "dense", "--resume", "--lr", "0.5"))
 
 
-def test_compiled_run_follows_eager_run(text: Path, tmp_path: Path) -> None:
+def test_compiled_run_follows_eager_run(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And the progress bar says that it compiles while it does, not when it has."""
     eager = arguments(text, tmp_path / "eager", "--runs", "mst", "--steps", "12")
     pretrain_gpt.main(eager)
+    assert "compiling" not in capsys.readouterr().err
     compiled = arguments(text, tmp_path / "compiled", "--runs", "mst", "--steps", "12")
     compiled.remove("--no-compile")
     results = pretrain_gpt.main(compiled)
+    bar = re.split(r"[\r\n]+", capsys.readouterr().err)
+    said = [bool(re.match(r"mst +compiling:.*0/12", line)) for line in bar]
+    stepped = [bool(re.match(r"mst +: .*loss", line)) for line in bar]
+    assert any(said)
+    assert said.index(True) < stepped.index(True)
+    assert not bar[-1].startswith("mst    compiling")
     assert losses(tmp_path / "compiled" / "mst") == pytest.approx(losses(tmp_path / "eager" / "mst"), rel=1e-3)
     assert results[0]["compile_seconds"] > 0
 

@@ -10,13 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.path import Path as Polygon
+from matplotlib.text import Annotation, Text
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import quality_study
 from quality import model, plots, records, report, training
 from quality.analysis import Results
-from quality.configurations import BUDGET_QUEUE, CONFIGURATIONS, KNOWN, LARGE_QUEUE, ON_BUDGET, ON_GPU, schedule_of
+from quality.configurations import (
+    BUDGET_QUEUE,
+    CONFIGURATIONS,
+    KNOWN,
+    LARGE_QUEUE,
+    ON_BUDGET,
+    ON_GPU,
+    ON_REGROWN,
+    schedule_of,
+)
 from quality.sizes import BUDGET, LARGE, QUICK, REGIMES, Study
 
 import mst_compile
@@ -103,8 +114,17 @@ def test_blocks_on_a_gpu_are_those_asked_for(name: str) -> None:
 
 
 def test_names_are_of_one_configuration_each() -> None:
-    assert len(KNOWN) == len(CONFIGURATIONS) + len(ON_GPU) + len(ON_BUDGET)
+    assert len(KNOWN) == len(CONFIGURATIONS) + len(ON_GPU) + len(ON_BUDGET) + len(ON_REGROWN)
     assert {*LARGE_QUEUE, *BUDGET_QUEUE} <= set(KNOWN)
+
+
+def test_first_steps_of_regrown_blocks_make_a_difference(text: training.Text) -> None:
+    """Each way another run than its base, of as many FLOPs."""
+    names = ("set-b8", "set-b8-own", "set-b8-warm", "set-b8-own-warm", "set-b8-999", "set-b8-999-own-warm")
+    runs = [training.train(KNOWN[name], 0, QUICK, text, stop=12) for name in names]
+    assert len({tuple(run["losses"]) for run in runs}) == len(runs)
+    assert len({run["flops"] for run in runs}) == 1
+    assert {c.name for c in ON_REGROWN if c.kind == "mst"} >= {"mst-b8-own", "mst-b8-warm", "mst-b8-999-own-warm"}
 
 
 @pytest.mark.parametrize("name", ["wide-128-b8", "wide-96-start", "wide-96-60"])
@@ -148,6 +168,27 @@ def test_the_figure_shows_recorded_runs_and_is_always_the_same(tmp_path: Path) -
     drawn = (tmp_path / "one.svg").read_bytes()
     assert drawn == (tmp_path / "two.svg").read_bytes()
     assert all(name in drawn.decode() for name in ("dense-384-match", "static-b64", "start-70", "3 tokens a weight"))
+
+
+def test_no_label_of_the_figure_covers_anything() -> None:
+    folder = Path(__file__).parents[2] / "benchmarks"
+    figure = plots.figure_of(*(records.read_csv(folder / name) for name in ("quality.csv", "quality_large.csv")))
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        texts = [child for child in axis.get_children() if isinstance(child, Annotation)]
+        boxes = [Text.get_window_extent(text) for text in texts]
+        frame = axis.get_window_extent()
+        for i, box in enumerate(boxes):
+            assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+            assert not any(box.overlaps(other) for other in boxes[:i])
+            for line in axis.lines:
+                places = line.get_transform().transform(line.get_xydata())
+                assert not any(box.contains(*place) for place in places)
+                if line.get_linestyle() == "-":
+                    assert not Polygon(places).intersects_bbox(box, filled=False)
+        shown = {text.get_text() for text in texts}
+        assert len(shown) == len(texts) == sum(len(line.get_xdata()) for line in axis.lines)
+    plots.plt.close(figure)
 
 
 def test_dense_models_of_equal_time() -> None:

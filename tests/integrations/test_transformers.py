@@ -10,21 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-from oracles import assert_reordered, assert_same_bits
-from torch import Tensor, nn
-from torch.utils.data import Dataset
+from oracles import assert_reordered
+from torch import Tensor
+from trainer_cases import (
+    ACCUMULATED,
+    EAGER,
+    MIXED,
+    STEPS,
+    Reports,
+    Sentences,
+    arguments,
+    history,
+    tiny,
+    train,
+)
 from training import assert_zero_outside
 from transformers import (
-    GenerationMixin,
-    PretrainedConfig,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
-from transformers.modeling_outputs import CausalLMOutput
 
-from mst_compile import Constant, MixedSparsity, explain, param_groups, sparsifier, sparsify
+from mst_compile import Constant, MixedSparsity, explain, sparsifier, sparsify
 from mst_compile.errors import (
     AlreadySparseError,
     ArgumentError,
@@ -35,11 +41,7 @@ from mst_compile.errors import (
     ScheduleError,
 )
 from mst_compile.flops import Meter, dense_linear_training
-from mst_compile.integrations.transformers import MSTCallback, MSTTrainer, MSTTrainerMixin, split_groups
-
-STEPS = 12
-MIXED = MixedSparsity.published(STEPS, 0.7, warmup=3, restoration=3, settle=2, interval=2, ramp_interval=1)
-EAGER = {"options": {"mst.inner": "eager"}}
+from mst_compile.integrations.transformers import MSTCallback, MSTTrainer
 
 
 @pytest.fixture(autouse=True)
@@ -49,84 +51,7 @@ def _quiet() -> Any:
         yield
 
 
-class Config(PretrainedConfig):
-    model_type = "tiny"
-
-    def __init__(self, **more: Any) -> None:
-        super().__init__(vocab_size=32, hidden_size=16, num_hidden_layers=1, bos_token_id=1, eos_token_id=None, **more)
-
-
-class Tiny(PreTrainedModel, GenerationMixin):
-    """Guesses the next token from this one: all that a Trainer and ``generate`` ask for, and quickly traced."""
-
-    config_class = Config
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.embed = nn.Embedding(32, 16)
-        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
-        self.norm = nn.LayerNorm(16)
-        self.head = nn.Linear(16, 32, bias=False)
-        self.drop = nn.Dropout(0.1)
-        self.post_init()
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **_: Any) -> dict[str, Tensor]:
-        return {"input_ids": input_ids}
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, return_dict: bool = True) -> CausalLMOutput:
-        x = self.embed(input_ids)
-        logits = self.head(self.norm(x + self.drop(self.down(nn.functional.gelu(self.up(x))))))
-        loss = None
-        if labels is not None:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
-
-
-class Sentences(Dataset):
-    """Rows of tokens that follow a rule, with a column that no model takes."""
-
-    def __len__(self) -> int:
-        return 32
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        ids = (torch.arange(8) * 5 + i) % 32
-        return {"input_ids": ids, "labels": ids, "source": torch.tensor(i)}
-
-
-def tiny() -> Tiny:
-    torch.manual_seed(0)
-    return Tiny(Config())
-
-
-def arguments(folder: Path, **more: Any) -> TrainingArguments:
-    usual = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "weight_decay": 0.1}
-    quiet = {"save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "seed": 3}
-    return TrainingArguments(str(folder), **{**usual, **quiet, "logging_steps": 1, **more})
-
-
-def train(folder: Path, *callbacks: Any, model: Any = None, cls: type = MSTTrainer, **more: Any) -> Trainer:
-    resume = more.pop("resume", None)
-    data = {"train_dataset": Sentences(), "eval_dataset": Sentences()}
-    made = cls(tiny() if model is None else model, arguments(folder, **more), callbacks=list(callbacks), **data)
-    made.train(resume_from_checkpoint=resume)
-    return made
-
-
-def history(trainer: Trainer, key: str) -> dict[int, Any]:
-    return {line["step"]: line[key] for line in trainer.state.log_history if key in line and "loss" in line}
-
-
 # -- a run -------------------------------------------------------------------------------------------------------------
-
-
-class Reports(TrainerCallback):
-    """Stands where TensorBoard's and the like do: before the callbacks of the user."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, Any]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.seen.append(dict(logs))
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +69,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Reports, lis
         sparsifier(model).on_event(events.append)
         made.train()
     return made, reports, events, folder
-
-
-ACCUMULATED = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "save_strategy": "steps", "save_steps": 1}
 
 
 def test_the_callback_sparsifies_compiles_and_ends_dense(run: Any) -> None:
@@ -223,99 +145,6 @@ def test_resumes(step: int, restore: bool, run: Any, tmp_path: Path) -> None:
     assert_zero_outside(again.model, again.optimizer.optimizer, gradients=False)
     for key in ("loss", "learning_rate", "mst/density", "mst/flops_saved", "mst/dropped", "mst/grown", "mst/events"):
         assert history(again, key) == history(whole, key), key
-
-
-# -- the optimizer -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
-def test_sparse_weights_have_groups_of_their_own(optim: str, tmp_path: Path) -> None:
-    model = tiny()
-    made = MSTTrainer(model, arguments(tmp_path, optim=optim), callbacks=[MSTCallback(MIXED, block=4)])
-    made.create_optimizer()
-    plain = Trainer(tiny(), arguments(tmp_path, optim=optim))
-    plain.create_optimizer()
-    names = {id(p): n for n, p in model.named_parameters()}
-    assert _by_name(made) == _by_name(plain)  # each weight's decay, rate and all other options are the Trainer's
-    groups = {tuple(names[id(p)] for p in g["params"]): g.get("density_rate") for g in made.optimizer.param_groups}
-    own = {name for members, rate in groups.items() if rate == 1.0 for name in members}
-    assert own == set(sparsifier(model).weights)
-    asked = [{names[id(p)] for p in g["params"]} for g in param_groups(model) if "density_rate" in g]
-    assert [set(members) for members, rate in groups.items() if rate] == asked
-
-
-def _by_name(trainer: Trainer) -> dict[str, dict[str, Any]]:
-    laws = ("params", "density_rate", "density_decay")
-    names = {id(p): n for n, p in trainer.model.named_parameters()}
-    groups = [(g, {k: v for k, v in g.items() if k not in laws}) for g in trainer.optimizer.param_groups]
-    return {names[id(p)]: options for group, options in groups for p in group["params"]}
-
-
-def test_steps_as_a_loop_with_param_groups(tmp_path: Path) -> None:
-    seen: list[dict[str, Tensor]] = []
-
-    class Notes(MSTTrainer):
-        def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *rest: Any) -> Tensor:
-            seen.append(dict(inputs))
-            return super().training_step(model, inputs, *rest)
-
-    more = {"max_grad_norm": 0, "lr_scheduler_type": "constant", "optim": "adamw_torch"}
-    trainer = train(tmp_path, MSTCallback(MIXED, compile=False, block=4), model=without_dropout(), cls=Notes, **more)
-    model = sparsify(without_dropout(), MIXED, block=4)
-    optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.1), lr=1e-2)
-    for inputs in seen:
-        model(inputs["input_ids"], inputs["labels"]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    for p, q in zip(trainer.model.parameters(), model.parameters(), strict=True):
-        assert_same_bits(p, q)
-
-
-def without_dropout() -> Tiny:
-    model = tiny()
-    model.drop.p = 0.0
-    return model
-
-
-def test_laws_of_a_subclass(tmp_path: Path) -> None:
-    class Mine(MSTTrainerMixin, Trainer):
-        density_decay = 0.0
-
-        def density_rate(density: float) -> float:  # type: ignore[misc, override]
-            return 2.0
-
-    made = Mine(tiny(), arguments(tmp_path), callbacks=[MSTCallback(MIXED, block=4)])
-    laws = {
-        (g["density_rate"](0.5), g["density_decay"])
-        for g in made.create_optimizer().param_groups
-        if "density_rate" in g
-    }
-    assert laws == {(2.0, 0.0)}
-
-
-def test_groups_with_names_and_without_members() -> None:
-    model = sparsify(tiny(), MIXED, block=4)
-    own = {"up.weight", "down.weight", "head.weight"}
-    optimizer = torch.optim.SGD([{"params": list(model.named_parameters())}, {"params": [], "param_names": []}], 0.1)
-    split_groups(optimizer, param_groups(model))
-    names = {id(p): n for n, p in model.named_parameters()}
-    for group in optimizer.param_groups:
-        assert group["param_names"] == [names[id(p)] for p in group["params"]]
-        assert ("density_rate" in group) == bool(own & set(group["param_names"]))
-    assert sorted(n for g in optimizer.param_groups for n in g["param_names"]) == sorted(names.values())
-    assert [len(g["params"]) for g in optimizer.param_groups][-1] == 0
-    before = [dict(group) for group in optimizer.param_groups]
-    split_groups(optimizer, param_groups(model))
-    assert [g["param_names"] for g in optimizer.param_groups] == [g["param_names"] for g in before]
-
-
-def test_an_optimizer_of_the_users_stays(tmp_path: Path) -> None:
-    model = sparsify(tiny(), MIXED, block=4)
-    own = torch.optim.SGD(param_groups(model, density_rate=0), lr=0.1)
-    before = [dict(group) for group in own.param_groups]
-    made = MSTTrainer(model, arguments(tmp_path), callbacks=[MSTCallback()], optimizers=(own, None))
-    assert made.create_optimizer() is own
-    assert [g.keys() for g in own.param_groups] == [g.keys() for g in before]
 
 
 # -- evaluation and generation within training -------------------------------------------------------------------------

@@ -51,11 +51,24 @@ def test_equal_runs_are_described_equally() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["total_steps", "interval", "drop_fraction", "growth", "settle", "distribution", "stride", "magnitude"]
+    "name",
+    [
+        "total_steps",
+        "interval",
+        "drop_fraction",
+        "growth",
+        "settle",
+        "distribution",
+        "stride",
+        "magnitude",
+        "regrown",
+        "regrown_warmup",
+    ],
 )
 def test_every_argument_of_a_schedule_counts(name: str) -> None:
     other = {"total_steps": 2000, "interval": 50, "drop_fraction": 0.2, "growth": "random", "settle": 0.2}
     other |= {"distribution": "uniform", "stride": 64, "magnitude": "l1"}
+    other |= {"regrown": "own steps", "regrown_warmup": 9}
     schedule = MixedSparsity(1000)
     one, two = described(schedule), described(dataclasses.replace(schedule, **{name: other[name]}))
     assert one != two

@@ -279,6 +279,35 @@ def resumes() -> None:
             assert torch.equal(whole(p), whole(q))
 
 
+def young_blocks_on_shards() -> None:
+    """Blocks that count steps of their own, and are warmed up, do on shards what they do in one process, and resume."""
+    schedule, data = Constant(0.6, interval=3, regrown="own steps", regrown_warmup=4), list(batches(16))
+    runs = [sparsify(net(), schedule), sharded_net(schedule, before=True)]
+    optimizers = [torch.optim.AdamW(m.parameters(), 0.01) for m in runs]
+    for step, (x, y) in enumerate(data):
+        mse(runs[0](x), y).backward()
+        mse(runs[1](mine(x)), mine(y)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_zero_outside(runs[1], optimizers[1])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        if step == 7:
+            saved = copy.deepcopy((runs[1].state_dict(), optimizers[1].state_dict()))
+            assert any(w.young is not None for w in sparsifier(runs[1]).weights.values())
+    assert_same_run(runs[1], runs[0])
+    assert_ranks_agree(runs[1])
+    again = shard(sparsify(net(), schedule, seed=9))
+    other = torch.optim.AdamW(again.parameters(), 0.01)
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    for x, y in data[8:]:
+        mse(again(mine(x)), mine(y)).backward()
+        other.step()
+        other.zero_grad()
+    assert all(torch.equal(whole(p), whole(q)) for p, q in zip(runs[1].parameters(), again.parameters(), strict=True))
+
+
 def follows_parameters() -> None:
     """The state of a weight is on whatever Parameter stands for it, and leaves it with densify."""
     model = sharded_net(SCHEDULES[0], before=True)
@@ -376,6 +405,7 @@ TWO = [
     masks_gradients_before_events_alone,
     follows_parameters,
     resumes,
+    young_blocks_on_shards,
     flattened_parameters_are_refused,
     compares_at_the_first_step,
     mixed_precision_and_replicas,
@@ -387,6 +417,7 @@ FOUR = [
     first_masks_are_those_of_one_process,
     compares_at_the_first_step,
     mixed_precision_and_replicas,
+    young_blocks_on_shards,
 ]
 
 

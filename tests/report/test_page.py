@@ -148,6 +148,13 @@ def test_blocks_are_square(runs: dict[str, Path]) -> None:
     assert all(axis.get_aspect() == 1 for axis in figure.axes)
 
 
+def test_names_of_weights_break_at_dots() -> None:
+    assert figures._short("transformer.h.0.attn.c_attn.weight") == "transformer.h.0.\nattn.c_attn"
+    long = figures._short("decoder.layers.11.feed_forward_without_any_dot.weight").split("\n")
+    assert all(len(line) <= 18 for line in long)
+    assert "".join(long).endswith("feed_forward_without_any_dot")
+
+
 def test_a_mean_goes_over_what_is_not_finite() -> None:
     values = figures.smooth([1.0, math.nan, 1.0, math.inf, 1.0], 3)
     assert [math.isnan(v) for v in values] == [False, True, False, True, False]

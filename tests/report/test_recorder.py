@@ -231,6 +231,23 @@ def test_no_time_counts_outside_start_and_stop(tmp_path: Path, monkeypatch: pyte
         assert row["seconds"] == 13
 
 
+def test_a_step_that_compiled_is_charged_as_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In seconds and in the processor's alike, and is compilation for the rest."""
+    from mst_compile.report import clock
+
+    now, used, stages = [0.0], [0.0], [0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock.time, "process_time", lambda: used[0])
+    monkeypatch.setattr(clock.Clock, "_count", staticmethod(lambda: stages[0]))
+    own = clock.Clock()
+    for seconds, processor, compiled in ((50.0, 40.0, True), (30.0, 20.0, True), (2.0, 1.0, False), (3.0, 2.5, False)):
+        now[0], used[0] = now[0] + 9, used[0] + 9  # not timed
+        own.start()
+        now[0], used[0], stages[0] = now[0] + seconds, used[0] + processor, stages[0] + compiled
+        assert own.stop() == seconds
+    assert (own.seconds, own.processor_seconds, own.compile_seconds) == (3 * 2 + 3, 3 * 1 + 2.5, 80 - 2 * 2)
+
+
 def test_a_closed_recorder_listens_to_nobody(tmp_path: Path) -> None:
     model, optimizer = made(SCHEDULES["published"])
     recorder = Recorder(model, tmp_path)

@@ -36,7 +36,7 @@ def test_graphcores_is_its_fit_relative_to_the_dense_model(density: float) -> No
     assert math.log(at("graphcore", density)) == pytest.approx(best - dense, abs=64 * of_rounding(torch.float64))
 
 
-@pytest.mark.parametrize("law", [0, 0.5, 1, -1, "graphcore"])
+@pytest.mark.parametrize("law", [0, 0.5, 1, -1, "graphcore", "none"])
 def test_a_dense_weight_is_as_in_the_dense_model(law: Any) -> None:
     assert at(law, 1.0) == 1.0
 
@@ -45,6 +45,11 @@ def test_graphcores_lies_between_no_law_and_the_inverse() -> None:
     assert graphcore(0.2) == pytest.approx(4.45, abs=0.01)
     assert graphcore(0.1) == pytest.approx(6.40, abs=0.01)
     assert all(1 < graphcore(d) < 1 / d for d in (0.5, 0.2, 0.1, 0.02))
+
+
+@given(DENSITIES)
+def test_none_is_none(density: float) -> None:
+    assert at("none", density) == at(0, density) == 1.0
 
 
 @given(DENSITIES)

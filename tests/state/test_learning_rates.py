@@ -76,7 +76,7 @@ SCALE_FREE: dict[str, Maker] = {
     "adadelta": lambda g, lr: torch.optim.Adadelta(g, lr),
     "rmsprop": lambda g, lr: torch.optim.RMSprop(g, lr),
 }
-LAWS: list[Any] = [1.0, 0.5, 0, "graphcore", lambda d: 3 - 2 * d]
+LAWS: list[Any] = [1.0, 0.5, 0, "graphcore", "none", lambda d: 3 - 2 * d]
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Adafactor keeps state:mst_compile.MSTWarning", "ignore:no graph compiled:mst_compile.MSTWarning"
 )
@@ -201,6 +201,7 @@ def test_a_run_is_the_one_whose_groups_are_set_by_hand(law: Any, by_tensor: bool
     """Bit for bit, gradients, events, scheduler and all."""
     factors = {
         "graphcore": lambda d: math.exp(1.969 * (1 - d) ** 2 + 0.2905 * (1 - d)),
+        "none": lambda d: 1.0,
     }
     by = law if callable(law) else factors.get(law, lambda d: d**-law)
     runs = [fresh(restored()), fresh(restored())]
@@ -252,6 +253,32 @@ def test_a_group_without_sparse_weights_is_as_it_was() -> None:
     train(model, optimizer, "none", batches(3))
     assert seen == [(0.125, 0.01)] * 3
     assert not asked
+
+
+def test_the_guides_numbers_as_a_hook_of_ones_own_reads_them() -> None:
+    """Groups of one's own, each with its laws; the optimizer's own decay reaches no group of ``param_groups``."""
+    models = [single(Path([0.8])) for _ in range(4)]
+    laws: Groups = [
+        {"density_rate": 1.0},
+        {"density_rate": "graphcore"},
+        {"density_rate": "graphcore", "density_decay": "none"},
+        {},
+    ]
+    groups = [{"params": [m.weight], "weight_decay": 0.1, **own} for m, own in zip(models, laws, strict=True)]
+    optimizer, seen = torch.optim.AdamW(groups, 1e-3), []
+    optimizer.register_step_pre_hook(
+        lambda own, *_: seen.extend((g["lr"], g["weight_decay"]) for g in own.param_groups)
+    )
+    for model in models:
+        model.weight.grad = torch.zeros_like(model.weight)
+    optimizer.step()
+    d = sparsifier(models[0]).density
+    fit = math.exp(1.969 * (1 - d) ** 2 + 0.2905 * (1 - d))
+    want = [(1e-3 / d, 0.1 * d), (1e-3 * fit, 0.1 / fit), (1e-3 * fit, 0.1), (1e-3, 0.1)]
+    assert seen == [pytest.approx(pair) for pair in want]
+    assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(1e-3, 0.1)] * 4
+    given = torch.optim.AdamW(param_groups(models[0]), 1e-3, weight_decay=0.1)
+    assert {group["weight_decay"] for group in given.param_groups} == {0.0}
 
 
 def test_a_function_is_asked_at_every_step_dense_ones_too() -> None:

@@ -1,4 +1,4 @@
-"""Whoever steps, and however: one step is counted once, masks hold, regrown weights start gently."""
+"""Whoever steps, and however: one step is counted once, masks hold."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from training import OPTIMIZERS, STEPS, assert_zero_outside, batches, fresh, los
 from mst_compile import Constant, MixedSparsity, Override, param_groups, sparsifier, sparsify
 from mst_compile.errors import BlockSizeError, MSTWarning, ScheduleError, SelectionError
 from mst_compile.rules.guard import Guard, backbone
-from mst_compile.state import optimizers
 
 EVERY_STEP = Constant(0.6, interval=1)
 OFTEN = Constant(0.6, interval=3)
@@ -289,80 +288,6 @@ def test_an_event_without_finite_gradients_is_skipped_and_told(bad: float) -> No
         assert same == (step not in (3, 9))
         assert_zero_outside(model, optimizer)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
-
-
-GENTLE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    **{n: OPTIMIZERS[n] for n in ("adamw", "adamw foreach", "adamw fused", "adamw amsgrad")},
-    "nadam": lambda p: torch.optim.NAdam(p, 1e-2),
-    "adamw beta2=.95": lambda p: torch.optim.AdamW(p, 1e-2, betas=(0.9, 0.95)),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, 1e-2, momentum=0.9, alpha=0.999),
-}
-
-
-def largest_updates(make: Callable[[Any], torch.optim.Optimizer], block: int) -> tuple[float, float]:
-    """Largest update, in learning rates, of weights regrown after 300 steps within 40 more, and of the others.
-
-    Gradients are noise of the same size everywhere, so no weight has reason to move more than another.
-    """
-    torch.manual_seed(0)
-    model = sparsify(nn.Linear(64, 64, bias=False), Constant(0.5, interval=300, total_steps=500), block=block)
-    own, optimizer, noise = sparsifier(model), make(model.parameters()), torch.Generator().manual_seed(0)
-    old = element_masks(model)["weight"]
-    grown = torch.zeros(64, 64, dtype=torch.bool)
-    most = {"grown": 0.0, "others": 0.0}
-    for step in range(1, 341):
-        if step == 301:
-            now = element_masks(model)["weight"]
-            grown, old = now & ~old, now & old
-            assert grown.any()
-        model.weight.grad = torch.randn(64, 64, generator=noise) * (
-            1.0 if own.weights["weight"].dense_grad else element_masks(model)["weight"]
-        )
-        before = model.weight.detach().clone()
-        optimizer.step()
-        if step > 300:
-            change = (model.weight.detach() - before).abs() / 1e-2
-            most["grown"] = max(most["grown"], change[grown].max().item())
-            most["others"] = max(most["others"], change[old & ~grown].max().item())
-    return most["grown"], most["others"]
-
-
-@pytest.mark.parametrize("block", [1, 8])
-@pytest.mark.parametrize("name", GENTLE)
-def test_first_updates_of_regrown_weights_are_not_too_large(
-    name: str, block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    grown, others = largest_updates(GENTLE[name], block)
-    assert grown <= 1.5 * others, "regrown weights move like the ones around them"
-    assert grown >= (0.3 if name == "rmsprop" else 0.7) * others, "and no less"
-    if name in ("adamw", "rmsprop"):
-        monkeypatch.setattr(optimizers, "start_second_moment", lambda *_: None)
-        careless, _ = largest_updates(GENTLE[name], block)
-        assert careless > 2.5 * others, "and would not if their second moment began at 0"
-
-
-def test_moments_of_active_weights_are_left_alone() -> None:
-    """Only what has just grown gets a second moment of its own."""
-    results = []
-    for careful in (True, False):
-        model = fresh(Constant(0.6, interval=4))
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-        data = list(batches(5))
-        train(model, optimizer, "none", iter(data[:3]))
-        before = element_masks(model)
-        train(model, optimizer, "none", iter(data[3:4]))
-        grown = {n: mask & ~before[n] for n, mask in element_masks(model).items()}
-        if not careful:
-            for weight in sparsifier(model).weights.values():
-                weight.grown = None
-        train(model, optimizer, "none", iter(data[4:]))
-        state = {n: optimizer.state[p]["exp_avg_sq"] for n, p in model.named_parameters() if n in grown}
-        results.append((grown, state))
-    (grown, careful_state), (_, other_state) = results
-    for name, mask in grown.items():
-        assert mask.any()
-        assert torch.equal(careful_state[name][~mask], other_state[name][~mask])
-        assert (careful_state[name][mask] > other_state[name][mask]).all()
 
 
 # -- choices of one's own --------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from mst_compile.rules.schedule import Schedule
 SCHEDULES: dict[str, Schedule] = {
     "constant": Constant(0.6, interval=3),
     "gradients": Constant(0.6, interval=2, growth="gradient"),
+    "young": Constant(0.6, interval=3, growth="random", regrown="own steps", regrown_warmup=3),
     "mixed": MixedSparsity.published(16, 0.7, warmup=4, restoration=4, settle=2, interval=2, ramp_interval=1),
 }
 OPTIMIZERS: dict[str, Any] = {

@@ -42,6 +42,8 @@ def test_from_text_to_report(words: Path, tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     for expected in ("dense: compiling", "sparse: compiling", "step   12 of 12", "writes:", "report:"):
         assert expected in said
+    for name in ("dense", "sparse"):  # said before it is waited for
+        assert said.index(f"{name}: compiling,") < said.index(f"{name}: step")
     for name in ("sparse", "dense"):
         history = read(out / name)
         assert [row["step"] for row in history.rows] == list(range(1, 13))
