@@ -71,8 +71,8 @@ class Young:
     @torch.no_grad()
     def take(self, tensor: Tensor, grid: BlockGrid) -> Tensor:
         """The elements of the blocks in ``tensor`` (of the weight's shape), a copy, ``[e]``, float32, of float64
-        float64; of a tensor that is spread over ranks those in this rank's part. Where there are many blocks, all elements
-        of the tensor."""
+        float64; of a tensor that is spread over ranks those in this rank's part. Where there are many blocks, all
+        elements of the tensor."""
         local, part = local_part(tensor.detach())
         dtype = torch.promote_types(local.dtype, torch.float32)
         if self._are_many(grid):
@@ -119,7 +119,7 @@ class Young:
         return part.of(grid.expand(of_blocks.view(grid.shape).to(local.device)))
 
     def _places(self, local: Tensor, part: Part, grid: BlockGrid) -> tuple[Tensor, Tensor]:
-        """Of each element where it is in a part, and which of the young blocks it belongs to."""
+        """Of each element where it is in the part that is here, and which of the young blocks it belongs to."""
         key = (grid, part, local.device)
         if self._where is None or self._where[0] != key:
             within = torch.arange(grid.block, device=local.device)

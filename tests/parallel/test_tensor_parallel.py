@@ -107,7 +107,7 @@ def products(run: Callable[[], None]) -> dict[str, set[str]]:
 def is_one_process() -> None:
     """Made sparse before or after, recomputing, with masks drawn or by magnitude, growing by gradients."""
     cases: list[tuple[bool, bool, Schedule, Any]] = [
-        (True, False, SCHEDULES[0], None),
+        (True, False, Constant(0.6, interval=5, regrown="own steps", regrown_warmup=4), None),
         (False, True, SCHEDULES[1], "magnitude"),
     ]
     for before, recompute, schedule, masks in cases:
