@@ -7,6 +7,7 @@
 namespace mst {
 
 int spmm_fine(const MstSpmm& a);  // mst_spmm for blocks of less than 4
+int spmm_few(const MstSpmm& a);   // for few tokens, and other blocks
 
 namespace {
 
