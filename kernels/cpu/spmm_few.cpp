@@ -14,16 +14,16 @@
 //         add up the lanes, write y
 //
 // Both read W along its rows, so that a block row's pages and, with blocks narrower than a cache line, its lines are met
-// again while they are at hand. With one token a number of W takes one multiply-add, and 64 bytes of it a quarter of
-// what two loads and two multiply-adds a cycle allow: even from L2 the loads decide. A line is 64 bytes, so fewer bytes
-// than the dense product's are read in proportion to the density only from blocks that are so wide: of float blocks of 8
-// the share of lines is 1 - (1 - d)^2, 0.36 at a density of 0.2.
+// again while they are at hand. With one token a number of W takes one multiply-add: 64 bytes of floats are done in half
+// a cycle, and take two to come from L2, about six from L3, more from memory. So what counts is how many lines are read.
+// Those of 64 bytes hold two float blocks of 8 side by side, or four of bf16: of a dense weight's lines 1 - (1 - d)^2 or
+// 1 - (1 - d)^4 are read at density d, 0.36 or 0.59 at 0.2, and d itself from blocks of 16 or 32 on.
 //
 // Groups of outputs and tokens reread W from L1. From some tens of tokens on the packed product wins: its lanes are
-// tokens and need no adding up.
-#include "spmm_pack.h"
-
+// tokens and need no adding up. How many, few_tokens says.
 #include <atomic>
+
+#include "spmm_pack.h"
 
 namespace mst {
 namespace {
@@ -89,7 +89,8 @@ struct Tokens {
 
 // x as it lies if that is what is wanted of it, else as floats or copied, in `width` columns: zeros beyond its own.
 // False if there is no memory.
-template <class E, class X> bool tokens_of(const MstSpmm& a, int64_t reduction, int64_t width, Scratch& memory, Tokens* to) {
+template <class E, class X>
+bool tokens_of(const MstSpmm& a, int64_t reduction, int64_t width, Scratch& memory, Tokens* to) {
   const X* x = static_cast<const X*>(a.x);
   if (std::is_same_v<E, X> && width == reduction) {
     *to = {reinterpret_cast<const char*>(x), a.ldx * static_cast<int64_t>(sizeof(X))};
@@ -331,6 +332,20 @@ template <class X, class W, int B> int run_cols(const Problem& p, const MstSpmm&
 }
 
 }  // namespace
+
+// Up to how many tokens this was faster than the packed product, at densities of 0.1 and 0.3 on two threads of a Zen 5
+// (3072 x 768 and 2048 x 2048). Along rows bf16 is multiplied in pairs here as well; along columns it is widened, and so
+// half as fast as what the packed product does. Narrow blocks fill no vector.
+int64_t few_tokens(const MstSpmm& a) {
+  bool floats = false;
+  by_dtype(a.x_dtype, [&](auto x) {
+    floats = std::is_same_v<typename decltype(x)::type, float>;
+    return MST_OK;
+  });
+  if (a.outputs_are_rows) return a.block < 8 ? (floats ? 64 : 32) : floats ? 96 : 48;
+  if (!floats) return 8;
+  return a.block < 16 ? 16 : 64;
+}
 
 int spmm_few(const MstSpmm& a) {
   int status = MST_NO_MEMORY;
