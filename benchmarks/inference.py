@@ -3,10 +3,10 @@
     python -m benchmarks.inference --threads 2                      # layers, 1 to 512 tokens
     python -m benchmarks.inference --what generation --threads 2    # GPT-2, tokens a second
 
-``backend="mst"`` against ``backend="inductor"``, in turn. ``--copies`` layers of a shape are compiled as one graph and a
-row's time is that of one of them: a model's layers share what a call of compiled code costs, which is as much as the
-product of a small layer with one token, and most models do not fit the cache, in which a layer that is called again and
-again is found. ``--copies 1`` shows both.
+``backend="mst"`` against ``backend="inductor"``, in turn. ``--copies`` layers of a shape are compiled as one graph, and
+a row's time is that of one of them: a model's layers share what a call of compiled code costs, which is as much as the
+product of a small layer with one token, and most models do not fit the cache, in which a layer that is called again
+and again is found. ``--copies 1`` shows both.
 """
 
 from __future__ import annotations
@@ -113,9 +113,7 @@ def generation(args: argparse.Namespace, dtype: torch.dtype) -> None:
         dense, sparse = _model(args, dtype), _model(args, dtype)
         mst_compile.sparsify(sparse, mst_compile.Constant(1 - density, growth="none"), block=block)
         prompt = torch.randint(CONFIGS[args.config]["vocab_size"], (args.batch, args.prompt))
-        sides = {
-            side: _generator(model, side, args, prompt) for side, model in (("inductor", dense), ("mst", sparse))
-        }
+        sides = {side: _generator(model, side, args, prompt) for side, model in (("inductor", dense), ("mst", sparse))}
         median = medians(interleave(sides, args.runs))
         new = args.batch * args.new
         ratio = median["inductor"] / median["mst"]

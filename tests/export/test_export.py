@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +27,12 @@ from mst_compile.errors import CheckpointError, MaskError, ModelError, NotSparse
 
 
 class Net(nn.Module):
-    """Both ways to store a weight, a tied head, a buffer, and sizes that blocks of 8 do not divide."""
+    """Both ways to store a weight, a tied head, a buffer, and a size that blocks of 8 do not divide."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.head = nn.Linear(32, 100), Conv1D(32, 100), nn.Linear(32, 52, bias=False)
-        self.embed = nn.Embedding(52, 32)
+        self.up, self.down, self.head = nn.Linear(32, 100), Conv1D(32, 100), nn.Linear(32, 56, bias=False)
+        self.embed = nn.Embedding(56, 32)
         self.head.weight = self.embed.weight
         self.register_buffer("shift", torch.randn(32))
 
@@ -40,10 +41,14 @@ class Net(nn.Module):
         return self.head(x + self.down(torch.relu(self.up(x))))
 
 
+def sparse(seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return mst_compile.sparsify(Net().eval(), static(0.7), block=8, guard="none", **options)
+
+
 @pytest.fixture
 def model() -> nn.Module:
-    torch.manual_seed(0)
-    return mst_compile.sparsify(Net().eval(), static(0.7), block=8, overrides={"up.*": Override(0.5, 4)})
+    return sparse(overrides={"up.*": Override(0.5, 4)})
 
 
 IDS = torch.arange(40).view(2, 20)
@@ -78,7 +83,7 @@ def test_what_is_exported_runs_without_us(model: nn.Module, tmp_path: Path) -> N
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(export.plain(model), (IDS,), dynamic_shapes=({0: batch},))
     torch.export.save(program, tmp_path / "model.pt2")
-    ids = torch.randint(52, (5, 20))
+    ids = torch.randint(56, (5, 20))
     torch.save({"ids": ids, "want": model(ids).detach(), "bsr": export.to_bsr(model)}, tmp_path / "data.pt")
     alone(
         """
@@ -121,7 +126,9 @@ def test_block_sparse_tensors_multiply(model: nn.Module) -> None:
 def test_an_active_block_of_zeros_is_kept(model: nn.Module) -> None:
     with torch.no_grad():
         model.up.weight.zero_()
-    assert len(export.to_bsr(model)["up.weight"].values()) == int(mst_compile.sparsifier(model).masks["up.weight"].sum())
+    assert len(export.to_bsr(model)["up.weight"].values()) == int(
+        mst_compile.sparsifier(model).masks["up.weight"].sum()
+    )
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -140,7 +147,7 @@ def test_a_file_brings_back_values_and_masks(model: nn.Module, tmp_path: Path) -
     assert all(row.status.startswith("matched") for row in mst_compile.explain(loaded) if row.density < 1)
     with safe_open(path, "pt") as file:
         assert file.metadata()["note"] == "ours"
-    again = mst_compile.sparsify(Net().eval(), static(0.7), block=8, overrides={"up.*": Override(0.5, 4)}, seed=5)
+    again = sparse(2, overrides={"up.*": Override(0.5, 4)})
     check_equal(model, export.load(again, path))
 
 
@@ -206,7 +213,7 @@ def test_files_and_models_that_do_not_fit(model: nn.Module, tmp_path: Path) -> N
     wide.up = nn.Linear(32, 104)
     with pytest.raises(CheckpointError, match=r"up\.\w+ has shape \(100.*\(104"):
         export.load(wide, path)
-    coarse = mst_compile.sparsify(Net(), static(0.7), block=8)
+    coarse = sparse()
     was = copy.deepcopy(coarse.state_dict())
     with pytest.raises(CheckpointError, match=r"up\.weight has \(25, 8\) blocks there and \(13, 4\) here"):
         export.load(coarse, path)
@@ -275,6 +282,6 @@ def test_onnx(model: nn.Module, tmp_path: Path) -> None:
     path = str(tmp_path / "model.onnx")
     torch.onnx.export(export.plain(model), (IDS,), path, input_names=["ids"], dynamic_shapes=({0: "batch"},))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    ids = torch.randint(52, (5, 20))
+    ids = torch.randint(56, (5, 20))
     got = torch.from_numpy(session.run(None, {"ids": ids.numpy()})[0])
     assert_reordered(got, model(ids).detach(), 132)
