@@ -55,13 +55,13 @@ def layers(args: argparse.Namespace, dtype: torch.dtype) -> None:
     """Rows of one linear layer under ``no_grad``."""
     rows = []
     for shape, block, density in itertools.product(args.shapes, args.blocks, args.densities):
-        torch._dynamo.reset()
         inputs, outputs = shape
         torch.manual_seed(0)
         dense = [nn.Linear(inputs, outputs, dtype=dtype) for _ in range(args.copies)]
         sparse = [_sparse_layer(shape, dtype, block, density) for _ in range(args.copies)]
         real = sparse[0][1]
         for tokens in args.tokens:
+            torch._dynamo.reset()  # one code for so many shapes would soon be left to eager mode
             x = torch.randn(tokens, inputs, dtype=dtype)
             calls = max(1, 32 // tokens)
             sides = {

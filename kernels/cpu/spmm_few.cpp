@@ -219,6 +219,9 @@ template <class X, class W, int B> struct Rows {
   }
 
   void output_block(int64_t i) const {
+    if (i + 1 < p.out_blocks)  // the lines of y that are written next arrive while sums are computed
+      for (int64_t t = 0; t < p.m; t++)
+        for (int o = 0; o < B; o += 64 / sizeof(X)) __builtin_prefetch(y + t * ldy + (i + 1) * B + o, 1, 3);
     for (int g = 0; g < B; g += group)
       by_groups(0, p.m, [&](int64_t t, auto tokens) {
         constexpr int T = tokens, NR = T == 4 || (T == 2 && L < 16) ? 4 : group;
@@ -241,6 +244,14 @@ template <class X, class W, int B> int run_rows(const Problem& p, const MstSpmm&
 }
 
 // ---- outputs are columns of W --------------------------------------------------------------------------------------
+
+// Asks for a strip of B numbers in each of `rows` rows. The blocks of the next block row are asked for while this one's
+// are multiplied: from memory, with several tokens, they would else take half as long again.
+template <int B, class W> MST_INLINE void ask_for(const W* w, int64_t ldw, int64_t rows) {
+  for (int64_t r = 0; r < rows; r++)
+    MST_UNROLL for (size_t at = 0; at < B * sizeof(W); at += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(w + r * ldw) + at, 0, 3);
+}
 
 // sums[T][B] += T tokens times `rows` rows of an active block.
 template <class X, class W, int B, int T>
@@ -275,17 +286,30 @@ template <class X, class W, int B> struct Cols {
   X* y;
   int64_t ldy;
 
+  // The active blocks of block row i in [j0, j1).
+  std::pair<const int32_t*, const int32_t*> range(int64_t i, int64_t j0, int64_t j1) const {
+    const int32_t *begin = rows.idx + rows.ptr[i], *end = rows.idx + rows.ptr[i + 1];
+    if (j0 > 0) begin = std::lower_bound(begin, end, static_cast<int32_t>(j0));
+    if (j1 < p.out_blocks) end = std::lower_bound(begin, end, static_cast<int32_t>(j1));
+    return {begin, end};
+  }
+
   // Output blocks [j0, j1) of tokens [t0, t1); sums: [token][output].
   void part(int64_t j0, int64_t j1, int64_t t0, int64_t t1, float* sums) const {
     const int64_t lds = (j1 - j0) * B, outputs = std::min(p.outputs, j1 * B) - j0 * B;
     const W* w = static_cast<const W*>(p.w);
     for (int64_t t = t0; t < t1; t++) memcpy(sums + (t - t0) * lds, p.bias + j0 * B, lds * sizeof(float));
+    std::pair<const int32_t*, const int32_t*> next = range(0, j0, j1);
     for (int64_t i = 0; i < p.red_blocks; i++) {
-      const int32_t *begin = rows.idx + rows.ptr[i], *end = rows.idx + rows.ptr[i + 1];
-      if (j0 > 0) begin = std::lower_bound(begin, end, static_cast<int32_t>(j0));
-      if (j1 < p.out_blocks) end = std::lower_bound(begin, end, static_cast<int32_t>(j1));
+      const auto [begin, end] = next;
+      if (i + 1 < p.red_blocks) {
+        next = range(i + 1, j0, j1);
+        const int64_t height = std::min<int64_t>(B, p.reduction - (i + 1) * B);
+        for (const int32_t* j = next.first; j < next.second; j++)
+          ask_for<B>(w + (i + 1) * B * p.ldw + static_cast<int64_t>(*j) * B, p.ldw, height);
+      }
       const int height = static_cast<int>(std::min<int64_t>(B, p.reduction - i * B));
-      by_groups(t0, t1, [&](int64_t t, auto T) {
+      by_groups(t0, t1, [&, begin = begin, end = end](int64_t t, auto T) {
         for (const int32_t* j = begin; j < end; j++)
           block<T>(w + i * B * p.ldw, *j, height, {x.at(t, i * B), x.ld}, sums + (t - t0) * lds + (*j - j0) * B, lds);
       });
