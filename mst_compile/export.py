@@ -251,7 +251,8 @@ def _read_mask(name: str, entry: Any, tensors: Mapping[str, Tensor]) -> tuple[Te
     """
     try:
         block = int(entry["block"])
-        grid = BlockGrid(*tensors[name].shape, block)
+        rows, cols = tensors[name].shape
+        grid = BlockGrid(rows, cols, block)
         data = zlib.decompress(base64.b64decode(entry["active"], validate=True))
         count = grid.blocks
         if tuple(entry["blocks"]) != tuple(grid.shape) or len(data) != -(-count // 8):

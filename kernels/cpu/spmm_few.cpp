@@ -13,11 +13,11 @@
 //             T loads of x, NR of W, NR * T multiply-adds                1 load of W, T broadcasts, T multiply-adds
 //         add up the lanes, write y
 //
-// Both read W along its rows, so that a block row's pages and, with blocks narrower than a cache line, its lines are met
-// again while they are at hand. With one token a number of W takes one multiply-add: 64 bytes of floats are done in half
-// a cycle, and take two to come from L2, about six from L3, more from memory. So what counts is how many lines are read.
-// Those of 64 bytes hold two float blocks of 8 side by side, or four of bf16: of a dense weight's lines 1 - (1 - d)^2 or
-// 1 - (1 - d)^4 are read at density d, 0.36 or 0.59 at 0.2, and d itself from blocks of 16 or 32 on.
+// Both read W along its rows, so that a block row's pages and, with blocks narrower than a cache line, its lines are
+// met again while they are at hand. With one token a number of W takes one multiply-add: 64 bytes of floats are done in
+// half a cycle, and take two to come from L2, about six from L3, more from memory. So what counts is how many lines are
+// read. Those of 64 bytes hold two float blocks of 8 side by side, or four of bf16: of a dense weight's lines 1 - (1 -
+// d)^2 or 1 - (1 - d)^4 are read at density d, 0.36 or 0.59 at 0.2, and d itself from blocks of 16 or 32 on.
 //
 // Groups of outputs and tokens reread W from L1. From some tens of tokens on the packed product wins: its lanes are
 // tokens and need no adding up. How many, few_tokens says.
@@ -31,7 +31,7 @@ namespace {
 constexpr int most_tokens = L == 16 ? 4 : 2;    // of a group
 constexpr int64_t tokens_at_once = 16;          // whose sums are kept, where outputs are columns
 constexpr int64_t sums_bytes = 256 << 10;       // of a part of the outputs: stays in L2
-constexpr int64_t numbers_a_thread = 16 << 10;  // of W, below which waking another thread costs more than it does
+constexpr int64_t work_a_thread = 16 << 10;     // multiply-adds, below which waking another thread costs more than it does
 
 // Lanes of a vector for strips of n units.
 constexpr int lanes_for(int n) { return n % L == 0 ? L : n % 8 == 0 && L > 8 ? 8 : 4; }
@@ -319,7 +319,8 @@ template <class X, class W, int B> struct Cols {
   }
 
   // w: the block row's first number.
-  template <int T> MST_INLINE void block(const W* w, int64_t j, int height, Tokens from, float* sums, int64_t lds) const {
+  template <int T>
+  MST_INLINE void block(const W* w, int64_t j, int height, Tokens from, float* sums, int64_t lds) const {
     const int64_t width = p.outputs - j * B;
     if (width >= B) return add_block<X, W, B, T>(w + j * B, p.ldw, height, from, sums, lds);
     W copy[B][B] = {};
@@ -358,8 +359,8 @@ template <class X, class W, int B> int run_cols(const Problem& p, const MstSpmm&
 }  // namespace
 
 // Up to how many tokens this was faster than the packed product, at densities of 0.1 and 0.3 on two threads of a Zen 5
-// (3072 x 768 and 2048 x 2048). Along rows bf16 is multiplied in pairs here as well; along columns it is widened, and so
-// half as fast as what the packed product does. Narrow blocks fill no vector.
+// (3072 x 768 and 2048 x 2048). Along rows bf16 is multiplied in pairs here as well; along columns it is widened, and
+// so half as fast as what the packed product does. Narrow blocks fill no vector.
 int64_t few_tokens(const MstSpmm& a) {
   bool floats = false;
   by_dtype(a.x_dtype, [&](auto x) {
@@ -380,8 +381,8 @@ int spmm_few(const MstSpmm& a) {
       return by_block(a.block, [&](auto block) -> int {
         if constexpr (block % 4 == 0) {
           const Problem p(a);
-          const int64_t numbers = static_cast<int64_t>(p.lists.ptr[p.out_blocks]) * block * block * a.m;
-          const int64_t threads = std::clamp<int64_t>(numbers / numbers_a_thread, 1, p.threads);
+          const int64_t work = static_cast<int64_t>(p.lists.ptr[p.out_blocks]) * block * block * a.m;
+          const int64_t threads = std::clamp<int64_t>(work / work_a_thread, 1, p.threads);
           return a.outputs_are_rows ? run_rows<X, W, block>(p, a, threads) : run_cols<X, W, block>(p, a, threads);
         }
         return MST_BAD_BLOCK;
