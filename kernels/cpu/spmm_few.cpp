@@ -31,7 +31,7 @@ namespace {
 constexpr int most_tokens = L == 16 ? 4 : 2;    // of a group
 constexpr int64_t tokens_at_once = 16;          // whose sums are kept, where outputs are columns
 constexpr int64_t sums_bytes = 256 << 10;       // of a part of the outputs: stays in L2
-constexpr int64_t work_a_thread = 16 << 10;     // multiply-adds, below which waking another thread costs more than it does
+constexpr int64_t work_a_thread = 16 << 10;     // multiply-adds that are worth waking a thread for
 
 // Lanes of a vector for strips of n units.
 constexpr int lanes_for(int n) { return n % L == 0 ? L : n % 8 == 0 && L > 8 ? 8 : 4; }
