@@ -19,7 +19,7 @@ TORCH  ?= torch==2.13.0
 # make bench BENCH=layers
 DEMO   ?=
 DATA   ?=
-BENCH  ?= layers train_step attention schedule forecast memory overhead epilogue
+BENCH  ?= layers train_step attention schedule forecast memory overhead epilogue inference
 TESTS  ?=
 # Parallel test processes. Each compiles, so more than the cores only slows them down.
 JOBS   ?= 2

@@ -14,8 +14,8 @@ from arrows import Arrow
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 ORDER = (
-    "errors", "rules", "blocks", "ops", "kernels", "lowering", "state", "parallel", "graph", "api", "cost", "report",
-    "tryout", "doctor", "integrations", "package",
+    "errors", "rules", "blocks", "ops", "kernels", "lowering", "state", "parallel", "graph", "api", "cost", "export",
+    "report", "tryout", "doctor", "integrations", "package",
 )  # fmt: skip
 DOORS = ("schedule", "flops", "communication", "recipes", "__main__")  # the package's own: public names, commands
 PRETEND = ("compat", "device", "codegen", "machine", "interpreter", "package")

@@ -108,7 +108,7 @@ def test_the_build_is_strict_and_the_site_loads_nothing_from_elsewhere() -> None
 
 
 def test_the_api_pages_hold_every_public_name_once() -> None:
-    doors = ("schedule", "recipes", "flops", "communication", "report")
+    doors = ("schedule", "recipes", "flops", "communication", "report", "export")
     public: dict[int, str] = {}
     for door in ("mst_compile", *(f"mst_compile.{door}" for door in doors)):
         module = importlib.import_module(door)

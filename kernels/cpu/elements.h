@@ -3,6 +3,8 @@
 //     to_float, from_float   one number; from_float rounds to nearest even, and a NaN stays a (quiet) NaN
 //     load4, store4          four numbers as a vector of floats
 //     load16                 sixteen, with AVX-512 alone
+//     widen                  N numbers as a vector of N floats
+//     round_to               a vector of floats, rounded to the type
 //     convert                n floats to numbers
 //     UnitOf                 what packed operands consist of
 //
@@ -23,6 +25,7 @@ namespace mst {
 static MST_INLINE float to_float(float x) { return x; }
 static MST_INLINE void from_float(float x, float* out) { *out = x; }
 static MST_INLINE void convert(const float* src, float* dst, int n) { memcpy(dst, src, 4 * n); }
+template <int N> static MST_INLINE typename Floats<N>::type widen(const float* p) { return load_n<N>(p); }
 
 // ---- bf16 ----------------------------------------------------------------------------------------------------------
 
@@ -84,6 +87,12 @@ static MST_INLINE void convert(const float* src, bf16* dst, int n) {
   for (; i < n; i++) from_float(src[i], dst + i);
 }
 
+template <int N> static MST_INLINE typename Floats<N>::type widen(const bf16* p) {
+  typename Ints<N>::half narrow;
+  memcpy(&narrow, p, sizeof narrow);
+  return (typename Floats<N>::type)(__builtin_convertvector(narrow, typename Ints<N>::type) << 16);
+}
+
 // ---- any other -----------------------------------------------------------------------------------------------------
 
 template <class E> static MST_INLINE v4f load4(const E* p) {
@@ -94,6 +103,26 @@ template <class E> static MST_INLINE void store4(E* p, v4f v) {
 }
 template <class E> static MST_INLINE void convert(const float* src, E* dst, int n) {
   for (int i = 0; i < n; i++) from_float(src[i], dst + i);
+}
+template <int N, class E> static MST_INLINE typename Floats<N>::type widen(const E* p) {
+  float wide[N];
+  for (int i = 0; i < N; i++) wide[i] = to_float(p[i]);
+  return load_n<N>(wide);
+}
+template <class E, int N> static MST_INLINE typename Floats<N>::type round_to(typename Floats<N>::type v) {
+  if constexpr (std::is_same_v<E, bf16>) {
+    typedef typename Ints<N>::type ints;
+    const ints u = (ints)v, rounded = u + 0x7fff + ((u >> 16) & 1), is_nan = (u & 0x7fffffff) > 0x7f800000;
+    return (typename Floats<N>::type)(((is_nan & (u | 0x400000)) | (~is_nan & rounded)) & ~0xffff);
+  }
+  float wide[N];
+  store_n<N>(wide, v);
+  for (int i = 0; i < N; i++) {
+    E narrow;
+    from_float(wide[i], &narrow);
+    wide[i] = to_float(narrow);
+  }
+  return load_n<N>(wide);
 }
 #if defined(MST_AVX512)
 template <class E> static MST_INLINE __m512 load16(const E* p) {

@@ -180,7 +180,7 @@ def has_unit_stride(tensor: Tensor) -> bool:
 
 def pointer(tensor: Tensor) -> int:
     """Address of the first element; raises ValueError if the values are not in this process's memory."""
-    if tensor.device.type != "cpu" or not is_plain(tensor):
+    if not (tensor.is_cpu and is_plain(tensor)):
         raise ValueError(f"CPU kernels take plain tensors on the CPU, not {type(tensor).__name__} on {tensor.device}")
     return tensor.data_ptr()
 
@@ -193,8 +193,13 @@ def code_of(tensor: Tensor) -> int:
     return code
 
 
+@functools.lru_cache(maxsize=1024)  # a product of few tokens takes not much longer than this
+def _index_length(rows: int, cols: int, block: int) -> int:
+    return BlockGrid(rows, cols, block).index_length
+
+
 def _check_index(index: Tensor, rows: int, cols: int, block: int) -> None:
-    length = BlockGrid(rows, cols, block).index_length
+    length = _index_length(rows, cols, block)
     if index.dtype != torch.int32 or index.numel() != length or not index.is_contiguous():
         raise ValueError(f"the index does not belong to a {rows} x {cols} weight with blocks of {block}")
 

@@ -211,6 +211,7 @@ MST_API int mst_spmm(const MstSpmm* arguments) {
   const int known = by_block(a.block, [](auto) { return MST_OK; });
   if (known != MST_OK || a.m <= 0) return known;
   if (a.block < 4) return spmm_fine(a);
+  if (a.m <= few_tokens(a)) return spmm_few(a);
   int status = MST_NO_MEMORY;
   within_memory([&] {
     status = by_product(a.x_dtype, a.w_dtype, [&](auto x, auto w) {

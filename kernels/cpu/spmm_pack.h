@@ -7,6 +7,8 @@
 namespace mst {
 
 int spmm_fine(const MstSpmm& a);  // mst_spmm for blocks of less than 4
+int spmm_few(const MstSpmm& a);   // and for few tokens, with other blocks
+int64_t few_tokens(const MstSpmm& a);
 
 namespace {
 

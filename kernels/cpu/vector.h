@@ -45,6 +45,11 @@ template <int N> struct Floats {
   typedef float type __attribute__((vector_size(4 * N)));
   typedef float mem __attribute__((vector_size(4 * N), aligned(4), may_alias));
 };
+// N integers as wide as a float, and half as wide.
+template <int N> struct Ints {
+  typedef int32_t type __attribute__((vector_size(4 * N)));
+  typedef uint16_t half __attribute__((vector_size(2 * N)));
+};
 template <int N> static MST_INLINE typename Floats<N>::type load_n(const float* p) {
   return *reinterpret_cast<const typename Floats<N>::mem*>(p);
 }

@@ -30,4 +30,4 @@ def is_plain(tensor: Tensor) -> bool:
     It asks the dispatcher, not the class: ``nn.Parameter`` and other subclasses that intercept no operator are plain.
     """
     keys: int = torch._C._dispatch_keys(tensor).raw_repr()
-    return tensor.layout is torch.strided and tensor.device.type != "meta" and not keys & _BITS
+    return tensor.layout is torch.strided and not tensor.is_meta and not keys & _BITS

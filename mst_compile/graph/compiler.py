@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -121,10 +121,9 @@ def _late(tracing: torch._guards.TracingContext) -> torch._guards.TracingContext
     return own
 
 
-def _varies(example: Any) -> bool:
-    if isinstance(example, Tensor):
-        return any(isinstance(size, torch.SymInt) for size in example.shape)
-    return isinstance(example, torch.SymInt)
+def _symbols(sizes: Iterable[Any]) -> set[Any]:
+    """The symbols that sizes depend on."""
+    return {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
 
 
 class Compiler:
@@ -137,7 +136,8 @@ class Compiler:
     Attributes:
         slots: positions of the sparse parameters whose index a variant with sparse products takes, in this order.
         products: position of a sparse parameter -> the products with it that can be sparse.
-        varying: positions of the inputs whose sizes may differ from call to call.
+        varying: positions of the inputs whose sizes say how many tokens are multiplied, where that may differ from
+            call to call. A cache of keys and values that grows says nothing of it.
     """
 
     def __init__(
@@ -160,12 +160,14 @@ class Compiler:
             choose=choose,
         )
         self._inputs = [value(n) for n in placeholders(graph_module.graph)]
-        self.varying = [i for i, x in enumerate(self._inputs) if _varies(x)]
         passes.apply(passes.of(Stage.GRAPH), graph_module, self._context)
         sparse = clone(graph_module)
         passes.apply(passes.of(Stage.PRODUCTS), sparse, self._context)
         self.slots = list(self._context.indices)
         self.products = self._context.products
+        tokens = _symbols(size for products in self.products.values() for p in products for size in p.shape[:-1])
+        sizes = [x.shape if isinstance(x, Tensor) else [x] for x in self._inputs]
+        self.varying = [i for i, own in enumerate(sizes) if _symbols(own) & tokens]
         self._note_weights(warn=record.why_not_compiled() is None)  # else one warning has told already
         # Attention is rewritten when a variant with it is compiled: both graphs may be needed with either pattern.
         self._graphs = {False: graph_module, True: sparse}

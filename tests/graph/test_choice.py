@@ -199,23 +199,46 @@ def test_other_numbers_of_tokens_are_other_products(speeds: dict[Any, Times], ra
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_lengths_that_come_again_are_not_asked_for_again(
-    speeds: dict[Any, Times], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
+@pytest.fixture
+def asked(speeds: dict[Any, Times], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of tokens that times were asked for."""
+    seen: list[int] = []
     times = device.of("cpu").times
 
     def noting(layers: Any, tuned: bool) -> Any:
-        asked.append(layers[0].tokens)
+        seen.append(layers[0].tokens)
         return times(layers, tuned)
 
     monkeypatch.setitem(device._records, "cpu", dataclasses.replace(device.of("cpu"), times=noting))
+    return seen
+
+
+def test_lengths_that_come_again_are_not_asked_for_again(asked: list[int]) -> None:
     model = mst_compile.sparsify(nn.Linear(64, 64), static(0.7), block=8)
     fast = compiled(model, dynamic=True)
     with torch.no_grad():
         for tokens in (4, 100, 4, 100, 4, 100):
             fast(torch.randn(tokens, 64))
     assert sorted(asked) == [4, 4, 100], "4 once more after the variant was compiled"
+
+
+def test_a_cache_that_grows_is_no_other_product(asked: list[int]) -> None:
+    """As of keys and values, while text is generated: only the first calls ask how long products take."""
+    model = mst_compile.sparsify(nn.Linear(64, 64), static(0.7), block=8)
+
+    def decode(x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        y = model(x)
+        return y, torch.cat([past, y])
+
+    fast = compiled(decode, dynamic=True)
+    past = torch.randn(3, 64)
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(1, 64)
+            torch.testing.assert_close(fast(x, past), decode(x, past))
+            past = decode(x, past)[1]
+    assert asked == [1, 1], "once more after the variant was compiled"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_graph_whose_tokens_depend_on_values_is_measured_with_many(speeds: dict[Any, Times], ran: list[str]) -> None:

@@ -67,6 +67,13 @@ class Kernels:
         self.library.spmm(self.dy, self.w, None, self.index, 8, False, dx)
         return [dx]
 
+    def few_tokens(self) -> list[Tensor]:
+        """Both orientations."""
+        y, dx = torch.empty(5, 200), torch.empty(5, 330)
+        self.library.spmm(self.x[:5], self.w, torch.ones(200), self.index, 8, True, y)
+        self.library.spmm(self.dy[:5], self.w, None, self.index, 8, False, dx)
+        return [y, dx]
+
     def grad_weight(self) -> list[Tensor]:
         dw, db = torch.empty(200, 330), torch.empty(200)
         self.library.grad_weight(self.dy, self.x, self.index, 8, dw, db, True)
@@ -129,6 +136,7 @@ def main() -> None:
         kernels.forward,
         kernels.in_pieces,
         kernels.grad_input,
+        kernels.few_tokens,
         kernels.grad_weight,
         kernels.attention,
         kernels.attention_backward,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 
@@ -135,6 +136,36 @@ def test_nonfinite_activations_stay_in_their_row(lib, block):
     lib.spmm(x, w, None, case.index, block, True, y)
     assert y[13].isnan().all()
     assert (torch.cat([y[:13], y[14:]]) == 64).all()
+
+
+@pytest.mark.parametrize("block", [4, 8, 32])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_few_tokens_are_the_same_on_any_number_of_threads(lib, block, dtype):
+    """Enough work for several threads, and parts of the outputs that hold as many blocks each."""
+    for m, by_rows in itertools.product((1, 5, 16), (True, False)):
+        results = []
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(check_spmm(lib, Case(1027, 901, m, block, 0.3, seed=m), (dtype, dtype), by_rows, dtype))
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("block", [4, 8, 32])
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_few_tokens_read_active_blocks_alone(lib, block, by_rows):
+    """What stands elsewhere, and beside a weight that its blocks do not divide, has no part in any result."""
+    case = Case(70, 90, 3, block, 0.5, seed=5)
+    w, x = torch.randn(70, 90), torch.randn(3, 90 if by_rows else 70)
+    spoilt, out, want = torch.where(case.elements, w, torch.nan), *torch.empty(2, 3, 70 if by_rows else 90)
+    beside = torch.full((71, 90), torch.nan)  # after its last number
+    beside[:70] = spoilt
+    lib.spmm(x, w, None, case.index, block, by_rows, want)
+    lib.spmm(x, beside[:70], None, case.index, block, by_rows, out)
+    assert torch.equal(out, want)
+    x[1] = torch.inf
+    lib.spmm(x, w, None, case.index, block, by_rows, out)
+    assert torch.equal(out[::2], want[::2]), "a token that is not finite spoils its own results alone"
+    assert not out[1].isfinite().all()
 
 
 @pytest.mark.parametrize("block", [1, 2])

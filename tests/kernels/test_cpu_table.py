@@ -26,9 +26,9 @@ every_isa = pytest.mark.parametrize("isa", [*build.supported_isas(), *OTHERS])
 every_block = pytest.mark.parametrize("block", table.BLOCKS)
 
 
-def case(block: int) -> Case:
+def case(block: int, m: int = 61) -> Case:
     """Ragged blocks, several tiles of tokens."""
-    return Case(2 * block + 3, 3 * block + 2, 61, block, 0.6, seed=block)
+    return Case(2 * block + 3, 3 * block + 2, m, block, 0.6, seed=block)
 
 
 @every_isa
@@ -39,6 +39,16 @@ def test_products(isa: str, block: int, dtypes: tuple[torch.dtype, torch.dtype])
     assert dtypes in table.GRADIENTS  # or such a weight could not be trained
     for by_rows, bias_dtype in itertools.product((True, False), (None, *DTYPES)):
         check_spmm(library(isa), case(block), dtypes, by_rows, bias_dtype)
+
+
+@every_isa
+@every_block
+@pytest.mark.parametrize("dtypes", table.PRODUCTS)
+def test_products_of_few_tokens(isa: str, block: int, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Groups of tokens of every size, whole blocks and such as reach beyond the weight."""
+    for by_rows, m in itertools.product((True, False), (1, 2, 7)):
+        check_spmm(library(isa), case(block, m), dtypes, by_rows, F32)
+        check_spmm(library(isa), Case(2 * block, 3 * block, m, block, 0.6, seed=m, pad=1), dtypes, by_rows, None)
 
 
 @every_isa

@@ -1,0 +1,154 @@
+"""A trained sparse model at work: one linear layer without gradients, and text generated with a KV cache.
+
+    python -m benchmarks.inference --threads 2                      # layers, 1 to 512 tokens
+    python -m benchmarks.inference --what generation --threads 2    # GPT-2, tokens a second
+
+``backend="mst"`` against ``backend="inductor"``, in turn. ``--copies`` layers of a shape are compiled as one graph, and
+a row's time is that of one of them: a model's layers share what a call of compiled code costs, which is as much as the
+product of a small layer with one token, and most models do not fit the cache, in which a layer that is called again
+and again is found. ``--copies 1`` shows both: calls then follow each other, and weights that fit the cache stay there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import mst_compile
+
+from .layers import _sparse_layer
+from .ledger import interleave, medians, print_table, record
+from .train_step import CONFIGS
+
+SHAPES = "768x3072,3072x768,4096x4096"
+TOKENS = "1,4,16,64,128,512"
+
+
+class _Side(nn.Module):
+    """Layers that take the same input: one graph, so that what a call of compiled code costs is shared."""
+
+    def __init__(self, layers: list[nn.Linear]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+def _server(layers: list[nn.Linear], backend: str, x: torch.Tensor, calls: int) -> Callable[[], None]:
+    compiled = torch.compile(_Side(layers), backend=backend, dynamic=False)
+
+    def serve() -> None:
+        with torch.no_grad():
+            for _ in range(calls):
+                compiled(x)
+
+    return serve
+
+
+def layers(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Rows of one linear layer under ``no_grad``."""
+    rows = []
+    for shape, block, density in itertools.product(args.shapes, args.blocks, args.densities):
+        inputs, outputs = shape
+        torch.manual_seed(0)
+        dense = [nn.Linear(inputs, outputs, dtype=dtype) for _ in range(args.copies)]
+        sparse = [_sparse_layer(shape, dtype, block, density) for _ in range(args.copies)]
+        real = sparse[0][1]
+        for tokens in args.tokens:
+            torch._dynamo.reset()  # one code for so many shapes would soon be left to eager mode
+            x = torch.randn(tokens, inputs, dtype=dtype)
+            calls = max(1, 12 // args.copies)  # more would find the weights in the cache, which the other side swept
+            sides = {
+                "inductor": _server(dense, "inductor", x, calls),
+                "mst": _server([layer for layer, _ in sparse], "mst", x, calls),
+            }
+            median = {
+                side: seconds / calls / args.copies for side, seconds in medians(interleave(sides, args.runs)).items()
+            }
+            ratio = median["inductor"] / median["mst"]
+            case = f"{inputs}->{outputs} M={tokens} B={real.grid.block} d={real.density:.3f}"
+            note = f"copies: {args.copies}; of 1/density: {ratio * real.density:.2f}"
+            record("inference", case, "mst", median["mst"], ratio, args.runs, args.dtype, note)
+            rows.append((f"{inputs}->{outputs}", real.grid.block, f"{real.density:.3f}", tokens,
+                         f"{median['inductor'] * 1e6:.0f}", f"{median['mst'] * 1e6:.0f}", f"{ratio:.2f}x",
+                         f"{ratio * real.density:.2f}"))  # fmt: skip
+            print(*rows[-1], flush=True)
+    print()
+    print_table(("layer", "block", "density", "tokens", "inductor us", "mst us", "speed-up", "of 1/density"), rows)
+
+
+def _model(args: argparse.Namespace, dtype: torch.dtype) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    length = args.prompt + args.new
+    config = GPT2Config(**CONFIGS[args.config], n_positions=length, bos_token_id=0, eos_token_id=None)
+    return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def _generator(
+    model: GPT2LMHeadModel, backend: str, args: argparse.Namespace, prompt: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    model.compile(backend=backend)
+    options = {"cache_implementation": "static"} if args.cache == "static" else {}
+
+    def generate() -> torch.Tensor:
+        return model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=args.new, min_new_tokens=args.new,
+            do_sample=False, pad_token_id=0, disable_compile=True, **options,
+        )  # fmt: skip
+
+    return generate
+
+
+def generation(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Rows of greedy generation by GPT-2 whose forward is compiled, cache included."""
+    rows = []
+    for block, density in itertools.product(args.blocks, args.densities):
+        torch._dynamo.reset()
+        dense, sparse = _model(args, dtype), _model(args, dtype)
+        mst_compile.sparsify(sparse, mst_compile.Constant(1 - density, growth="none"), block=block)
+        prompt = torch.randint(CONFIGS[args.config]["vocab_size"], (args.batch, args.prompt))
+        sides = {side: _generator(model, side, args, prompt) for side, model in (("inductor", dense), ("mst", sparse))}
+        median = medians(interleave(sides, args.runs))
+        new = args.batch * args.new
+        ratio = median["inductor"] / median["mst"]
+        case = f"gpt2-{args.config} batch={args.batch} {args.prompt}+{args.new} {args.cache} B={block} d={density:g}"
+        note = f"tokens/s: {new / median['mst']:.1f}, dense {new / median['inductor']:.1f}"
+        record("inference", case, "mst", median["mst"], ratio, args.runs, args.dtype, note)
+        rows.append((case, f"{new / median['inductor']:.1f}", f"{new / median['mst']:.1f}", f"{ratio:.2f}x"))
+        print(*rows[-1], flush=True)
+    print()
+    print_table(("generation", "inductor tokens/s", "mst tokens/s", "speed-up"), rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=("layers", "generation"), default="layers")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--blocks", default="8,32")
+    parser.add_argument("--densities", default=".2,.1")
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--shapes", default=SHAPES, help="layers: inputs x outputs")
+    parser.add_argument("--tokens", default=TOKENS, help="layers")
+    parser.add_argument("--copies", type=int, default=12, help="layers: so many in one graph")
+    parser.add_argument("--config", choices=tuple(CONFIGS), default="small", help="generation")
+    parser.add_argument("--cache", choices=("static", "dynamic"), default="static", help="generation")
+    parser.add_argument("--batch", type=int, default=1, help="generation")
+    parser.add_argument("--prompt", type=int, default=64, help="generation: tokens")
+    parser.add_argument("--new", type=int, default=64, help="generation: tokens")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.blocks, args.tokens = ([int(n) for n in text.split(",")] for text in (args.blocks, args.tokens))
+    args.densities = [float(d) for d in args.densities.split(",")]
+    args.shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
+    {"layers": layers, "generation": generation}[args.what](args, getattr(torch, args.dtype))
+
+
+if __name__ == "__main__":
+    main()
