@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import datetime
 import functools
-import platform
 import statistics
 import subprocess
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 import mst_compile
+from mst_compile.report.machine import processor_name
 
 LEDGER = Path(__file__).parent / "ledger.csv"
 FIELDS = (
@@ -29,19 +29,11 @@ FIELDS = (
 
 
 def cpu_name() -> str:
-    """Model of the processor, with what decides our kernels' speed.
-
-    Family and model tell generations apart where clouds hide the name: "AMD EPYC" is what several of them call
-    themselves.
-    """
+    """Name of the processor, with what decides our kernels' speed."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
-    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in text.splitlines())}
-    name = facts.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in facts:
-        name += f", family {facts['cpu family']} model {facts['model']}"
     has = [isa for isa in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if isa in text]
-    return f"{name} ({' '.join(has)})"
+    return f"{processor_name()} ({' '.join(has)})"
 
 
 @functools.cache

@@ -343,6 +343,7 @@ def on_budget(rows: Sequence[Record]) -> str:
         "best dense run | hidden share of FLOPs | CPU seconds | density at the end |",
         "|---|" + "---|" * 10,
     ]
+    processors = list(dict.fromkeys(r["cpu"] for r in rows))  # seconds of different ones are not comparable
     for unique in dict.fromkeys(r["unique"] for r in rows):
         own = [r for r in rows if r["unique"] == unique]
         named = {name: [r for r in own if r["name"] == name] for name in dict.fromkeys(r["name"] for r in own)}
@@ -370,10 +371,12 @@ def on_budget(rows: Sequence[Record]) -> str:
                 f"{seen / active:.0f}",
             ]
             cells += [f"{loss[name]:.3f}", f"{gap:+.3f}", f"{hidden:.2f}"]
-            cells += [f"{statistics.fmean(r[TIME] for r in found):.0f}", f"{found[0]['density']:.2f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    where = sorted({f"{r['cpu']}, one thread of a shared machine, torch {r['torch']}, {r['dtype']}" for r in rows})
-    return "\n".join([*lines, "", f"{'; '.join(where)}."])
+            times = [[r[TIME] for r in found if r["cpu"] == cpu] for cpu in processors]
+            cells += [" / ".join(f"{statistics.fmean(t):.0f}" if t else "-" for t in times)]
+            lines.append(f"| {' | '.join([*cells, format(found[0]['density'], '.2f')])} |")
+    where = sorted({f"torch {r['torch']}, {r['dtype']}" for r in rows})
+    seconds = f"CPU seconds on one thread of {' / '.join(processors)}, shared"
+    return "\n".join([*lines, "", f"{seconds}; {'; '.join(where)}."])
 
 
 def _is_dense(row: Record) -> bool:
