@@ -21,7 +21,9 @@ class Decision:
 
     Attributes:
         flops, dense_flops: training FLOPs of the run, and of the dense model over as many steps.
-        seconds, dense_seconds: of both, None if no rates are known.
+        seconds, dense_seconds: of both, None if no rates are known. Measured here, the dense model is what ``loss``
+            runs without zeros: under this backend, whose kernels may be faster than the library's even then, not under
+            another one.
         cost, dense_cost: money, None without ``price_per_hour``.
         limit: how many times as fast the fastest step could be at most, however sparse: what is not in products with
             sparse weights takes its time (Amdahl's law). Infinite if there is nothing else.

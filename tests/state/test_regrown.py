@@ -196,8 +196,8 @@ def test_off_is_as_if_there_was_no_such_option() -> None:
 
 def test_blocks_are_young_no_longer_than_they_differ() -> None:
     """300 steps if the betas are 0.9 and 0.95; a warm-up alone ends with its length."""
-    eps = torch.finfo(torch.float32).eps
-    settled = next(k for k in range(1, 400) if max(1 / (1 - 0.9**k), (1 - 0.95**k) ** -0.5) - 1 <= eps)
+    least = of_rounding(torch.float32)
+    settled = next(k for k in range(1, 400) if max(1 / (1 - 0.9**k), (1 - 0.95**k) ** -0.5) - 1 <= least)
     assert 290 < settled < 310
     for schedule, k in ((often(), settled), (often(regrown="first estimate", regrown_warmup=7), 7)):
         model = single(Constant(0.5, **{**vars_of(schedule), "interval": 3, "total_steps": 8}))
