@@ -1,4 +1,4 @@
-# make demo    train a small GPT-2 dense and with Mixed Sparsity Training, side by side; 5 to 9 minutes on 2 CPU cores
+# make demo    train a small GPT-2 dense and with Mixed Sparsity Training, side by side; 3 to 9 minutes on 2 CPU cores
 # make try     train a small GPT on a text of yours, make try DATA=my.txt, and write a report; aims at 4 minutes
 # make test    lint, type check, all tests
 # make lint    lint and type check alone

@@ -132,12 +132,37 @@ def attention_table(rows: list[dict[str, str]], machine: str = MACHINE, dtype: s
     return "\n".join(lines)
 
 
+def inference_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
+    """Speed-up of a layer without gradients, by dtype, shape, block and number of tokens, at the default density."""
+    cells: dict[tuple[str, str, str], dict[int, str]] = {}
+    for row in rows:
+        case = _CASE.fullmatch(row["case"]) if row["benchmark"] == "inference" and machine in row["cpu"] else None
+        if case and float(case["density"]) == 0.2:
+            key = (row["dtype"], case["layer"], case["block"])
+            cells.setdefault(key, {})[int(case["tokens"])] = f"{float(row['ratio']):.1f}x"
+    tokens = sorted({count for by_tokens in cells.values() for count in by_tokens})
+    lines = ["| dtype | layer | block | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(tokens))
+    for key, by_tokens in cells.items():
+        lines.append(f"| {' | '.join(key)} | " + " | ".join(by_tokens.get(n, "") for n in tokens) + " |")
+    return "\n".join(lines)
+
+
+def generation_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
+    """Text generated with a cache of keys and values: tokens a second."""
+    lines = ["| model | dtype | tokens a second | against dense |", "|---|---|---|---|"]
+    for row in rows:
+        if row["benchmark"] == "inference" and machine in row["cpu"] and row["note"].startswith("tokens/s"):
+            lines.append(f"| {row['case']} | {row['dtype']} | {row['note'][10:]} | {float(row['ratio']):.2f}x |")
+    return "\n".join(lines)
+
+
 def pretrain_table(rows: list[dict[str, str]]) -> str:
-    """The newest runs of the example: loss, FLOPs and time, whatever they show."""
+    """The newest runs of the example on one machine: loss, FLOPs and time, whatever they show."""
     lines = ["| run | validation loss, training FLOPs | training time | against dense |", "|---|---|---|---|"]
     found = [row for row in rows if row["benchmark"] == "pretrain"]
     for row in found:
-        if row["case"] == found[-1]["case"]:
+        if (row["case"], row["cpu"]) == (found[-1]["case"], found[-1]["cpu"]):
             label, _, result = row["note"].partition(": ")
             lines.append(f"| {label} | {result} | {float(row['median_s']):.0f} s | {float(row['ratio']):.2f}x |")
     return "\n".join(lines)
@@ -184,6 +209,8 @@ def tables(rows: list[dict[str, str]]) -> dict[str, str]:
         "models": model_table(rows),
         "pretrain": pretrain_table(rows),
         "attention": attention_table(rows),
+        "inference": inference_table(rows),
+        "generation": generation_table(rows),
         "attention, bfloat16": attention_table(rows, dtype="bfloat16"),
         "densities": densities_table(rows, MACHINE, "bfloat16"),
         "densities, float32": densities_table(rows, MACHINE),
