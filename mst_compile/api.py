@@ -91,8 +91,9 @@ def sparsify(
         ``model`` itself.
 
     Raises:
-        ScheduleError, BlockSizeError, SelectionError, WeightError, MaskError, AlreadySparseError, ArgumentError,
-            ParallelismError: see the message; the model is unchanged.
+        ScheduleError, BlockSizeError, SelectionError, WeightError, MaskError, AlreadySparseError, ArgumentError: see
+            the message; the model is unchanged.
+        ParallelismError: ranks hold a weight in a layout that is not served; the model is unchanged.
     """
     check_model("sparsify", model)
     schedule = as_schedule(schedule)
