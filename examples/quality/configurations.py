@@ -380,10 +380,12 @@ ON_BUDGET: tuple[Config, ...] = (
     _budgeted("wide-96-start", "80 % from the start, no drop-and-grow", 96, **START_80),
     *(
         _budgeted(f"{name}-rate-{word}", f"{note}, {word} the rate", width, learning_rate=factor, **changes)
-        for word, factor in (("half", 0.5), ("double", 2.0))
+        for word, factor in (("half", 0.5), ("double", 2.0), ("quadruple", 4.0))
         for name, note, width, changes in (
             ("dense-80-match", "dense", 80, {"kind": "dense"}),
+            ("dense-64-match", "dense", 64, {"kind": "dense"}),
             ("wide-128-b8", "static 80 %, B = 8", 128, {"kind": "constant"}),
+            ("wide-128-b1-set", "SET 80 %, unstructured", 128, {"kind": "constant", "block": 1, **_SET}),
         )
     ),
 )
