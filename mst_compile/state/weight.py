@@ -10,7 +10,6 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ from mst_compile.blocks.shards import (
     stored,
 )
 from mst_compile.lowering import device as devices
-from mst_compile.ops import watching
 from mst_compile.rules.density import active_count
 from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
@@ -281,8 +279,9 @@ class SparseWeight:
             return True
         with unset_fake_temporarily():
             local, part = local_part(parameter.detach())
-            outside = part.of(self.grid.expand(~self.mask)).to(local.device)
-            found = not self.is_dense and bool(((local != 0) & outside).any())
+            found = not self.is_dense and bool(
+                ((local != 0) & part.of(self.grid.expand(~self.mask.to(local.device)))).any()
+            )
         if is_sharded(parameter):
             self.dirty, self.clean_here = (_written_at(parameter), None) if found else (None, _written_at(parameter))
         elif found:
@@ -416,24 +415,6 @@ def of(parameter: object) -> SparseWeight | None:
 def bound() -> list[tuple[str, Tensor]]:
     """Names and Parameters of all sparse weights of this process that are alive."""
     return [(weight.name, p) for p in _hooks if (weight := of(p)) is not None]
-
-
-class _Names:
-    """Names of weights by where their index is, made anew when it may be elsewhere."""
-
-    epoch = -1
-    by_address: ClassVar[dict[int, str]] = {}
-
-
-def _name_of_index(index: Tensor) -> str | None:
-    if _Names.epoch != epoch.value:
-        own = [weight for p in _hooks if (weight := of(p)) is not None and weight.index is not None]
-        _Names.by_address = {weight.index.data_ptr(): weight.name for weight in own}  # type: ignore[union-attr]
-        _Names.epoch = epoch.value
-    return _Names.by_address.get(index.data_ptr())
-
-
-watching.finders.append(_name_of_index)
 
 
 def carry(old: Tensor, new: Tensor) -> None:

@@ -20,6 +20,7 @@ from mst_compile.rules.density import layer_densities
 from mst_compile.rules.guard import Guard
 from mst_compile.rules.schedule import Schedule
 
+from . import names  # noqa: F401  (tells the profiler)
 from .attention import AttentionState
 from .ownership import forget_owner, remember_owner
 from .selection import Candidate
