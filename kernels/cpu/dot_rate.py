@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from . import processor
 from .folder import open_cache_dir
-from .processes import CommandError, run_all
+from .processes import run_all
 
 # Multiply-adds by pairs may take this much longer than float32's: packed operands are half as large.
 TOLERATED = 1.25
@@ -104,7 +104,7 @@ def _make(file: Path, compiler: Callable[[], tuple[str, ...]]) -> DotRate | None
             with contextlib.suppress(OSError):
                 os.replace(new, file)
             return rate
-    except (OSError, RuntimeError, CommandError, AttributeError):
+    except (OSError, RuntimeError, AttributeError):  # of compilers: RuntimeError
         return None
 
 

@@ -43,5 +43,8 @@ def processor_name() -> str:
 
 
 def short_name() -> str:
-    """What people call this processor."""
-    return _facts().get("model name") or platform.processor() or platform.machine()
+    """What people call this processor, with family and model, which tell generations apart where clouds hide the name:
+    "AMD EPYC" is what several of them call themselves."""
+    facts = _facts()
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name}, family {facts['cpu family']} model {facts['model']}" if "cpu family" in facts else name
