@@ -43,12 +43,7 @@ from mst_compile.errors import (
 from mst_compile.flops import Meter, dense_linear_training
 from mst_compile.integrations.transformers import MSTCallback, MSTTrainer
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=MSTWarning, message="no graph compiled")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:no graph compiled:mst_compile.errors.MSTWarning")
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,12 @@ from trainer_cases import (
     tiny,
     train,
 )
-from transformers import (
-    Trainer,
-)
+from transformers import Trainer
 
 from mst_compile import param_groups, sparsifier, sparsify
-from mst_compile.errors import (
-    MSTWarning,
-)
 from mst_compile.integrations.transformers import MSTCallback, MSTTrainer, MSTTrainerMixin, split_groups
 
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Any:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=MSTWarning, message="no graph compiled")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:no graph compiled:mst_compile.errors.MSTWarning")
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
