@@ -85,3 +85,7 @@ def assert_density_is_the_schedules(model: nn.Module, step: int) -> None:
         wanted = target * rows * cols
         assert abs(active - wanted) <= 0.5 or max(rows, cols, wanted) <= active < rows + cols
         assert weight.density == active / weight.grid.blocks  # no ragged edges here
+
+
+def restored(steps: int = 20) -> MixedSparsity:
+    return MixedSparsity(steps, 0.8, warmup=6, restoration=6, settle=2, interval=2, ramp_interval=1, growth="random")
