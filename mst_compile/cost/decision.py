@@ -21,9 +21,8 @@ class Decision:
 
     Attributes:
         flops, dense_flops: training FLOPs of the run, and of the dense model over as many steps.
-        seconds, dense_seconds: of both, None if no rates are known. Measured here, the dense model is what ``loss``
-            runs without zeros: under this backend, whose kernels may be faster than the library's even then, not under
-            another one.
+        seconds, dense_seconds: of both, None if no rates are known. The dense model is the one in which nothing is
+            sparse, as Inductor runs it by itself: ``source`` says so, or what else was measured in its place.
         cost, dense_cost: money, None without ``price_per_hour``.
         limit: how many times as fast the fastest step could be at most, however sparse: what is not in products with
             sparse weights takes its time (Amdahl's law). Infinite if there is nothing else.
@@ -76,7 +75,7 @@ def amdahl(dense: float, rest: float) -> float:
 def step_limit(rates: Rates, moved: float, moved_rest: float) -> float:
     """As :func:`amdahl`, in seconds; ``moved`` of all gradients of sparse weights, ``moved_rest`` of the others."""
     beside = rates.optimizer + moved_rest
-    return amdahl(rates.dense + beside + moved, max(0.0, rates.fixed) + beside)
+    return amdahl(rates.baseline + beside + moved, max(0.0, rates.fixed) + beside)
 
 
 def disagreement(steps: int, total_steps: int | None, tokens_per_step: float) -> list[str]:

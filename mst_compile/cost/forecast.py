@@ -34,6 +34,7 @@ ATTENTION_SAVED = sympy.Symbol("attention_saved", nonnegative=True)
 FIXED, PER_ELEMENT, PER_GRADIENT, DENSE_STEP, OPTIMIZER, EVENT, ATTENTION = sympy.symbols(
     "t_fixed t_element t_gradient t_dense t_optimizer t_event t_attention", real=True
 )
+BASELINE, ELEMENTS = sympy.symbols("t_baseline elements", nonnegative=True)
 MOVE, MOVE_REST = sympy.symbols("t_move t_move_rest", nonnegative=True)
 # ``active`` and ``gradient`` are means over the steps of a phase; ``sparse_*`` over those that run sparse products.
 # A pattern saves ``attention_saved`` FLOPs and ``t_attention`` seconds of a step. Ranks move the gradient elements that
@@ -47,18 +48,20 @@ SECONDS = (
     - PATTERN * ATTENTION
     + STEPS * (MOVE * GRADIENT + MOVE_REST)
 )
+# Of the model in which nothing is sparse, whose weights have so many ``elements`` where the other's may be sparse.
+DENSE_SECONDS = STEPS * (BASELINE + OPTIMIZER + MOVE * ELEMENTS + MOVE_REST)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps ``start`` to ``stop`` of a run; ``values`` gives the symbols of :data:`FLOPS` and :data:`SECONDS`."""
+    """Steps ``start`` to ``stop`` of a run; ``values`` gives the symbols of :data:`FLOPS`, :data:`SECONDS` and
+    :data:`DENSE_SECONDS`."""
 
     name: str
     start: int
     stop: int
     values: dict[sympy.Symbol, float] = field(repr=False)
     dense_flops: float
-    elements: int = field(default=0, repr=False)  # of all sparse weights
 
     @property
     def flops(self) -> float:
@@ -72,11 +75,8 @@ class Phase:
 
     @property
     def dense_seconds(self) -> float | None:
-        """Expected seconds of the dense model over as many steps."""
-        if FIXED not in self.values:
-            return None
-        v = self.values
-        return float(v[STEPS] * (v[DENSE_STEP] + v[OPTIMIZER] + v[MOVE] * self.elements + v[MOVE_REST]))
+        """Expected seconds of a run of as many steps in which nothing is sparse; None if no rates were measured."""
+        return float(DENSE_SECONDS.subs(self.values)) if FIXED in self.values else None
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Forecast:
         phases: in the order of the run.
         rest: FLOPs of a step in everything but products with sparse weights, attention in full.
         rates: what was measured or estimated, or None.
-        expressions: ``"flops"`` and ``"seconds"`` of a phase as sympy expressions.
+        expressions: ``"flops"``, ``"seconds"`` and ``"dense_seconds"`` of a phase as sympy expressions.
         source: where seconds come from: what was measured here, what is an estimate, and from what.
         total_steps: the schedule's, None if it has no end.
         price_per_hour: of one rank, or None. ranks: of the run.
@@ -133,7 +133,11 @@ class Forecast:
 
     @property
     def dense_seconds(self) -> float | None:
-        """Expected seconds of the dense model over as many steps; None if no rates are known."""
+        """Expected seconds of a run of as many steps in which nothing is sparse; None if no rates are known.
+
+        Of the model as Inductor compiles it by itself, if ``loss`` runs a compiled model; else as ``loss`` runs it.
+        ``rates.dense`` is another figure: a step of the sparse run once its weights have returned.
+        """
         found = [p.dense_seconds for p in self.phases]
         return None if any(s is None for s in found) else sum(s for s in found if s is not None)
 
@@ -221,10 +225,7 @@ def forecast(
     ranks, speed, says = _machines(hardware, ranks, bandwidth, tokens_per_step)
     price_per_hour = _price(price_per_hour, timed)
     if hardware is not None:
-        source = f"estimate, not measured here: rates of other models on {hardware} ({table_of(hardware)['source']})"
         options = default_options(options) if schedule is not None else options
-    else:
-        source = "measured here: passes at a few densities" + (", optimizer" if optimizer is not None else "")
     sparse, own = _sparse(model, schedule, options)
     rest = rest_of(model, sparse, own, tokens_per_step, loss, ranks)
     rates = None
@@ -233,7 +234,7 @@ def forecast(
     elif loss is not None and schedule is None:
         rates = measure(model, loss, optimizer, steps=steps)
     move = _communication(sparse, own, ranks, speed)
-    told = (source, *says) if timed else ()
+    told = () if rates is None else (_source(rates, hardware, optimizer is not None), *says)
     return of_run(
         own, steps, tokens_per_step, rest, rates, move, source=told, price_per_hour=price_per_hour, ranks=ranks
     )
@@ -253,7 +254,8 @@ def of_run(
     phases = [_phase(own, line, *phase, tokens_per_step, rest, rates, move) for phase in own.schedule.phases(steps)]
     total: object = getattr(own.schedule, "total_steps", None)
     more["total_steps"] = total if isinstance(total, int) else None
-    return Forecast(phases, rest, rates, {"flops": FLOPS, "seconds": SECONDS}, **more)
+    expressions = {"flops": FLOPS, "seconds": SECONDS, "dense_seconds": DENSE_SECONDS}
+    return Forecast(phases, rest, rates, expressions, **more)
 
 
 def check_loss(loss: object) -> None:
@@ -314,6 +316,15 @@ def _machines(
         return ranks, math.inf, ()
     text = f"estimate: {ranks} ranks, a ring that moves active blocks at {speed / 1e9:g} GB/s ({by}), no overlap"
     return ranks, speed, (text,) if ranks > 1 else ()
+
+
+def _source(rates: Rates, hardware: str | None, optimizer: bool) -> str:
+    """Where seconds come from, and what the dense ones are of."""
+    if hardware is not None:
+        source = f"estimate, not measured here: rates of other models on {hardware} ({table_of(hardware)['source']})"
+    else:
+        source = "measured here: passes at a few densities" + (", optimizer" if optimizer else "")
+    return f"{source}; dense: the model {rates.baseline_is}"
 
 
 def _price(price: float | None, timed: bool) -> float | None:
@@ -386,6 +397,7 @@ def _phase(
         TOKENS: float(tokens),
         REST: rest,
         ATTENTION_SAVED: 0.0 if rates is None else rates.attention_flops,
+        ELEMENTS: float(total),
         ACTIVE: _mean(active),
         GRADIENT: _mean(gradient),
         SPARSE: float(sparse.sum()),
@@ -401,13 +413,14 @@ def _phase(
             PER_ELEMENT: rates.per_element,
             PER_GRADIENT: rates.per_gradient,
             DENSE_STEP: rates.dense,
+            BASELINE: rates.baseline,
             OPTIMIZER: rates.optimizer,
             EVENT: rates.event,
             ATTENTION: rates.attention,
             MOVE: move[0],
             MOVE_REST: move[1],
         }
-    return Phase(name, start, stop, values, steps * (6.0 * tokens * total + rest), total)
+    return Phase(name, start, stop, values, steps * (6.0 * tokens * total + rest))
 
 
 def _mean(values: Tensor) -> float:
@@ -421,7 +434,7 @@ def _decide(found: Forecast) -> Decision:
     if rates is None or not timed:
         limit = amdahl(first.dense_flops, values[STEPS] * found.rest)
     else:
-        limit = step_limit(rates, values[MOVE] * first.elements, values[MOVE_REST])
+        limit = step_limit(rates, values[MOVE] * values[ELEMENTS], values[MOVE_REST])
     costs = [
         None if s is None or found.price_per_hour is None else s * hours * found.price_per_hour
         for s in (found.seconds, found.dense_seconds)

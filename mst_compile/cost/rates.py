@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +15,13 @@ from torch.optim import Optimizer
 
 from mst_compile.blocks.bulk import block_mean_square
 from mst_compile.blocks.index import new_index, write_index
+from mst_compile.cost.baseline import Baseline
 from mst_compile.cost.flops import attention_saving
 from mst_compile.errors import ForecastError
 from mst_compile.rules.checks import shown
 from mst_compile.rules.masks import generator, random_mask
 from mst_compile.state.event import plan_event
-from mst_compile.state.sparsifier import sparsifier, sparsifier_of
+from mst_compile.state.sparsifier import Sparsifier, sparsifier, sparsifier_of
 from mst_compile.state.steps import refusing_steps
 
 ROUNDS = 5
@@ -29,24 +31,28 @@ ROUNDS = 5
 class Rates:
     """Seconds of one training step as a function of the active elements of all sparse weights, ``A`` of ``W``.
 
-    Sparse: ``fixed + per_element * A``, and ``per_gradient * (W - A)`` more with dense weight gradients. Dense, from
-    the mean density ``threshold`` on: ``dense``. Both with full attention, and ``attention`` less with the schedule's
-    pattern.
+    Of a sparse run, below the mean density ``threshold``: ``fixed + per_element * A``, and ``per_gradient * (W - A)``
+    more with dense weight gradients; from ``threshold`` on, where the backend takes dense products: ``dense``. Both
+    with full attention, and ``attention`` less with the schedule's pattern. Of a run in which nothing is sparse:
+    ``baseline``.
 
     Attributes:
-        optimizer: seconds of an optimizer step. event: seconds of a topology event.
+        optimizer: seconds of an optimizer step, of either run. event: seconds of a topology event.
         attention_flops: FLOPs that the pattern saves of a pass, see :func:`mst_compile.forecast`.
+        baseline_is: what was timed as ``baseline``, in words.
     """
 
     fixed: float
     per_element: float
     per_gradient: float
     dense: float
+    baseline: float
     threshold: float
     optimizer: float
     event: float
     attention: float = 0.0
     attention_flops: float = 0.0
+    baseline_is: str = ""
 
 
 def measure(
@@ -59,7 +65,9 @@ def measure(
     """Time forward and backward passes at the densities of the schedule, interleaved, and take medians.
 
     The model is as before afterwards: masks, weights, buffers, gradients, step count and random state. It compiles
-    what the run will need, if ``loss`` runs a compiled model.
+    what the run will need, if ``loss`` runs a compiled model; and the graphs as Inductor would have them if nothing
+    were sparse, with the user's mode and options, unless the backend's dense ones are the same. If Inductor cannot,
+    the baseline is what ``loss`` takes in eager mode. An eager ``loss`` is its own baseline.
 
     Args:
         model: a sparsified model; let no step be under way.
@@ -79,13 +87,17 @@ def measure(
     with kept(model):
         _set_masks(model, own.schedule.max_sparsity, False)
         _pass(model, loss)  # compiles: only then do the weights know where the backend turns to dense products
-        points, threshold = _points(model)
+        baseline, threshold = Baseline(own), _threshold(model)
+        _set_masks(model, 0.0, False)
+        baseline.try_out(lambda: _pass(model, loss))
+        points = _points(own, threshold, baseline)
         times: dict[str, list[float]] = {name: [] for name in points}
         for turn in range(rounds + 1):  # the first compiles the other variants
             for name, (sparsity, dense_grad, pattern) in points.items():
                 active[name] = _set_masks(model, sparsity, dense_grad)
                 own.attention.pattern, own.attention.queries = pattern, []
-                seconds = _pass(model, loss)
+                with baseline.running() if name == "baseline" else contextlib.nullcontext():
+                    seconds = _pass(model, loss)
                 queries = own.attention.queries or queries  # none with full attention
                 if turn:
                     times[name].append(seconds)
@@ -96,36 +108,40 @@ def measure(
     median = {name: _median(found) for name, found in times.items()}
     total, span = sum(w.numel for w in own.weights.values()), active["middle"] - active["top"]
     per_element = max(0.0, (median["middle"] - median["top"]) / span) if span > 0 else 0.0
-    more = max(0.0, median["gradient"] - median["top"]) / max(1, total - active["top"])
+    fixed = median["top"] - per_element * active["top"]
+    dense = median.get("dense", fixed + per_element * total)
     return Rates(
-        median["top"] - per_element * active["top"],
+        fixed,
         per_element,
-        more,
-        median["dense"],
-        threshold,
-        _median(taken[len(points) :]) if taken else 0.0,
-        event,
-        median["top"] - median.get("pattern", median["top"]),
-        sum(attention_saving(query, own.attention.parts) for query in queries),
+        per_gradient=max(0.0, median["gradient"] - median["top"]) / max(1, total - active["top"]),
+        dense=dense,
+        baseline=median.get("baseline", dense),
+        threshold=threshold,
+        optimizer=_median(taken[len(points) :]) if taken else 0.0,
+        event=event,
+        attention=median["top"] - median.get("pattern", median["top"]),
+        attention_flops=sum(attention_saving(query, own.attention.parts) for query in queries),
+        baseline_is=str(baseline),
     )
 
 
-def _points(model: nn.Module) -> tuple[dict[str, tuple[float, bool, str]], float]:
-    """What to time: name -> sparsity, dense gradients, attention; and the density from which dense is faster."""
-    own = sparsifier(model)
+def _points(own: Sparsifier, threshold: float, baseline: Baseline) -> dict[str, tuple[float, bool, str]]:
+    """What to time: name -> sparsity, dense gradients, attention."""
     highest, lowest = own.schedule.max_sparsity, own.schedule.min_sparsity
-    threshold = _threshold(model)
     middle = 1 - 0.9 * min(1.0, threshold)
     middle = max((highest + max(lowest, middle)) / 2, middle)
     points = {
-        "dense": (0.0, False, "full"),
         "top": (highest, False, "full"),
         "middle": (min(middle, highest), False, "full"),
         "gradient": (highest, True, "full"),
     }
+    if threshold <= 1:  # else no step of the run takes dense products
+        points["dense"] = (0.0, False, "full")
+    if baseline.differs or threshold > 1:
+        points["baseline"] = (0.0, False, "full")
     if own.attention.sparse != "full":
         points["pattern"] = (highest, False, own.attention.sparse)
-    return points, threshold
+    return points
 
 
 def _threshold(model: nn.Module) -> float:

@@ -160,7 +160,8 @@ class Compiler:
             choose=choose,
         )
         self._inputs = [value(n) for n in placeholders(graph_module.graph)]
-        passes.apply(passes.of(Stage.GRAPH), graph_module, self._context)
+        self._untouched = clone(graph_module)
+        self._rewritten = passes.apply(passes.of(Stage.GRAPH), graph_module, self._context) > 0
         sparse = clone(graph_module)
         passes.apply(passes.of(Stage.PRODUCTS), sparse, self._context)
         self.slots = list(self._context.indices)
@@ -172,6 +173,7 @@ class Compiler:
         # Attention is rewritten when a variant with it is compiled: both graphs may be needed with either pattern.
         self._graphs = {False: graph_module, True: sparse}
         self._made: dict[Kind, Variant] = {}
+        self._baseline: Variant | None = None
         self._tracing = torch._guards.TracingContext.try_get()
         self._compile_context = torch._guards.CompileContext.try_get()
         self._examples = list(example_inputs)  # Dynamo's own for the first variant
@@ -185,14 +187,37 @@ class Compiler:
         constants, sites = self._give_pattern(graph_module, inputs) if kind.patterned else ([], [])
         queries = [site.query for site in sites if site.replaced]
         plain = kind._replace(patterned=False)
-        if not kind.patterned and self._context.choose:
-            passes.apply(passes.of(Stage.FULL), graph_module, replace(self._context, inputs=inputs))
+        if not kind.patterned:
+            self._make_attention_fast(graph_module, inputs)
         if kind.patterned and not queries:  # no attention here that could be sparse
             self._made[kind] = self.variant(plain, inputs)
         else:
             self._made[kind] = Variant(self._compile(graph_module, kind.sparse), constants, queries)
         self._forget_what_no_variant_needs()
         return self._made[kind]
+
+    def baseline(self, inputs: Sequence[Any]) -> Variant:
+        """What would run if nothing were sparse: the graph as Dynamo handed it over. It is the dense variant where no
+        pass has rewritten that.
+        """
+        if self._baseline is None:
+            dense = Kind(False, False)
+            if self._rewritten or self._make_attention_fast(clone(self._graphs[False]), inputs):
+                self._baseline = Variant(self._compile(clone(self._untouched), False))
+            else:
+                self._baseline = self.variant(dense, inputs)
+            self._forget_what_no_variant_needs()
+        return self._baseline
+
+    def is_dense_variant(self, variant: Variant) -> bool:
+        """Whether it is the one with dense products and full attention."""
+        return variant is self._made.get(Kind(False, False))
+
+    def _make_attention_fast(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+        """Let full attention run on the device's kernel where that is faster; returns whether any does."""
+        if not self._context.choose:
+            return False
+        return passes.apply(passes.of(Stage.FULL), graph_module, replace(self._context, inputs=inputs)) > 0
 
     def sizes(self, shape: tuple[Any, ...], args: Sequence[Any]) -> tuple[int, ...]:
         """A shape in the graph, symbolic where Dynamo made it so, as it is in the call with ``args``."""
@@ -243,6 +268,8 @@ class Compiler:
     def _forget_what_no_variant_needs(self) -> None:
         products = (False, True) if self.slots else (False,)
         patterns = (False, True) if self._attention.sparse != "full" else (False,)
-        if {Kind(sparse, patterned) for sparse in products for patterned in patterns} <= self._made.keys():
+        kinds = {Kind(sparse, patterned) for sparse in products for patterned in patterns}
+        if self._baseline is not None and kinds <= self._made.keys():
+            del self._untouched
             self._graphs, self._examples, self._late_examples = {}, [], []
             self._tracing = self._compile_context = None

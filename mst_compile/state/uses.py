@@ -1,5 +1,5 @@
-"""What compiled graphs do with a weight: written by the graph passes and the dispatch, read by ``explain``; and which
-Parameters they have taken."""
+"""What compiled graphs do with a weight: written by the graph passes and the dispatch, read by ``explain``; which
+Parameters they have taken; and whether they shall run as if nothing were sparse."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def forget_compiled() -> None:
 def compiled_graphs() -> int:
     """How many graphs the backend has compiled in this process."""
     return _graphs
+
+
+@dataclass
+class Baseline:
+    """Somebody times a model as it would run if nothing of it were sparse; what its compiled graphs say of that.
+
+    Attributes:
+        seen: a graph that takes sparse weights has run so.
+        differs: what ran was another graph than the backend's dense one.
+    """
+
+    seen: bool = False
+    differs: bool = False
 
 
 @dataclass

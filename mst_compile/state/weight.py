@@ -36,7 +36,7 @@ from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
 from mst_compile.state.attention import AttentionState
 from mst_compile.state.selection import Candidate
-from mst_compile.state.uses import Uses
+from mst_compile.state.uses import Baseline, Uses
 from mst_compile.state.young import Young
 
 _ATTRIBUTE = "_mst_weight"
@@ -85,6 +85,7 @@ class SparseWeight:
         clean_here: version and address at which this rank's part of a spread weight was last seen to be 0 outside.
         recording: whether the compiled graph that last took the weight recorded gradients.
         timed: somebody times products under masks that are not the weight's: its values do not matter.
+        baseline: compiled graphs shall run as if nothing were sparse, every block being active; and tell this.
         follows: whether values were loaded after the masks, so that masks have to follow them.
         moved: whether the weight has been trained since the last topology event.
         version: version of the Parameter after the last training step.
@@ -113,6 +114,7 @@ class SparseWeight:
     clean_here: tuple[int, int] | None = None
     recording: bool | None = None
     timed: bool = False
+    baseline: Baseline | None = None
     follows: bool = False
     moved: bool = False
     version: int = UNKNOWN

@@ -141,7 +141,7 @@ def with_rates(rates: Rates, monkeypatch: pytest.MonkeyPatch, **options: Any) ->
 
 def test_dense_against_sparse_in_seconds_and_money(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand: 60 s fixed, dense 3600 s, half a minute of optimizer."""
-    rates = Rates(60.0, 1e-3, 0.0, 3600.0, 1.0, 30.0, 0.0)
+    rates = Rates(60.0, 1e-3, 0.0, 100.0, 3600.0, 1.0, 30.0, 0.0)
     found = with_rates(rates, monkeypatch, price_per_hour=2)
     decision = found.decision
     assert found.dense_seconds == pytest.approx(STEPS * 3630)
@@ -159,11 +159,11 @@ def test_dense_against_sparse_in_seconds_and_money(monkeypatch: pytest.MonkeyPat
 
 def test_a_rest_that_eats_the_gain_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = sum(p.numel() for p in Blocks().parameters() if p.dim() == 2)
-    slow = Rates(8.0, 2.0 / numbers, 0.0, 10.0, 1.0, 0.0, 0.0)
+    slow = Rates(8.0, 2.0 / numbers, 0.0, 9.5, 10.0, 1.0, 0.0, 0.0)
     found = with_rates(slow, monkeypatch).decision
     assert found.limit == pytest.approx(10 / 8)
     assert found.notes[0].startswith("the rest of a step eats the gain")
-    slower = Rates(11.0, 2.0 / numbers, 0.0, 10.0, 1.0, 0.0, 0.0)
+    slower = Rates(11.0, 2.0 / numbers, 0.0, 9.5, 10.0, 1.0, 0.0, 0.0)
     assert "would take longer than dense" in with_rates(slower, monkeypatch).decision.notes[0]
 
 

@@ -299,7 +299,7 @@ def test_seconds_are_those_of_the_rates(schedule: Schedule, monkeypatch: pytest.
     """By hand: what each step costs by its kind, of a schedule that has all kinds, and of one with a last event."""
     model = sparsify(Blocks(), schedule)
     own, total = sparsifier(model), sum(w.numel for w in sparsifier(model).weights.values())
-    rates = Rates(2.0, 3e-6, 1e-6, 5.0, 0.7, 0.25, 0.125, attention=0.5)
+    rates = Rates(2.0, 3e-6, 1e-6, 5.0, 7.0, 0.7, 0.25, 0.125, attention=0.5)
     monkeypatch.setattr(sys.modules["mst_compile.cost.forecast"], "measure", lambda *_, **__: rates)
     x = next(batches())
     options: dict[str, Any] = {"tokens": STEPS * ROWS, "tokens_per_step": ROWS, "loss": lambda: loss_of(model, x)}
