@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -68,3 +72,46 @@ def test_folders_of_data_belong_to_the_package_above(tmp_path: Path) -> None:
     assert left_out(tmp_path, {}) == left_out(tmp_path, {"mst_compile.kernels": ["*.jinja"]}) != set()
     assert not left_out(tmp_path, {"mst_compile.kernels": ["templates/*.jinja"]})
     assert not left_out(tmp_path, {"mst_compile.kernels": ["**/*.jinja"]})
+
+
+# -- a name that is another package's, too -----------------------------------------------------------------------------
+
+
+def in_the_root(program: str, path: Path) -> list[str]:
+    """What a program prints that is run in the repository's root, ``path`` standing for installed packages."""
+    environment = os.environ | {"PYTHONPATH": str(path)}
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    return found.stdout.split()
+
+
+def test_kernels_makes_way_for_the_package_of_that_name(tmp_path: Path) -> None:
+    """With submodules that import one another."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("from kernels.hub import get_kernel\n__version__ = '0.18.2'\n")
+    (package / "hub.py").write_text("import kernels.layer\ndef get_kernel(): pass\n")
+    (package / "layer.py").write_text("")
+    program = """
+import kernels
+from kernels import get_kernel
+import kernels.layer
+print(kernels.__version__, kernels.__file__, kernels.layer.__file__)
+"""
+    assert in_the_root(program, tmp_path) == ["0.18.2", str(package / "__init__.py"), str(package / "layer.py")]
+
+
+@pytest.mark.skipif("kernels" in packages_distributions(), reason="the package is there")
+@pytest.mark.parametrize("folder", [False, True])
+def test_kernels_is_no_version_of_a_package_that_is_not_there(folder: bool, tmp_path: Path) -> None:
+    """A folder of the name, which Python takes for a package without files of its own, is none either."""
+    if folder:
+        (tmp_path / "kernels").mkdir()
+    assert in_the_root("import kernels; print(kernels.__version__)", tmp_path) == ["0"]
+
+
+def test_transformers_sees_no_package_of_that_name_in_the_root(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    asked = "from transformers.utils import is_kernels_available; print(is_kernels_available())"
+    assert in_the_root(asked, tmp_path) == [str("kernels" in packages_distributions())]
