@@ -152,7 +152,8 @@ def train(
 
 def named(factor: float, sparsity: float) -> str:
     """A factor of the dense model's rate, and the exponent of the density that it is."""
-    return f"{sparsity:.0%} sparse, rate x {factor:g} (density ** {math.log(factor) / math.log(1 - sparsity):.2f})"
+    exponent = -math.log(factor) / math.log(1 - sparsity)
+    return f"{sparsity:.0%} sparse, rate x {factor:g} (r = {exponent + 0.0:.2f})"
 
 
 def main() -> None:
@@ -164,7 +165,9 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8)
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--dense-rates", type=float, nargs="*", help="default: the optimizer's")
-    parser.add_argument("--rate", type=float, help="the dense model's, which factors multiply; default: the optimizer's")
+    parser.add_argument(
+        "--rate", type=float, help="the dense model's, which factors multiply; default: the optimizer's"
+    )
     parser.add_argument("--factors", type=float, nargs="*", help="default: the optimizer's")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     args = parser.parse_args()

@@ -19,9 +19,16 @@ DENSITY_RATE = "density_rate"
 DENSITY_DECAY = "density_decay"
 INDEPENDENT = "independent"  # of the learning rate's law: lr * weight_decay is the dense model's
 _warned: weakref.WeakSet[optim.Optimizer] = weakref.WeakSet()
+_ROUNDING = 1 + 1e-6
 _OWN = "callable"  # what a state dict holds of a law that is a function: it cannot hold the function
 # L2 in them is a part of the gradient, whose scale does not matter to the update. Of Adam, NAdam and RAdam the group
 # says so itself; then it holds for whoever steps on their behalf, too.
+# Classes whose updates of a weight have a size of their own, by name, as there are several of one: the largest r of
+# density ** -r that suits them, as measured (docs/guide.md, python -m benchmarks.density_rate), and why it is not 1.
+_SIZED = {
+    "Muon": (0.0, "orthogonalises its updates, which are as large at a low density as in a dense model"),
+    "Adafactor": (0.25, "gives the update of a whole weight one size, so that the fewer elements move the more each"),
+}
 _SCALE_FREE = (optim.Adam, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.RMSprop)
 
 
@@ -49,8 +56,8 @@ def param_groups(
     part of a gradient that is normalised afterwards; there ``weight_decay`` stays. Any other optimizer is taken for a
     decoupled one.
 
-    The rule is Adam's. Muon's update keeps its size whatever the density: give it ``density_rate=0``, as a warning
-    says where one does not.
+    The rule is Adam's. Muon's update keeps its size whatever the density, and Adafactor's has one root mean square over
+    the whole weight: give them ``density_rate=0`` and ``0.25``, as a warning says where one gives more.
 
     Both keys work in groups of your own, and both take other laws: a number r for ``density ** -r``, ``"graphcore"``
     (:func:`mst_compile.rules.laws.graphcore`), ``"none"`` (which 0 means as well), or a function of the density that
@@ -125,7 +132,7 @@ def scale_rates(
         active, total = sum(w.active for w in inside), sum(w.numel for w in inside)
         if active:
             found.append((group, _scaled(optimizer, group, rate, decay, active / total)))
-            _warn_of_orthogonal_updates(optimizer, group, found[-1][1])
+            _warn_of_sized_updates(optimizer, group, found[-1][1], active / total)
     before = [(group, {key: group[key] for key in scaled}) for group, scaled in found]
     for group, scaled in found:
         group.update(scaled)
@@ -141,17 +148,22 @@ def _laws_of(group: dict[str, Any]) -> tuple[Law, Law]:
     )
 
 
-def _warn_of_orthogonal_updates(optimizer: optim.Optimizer, group: dict[str, Any], scaled: dict[str, Any]) -> None:
-    """Muon's update has the same spectral norm at every density: the dense model's rate suits it as it is."""
-    muon = any(cls.__name__ == "Muon" for cls in type(optimizer).__mro__)
-    if not muon or optimizer in _warned or float(scaled.get("lr", group["lr"])) <= float(group["lr"]):
+def _warn_of_sized_updates(
+    optimizer: optim.Optimizer, group: dict[str, Any], scaled: dict[str, Any], density: float
+) -> None:
+    """Some updates grow by themselves on fewer elements: what the rate grows by must not do so once more."""
+    found = next((_SIZED[cls.__name__] for cls in type(optimizer).__mro__ if cls.__name__ in _SIZED), None)
+    if found is None or optimizer in _warned or "lr" not in scaled:
+        return
+    (most, why), given, taken = found, float(group["lr"]), float(scaled["lr"])
+    if taken <= given * factor(DENSITY_RATE, most, density, positive=True) * _ROUNDING:
         return
     _warned.add(optimizer)
+    name, law = type(optimizer).__name__, shown(group[DENSITY_RATE])
     warnings.warn(
-        f"{type(optimizer).__name__} orthogonalises its updates, which are as large at a low density as in a dense "
-        f"model, and {DENSITY_RATE!r}: {shown(group[DENSITY_RATE])} of its parameter group makes them "
-        f"{float(scaled['lr']) / float(group['lr']):.3g} times as large. The dense model's rate was measured to be "
-        "best (docs/guide.md): use param_groups(model, density_rate=0) for it",
+        f"{name} {why}, and {DENSITY_RATE!r}: {law} of its parameter group multiplies its rate by {taken / given:.3g}. "
+        f"{f'density ** -{most:g}' if most else 'The rate of the dense model'} was measured to suit it better "
+        f"(docs/guide.md): use param_groups(model, density_rate={most:g}) for it",
         MSTWarning,
         stacklevel=5,
     )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training import batches, loss_of
 
 from mst_compile import Constant, param_groups, sparsifier, sparsify
-from mst_compile.errors import MSTWarning, OptimizerError
+from mst_compile.errors import ArgumentError, MSTWarning, OptimizerError
 from mst_compile.state import optimizers
 
 STEPS = 14
@@ -247,19 +247,56 @@ def test_compiled_calls_equal_eager_ones(name: str) -> None:
 # -- rates -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [0, 0.5, 1.0])
-def test_muon_is_told_of_rates_that_grow(rate: float) -> None:
-    """Once, and only where the rate of the density makes its steps larger."""
+@pytest.mark.parametrize(("rate", "also"), [(0, ()), (0.25, ("muon",)), (0.3, "both"), (1.0, "both")])
+@pytest.mark.parametrize("name", ["muon", "adafactor", "transformers adafactor"])
+def test_optimizers_whose_updates_have_a_size_are_told_of_rates_that_grow(
+    name: str, rate: float, also: str | tuple[str, ...]
+) -> None:
+    """Once, and only where the rate of the density makes their steps larger than was measured to be good."""
     model = sparsify(wide(), SCHEDULE, block=8)
     groups = [g for g in param_groups(model, density_rate=rate) if all(p.dim() == 2 for p in g["params"])]
-    optimizer = torch.optim.Muon(groups, 1e-2)
+    optimizer = SIZED[name](groups, 1e-2)
+    told = told_of_rates(model, optimizer)
+    assert len(told) == (also == "both" or name in also), told
+    wanted = "density_rate=0)" if name == "muon" else "density_rate=0.25)"
+    assert all(wanted in text and "multiplies its rate by" in text for text in told)
+
+
+SIZED: dict[str, Any] = {
+    "muon": torch.optim.Muon,
+    "adafactor": torch.optim.Adafactor,
+    "transformers adafactor": lambda p, lr: _transformers_adafactor()(
+        p, lr=lr, scale_parameter=False, relative_step=False
+    ),
+}
+
+
+def _transformers_adafactor() -> Any:
+    return pytest.importorskip("transformers.optimization").Adafactor
+
+
+def told_of_rates(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """What warnings say of a law of the density in a few steps."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MSTWarning)
-        warnings.filterwarnings("ignore", "no graph compiled by backend", MSTWarning)
         train(model, optimizer, list(batches(4)))
-    told = [str(w.message) for w in caught if issubclass(w.category, MSTWarning)]
-    assert len(told) == (rate > 0), told
-    assert all("density_rate=0" in text and "times as large" in text for text in told)
+    return [str(w.message) for w in caught if issubclass(w.category, MSTWarning) and "density_rate" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", ["muon", "adafactor"])
+def test_rates_of_zero_are_no_reason_to_warn(name: str) -> None:
+    """As in the first step of a warm-up."""
+    model = sparsify(wide(), SCHEDULE, block=8)
+    groups = [g for g in param_groups(model) if all(p.dim() == 2 for p in g["params"])]
+    assert told_of_rates(model, SIZED[name](groups, 0.0)) == []
+
+
+def test_adafactor_that_makes_its_own_rate_takes_no_law() -> None:
+    model = sparsify(wide(), SCHEDULE, block=8)
+    optimizer = _transformers_adafactor()(param_groups(model, density_rate=0), lr=None)
+    assert told_of_rates(model, optimizer) == []
+    with pytest.raises(ArgumentError, match="'density_rate' of a parameter group multiplies its lr, which is None"):
+        train(model, _transformers_adafactor()(param_groups(model, density_rate=0.5), lr=None), list(batches(1)))
 
 
 @pytest.mark.parametrize("name", ["muon", "adafactor"])
