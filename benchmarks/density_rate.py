@@ -165,9 +165,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=8)
     parser.add_argument("--sparsity", type=float, default=0.8)
     parser.add_argument("--dense-rates", type=float, nargs="*", help="default: the optimizer's")
-    parser.add_argument(
-        "--rate", type=float, help="the dense model's, which factors multiply; default: the optimizer's"
-    )
+    parser.add_argument("--rate", type=float, help="the dense model's best; default: the optimizer's")
     parser.add_argument("--factors", type=float, nargs="*", help="default: the optimizer's")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     args = parser.parse_args()

@@ -71,13 +71,17 @@ def main() -> None:
 
     for _ in range(3):
         dense_step()
+    start = time.perf_counter()
     before = ask()
-    print(before)
+    print(f"{before}\n{before.rates}\nforecast in {time.perf_counter() - start:.1f} s, compilation included")
     meter = Meter(model, per_step, rest=before.rest, attention_saved=before.attention_saved)
     dense: list[float] = []
     seconds = train(model, optimizer, lambda: compiled(draw()), meter, args.steps, dense_step, dense)
     robust = robust_sum(model, before, seconds)
-    report(args, before, meter, seconds, robust, ask())
+    start = time.perf_counter()
+    after = ask()
+    print(f"forecast in {time.perf_counter() - start:.2f} s, all compiled")
+    report(args, before, meter, seconds, robust, after)
     gains(args, before, statistics.median(dense) * args.steps, robust)
 
 

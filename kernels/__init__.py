@@ -1,8 +1,8 @@
 """Kernels, by device."""
 
 # Installed, this is mst_compile.kernels. In the repository's root Python also finds it as "kernels", the name of a
-# package of Hugging Face's: transformers asks for that one's version and then imports from what has the name, bitsandbytes
-# tries to. So under that name it makes way for the package, or is of a version that is nobody's.
+# package of Hugging Face's: transformers asks for that one's version and then imports from what has the name, which
+# bitsandbytes does as well. So under that name it makes way for the package, or is of a version that is nobody's.
 if __name__ == "kernels":
     import importlib.util
     import os
