@@ -191,8 +191,8 @@ def forecast(
         tokens_per_step: tokens of one optimizer step, gradient accumulation and all ranks included.
         loss: runs the forward pass on one step's batch, of one rank, and returns the loss, ``lambda: model(x, y)``;
             through the compiled model, if time shall be forecast for it. With a sparsified model it is also timed, at
-            a few densities, and as Inductor alone runs it: see :func:`mst_compile.cost.rates.measure`. The rest of the training loop, such as
-            clipping of gradients and loading of data, is not timed.
+            a few densities, and as Inductor alone runs it: see :func:`mst_compile.cost.rates.measure`. The rest of the
+            training loop, such as clipping of gradients and loading of data, is not timed.
         optimizer: the one that will train the model, to be timed.
         hardware: estimate seconds on a machine that is not here, ``"H100"``, from rates measured there on other models
             (:mod:`mst_compile.cost.hardware_table`), instead of measuring this one. Blocks are those of that machine:
