@@ -18,14 +18,13 @@ from mst_compile.api import sparsify
 from mst_compile.cost.decision import Decision, amdahl, disagreement, eaten, step_limit
 from mst_compile.cost.flops import check_tokens, dense_linear_training
 from mst_compile.cost.hardware import bandwidth_of, default_options, estimate, table_of
-from mst_compile.cost.rates import Rates, kept, loss_of, measure
+from mst_compile.cost.inputs import check_loss, check_optimizer, check_options, steps_of
+from mst_compile.cost.rates import Rates, differentiate, kept, measure
 from mst_compile.cost.timeline import Timeline, timeline
 from mst_compile.errors import ForecastError, NotSparseError
 from mst_compile.rules.checks import check_instance, check_model, check_number, check_whole
 from mst_compile.rules.schedule import Schedule
 from mst_compile.state.sparsifier import Sparsifier, sparsifier
-
-MOST_STEPS = 10**9  # of a run: it is gone through step by step
 
 STEPS, TOKENS, ACTIVE, GRADIENT, REST = sympy.symbols("steps tokens active gradient rest", nonnegative=True)
 SPARSE, DENSE, PATTERN, EVENTS = sympy.symbols("sparse_steps dense_steps pattern_steps events", nonnegative=True)
@@ -210,17 +209,18 @@ def forecast(
 
     Raises:
         ForecastError: ``tokens`` or ``tokens_per_step`` is not positive or too large, model and schedule do not go
-            together, ``loss`` returns no loss, an optimizer steps within the backward pass of ``loss``, ``hardware`` is
-            unknown or has no rates for the model's blocks, ``ranks`` do not divide a step's tokens or have no
-            ``bandwidth``, or there is a price of seconds that are not known.
+            together, ``loss`` returns no loss of the model, an optimizer steps within the backward pass of ``loss``, a
+            step of ``optimizer`` cannot be timed, ``hardware`` is unknown or has no rates for the model's blocks,
+            ``ranks`` do not divide a step's tokens or have no ``bandwidth``, there is a price of seconds that are not
+            known, or an option is none of :func:`sparsify`'s.
         ModelError: ``model`` is no module.
     """
     check_model("forecast", model)
     tokens_per_step = check_tokens("tokens_per_step", tokens_per_step)
     steps = steps_of(tokens, tokens_per_step)
     check_loss(loss)
-    if optimizer is not None:
-        check_instance("optimizer", optimizer, torch.optim.Optimizer, "a torch.optim.Optimizer", ForecastError)
+    check_optimizer(optimizer)
+    check_options("forecast", options)
     timed = hardware is not None or (loss is not None and schedule is None)
     ranks, speed, says = _machines(hardware, ranks, bandwidth, tokens_per_step)
     price_per_hour = _price(price_per_hour, timed)
@@ -258,12 +258,6 @@ def of_run(
     return Forecast(phases, rest, rates, expressions, **more)
 
 
-def check_loss(loss: object) -> None:
-    """Raise :class:`ForecastError` unless ``loss`` is a function, or None."""
-    if loss is not None:
-        check_instance("loss", loss, Callable, "a function without arguments that returns the loss", ForecastError)
-
-
 def rest_of(
     model: nn.Module,
     sparse: nn.Module,
@@ -280,17 +274,6 @@ def rest_of(
     if loss is None:
         return float(dense_linear_training(sparse) * tokens_per_step)
     return ranks * _rest(model, own, tokens_per_step // ranks, loss)
-
-
-def steps_of(tokens: float, tokens_per_step: int) -> int:
-    """Optimizer steps of a run."""
-    steps = math.ceil(check_number("tokens", tokens, positive=True, error=ForecastError) / tokens_per_step)
-    if steps > MOST_STEPS:
-        raise ForecastError(
-            f"tokens={tokens!r} at tokens_per_step={tokens_per_step!r} are {steps} optimizer steps, more than "
-            f"{MOST_STEPS}; are these the numbers of the whole run and of one step?"
-        )
-    return steps
 
 
 def _machines(
@@ -371,7 +354,12 @@ def _rest(model: nn.Module, own: Sparsifier, tokens: int, loss: Callable[[], Ten
     trained = [p for p in model.parameters() if p.requires_grad]
     counter = FlopCounterMode(display=False)
     with kept(model), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
-        torch.autograd.grad(loss_of(loss), trained, allow_unused=True)
+        gradients = differentiate(model, loss, lambda found: torch.autograd.grad(found, trained, allow_unused=True))
+    if all(gradient is None for gradient in gradients):
+        raise ForecastError(
+            "what loss returns depends on no parameter of the model: it must run the model that is forecast, "
+            "lambda: model(x, y)"
+        )
     sparse = 6.0 * tokens * sum(w.numel for w in own.weights.values())
     return max(0.0, counter.get_total_flops() - sparse)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from mst_compile.blocks.bulk import block_mean_square
 from mst_compile.blocks.index import new_index, write_index
 from mst_compile.cost.baseline import Baseline
 from mst_compile.cost.flops import attention_saving
-from mst_compile.errors import ForecastError
+from mst_compile.errors import ForecastError, MSTError
 from mst_compile.rules.checks import shown
 from mst_compile.rules.masks import generator, random_mask
 from mst_compile.state.event import plan_event
@@ -25,6 +26,7 @@ from mst_compile.state.sparsifier import Sparsifier, sparsifier, sparsifier_of
 from mst_compile.state.steps import refusing_steps
 
 ROUNDS = 5
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,7 @@ def loss_of(loss: Callable[[], Tensor]) -> Tensor:
         ForecastError: it returns something else.
     """
     found: object = loss()
-    if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad:
+    if not isinstance(found, Tensor) or found.numel() != 1 or not found.requires_grad or found.is_complex():
         raise ForecastError(
             f"loss must return the loss, a tensor of one element to differentiate, got {shown(found)}; pass "
             "lambda: model(x, y), of a model whose parameters require gradients"
@@ -233,11 +235,29 @@ def loss_of(loss: Callable[[], Tensor]) -> Tensor:
     return found
 
 
+def differentiate(model: nn.Module, loss: Callable[[], Tensor], backward: Callable[[Tensor], _T]) -> _T:
+    """``backward`` of what ``loss`` returns; the model has no gradients before.
+
+    Raises:
+        ForecastError: ``loss`` returns no loss, or has run the backward pass of it.
+    """
+    _clear_gradients(model)  # those of before are the user's: ``loss`` may add to gradients itself, of parts of a batch
+    found = loss_of(loss)
+    ran = any(p.grad is not None for p in model.parameters())
+    try:
+        return backward(found)
+    except RuntimeError as error:
+        if not ran or isinstance(error, MSTError):
+            raise
+        raise ForecastError(
+            "loss runs a backward pass itself, of what it returns: let it return the loss, whose backward pass is timed"
+        ) from error
+
+
 def _pass(model: nn.Module, loss: Callable[[], Tensor]) -> float:
-    _clear_gradients(model)
     _synchronize()
     start = time.perf_counter()
-    loss_of(loss).backward()
+    differentiate(model, loss, lambda found: found.backward())
     _synchronize()
     return time.perf_counter() - start
 
@@ -254,7 +274,13 @@ def _copy(optimizer: Optimizer) -> Optimizer:
 def _step(optimizer: Optimizer) -> float:
     _synchronize()
     start = time.perf_counter()
-    optimizer.step()
+    try:
+        optimizer.step()
+    except Exception as error:  # of a copy, with gradients of zeros: what does not go with that is anybody's
+        raise ForecastError(
+            f"a step of {type(optimizer).__name__} cannot be timed, as a copy of it with gradients of zeros raises "
+            f"{shown(error)}: leave optimizer out"
+        ) from error
     _synchronize()
     return time.perf_counter() - start
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mst_compile.api import densify, sparsify
 from mst_compile.cost.fitted import FIT
 from mst_compile.cost.flops import check_tokens
-from mst_compile.cost.forecast import Forecast, check_loss, of_run, rest_of, steps_of
+from mst_compile.cost.forecast import Forecast, of_run, rest_of
+from mst_compile.cost.inputs import check_loss, check_options, steps_of
 from mst_compile.errors import ForecastError
 from mst_compile.rules.checks import check_choice, check_model, check_number, shown
 from mst_compile.rules.constant import Constant
@@ -144,8 +145,8 @@ def recommend(
         options: of :func:`mst_compile.sparsify`.
 
     Raises:
-        ForecastError: numbers are not positive, ``end`` is neither, the model is sparse already, or no option fits
-            into the budget.
+        ForecastError: numbers are not positive, ``end`` is neither, the model is sparse already, an option is none of
+            :func:`mst_compile.sparsify`'s, ``loss`` returns no loss of the model, or nothing fits into the budget.
         ModelError: ``model`` is no module.
     """
     check_model("recommend", model)
@@ -159,6 +160,7 @@ def recommend(
     check_choice("end", end, ENDS, ForecastError)
     steps = steps_of(total, per_step)
     check_loss(loss)
+    check_options("recommend", options)
     if parts_of(model):
         raise ForecastError("the model is sparse already and has its schedule: recommend takes a plain one")
     twin = sparsify(copy.deepcopy(model), Constant(0.5, growth="none"), **options)  # the only copy
