@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from mst_compile.api import sparsify
 from mst_compile.errors import ForecastError
-from mst_compile.rules.checks import check_instance, check_number
+from mst_compile.rules.checks import check_instance, check_number, shown
 
 MOST_STEPS = 10**7  # of a run: it is gone through step by step, a second for a million
 _OPTIONS = tuple(inspect.signature(sparsify).parameters)[2:]  # behind model and schedule
@@ -22,12 +22,11 @@ def steps_of(tokens: float, tokens_per_step: int) -> int:
     Raises:
         ForecastError: they are none, or too many.
     """
-    tokens = check_number("tokens", tokens, positive=True, error=ForecastError)
-    steps = math.ceil(tokens / tokens_per_step)
+    steps = math.ceil(check_number("tokens", tokens, positive=True, error=ForecastError) / tokens_per_step)
     if steps > MOST_STEPS:
         raise ForecastError(
-            f"tokens={tokens:g} at tokens_per_step={tokens_per_step!r} are {float(steps):g} optimizer steps, more than "
-            f"{MOST_STEPS}; are these the numbers of the whole run and of one step?"
+            f"tokens={shown(tokens)} at tokens_per_step={tokens_per_step!r} are {float(steps):g} optimizer steps, more "
+            f"than {MOST_STEPS}; are these the numbers of the whole run and of one step?"
         )
     return steps
 
