@@ -21,14 +21,14 @@ INDEPENDENT = "independent"  # of the learning rate's law: lr * weight_decay is 
 _warned: weakref.WeakSet[optim.Optimizer] = weakref.WeakSet()
 _ROUNDING = 1 + 1e-6
 _OWN = "callable"  # what a state dict holds of a law that is a function: it cannot hold the function
-# L2 in them is a part of the gradient, whose scale does not matter to the update. Of Adam, NAdam and RAdam the group
-# says so itself; then it holds for whoever steps on their behalf, too.
 # Classes whose updates of a weight have a size of their own, by name, as there are several of one: the largest r of
 # density ** -r that suits them, as measured (docs/guide.md, python -m benchmarks.density_rate), and why it is not 1.
 _SIZED = {
     "Muon": (0.0, "orthogonalises its updates, which are as large at a low density as in a dense model"),
     "Adafactor": (0.25, "gives the update of a whole weight one size, so that the fewer elements move the more each"),
 }
+# L2 in them is a part of the gradient, whose scale does not matter to the update. Of Adam, NAdam and RAdam the group
+# says so itself; then it holds for whoever steps on their behalf, too.
 _SCALE_FREE = (optim.Adam, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.RMSprop)
 
 
