@@ -9,9 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._inductor.lowering import fallback_handler, register_lowering
+from torch._inductor import ir
+from torch._inductor.lowering import constrain_to_fx_strides, fallback_handler, register_lowering
+from torch._inductor.virtualized import V
 
 from . import device
+
+
+def _as_traced(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operands with the order of strides that they had when the graph was traced.
+
+    Each is computed first, once for all that read it: what is not would be copied to get its strides, and so computed
+    again for every product that reads it.
+    """
+    for arg in args:
+        if isinstance(arg, ir.TensorBox):
+            arg.realize()
+    return constrain_to_fx_strides(V.graph.current_node, *args)[0]
 
 
 def _register(operator: Any) -> None:
@@ -20,6 +34,7 @@ def _register(operator: Any) -> None:
 
     @register_lowering(operator, type_promotion_kind=None)
     def lower(*args: Any) -> Any:
+        args = _as_traced(args)
         lowering = device.of(args[0].get_device().type).lowerings().get(name)
         out = None if lowering is None else lowering(*args)
         return fallback(*args) if out is None else out

@@ -17,7 +17,9 @@ from mst_compile.blocks.memory import is_plain
 from .watching import marked
 
 library = torch.library.Library("mst", "DEF")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+# What strides operands need, the lowerings say. Were it a tag, Inductor would see to it before it calls them, by a copy
+# for each of an operand's readers where the operand is something still to be computed.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _references: dict[str, Callable[..., Any]] = {}
 
 
