@@ -13,6 +13,7 @@ from mst_compile.rules.patterns import FULL
 from .cpu_times import interleaved, undisturbed
 
 _LONGEST = 2048
+_QUERIES = 4096  # a thread: of all heads, beyond which times grow about in proportion
 _CLEAR = 2.0  # how many times faster one side is, that two rounds will do
 
 
@@ -27,28 +28,39 @@ class CausalAttention(NamedTuple):
     """What decides how they compare.
 
     Attributes:
-        length: see :func:`bucket`. size: of a head.
+        heads: of all sequences of a batch. length: see :func:`bucket` for both. size: of a head.
         trained: whether the backward pass counts.
     """
 
+    heads: int
     length: int
     size: int
     dtype: torch.dtype
     trained: bool
 
 
-def bucket(length: int) -> int:
-    """The length to measure with in place of ``length``: a power of two, and not the longest."""
-    near = 16
-    while near < _LONGEST and 3 * near <= 2 * length:
+def bucket(heads: int, length: int) -> tuple[int, int]:
+    """How many heads of what length to measure with: powers of two, and not the longest.
+
+    What a call costs whatever its size must weigh as it does in the model, where short heads are many.
+    """
+    near = _near(length, 16, _LONGEST)
+    threads = torch.get_num_threads()
+    return _near(heads, 1, max(2, threads, threads * _QUERIES // near)), near
+
+
+def _near(number: int, least: int, most: int) -> int:
+    """The power of two that is nearest in ratio, about; at least ``least``, which is one, and hardly above the most."""
+    near = least
+    while near < most and 3 * near <= 2 * number:
         near *= 2
     return near
 
 
 def measure(attention: CausalAttention) -> AttentionTimes:
-    """Time forward and, if trained, backward of a head or two for each thread."""
-    heads, generator = max(2, torch.get_num_threads()), torch.Generator("cpu").manual_seed(0)
-    shape = 1, heads, attention.length, attention.size
+    """Time forward and, if trained, backward."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = 1, attention.heads, attention.length, attention.size
     with undisturbed():
         q, k, v, grad = (
             torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(attention.dtype)

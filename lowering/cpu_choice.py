@@ -45,11 +45,11 @@ def of_attention(attention: CausalAttention) -> AttentionTimes:
     return AttentionTimes(*_attentions.of(attention, _name_of_attention(attention), cpu_attention_times.measure))
 
 
-def is_attention_faster(length: int, size: int, dtype: torch.dtype, trained: bool) -> bool:
-    """Whether our kernel for causal attention is the faster one."""
-    if not length or not kernels.supports_head(dtype, size) or not kernels.available():
+def is_attention_faster(heads: int, length: int, size: int, dtype: torch.dtype, trained: bool) -> bool:
+    """Whether our kernel for causal attention is the faster one, of so many heads in all sequences of a batch."""
+    if not heads or not length or not kernels.supports_head(dtype, size) or not kernels.available():
         return False
-    times = of_attention(CausalAttention(cpu_attention_times.bucket(length), size, dtype, trained))
+    times = of_attention(CausalAttention(*cpu_attention_times.bucket(heads, length), size, dtype, trained))
     return times.ours < WORTH * times.usual
 
 
@@ -131,7 +131,7 @@ def _name_of_product(product: Product) -> str:
 
 def _name_of_attention(attention: CausalAttention) -> str:
     passes = "trained" if attention.trained else "forward"
-    return f"attention {attention.length} {attention.size} {_short(attention.dtype)} {passes}"
+    return f"attention {attention.heads} of {attention.length}x{attention.size} {_short(attention.dtype)} {passes}"
 
 
 def _folder() -> Path:

@@ -102,8 +102,9 @@ class Device:
         why_no_attention: the same of attention, given the dtype and the size of a head.
         times: given the layers of a graph, and whether a variant with sparse products has been compiled yet, how long
             their products take. The same on all ranks.
-        attention_pays: given the length, head size and dtype of causal attention, and whether gradients are wanted,
-            whether the device's kernel is faster than what PyTorch runs. The same on all ranks.
+        attention_pays: given how many heads causal attention has in all sequences of a batch, its length, head size and
+            dtype, and whether gradients are wanted, whether the device's kernel is faster than what PyTorch runs.
+            The same on all ranks.
         chooses: whether the operators themselves run the faster product at every call, where they are allowed to.
         default_block: block of weights for which the user names none.
         finest_block: finest block with kernels; a weight that the default suits badly gets no finer one (nor one below
@@ -126,7 +127,7 @@ class Device:
     why_unsupported: Callable[[torch.dtype, torch.dtype, int], str | None]
     why_no_attention: Callable[[torch.dtype, int], str | None]
     times: Callable[[Sequence[Layer], bool], Sequence[LayerTimes]]
-    attention_pays: Callable[[int, int, torch.dtype, bool], bool] = lambda *_: False
+    attention_pays: Callable[[int, int, int, torch.dtype, bool], bool] = lambda *_: False
     chooses: bool = False
     default_block: int = _BLOCK
     finest_block: int = FINEST_BLOCK

@@ -71,8 +71,8 @@ class Context:
         why_unsupported: given a device type, the dtypes of input and weight and the block, why the device has no kernel
             for such a product, or None if it has one.
         why_no_attention: the same of attention, given a device type, its dtype and head size.
-        attention_pays: given a device type, and the length, head size and dtype of causal attention, whether the
-            operator is faster than the model's own.
+        attention_pays: given a device type, how many heads causal attention has in all sequences of the batch, its
+            length, head size and dtype, whether the operator is faster than the model's own.
         choose: whether products may run dense where that is faster.
 
         indices: keys of ``weights`` whose index became an input of the graph, after all others and in this order.
@@ -88,7 +88,7 @@ class Context:
     inputs: Sequence[Any] = ()
     why_unsupported: Callable[[str, torch.dtype, torch.dtype, int], str | None] = _nothing_against
     why_no_attention: Callable[[str, torch.dtype, int], str | None] = _nothing_against
-    attention_pays: Callable[[str, int, int, torch.dtype], bool] = _never
+    attention_pays: Callable[[str, int, int, int, torch.dtype], bool] = _never
     choose: bool = False
 
     indices: list[int] = field(default_factory=list)

@@ -171,6 +171,15 @@ def test_tokens_are_measured_by_powers_of_two(tokens: int) -> None:
     assert found == most or 2 / 3 <= found / tokens <= 1.5
 
 
+@given(st.integers(1, 10**5), st.integers(16, 10**5))
+def test_attention_is_measured_with_heads_enough(heads: int, length: int) -> None:
+    """As many as in the model, or so many that what a call costs whatever its size does not count."""
+    several, near = cpu_attention_times.bucket(heads, length)
+    assert several & (several - 1) == 0 == near & (near - 1)
+    assert 2 / 3 <= near / length <= 1.5 or near == cpu_attention_times.bucket(heads, 10**9)[1] < length
+    assert 2 / 3 <= several / heads <= 1.5 or several * near >= cpu_attention_times._QUERIES
+
+
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +245,7 @@ def test_times_are_measured(product: Product) -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("trained", [False, True])
 def test_attention_is_measured(dtype: torch.dtype, trained: bool) -> None:
-    times = cpu_attention_times.measure(CausalAttention(32, 16, dtype, trained))
+    times = cpu_attention_times.measure(CausalAttention(4, 32, 16, dtype, trained))
     assert all(0 < seconds < 1 for seconds in times)
 
 
@@ -250,11 +259,12 @@ def test_attention_is_measured_once_and_where_there_is_a_kernel(
         times = AttentionTimes(1.0, ours)
         monkeypatch.setattr(cpu_attention_times, "measure", lambda found, times=times: asked.append(found) or times)
         for _ in range(2):
-            assert cpu_choice.is_attention_faster(500, 64, F32, True) == faster
-    assert asked == [CausalAttention(512, 64, F32, True)] * 3
-    assert not cpu_choice.is_attention_faster(500, 63, F32, True), "no kernel for such heads"
-    assert not cpu_choice.is_attention_faster(500, 64, torch.float16, True)
-    assert not cpu_choice.is_attention_faster(0, 64, F32, True)
+            assert cpu_choice.is_attention_faster(9, 500, 64, F32, True) == faster
+    assert asked == [CausalAttention(8, 512, 64, F32, True)] * 3
+    assert not cpu_choice.is_attention_faster(9, 500, 63, F32, True), "no kernel for such heads"
+    assert not cpu_choice.is_attention_faster(9, 500, 64, torch.float16, True)
+    assert not cpu_choice.is_attention_faster(9, 0, 64, F32, True)
+    assert not cpu_choice.is_attention_faster(0, 500, 64, F32, True)
     assert len(asked) == 3
 
 

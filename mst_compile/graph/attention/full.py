@@ -27,7 +27,10 @@ def run(graph_module: fx.GraphModule, context: Context) -> int:
         if found is None or not found.causal or found.mask is not None or found.dropout != [0.0] or why_not(found):
             continue
         q, k = value(found.q), value(found.k)
-        if _heads(q) == _heads(k) and context.attention_pays(q.device.type, _hint(q.shape[-2]), q.shape[-1], q.dtype):
+        if _heads(q) != _heads(k):
+            continue
+        shape = _hint(q.shape[0]) * _hint(_heads(q)), _hint(q.shape[-2]), q.shape[-1]
+        if context.attention_pays(q.device.type, *shape, q.dtype):
             replace(found, FULL, evaluators[region])
             changed += 1
     return changed
