@@ -1,8 +1,8 @@
 """What is faster on this CPU, ours or the library's: measured where it is first asked.
 
 A product, or causal attention, of some shape, dtype, block and number of tokens is measured once (:mod:`.cpu_times`,
-:mod:`.cpu_call_times`, :mod:`.cpu_attention_times`) and kept on disk, for this processor, number of threads, instruction set, PyTorch and
-version of the kernels. Within a process an answer never changes. Environment variable:
+:mod:`.cpu_call_times`, :mod:`.cpu_attention_times`) and kept on disk, for this processor, number of threads,
+instruction set, PyTorch and version of the kernels. Within a process an answer never changes. Environment variable:
 
 ``MST_COMPILE_TIMES``
     a folder of measurements to go by, whatever machine they come from, and to add to: with it a run makes the same

@@ -90,6 +90,7 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> dict[Any, Times]:
     monkeypatch.setattr(
         cpu_times, "measure", lambda p: times.get(p) or times.get(p.kind) or times.get((p.rows, p.cols)) or SPARSE
     )
+    monkeypatch.setattr(cpu_call_times, "measure", lambda product: 1e-6)
     return times
 
 
