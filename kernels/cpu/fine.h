@@ -1,10 +1,10 @@
 // How products with blocks of 1 and 2 are cut.
 //
 // An active element has its vector of tokens to itself (B = 1) or shares it with one other (B = 2): a load for every
-// multiply-add, or every other, whatever the tile. What counts is from where. A chunk of the lines that are loaded,
-// transposed to [line][tokens of a tile], is as short as the lists of active blocks allow, so that it stays in L1 or
-// close to it. What is done once a list and chunk (reading and writing sums, a branch that is seldom foreseen) sets the
-// length of a list. The tile is narrow for the same reason.
+// multiply-add, or every other, whatever the tile; with bf16 dot products half of that. What counts is from where. A
+// chunk of the lines that are loaded, transposed to [line][tokens of a tile], is as short as the lists of active blocks
+// allow, so that it stays in L1 or close to it. What is done once a list and chunk (reading and writing sums, a branch
+// that is seldom foreseen) sets the length of a list. The tile is narrow for the same reason.
 #pragma once
 #include <tuple>
 
