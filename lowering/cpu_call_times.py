@@ -20,7 +20,6 @@ from . import cpu_dense, cpu_times, tuning
 from .cpu_times import COLS, GRAD_WEIGHT, Product
 
 _ROUNDS = 9
-_DENSITY = 0.8  # about where graphs take about as long
 _CACHE = 1 << 20  # floats; more than a core's own cache holds
 _TICK = 1e-9
 
@@ -63,14 +62,15 @@ def _operator(product: Product) -> tuple[Callable[[], object], Callable[[], obje
 
 
 def _of_gradient(product: Product) -> float:
-    """What the library's gradient of a weight costs more with zeros in it, and with a bias's."""
+    """What the library's gradient of a weight costs more with zeros in it, and with a bias's: at the density at which its
+    time is taken, as zeros between fine blocks may cost more than the product."""
     rows, cols = cpu_times.part_of(product)
     grid = BlockGrid(rows, cols, product.block)
     tokens = cpu_times.tokens_of(product, grid)
     a, b = (torch.ones(tokens, n, dtype=product.dtype, device="cpu") for n in (rows, cols))
     out = torch.empty(rows, cols, dtype=product.weight_dtype, device="cpu")
     colsum = torch.empty(rows, dtype=torch.float32, device="cpu") if product.bias else None
-    index = tuning.realistic_index(grid, _DENSITY, "cpu")
+    index = tuning.realistic_index(grid, cpu_times.DENSITIES[0], "cpu")
     whole = (product.rows * product.cols) / (rows * cols) * product.tokens / tokens
 
     def alone() -> object:

@@ -24,7 +24,7 @@ from .device import Times
 
 ROWS, COLS, GRAD_WEIGHT = "rows", "cols", "grad-weight"
 
-_DENSITIES = (0.2, 0.7)
+DENSITIES = (0.2, 0.7)
 _TOKENS = 512  # a thread, beyond which times grow about in proportion
 _MOST_TOKENS = 4096
 _MOST_WEIGHTS = 2 << 20
@@ -90,8 +90,8 @@ def measure(product: Product) -> Times:
             with one_thread():
                 seconds = _interleaved(_sides(product, grid, tokens))
     dense, low, high = (min(times) for times in seconds)
-    slope = max((high - low) / (_DENSITIES[1] - _DENSITIES[0]), _TICK)
-    fixed = max(low - slope * _DENSITIES[0], _TICK)
+    slope = max((high - low) / (DENSITIES[1] - DENSITIES[0]), _TICK)
+    fixed = max(low - slope * DENSITIES[0], _TICK)
     scale = (product.rows * product.cols) / (rows * cols) * product.tokens / tokens
     return Times(dense * scale, fixed * scale, slope * scale)
 
@@ -127,7 +127,7 @@ def _sides(product: Product, grid: BlockGrid, tokens: int) -> list[Callable[[], 
         return torch.empty(shape, device="cpu", dtype=dtype)
 
     block = product.block
-    indices = [tuning.realistic_index(grid, density, "cpu") for density in _DENSITIES]
+    indices = [tuning.realistic_index(grid, density, "cpu") for density in DENSITIES]
     if product.kind == GRAD_WEIGHT:
         a, b = random(tokens, grid.rows), random(tokens, grid.cols)
         out = empty(grid.rows, grid.cols, dtype=product.weight_dtype)
@@ -151,7 +151,7 @@ def _interleaved(sides: list[Callable[[], None]]) -> list[list[float]]:
     """Seconds of each call of the dense product and ours at the densities, in turn."""
 
     def clear(dense: float, _: float, high: float) -> bool:
-        return high / _DENSITIES[1] * _CLEAR < dense
+        return high / DENSITIES[1] * _CLEAR < dense
 
     return interleaved(sides, clear)
 
