@@ -62,8 +62,10 @@ def _operator(product: Product) -> tuple[Callable[[], object], Callable[[], obje
 
 
 def _of_gradient(product: Product) -> float:
-    """What the library's gradient of a weight costs more with zeros in it, and with a bias's: at the density at which its
-    time is taken, as zeros between fine blocks may cost more than the product."""
+    """What the library's gradient of a weight costs more with zeros in it, and with a bias's.
+
+    At the density at which its time is taken: zeros between fine blocks may cost as much as the product.
+    """
     rows, cols = cpu_times.part_of(product)
     grid = BlockGrid(rows, cols, product.block)
     tokens = cpu_times.tokens_of(product, grid)
