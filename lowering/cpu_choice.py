@@ -1,8 +1,8 @@
 """What is faster on this CPU, ours or the library's: measured where it is first asked.
 
 A product, or causal attention, of some shape, dtype, block and number of tokens is measured once (:mod:`.cpu_times`,
-:mod:`.cpu_attention_times`) and kept on disk, for this processor, number of threads, instruction set, PyTorch and
-version of the kernels. Within a process an answer never changes. Environment variable:
+:mod:`.cpu_call_times`, :mod:`.cpu_attention_times`) and kept on disk, for this processor, number of threads,
+instruction set, PyTorch and version of the kernels. Within a process an answer never changes. Environment variable:
 
 ``MST_COMPILE_TIMES``
     a folder of measurements to go by, whatever machine they come from, and to add to: with it a run makes the same
@@ -25,7 +25,7 @@ from mst_compile.kernels import cpu as kernels
 
 from mst_compile.errors import MSTWarning
 
-from . import cpu_attention_times, cpu_times
+from . import cpu_attention_times, cpu_call_times, cpu_times
 from .agreement import first_answer, several_ranks
 from .cpu_attention_times import AttentionTimes, CausalAttention
 from .cpu_times import Product
@@ -33,11 +33,18 @@ from .device import WORTH, Layer, LayerTimes, Times
 from .measured import Measurements, cache_folder
 
 _PINNED = "MST_COMPILE_TIMES"
+_MEASURED = 3  # of the numbers in Times, by cpu_times
 
 
 def of_product(product: Product) -> Times:
-    """Seconds of a product, measured at the first call."""
-    return Times(*_products.of(product, _name_of_product(product), cpu_times.measure))
+    """Seconds of a product, measured at the first call; without those of :func:`of_call`."""
+    return Times(*_products.of(product, _name_of_product(product), lambda one: cpu_times.measure(one)[:_MEASURED]))
+
+
+def of_call(product: Product) -> float:
+    """Seconds that a product costs more in a graph with sparse ones, measured at the first call."""
+    asked = cpu_call_times.asked(product)
+    return _calls.of(asked, f"call {_name_of_product(asked)}", lambda one: [cpu_call_times.measure(one)])[0]
 
 
 def of_attention(attention: CausalAttention) -> AttentionTimes:
@@ -61,7 +68,14 @@ def is_dense_faster(product: Product, active: int) -> bool:
 
 def times(layers: Sequence[Layer], _: bool) -> list[LayerTimes]:
     """Seconds of the products of each layer; of one that is not trained only the forward product is measured."""
-    return [{name: of_product(product) for name, product in _of_layer(layer).items()} for layer in layers]
+    return [{name: _in_graph(product, layer.tokens) for name, product in _of_layer(layer).items()} for layer in layers]
+
+
+def _in_graph(product: Product, tokens: int) -> Times:
+    """The times of a product of so many tokens, with its call's."""
+    more, times, call = tokens / product.tokens, of_product(product), of_call(product)
+    grows = more if product.kind == cpu_times.GRAD_WEIGHT else 1.0
+    return Times(times.dense * more, times.fixed * more, times.per_density * more, call * grows)
 
 
 def _of_layer(layer: Layer) -> dict[str, Product]:
@@ -115,7 +129,8 @@ class _Answers:
         return self._unknown if answer is None else [float(number) for number in answer.split()]
 
 
-_products = _Answers(len(Times._fields), Times(0.8 / WORTH, 0.0, 1.0))
+_products = _Answers(_MEASURED, Times(0.8 / WORTH, 0.0, 1.0)[:_MEASURED])
+_calls = _Answers(1, [1e-9])
 _attentions = _Answers(len(AttentionTimes._fields), AttentionTimes(1.0, 1.0))
 
 

@@ -6,6 +6,7 @@ argument, so that it plans and reuses the memory of their results; see :mod:`mst
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def _supported(block: int, x: Tensor, weight_dtype: torch.dtype, *more: Tensor) 
 
 def _rows(x: Tensor) -> Tensor:
     """``x`` as ``[M, features]`` with unit stride along the features."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return flat if kernels.has_unit_stride(flat) else flat.contiguous()
 
 
@@ -115,10 +116,24 @@ def _is_dense_faster(kind: str, weight: Tensor, block: int, x: Tensor, bias: boo
     """Of a product with ``x`` ``[M, features]``; ``weight`` is one, or its gradient."""
     if not x.numel() or not weight.numel():
         return False
-    rows, cols = weight.shape
-    tokens = cpu_times.bucket(x.shape[0])
-    product = cpu_times.Product(kind, rows, cols, block, tokens, x.dtype, weight.dtype, bias)
+    product = _product(kind, *weight.shape, block, x.shape[0], x.dtype, weight.dtype, bias, torch.get_num_threads())
     return cpu_choice.is_dense_faster(product, int(index[NNZ]))
+
+
+@functools.lru_cache(maxsize=4096)  # asked at every call, and so after caches have lost what it takes to answer
+def _product(
+    kind: str,
+    rows: int,
+    cols: int,
+    block: int,
+    tokens: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    bias: bool,
+    threads: int,
+) -> cpu_times.Product:
+    """What is asked about a product of so many tokens; of how many is a matter of the threads too."""
+    return cpu_times.Product(kind, rows, cols, block, cpu_times.bucket(tokens), dtype, weight_dtype, bias)
 
 
 # -- out variants, called by Inductor's generated code ----------------------------------------------------------------
@@ -156,7 +171,7 @@ def linear_out(
     Operands may have any layout (other ones than the kernels' are copied), ``out`` is contiguous. With ``choose`` the
     faster one of our product and the dense one runs.
     """
-    flat, rows = out.view(-1, out.shape[-1]), _rows(x)
+    flat, rows = out if out.dim() == 2 else out.view(-1, out.shape[-1]), _rows(x)
     kind = cpu_times.COLS if transposed else cpu_times.ROWS
     if choose and _is_dense_faster(kind, weight, block, rows, bias is not None, index):
         cpu_dense.linear(rows, weight, bias, not transposed, flat)

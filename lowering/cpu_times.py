@@ -24,7 +24,7 @@ from .device import Times
 
 ROWS, COLS, GRAD_WEIGHT = "rows", "cols", "grad-weight"
 
-_DENSITIES = (0.2, 0.7)
+DENSITIES = (0.2, 0.7)
 _TOKENS = 512  # a thread, beyond which times grow about in proportion
 _MOST_TOKENS = 4096
 _MOST_WEIGHTS = 2 << 20
@@ -73,27 +73,30 @@ def bucket(tokens: int) -> int:
 
 
 def measure(product: Product) -> Times:
-    """Time a product, in seconds; takes about a tenth of one. Leaves random states, modes and gradients alone."""
-    rows, cols = _part(product)
+    """Time a product, in seconds; takes about a tenth of one. Leaves random states, modes and gradients alone.
+
+    What its call costs beside is not known here.
+    """
+    rows, cols = part_of(product)
     grid = BlockGrid(rows, cols, product.block)
     with undisturbed():
-        tokens = _tokens(product, grid)
+        tokens = tokens_of(product, grid)
         seconds = _interleaved(_sides(product, grid, tokens))
         threads = torch.get_num_threads()
         # Several threads on a busy machine wait at every product for the one that was put aside. Then one thread's
         # share of the work tells more.
         if threads > 1 and not _agree(seconds):
             tokens = max(1, tokens // threads)
-            with _one_thread():
+            with one_thread():
                 seconds = _interleaved(_sides(product, grid, tokens))
     dense, low, high = (min(times) for times in seconds)
-    slope = max((high - low) / (_DENSITIES[1] - _DENSITIES[0]), _TICK)
-    fixed = max(low - slope * _DENSITIES[0], _TICK)
+    slope = max((high - low) / (DENSITIES[1] - DENSITIES[0]), _TICK)
+    fixed = max(low - slope * DENSITIES[0], _TICK)
     scale = (product.rows * product.cols) / (rows * cols) * product.tokens / tokens
     return Times(dense * scale, fixed * scale, slope * scale)
 
 
-def _part(product: Product) -> tuple[int, int]:
+def part_of(product: Product) -> tuple[int, int]:
     """Rows and columns of the weight to measure with."""
     rows, cols = product.rows, product.cols
     while rows * cols > _MOST_WEIGHTS:
@@ -104,11 +107,11 @@ def _part(product: Product) -> tuple[int, int]:
     return rows, cols
 
 
-def _tokens(product: Product, grid: BlockGrid) -> int:
+def tokens_of(product: Product, grid: BlockGrid) -> int:
     """How many tokens to measure with: fewer where the dense product is slow, as in a dtype that the CPU lacks."""
     few = min(product.tokens, _PROBE)
     dense, threads = _sides(product, grid, few)[0], torch.get_num_threads()
-    with _one_thread():
+    with one_thread():
         seconds = min(_seconds(dense) for _ in range(3)) / threads
     return max(few, min(product.tokens, int(_CALL_SECONDS / seconds * few)))
 
@@ -124,7 +127,7 @@ def _sides(product: Product, grid: BlockGrid, tokens: int) -> list[Callable[[], 
         return torch.empty(shape, device="cpu", dtype=dtype)
 
     block = product.block
-    indices = [tuning.realistic_index(grid, density, "cpu") for density in _DENSITIES]
+    indices = [tuning.realistic_index(grid, density, "cpu") for density in DENSITIES]
     if product.kind == GRAD_WEIGHT:
         a, b = random(tokens, grid.rows), random(tokens, grid.cols)
         out = empty(grid.rows, grid.cols, dtype=product.weight_dtype)
@@ -148,7 +151,7 @@ def _interleaved(sides: list[Callable[[], None]]) -> list[list[float]]:
     """Seconds of each call of the dense product and ours at the densities, in turn."""
 
     def clear(dense: float, _: float, high: float) -> bool:
-        return high / _DENSITIES[1] * _CLEAR < dense
+        return high / DENSITIES[1] * _CLEAR < dense
 
     return interleaved(sides, clear)
 
@@ -185,7 +188,7 @@ def _seconds(side: Callable[[], object]) -> float:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -49,12 +49,14 @@ class Layer:
 class Times(NamedTuple):
     """Time of a dense product, and of the sparse one at density ``d``: ``fixed + per_density * d``.
 
-    In any unit that the products of a graph share.
+    In any unit that the products of a graph share. ``call`` is what the product costs on top of either in a graph with
+    sparse products, beside what the same product costs in one with dense products alone.
     """
 
     dense: float
     fixed: float
     per_density: float
+    call: float = 0.0
 
     def saved(self, density: float) -> float:
         """What the sparse product saves at ``density``; negative where it costs."""

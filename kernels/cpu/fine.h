@@ -1,10 +1,10 @@
 // How products with blocks of 1 and 2 are cut.
 //
 // An active element has its vector of tokens to itself (B = 1) or shares it with one other (B = 2): a load for every
-// multiply-add, or every other, whatever the tile. What counts is from where. A chunk of the lines that are loaded,
-// transposed to [line][tokens of a tile], is as short as the lists of active blocks allow, so that it stays in L1 or
-// close to it. What is done once a list and chunk (reading and writing sums, a branch that is seldom foreseen) sets the
-// length of a list. The tile is narrow for the same reason.
+// multiply-add, or every other, whatever the tile; with bf16 dot products half of that. What counts is from where. A
+// chunk of the lines that are loaded, transposed to [line][tokens of a tile], is as short as the lists of active blocks
+// allow, so that it stays in L1 or close to it. What is done once a list and chunk (reading and writing sums, a branch
+// that is seldom foreseen) sets the length of a list. The tile is narrow for the same reason.
 #pragma once
 #include <tuple>
 
@@ -13,19 +13,22 @@
 namespace mst {
 namespace {
 
-constexpr int fine_vectors = 4;  // of tokens in a tile
-constexpr int64_t fine_tokens = fine_vectors * L;
+constexpr int fine_vectors = 4;                  // of sums, or of a line, in a tile
+constexpr int64_t fine_floats = fine_vectors * L;
 constexpr int64_t list_elements = 64;            // active elements in a line of W and a chunk, on average
+constexpr int64_t list_elements_of_pairs = 96;   // the same, of elements that take half the time
 constexpr int64_t least_chunk_bytes = 16 << 10;  // of one tile
 constexpr int64_t most_chunk_bytes = 160 << 10;
 constexpr int64_t fine_tiles = 2;                // that share a look at W
 constexpr int64_t group_bytes = 128 << 10;       // of the other side's lines, or of sums, that meet a chunk in L2
 
 // Blocks per chunk, a multiple of L or all of them, for `lists` lists that cross `length` blocks each, `active` in all.
-inline int64_t fine_chunk(int block, int64_t lists, int64_t length, int64_t active) {
-  const int64_t bytes = block * fine_tokens * 4;  // of a tile per block
+// floats: of a tile, per block.
+template <class U>
+int64_t fine_chunk(int block, int64_t floats, int64_t lists, int64_t length, int64_t active) {
+  const int64_t bytes = floats * 4, elements = U::per_unit == 2 ? list_elements_of_pairs : list_elements;
   const double share = static_cast<double>(active) / static_cast<double>(std::max<int64_t>(1, lists * length));
-  const auto wanted = static_cast<int64_t>(list_elements / (block * std::max(share, 0.001)));
+  const auto wanted = static_cast<int64_t>(elements / (block * std::max(share, 0.001)));
   const int64_t n = ceil_div(length, std::clamp(wanted, least_chunk_bytes / bytes, most_chunk_bytes / bytes));
   return n == 1 ? length : ceil_div(ceil_div(length, n), L) * L;
 }
@@ -34,9 +37,9 @@ inline int64_t fine_chunk(int block, int64_t lists, int64_t length, int64_t acti
 // or each list would wait for memory in every chunk.
 constexpr int64_t line_lists = 32;
 
-// Lists that meet a chunk before the next one does: whole lines.
-inline int64_t fine_group(int block) {
-  return ceil_div(group_bytes / (fine_tiles * fine_tokens * 4 * block), line_lists) * line_lists;
+// Lists that meet a chunk before the next one does, with so many floats of a tile each: whole lines.
+inline int64_t fine_group(int64_t floats) {
+  return ceil_div(group_bytes / (fine_tiles * floats * 4), line_lists) * line_lists;
 }
 
 // Calls visit(i, q) for the positions q that range(i) gives, of lists [i0, i1), in that order; chunks count from

@@ -15,7 +15,9 @@
 //         write the piece's rows of `out` once: converted sums on active blocks, zeros between them
 //
 // Strips of one block row are joined freely, so a vector holds 2 blocks of 8 or 4 of 4 and the tile stays full for any
-// block size. Intensity with AVX-512: 8 x 3 = 24 multiply-adds for 11 loads (4 x 3 for 16 with blocks of 4).
+// block size. Intensity with AVX-512: 8 x 3 = 24 multiply-adds for 11 loads, 14 where strips are joined in pairs. With
+// blocks of 4 that would be 4 x 3 for 16; there a vector holds four tokens of one strip instead, as they lie packed, and
+// the four are added up at the end of the panel: 24 multiply-adds for 7 loads and 4 shuffles.
 #include "grad_weight_parts.h"
 
 namespace mst {
@@ -82,7 +84,8 @@ MST_INLINE void pack_visit(const E* row, int64_t ld, int units, bool fetch_ahead
   }
 }
 
-// dst[strip][unit][W] from columns [col0, ...) of `tokens` rows of src, zero beyond `width` and the last token.
+// dst[strip][unit][W] from columns [col0, ...) of `tokens` rows of src, zero beyond `width` and the last token, up to whole
+// visits.
 // colsum, if SUM, points at column col0.
 template <class U, int W, bool SUM, class E>
 void pack_strips(const E* src, int64_t ld, int64_t tokens, int64_t col0, int64_t width, int64_t strips, int64_t stride,
@@ -107,7 +110,7 @@ void pack_strips(const E* src, int64_t ld, int64_t tokens, int64_t col0, int64_t
         const int64_t n = std::clamp<int64_t>(width - c, 0, W), left = std::min<int64_t>(tokens - u0 * P, at_once * P);
         E edge[at_once * P * W] = {};
         for (int64_t i = 0; i < left; i++) memcpy(static_cast<void*>(edge + i * W), row + i * ld, n * sizeof(E));
-        pack_visit<U, W, SUM>(edge, W, static_cast<int>(ceil_div(left, P)), false, 0, to, sum);
+        pack_visit<U, W, SUM>(edge, W, at_once, false, 0, to, sum);
       }
       if (SUM)
         for (int64_t i = 0; i < W && c + i < width; i++) colsum[s * W + i] += sum[i];
@@ -169,6 +172,41 @@ MST_NOINLINE void tile(const float* a, const float* const* strips, int64_t units
     MST_UNROLL for (int v = 0; v < V; v++) add_to<parts>(sums + v * parts, r * SW, acc[r][v], first);
 }
 
+#if defined(MST_AVX512)
+// V blocks of 4 against the 4 rows that they share, four units at a time.
+template <class U, int V>
+MST_NOINLINE void tile_of_fours(const float* a, const float* const* strips, int64_t units, float* const* sums,
+                                bool first) {
+  const float* from[V];
+  vf acc[V][4];
+  MST_UNROLL for (int v = 0; v < V; v++) {
+    from[v] = strips[v];
+    MST_UNROLL for (int r = 0; r < 4; r++) acc[v][r] = vf{};
+  }
+  for (int64_t at = 0; at < units * 4; at += L) {
+    const __m512 x = (__m512)load(a + at);
+    const vf row[4] = {(vf)_mm512_permute_ps(x, 0x00), (vf)_mm512_permute_ps(x, 0x55), (vf)_mm512_permute_ps(x, 0xaa),
+                       (vf)_mm512_permute_ps(x, 0xff)};
+    MST_UNROLL for (int v = 0; v < V; v++) {
+      const vf b = load(from[v] + at);
+      MST_UNROLL for (int r = 0; r < 4; r++) acc[v][r] = U::multiply_add(row[r], b, acc[v][r]);
+    }
+  }
+  MST_UNROLL for (int v = 0; v < V; v++) {
+    const vf sum = sum_groups(acc[v]);
+    store(sums[v], first ? sum : load(sums[v]) + sum);
+  }
+}
+
+template <class U, int V = 6>
+MST_INLINE void tiles_of_fours(int blocks, const float* a, const float* const* strips, int64_t units,
+                               float* const* sums, bool first) {
+  if constexpr (V > 1)
+    if (blocks < V) return tiles_of_fours<U, V - 1>(blocks, a, strips, units, sums, first);
+  tile_of_fours<U, V>(a, strips, units, sums, first);
+}
+#endif
+
 template <class U, int RT, int parts>
 MST_INLINE void tile_of(int vectors, const float* a, const float* const* strips, int64_t units, float* const* sums,
                         bool first) {
@@ -181,12 +219,31 @@ MST_INLINE void tile_of(int vectors, const float* a, const float* const* strips,
 
 template <class U, int B, class E, class O> struct Worker : Pieces {
   static constexpr int RT = Tiling<B>::RT, SW = Tiling<B>::SW, parts = Tiling<B>::parts;
+  static constexpr bool fours = L == 16 && B == 4;
   const E *const a = static_cast<const E*>(p.a), *const b = static_cast<const E*>(p.b);
   O* const out = static_cast<O*>(p.out);
   float *pa = nullptr, *pb = nullptr;
   int64_t chunk = 0, stride_a = 0, stride_b = 0;
 
   Worker(const Problem& problem, Part mine) : Pieces{problem, mine} {}
+
+#if defined(MST_AVX512)
+  // What block_row does, with blocks of 4.
+  void row_of_fours(int64_t i, int64_t at, int64_t j0, int64_t j1, const float* a_strip, int64_t units, bool first) {
+    const Range in_part = active(p, i, part.j0, part.j1), range = active(p, i, j0, j1);
+    float* block_sums = sums + (at + range.begin - in_part.begin) * B * B;
+    for (int64_t q = range.begin; q < range.end; q += 6) {
+      const int blocks = static_cast<int>(std::min<int64_t>(6, range.end - q));
+      const float* strips[6];
+      float* to[6];
+      for (int k = 0; k < blocks; k++) {
+        strips[k] = pb + (p.lists.idx[q + k] - j0) * stride_b;
+        to[k] = block_sums + (q - range.begin + k) * B * B;
+      }
+      tiles_of_fours<U>(blocks, a_strip, strips, units, to, first);
+    }
+  }
+#endif
 
   // All active strips of block row i within block columns [j0, j1).
   void block_row(int64_t i, int64_t at, int64_t j0, int64_t j1, const float* a_strips, int64_t units, bool first) {
@@ -223,8 +280,16 @@ template <class U, int B, class E, class O> struct Worker : Pieces {
         const int64_t j1 = std::min(part.j1, j0 + chunk);
         pack<U, SW>(b + m0 * p.ldb, p.ldb, tokens, j0 * B, p.cols, (j1 - j0) * (B / SW), stride_b, pb,
                            sum_b ? p.colsum + j0 * B : nullptr);
-        for (int64_t i = i0; i < i1; i++)
-          block_row(i, slot[i - i0], j0, j1, pa + (i - i0) * (B / RT) * stride_a, units, m0 == 0);
+        for (int64_t i = i0; i < i1; i++) {
+          const float* a_strips = pa + (i - i0) * (B / RT) * stride_a;
+#if defined(MST_AVX512)
+          if constexpr (fours) {
+            row_of_fours(i, slot[i - i0], j0, j1, a_strips, units, m0 == 0);
+            continue;
+          }
+#endif
+          block_row(i, slot[i - i0], j0, j1, a_strips, units, m0 == 0);
+        }
       }
     }
   }

@@ -4,7 +4,8 @@
 //
 //     for each thread's part of W, each piece of its block rows:
 //       for each panel of token tiles:
-//         transpose a (this piece's rows) and b to [tile][line][MV * L tokens]; add up their columns if asked
+//         transpose a (this piece's rows) and b to [tile][line][MV * L tokens], with bf16 dot products twice as many;
+//           add up their columns if asked
 //         for each group of rows, which stays in L2:
 //           for each chunk of columns, a few tens of active elements of a row:
 //             for each block row, tile:
@@ -23,19 +24,25 @@ namespace mst {
 namespace {
 
 constexpr int V = fine_vectors;
-constexpr int64_t MT = fine_tokens;
+
+// A line's sum over its tokens, in parts, one a lane.
+template <class U> MST_INLINE vf sum_line(const float* line) {
+  float ones;
+  typename U::element one[U::per_unit];
+  for (auto& element : one) from_float(1.0f, &element);
+  memcpy(&ones, one, 4);
+  vf sum{};
+  MST_UNROLL for (int v = 0; v < V; v++) sum = U::multiply_add(broadcast(ones), load(line + v * L), sum);
+  return sum;
+}
 
 // Adds the sums over the tokens of a tile of each of `n` lines to colsum.
-void add_lines(const float* lines, int64_t n, float* colsum) {
+template <class U> void add_lines(const float* lines, int64_t n, float* colsum) {
   for (int64_t k = 0; k < n; k += L) {
     vf four[L / 4];
     for (int i = 0; i < L / 4; i++) {
       vf sum[4];
-      for (int j = 0; j < 4; j++) {
-        const float* line = lines + (k + 4 * i + j) * MT;
-        sum[j] = load(line);
-        for (int v = 1; v < V; v++) sum[j] += load(line + v * L);
-      }
+      for (int j = 0; j < 4; j++) sum[j] = sum_line<U>(lines + (k + 4 * i + j) * fine_floats);
       four[i] = sum_lanes4(sum[0], sum[1], sum[2], sum[3]);
     }
     float sums[L];
@@ -45,16 +52,19 @@ void add_lines(const float* lines, int64_t n, float* colsum) {
 }
 
 // Four active elements, those of blocks idx[0], ...: in each group of four lanes, the sums over that group.
-template <int B> MST_INLINE vf sum_four(const vf (&a)[B][V], const float* b, const int32_t* idx) {
+template <class U, int B> MST_INLINE vf sum_four(const vf (&a)[B][V], const float* b, const int32_t* idx) {
   vf acc[4];
   MST_UNROLL for (int g = 0; g < 4 / (B * B); g++) {
-    const float* from = b + idx[g] * (B * MT);
+    const float* from = b + idx[g] * (B * fine_floats);
     MST_UNROLL for (int c = 0; c < B; c++)
       MST_UNROLL for (int v = 0; v < V; v++) {
         const vf x = load(from + (c * V + v) * L);
         MST_UNROLL for (int r = 0; r < B; r++) {
           vf& to = acc[(g * B + r) * B + c];
-          to = v == 0 ? a[r][0] * x : F32::multiply_add(a[r][v], x, to);
+          if (v == 0 && U::per_unit == 1)
+            to = a[r][0] * x;
+          else
+            to = U::multiply_add(a[r][v], x, v == 0 ? vf{} : to);
         }
       }
   }
@@ -63,7 +73,7 @@ template <int B> MST_INLINE vf sum_four(const vf (&a)[B][V], const float* b, con
 
 // Adds the products of a tile's tokens to the sums of `n` blocks of one block row. b: shifted so that block idx[q]
 // starts at idx[q] * B lines.
-template <int B>
+template <class U, int B>
 MST_NOINLINE void block_row(const float* a, const float* b, const int32_t* idx, int64_t n, float* sums) {
   constexpr int per_four = 4 / (B * B), at_once = L / (B * B);  // blocks
   vf x[B][V];
@@ -71,14 +81,14 @@ MST_NOINLINE void block_row(const float* a, const float* b, const int32_t* idx, 
   int64_t q = 0;
   for (; q + at_once <= n; q += at_once) {
     vf four[L / 4];
-    MST_UNROLL for (int i = 0; i < L / 4; i++) four[i] = sum_four<B>(x, b, idx + q + i * per_four);
+    MST_UNROLL for (int i = 0; i < L / 4; i++) four[i] = sum_four<U, B>(x, b, idx + q + i * per_four);
     store(sums + q * B * B, load(sums + q * B * B) + sum_groups(four));
   }
   for (; q < n; q += per_four) {
     const int filled = static_cast<int>(std::min<int64_t>(per_four, n - q));
     int32_t some[per_four];
     for (int g = 0; g < per_four; g++) some[g] = idx[q + std::min(g, filled - 1)];
-    const vf four[L / 4] = {sum_four<B>(x, b, some)};
+    const vf four[L / 4] = {sum_four<U, B>(x, b, some)};
     float lanes[L];
     store(lanes, sum_groups(four));
     for (int i = 0; i < filled * B * B; i++) sums[q * B * B + i] += lanes[i];
@@ -94,7 +104,8 @@ struct Line {
   float* sums;
 };
 
-template <int B, class E, class O> struct Worker : Pieces {
+template <class U, int B, class E, class O> struct Worker : Pieces {
+  static constexpr int64_t MT = fine_floats * U::per_unit;  // tokens of a tile
   const E *const a = static_cast<const E*>(p.a), *const b = static_cast<const E*>(p.b);
   O* const out = static_cast<O*>(p.out);
   int64_t chunk = 0, chunks = 0;  // of columns
@@ -105,10 +116,14 @@ template <int B, class E, class O> struct Worker : Pieces {
   // Lines [k0, k0 + n) of one tile, zero past the last token; adds up their columns if asked.
   static void pack(const E* from, int64_t ld, int64_t tokens, int64_t width, int64_t k0, int64_t n, float* to,
                    float* colsum) {
-    pack_tile<F32, V>(from, ld, tokens, width, k0, n, to);
-    for (int64_t k = 0; tokens < MT && k < ceil_div(n, L) * L; k++)
-      memset(to + k * MT + tokens, 0, (MT - tokens) * sizeof(float));
-    if (colsum) add_lines(to, std::min(n, width - k0), colsum + k0);
+    if constexpr (U::per_unit == 2) {
+      pack_lines<V>(from, ld, tokens, width, k0, n, to);
+    } else {
+      pack_tile<U, V>(from, ld, tokens, width, k0, n, to);
+      for (int64_t k = 0; tokens < MT && k < ceil_div(n, L) * L; k++)
+        memset(to + k * MT + tokens, 0, (MT - tokens) * sizeof(float));
+    }
+    if (colsum) add_lines<U>(to, std::min(n, width - k0), colsum + k0);
   }
 
   static int64_t lines(int64_t rows) { return ceil_div(rows, line_lists); }
@@ -144,7 +159,7 @@ template <int B, class E, class O> struct Worker : Pieces {
 
   void accumulate(int64_t i0, int64_t i1, float* pa, float* pb, float* sum_a, float* sum_b) {
     constexpr int64_t panel = fine_tiles * MT;
-    const int64_t group = fine_group(B);
+    const int64_t group = fine_group(B * fine_floats);
     const int64_t columns = part.j1 - part.j0, size_a = floats(i1 - i0), size_b = floats(columns);
     for (int64_t m0 = 0; m0 < p.m; m0 += panel) {
       const int64_t tiles = ceil_div(std::min(panel, p.m - m0), MT);
@@ -160,19 +175,20 @@ template <int B, class E, class O> struct Worker : Pieces {
             for (int64_t t = 0; t < tiles; t++)
               for (int64_t k = 0; k < row.i1 - row.i0; k++) {
                 const int32_t* cut = row.cuts + c * line_lists + k;
-                block_row<B>(pa + t * size_a + (i - i0 + k) * B * MT, pb + t * size_b - part.j0 * B * MT,
+                block_row<U, B>(pa + t * size_a + (i - i0 + k) * B * fine_floats,
+                                pb + t * size_b - part.j0 * B * fine_floats,
                              row.idx + cut[0], cut[1] - cut[0], row.sums + cut[0] * B * B);
               }
           }
     }
   }
 
-  static int64_t floats(int64_t blocks) { return (blocks * B + L) * MT; }  // of a tile
+  static int64_t floats(int64_t blocks) { return (blocks * B + U::per_unit * L) * fine_floats; }  // of a tile
 
   int run() {
     static thread_local Scratch memory, list_memory;
     const int64_t columns = part.j1 - part.j0;
-    chunk = fine_chunk(B, p.R, p.C, p.lists.ptr[p.R]);
+    chunk = fine_chunk<U>(B, B * fine_floats, p.R, p.C, p.lists.ptr[p.R]);
     chunks = ceil_div(columns, chunk);
     const int status = each([&](int64_t i0, int64_t i1, int64_t blocks, bool sum_a, bool sum_b) {
       lists = reinterpret_cast<int32_t*>(list_memory.floats(blocks + lines(i1 - i0) * (chunks * line_lists + 1)));
@@ -199,7 +215,8 @@ int grad_weight_fine(const MstGradWeight& a) {
     using E = typename decltype(in)::type;
     using O = typename decltype(out)::type;
     const Problem p(a);
-    return a.block == 1 ? run_parts<Worker<1, E, O>>(p) : run_parts<Worker<2, E, O>>(p);
+    using U = typename UnitOf<E>::type;
+    return a.block == 1 ? run_parts<Worker<U, 1, E, O>>(p) : run_parts<Worker<U, 2, E, O>>(p);
   });
 }
 

@@ -96,8 +96,9 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
   int64_t ldy;
 
   Kernel(const Problem& problem, const MstSpmm& a)
-      : p(problem), plan(make_plan(p, units(), MT, chunk(), panel_bytes)), x(static_cast<const X*>(a.x)), ldx(a.ldx),
-        y(static_cast<X*>(a.y)), ldy(a.ldy) {}
+      : p(problem),
+        plan(make_plan(p, units() * p.block, MT, (chunk() * units() + L) * MT, chunk(), panel_bytes)),
+        x(static_cast<const X*>(a.x)), ldx(a.ldx), y(static_cast<X*>(a.y)), ldy(a.ldy) {}
 
   int64_t units() const { return p.block / U::per_unit; }
   int64_t chunk() const {

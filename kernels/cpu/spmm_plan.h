@@ -32,13 +32,15 @@ struct Plan {
   int64_t panel_tiles() const { return ceil_div(tiles, panels); }  // at most
 };
 
-// Units and tokens of a tile of x^T, reduction blocks per chunk (a multiple of L, or all), bytes of x^T per panel.
-Plan make_plan(const Problem& p, int64_t units, int64_t MT, int64_t chunk, int64_t panel_bytes) {
+// Floats of a packed block, tokens and floats of a tile of x^T, reduction blocks per chunk (a multiple of L, or all), bytes
+// of x^T per panel.
+Plan make_plan(const Problem& p, int64_t block_floats, int64_t MT, int64_t tile_size, int64_t chunk,
+               int64_t panel_bytes) {
   Plan plan;
-  plan.cuts = cut_pieces(p, units * p.block);
+  plan.cuts = cut_pieces(p, block_floats);
   plan.chunk = chunk;
   plan.tiles = ceil_div(p.m, MT);
-  plan.tile_size = (plan.chunk * units + L) * MT;
+  plan.tile_size = tile_size;
   // Even panels, as many as a multiple of the threads; with fewer tiles than threads, the outputs are split as well.
   const int64_t panels = ceil_div(plan.tiles, std::max<int64_t>(1, panel_bytes / 4 / plan.tile_size));
   plan.panels = std::min(plan.tiles, ceil_div(panels, p.threads) * p.threads);

@@ -39,13 +39,16 @@ def register(device_type: str, kernels: Kernels) -> None:
 def _native(tensor: Tensor, grid: BlockGrid, *more: Tensor) -> Kernels | None:
     """What passes over ``tensor`` with the help of ``more``; None where PyTorch does, as over tensor subclasses, and
     where they are not on one device."""
-    kernels = _kernels.get(tensor.device.type)
-    if kernels is None or not all(map(is_plain, (tensor, *more))) or any(t.device != tensor.device for t in more):
+    here = tensor.device
+    kernels = _kernels.get(here.type)
+    if kernels is None or not is_plain(tensor):
         return None
+    for other in more:
+        if other.device != here or not is_plain(other):
+            return None
     return kernels if kernels.takes(tensor, grid) else None
 
 
-@torch.no_grad()
 def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor | None) -> None:
     """Set every element of ``tensor`` (``[rows, cols]``, any dtype) outside the active blocks to 0, in place.
 
@@ -58,7 +61,6 @@ def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor 
     zero_all_inactive_([(tensor, grid, mask, index)])
 
 
-@torch.no_grad()
 def zero_all_inactive_(whole: Sequence[tuple[Tensor, BlockGrid, Tensor, Tensor | None]]) -> None:
     """What :func:`zero_inactive_` does, to each (tensor, grid, mask, index); kernels of a device take all in one call.
 
@@ -83,6 +85,7 @@ def zero_all_inactive_(whole: Sequence[tuple[Tensor, BlockGrid, Tensor, Tensor |
             torch.autograd.graph.increment_version(tensor)
 
 
+@torch.no_grad()
 def _zero_sharded_(tensor: Tensor, grid: BlockGrid, blocks: Tensor) -> None:
     """Zero ``blocks`` in this rank's part, and in the copy of the weight that FSDP2 has gathered if it is in use."""
     for one in (tensor, unsharded(tensor)):
@@ -91,6 +94,7 @@ def _zero_sharded_(tensor: Tensor, grid: BlockGrid, blocks: Tensor) -> None:
             _fill_(local, part, grid.block, blocks.to(local.device))
 
 
+@torch.no_grad()
 def _fill_(local: Tensor, part: Part, block: int, blocks: Tensor) -> None:
     """Zero ``blocks`` (bool ``[R, C]``, of the whole weight) in ``local``, a part of a weight."""
     for r, c, of_blocks, size in _pieces(part, block):

@@ -227,12 +227,18 @@ class Dispatch:
 
     def _guard_backward(self, args: Sequence[Any], out: Any) -> None:
         """Turn a topology change between this forward pass and its backward pass into a clear error."""
-        outputs = out if isinstance(out, list | tuple) else (out,)
-        node = next((o.grad_fn for o in outputs if isinstance(o, Tensor) and o.grad_fn is not None), None)
-        if node is None:
+        for output in out if isinstance(out, list | tuple) else (out,):
+            node = output.grad_fn if isinstance(output, Tensor) else None
+            if node is not None:
+                break
+        else:
             return
-        used = [w for w in (getattr(args[i], "_mst_weight", None) for i in self._found) if w is not None]
-        before, then = [w.changes for w in used], epoch.value
+        then, used, before = epoch.value, [], []
+        for i in self._found:
+            weight = getattr(args[i], "_mst_weight", None)
+            if weight is not None:
+                used.append(weight)
+                before.append(weight.changes)
 
         def check(_: Any) -> None:
             if then != epoch.value and before != [w.changes for w in used]:

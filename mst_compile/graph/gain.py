@@ -19,15 +19,14 @@ def saves(slots: SlotTimes, densities: Sequence[float], chooses: bool) -> bool:
     """Whether sparse products save time at the densities of the weights.
 
     Args:
-        chooses: whether a product that is faster dense runs dense in the graph with sparse ones too. Where nothing is
-            known of any product, sparse ones run.
+        chooses: whether a product that is faster dense runs dense in the graph with sparse ones too. It costs its call
+            there all the same. Where nothing is known of any product, sparse ones run.
     """
     every = [(t, density) for layers, density in zip(slots, densities, strict=True) for x in layers for t in x.values()]
     dense = sum(times.dense for times, _ in every)
-    if chooses:
-        saved = sum(times.saved(density) for times, density in every if density < times.crossover)
-        return not every or saved > _LEAST * dense
-    return not every or sum(times.saved(density) for times, density in every) > (1 - WORTH) * dense
+    least = _LEAST if chooses else 1 - WORTH
+    saved = sum(times.saved(density) for times, density in every if not chooses or density < times.crossover)
+    return not every or saved - sum(times.call for times, _ in every) > least * dense
 
 
 def uniform_threshold(slots: SlotTimes, chooses: bool) -> float:

@@ -17,6 +17,8 @@ from mst_compile.kernels.cpu.library import Library
 from oracles import Exact, assert_as_good_as, assert_within, block_sums, of_sum, product, total
 from torch import Tensor
 
+from mst_compile.blocks.index import write_index
+
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"CPU kernels: {cpu.why_unavailable()}")
 
 BF16 = torch.bfloat16
@@ -169,23 +171,42 @@ def test_few_tokens_read_active_blocks_alone(lib, block, by_rows):
 
 
 @pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("density", [0.02, 0.3, 1.0])
-def test_fine_blocks_in_many_chunks(lib, block, density):
+def test_fine_blocks_in_many_chunks(lib, block, dtype, density):
     """Lines of outputs, groups of them and chunks of the reduction that end anywhere, on more threads than cores."""
     torch.set_num_threads(5)
     for rows, cols, m in [(700, 1001, 70), (33, 2050, 3), (1300, 65, 129)]:
         case = Case(rows, cols, m, block, density, seed=block)
         for by_rows in (True, False):
-            check_spmm(lib, case, (F32, F32), by_rows, F32)
+            check_spmm(lib, case, (dtype, dtype), by_rows, dtype)
         for colsum_of in ("a", "b"):
-            check_grad_weight(lib, case, F32, F32, colsum_of)
+            check_grad_weight(lib, case, dtype, dtype, colsum_of)
 
 
-def test_an_infinite_last_token_is_added_once(lib):
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("active", [1, 2, 3, 7])
+def test_what_fills_up_a_pair_is_no_element(lib, block, dtype, active):
+    """Dot products take two elements of a list at a time; those of inactive blocks have no part in any result."""
+    for m, by_rows in itertools.product((1, 33, 70), (True, False)):
+        case = Case(12 * block, 12 * block, m, block, 0.0, seed=1)
+        lists = case.mask if by_rows else case.mask.t()
+        lists[:, 2 : 2 + active] = True
+        write_index(case.index, case.grid, case.mask)
+        x, w, y = (torch.full((n, 12 * block), 1.0, dtype=dtype) for n in (m, 12 * block, m))
+        x[:, : 2 * block], x[:, (2 + active) * block :] = torch.nan, torch.inf
+        lib.spmm(x, w, None, case.index, block, by_rows, y)
+        assert (y == active * block).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_an_infinite_last_token_is_added_once(lib, dtype):
     """A tile of the weight gradient is filled up with zeros, not with the last token."""
     for block in (1, 2, 8):
         case = Case(16, 24, 5, block, 1.0, seed=4)
-        a, b, out, colsum = torch.ones(5, 16), torch.ones(5, 24), torch.empty(16, 24), torch.empty(24)
+        a, b = torch.ones(5, 16, dtype=dtype), torch.ones(5, 24, dtype=dtype)
+        out, colsum = torch.empty(16, 24), torch.empty(24)
         b[4, 3] = torch.inf
         lib.grad_weight(a, b, case.index, block, out, colsum, False)
         assert torch.isinf(out[:, 3]).all()

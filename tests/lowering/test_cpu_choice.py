@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from mst_compile.lowering import agreement, cpu_attention_times, cpu_choice, cpu_times, device
+from mst_compile.lowering import agreement, cpu_attention_times, cpu_call_times, cpu_choice, cpu_times, device
 from mst_compile.lowering.cpu_attention_times import AttentionTimes, CausalAttention
 from mst_compile.lowering.cpu_times import COLS, GRAD_WEIGHT, ROWS, Product
 from mst_compile.lowering.device import Layer, Times
@@ -29,7 +30,7 @@ from mst_compile.errors import MSTWarning
 
 F32, BF16 = torch.float32, torch.bfloat16
 PRODUCT = Product(ROWS, 64, 96, 8, 32, F32, F32)
-TIMES = Times(1.0, 0.1, 2.0)
+TIMES, CALL = Times(1.0, 0.1, 2.0), 0.25
 
 
 @pytest.fixture
@@ -37,10 +38,11 @@ def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Product]:
     """Nothing is known; what is measured from here on takes ``TIMES``, and is noted."""
     asked: list[Product] = []
     monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path))
-    for answers in (cpu_choice._products, cpu_choice._attentions):
+    for answers in (cpu_choice._products, cpu_choice._calls, cpu_choice._attentions):
         monkeypatch.setattr(answers, "known", {})
         monkeypatch.setattr(answers.kept, "own", {})
     monkeypatch.setattr(cpu_times, "measure", lambda product: asked.append(product) or TIMES)
+    monkeypatch.setattr(cpu_call_times, "measure", lambda product: CALL)
     return asked
 
 
@@ -160,6 +162,10 @@ def test_only_what_a_layer_needs_is_measured(transposed: bool, measured: list[Pr
     (found,) = cpu_choice.times([dataclasses.replace(layer, trained=True)], False)
     assert list(found) == ["forward", "grad-input", "grad-weight"]
     assert measured[1:] == [Product(back, *shape), Product(GRAD_WEIGHT, *shape, True)]
+    more = 1000 / cpu_times.bucket(1000)
+    times = [TIMES.dense * more, TIMES.fixed * more, TIMES.per_density * more]
+    for name, call in {"forward": CALL, "grad-input": CALL, "grad-weight": CALL * more}.items():
+        assert found[name] == pytest.approx((*times, call)), "seconds of a layer's own tokens"
 
 
 @given(st.integers(1, 10**6))
@@ -239,7 +245,32 @@ PRODUCTS = [
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_times_are_measured(product: Product) -> None:
     times = cpu_times.measure(product)
-    assert all(0 < seconds < 1 for seconds in times)
+    assert all(0 < seconds < 1 for seconds in times[:3])
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_calls_are_measured(product: Product) -> None:
+    assert 0 < cpu_call_times.measure(cpu_call_times.asked(product)) < 0.1
+
+
+def test_a_call_is_what_the_operator_takes_beside_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(milliseconds: float) -> Any:
+        return lambda: time.sleep(milliseconds / 1e3)
+
+    monkeypatch.setattr(cpu_call_times, "_operator", lambda product: (wait(3), wait(1)))
+    assert cpu_call_times.measure(PRODUCT) == pytest.approx(2e-3, rel=0.5)
+    monkeypatch.setattr(cpu_call_times, "_operator", lambda product: (wait(1), wait(3)))
+    assert 0 < cpu_call_times.measure(PRODUCT) < 1e-6, "less than nothing is nothing"
+
+
+def test_a_call_is_measured_once_for_products_of_all_sizes(measured: list[Product]) -> None:
+    asked = cpu_call_times.asked
+    assert asked(PRODUCT) == asked(PRODUCT._replace(rows=8, cols=32, tokens=1024))
+    assert (
+        len({asked(PRODUCT._replace(**change)) for change in ({}, {"dtype": BF16}, {"bias": True}, {"block": 4})}) == 4
+    )
+    gradient = PRODUCT._replace(kind=GRAD_WEIGHT)
+    assert asked(gradient) == gradient, "which is masked in the library's place"
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -295,9 +326,10 @@ def test_measuring_disturbs_nobody() -> None:
         torch.set_default_dtype(torch.float64)
         try:
             times = [cpu_times.measure(product) for product in PRODUCTS[::4]]
+            calls = [cpu_call_times.measure(product) for product in PRODUCTS[::4]]
         finally:
             torch.set_default_dtype(torch.float32)
-    assert all(0 < seconds < 1 for found in times for seconds in found)
+    assert all(0 < seconds < 1 for found in [*(t[:3] for t in times), calls] for seconds in found)
     assert counter.get_total_flops() == 0
     assert torch.equal(torch.rand(2), expected)
     assert torch.get_num_threads() == before
@@ -343,4 +375,4 @@ def test_several_threads_that_are_in_each_others_way_are_measured_by_one(monkeyp
     finally:
         torch.set_num_threads(before)
     assert threads == [4, 1]
-    assert found == pytest.approx((4.0, 4 * cpu_times._TICK, 4.0), abs=1e-6), "four threads' share of the tokens"
+    assert found[:3] == pytest.approx((4.0, 4 * cpu_times._TICK, 4.0), abs=1e-6), "four threads' share of the tokens"
