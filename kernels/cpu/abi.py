@@ -36,6 +36,25 @@ class Spmm(ctypes.Structure):
     )
 
 
+class Packed(ctypes.Structure):
+    _fields_ = (
+        ("x", _P),
+        ("ldx", _L),
+        ("w", _P),
+        ("index", _P),
+        ("bias", _P),
+        ("y", _P),
+        ("ldy", _L),
+        ("m", _L),
+        ("outputs", _L),
+        ("reduction", _L),
+        ("dtype", _I),
+        ("bias_dtype", _I),
+        ("block", _I),
+        ("threads", _I),
+    )
+
+
 class GradWeight(ctypes.Structure):
     _fields_ = (
         ("a", _P),
@@ -102,7 +121,7 @@ class Attention(ctypes.Structure):
     )
 
 
-STRUCTURES = (Spmm, GradWeight, ZeroInactive, BlockSumsq, Heads, Parts, Attention)
+STRUCTURES = (Spmm, Packed, GradWeight, ZeroInactive, BlockSumsq, Heads, Parts, Attention)
 
 
 def _checks(structure: type[ctypes.Structure]) -> Iterator[str]:

@@ -81,6 +81,45 @@ class Library:
         )
         self.call("mst_spmm", arguments)
 
+    def packed(
+        self, x2d: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor
+    ) -> None:
+        m, reduction = x2d.shape
+        outputs = out.shape[1]
+        if not (has_unit_stride(x2d) and has_unit_stride(out)):
+            raise ValueError("packed: x and out must be contiguous along their last dimension")
+        if out.shape[0] != m or not x2d.dtype == values.dtype == out.dtype:
+            raise ValueError(
+                f"packed: x {tuple(x2d.shape)} {x2d.dtype} and a weight in {values.dtype} do not give out "
+                f"{tuple(out.shape)} {out.dtype}"
+            )
+        blocks = index.numel() - (-(-outputs // block) + 1)
+        contiguous = values.is_contiguous() and index.is_contiguous()
+        if index.dtype != torch.int32 or blocks < 0 or values.numel() != blocks * block * block or not contiguous:
+            raise ValueError(
+                f"packed: values {tuple(values.shape)} and index {tuple(index.shape)} are no packed weight of {outputs} "
+                f"rows in blocks of {block}"
+            )
+        if bias is not None and (bias.shape != (outputs,) or not bias.is_contiguous()):
+            raise ValueError(f"packed: bias must be contiguous with {outputs} elements")
+        arguments = abi.Packed(
+            x=pointer(x2d),
+            ldx=x2d.stride(0),
+            w=pointer(values),
+            index=pointer(index),
+            bias=None if bias is None else pointer(bias),
+            y=pointer(out),
+            ldy=out.stride(0),
+            m=m,
+            outputs=outputs,
+            reduction=reduction,
+            dtype=code_of(x2d),
+            bias_dtype=0 if bias is None else code_of(bias),
+            block=block,
+            threads=torch.get_num_threads(),
+        )
+        self.call("mst_packed", arguments)
+
     def grad_weight(
         self,
         a2d: Tensor,
@@ -248,6 +287,11 @@ def supports(block: int, x_dtype: torch.dtype, w_dtype: torch.dtype) -> bool:
     return block in table.BLOCKS and (x_dtype, w_dtype) in table.PRODUCTS
 
 
+def supports_packed(block: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel for packed weights takes activations of this dtype under this block size."""
+    return dtype in table.CODES and block in (*table.BLOCKS, 2 * max(table.BLOCKS))
+
+
 def supports_dtype(dtype: torch.dtype) -> bool:
     """Whether the kernels take a bias of this dtype."""
     return dtype in table.CODES
@@ -268,6 +312,15 @@ def spmm(
     to it as it is packed. Sums are float32. Raises ValueError if a shape, stride or dtype does not fit.
     """
     loaded().spmm(x2d, w, bias, index, block, outputs_are_rows, out)
+
+
+def packed(x2d: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor) -> None:
+    """Writes ``x2d @ W.T + bias`` to ``out`` ``[m, outputs]``, for a packed ``W`` (:mod:`mst_compile.blocks.packed`).
+
+    ``x2d``, ``values`` and ``out`` have one dtype of ``table.DTYPES``; sums are float32. Raises ValueError if a shape,
+    stride or dtype does not fit. The columns in ``index`` are not looked at: they must be those of such a weight.
+    """
+    loaded().packed(x2d, values, index, bias, block, out)
 
 
 def grad_weight(
