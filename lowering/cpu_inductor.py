@@ -19,7 +19,9 @@ from mst_compile.ops.linear import DENSITY
 
 from . import cpu_linear, cpu_packed
 
-_FORWARD, _GRAD_INPUT, _PACKED = "mst_linear_out", "mst_linear_grad_input_out", "mst_packed_linear_out"
+_FORWARD, _GRAD_INPUT = "mst_linear_out", "mst_linear_grad_input_out"
+# Of a name that changes with its arguments: it is called from any backend's code, whose cache keys have no hash of us.
+_PACKED = "mst_packed_linear_out_1"
 
 # Generated wrappers call extern_kernels.mst_linear_out(...), also those that come out of Inductor's cache.
 setattr(extern_kernels, _FORWARD, cpu_linear.forward_out)
@@ -55,7 +57,7 @@ def _linear(
 
 
 def _product(kernel: str, x: Any, operands: list[Any], bias: Any, outputs: Any, **options: Any) -> Any:
-    """An extern kernel of ``x`` viewed as ``[M, in]``, contiguous operands and perhaps a bias, to ``[..., outputs]``."""
+    """``[..., outputs]``: an extern kernel of ``x`` viewed as ``[M, in]``, contiguous operands and perhaps a bias."""
     view = lowerings[torch.ops.aten.view.default]
     *lead, features = x.get_size()
     rows = x if len(lead) == 1 else view(x, [-1, features])

@@ -51,11 +51,12 @@ def packed_linear_out(x: Tensor, values: Tensor, index: Tensor, *bias: Tensor, b
 
 
 def _run(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor) -> None:
-    rows = x.reshape(-1, x.shape[-1])
-    if not kernels.has_unit_stride(rows):
-        rows = rows.contiguous()
+    if x.dim() != 2:
+        x, out = x.reshape(-1, x.shape[-1]), out.view(-1, out.shape[-1])
+    if not kernels.has_unit_stride(x):
+        x = x.contiguous()
     if values.dtype != x.dtype:  # as autocast, which casts a weight at every call
         values = values.to(x.dtype)
     if bias is not None:
         bias = bias.contiguous()
-    kernels.packed(rows, values.contiguous(), index.contiguous(), bias, block, out.view(-1, out.shape[-1]))
+    kernels.packed(x, values.contiguous(), index.contiguous(), bias, block, out)

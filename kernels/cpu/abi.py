@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -119,6 +120,14 @@ class Attention(ctypes.Structure):
         *((name, _P) for name in ("key_mask", "lse")),
         *((name, Heads) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
     )
+
+
+def packer(structure: type[ctypes.Structure]) -> struct.Struct:
+    """What makes the bytes of a struct out of its fields in order, in a fraction of the time that ctypes takes."""
+    codes = {_P: "P", _L: "q", _I: "i", _F: "f"}
+    made = struct.Struct("@" + "".join(codes[kind] for _, kind, *_ in structure._fields_))
+    assert made.size == ctypes.sizeof(structure)  # or the struct's end is padded
+    return made
 
 
 STRUCTURES = (Spmm, Packed, GradWeight, ZeroInactive, BlockSumsq, Heads, Parts, Attention)

@@ -19,6 +19,7 @@ from mst_compile.blocks.memory import is_plain
 from . import abi, build, table
 
 FINEST_BLOCK = min(table.BLOCKS)
+_PACKED = abi.packer(abi.Packed).pack
 
 
 class Library:
@@ -81,44 +82,44 @@ class Library:
         )
         self.call("mst_spmm", arguments)
 
-    def packed(
-        self, x2d: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor
-    ) -> None:
-        m, reduction = x2d.shape
-        outputs = out.shape[1]
+    def packed(self, x2d: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor) -> None:
+        (m, reduction), (rows, outputs) = x2d.shape, out.shape
+        dtype = x2d.dtype
         if not (has_unit_stride(x2d) and has_unit_stride(out)):
             raise ValueError("packed: x and out must be contiguous along their last dimension")
-        if out.shape[0] != m or not x2d.dtype == values.dtype == out.dtype:
+        if rows != m or values.dtype != dtype or out.dtype != dtype:
             raise ValueError(
-                f"packed: x {tuple(x2d.shape)} {x2d.dtype} and a weight in {values.dtype} do not give out "
+                f"packed: x {tuple(x2d.shape)} {dtype} and a weight in {values.dtype} do not give out "
                 f"{tuple(out.shape)} {out.dtype}"
             )
         blocks = index.numel() - (-(-outputs // block) + 1)
         contiguous = values.is_contiguous() and index.is_contiguous()
         if index.dtype != torch.int32 or blocks < 0 or values.numel() != blocks * block * block or not contiguous:
             raise ValueError(
-                f"packed: values {tuple(values.shape)} and index {tuple(index.shape)} are no packed weight of {outputs} "
-                f"rows in blocks of {block}"
+                f"packed: values {tuple(values.shape)} and index {tuple(index.shape)} are no packed weight of "
+                f"{outputs} rows in blocks of {block}"
             )
         if bias is not None and (bias.shape != (outputs,) or not bias.is_contiguous()):
             raise ValueError(f"packed: bias must be contiguous with {outputs} elements")
-        arguments = abi.Packed(
-            x=pointer(x2d),
-            ldx=x2d.stride(0),
-            w=pointer(values),
-            index=pointer(index),
-            bias=None if bias is None else pointer(bias),
-            y=pointer(out),
-            ldy=out.stride(0),
-            m=m,
-            outputs=outputs,
-            reduction=reduction,
-            dtype=code_of(x2d),
-            bias_dtype=0 if bias is None else code_of(bias),
-            block=block,
-            threads=torch.get_num_threads(),
+        arguments = _PACKED(
+            x2d.data_ptr(),
+            x2d.stride(0),
+            values.data_ptr(),
+            index.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            m,
+            outputs,
+            reduction,
+            code_of(x2d),
+            0 if bias is None else code_of(bias),
+            block,
+            torch.get_num_threads(),
         )
-        self.call("mst_packed", arguments)
+        status = self._dll.mst_packed(arguments)
+        if status:
+            raise RuntimeError(f"CPU kernel: {abi.ERRORS.get(status, status)}")
 
     def grad_weight(
         self,
@@ -318,7 +319,8 @@ def packed(x2d: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, bloc
     """Writes ``x2d @ W.T + bias`` to ``out`` ``[m, outputs]``, for a packed ``W`` (:mod:`mst_compile.blocks.packed`).
 
     ``x2d``, ``values`` and ``out`` have one dtype of ``table.DTYPES``; sums are float32. Raises ValueError if a shape,
-    stride or dtype does not fit. The columns in ``index`` are not looked at: they must be those of such a weight.
+    stride or dtype does not fit. Two things are not looked at, since a product of one token takes not much longer
+    than that: the tensors must be plain ones on the CPU, and the columns in ``index`` those of such a weight.
     """
     loaded().packed(x2d, values, index, bias, block, out)
 

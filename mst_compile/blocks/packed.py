@@ -60,7 +60,7 @@ def why_no_packed(values: Tensor, index: Tensor, grid: BlockGrid) -> str | None:
     pointers, columns = index[: rows + 1].long().cpu(), index[rows + 1 :].long().cpu()
     if int(pointers[0]) or int(pointers[-1]) != columns.numel() or bool((pointers.diff() < 0).any()):
         return f"its block rows do not hold the {columns.numel()} blocks of its index"
-    if columns.numel() and not (0 <= int(columns.min()) and int(columns.max()) < cols):
+    if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= cols):
         return f"blocks lie in columns {int(columns.min())} to {int(columns.max())} of {cols}"
     starts = torch.zeros(columns.numel() + 1, dtype=torch.bool)
     starts[pointers] = True
