@@ -19,9 +19,7 @@ from mst_compile.ops.linear import DENSITY
 
 from . import cpu_linear, cpu_packed
 
-_FORWARD, _GRAD_INPUT = "mst_linear_out", "mst_linear_grad_input_out"
-# Of a name that changes with its arguments: it is called from any backend's code, whose cache keys have no hash of us.
-_PACKED = "mst_packed_linear_out_1"
+_FORWARD, _GRAD_INPUT, _PACKED = "mst_linear_out", "mst_linear_grad_input_out", "mst_packed_linear_out"
 
 # Generated wrappers call extern_kernels.mst_linear_out(...), also those that come out of Inductor's cache.
 setattr(extern_kernels, _FORWARD, cpu_linear.forward_out)
@@ -74,7 +72,8 @@ def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool
     return _linear(grad, weight, None, index, block, not transposed, *tuning, kernel=_GRAD_INPUT)
 
 
-def _packed_linear(x: Any, values: Any, index: Any, bias: Any, outputs: int, block: int) -> Any:
+def _packed_linear(x: Any, values: Any, index: Any, bias: Any, outputs: int, block: int, version: int) -> Any:
+    # A change of the call below is one of the version: caches of other backends' code have no hash of us in their keys.
     if cpu_packed.why_not(x.get_dtype(), block, None if bias is None else bias.get_dtype()) is not None:
         return None
     return _product(_PACKED, x, [values, index], bias, outputs, block=block)

@@ -27,7 +27,7 @@ def why_not(dtype: torch.dtype, block: int, bias_dtype: torch.dtype | None) -> s
 
 
 def packed_linear(
-    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, outputs: int, block: int
+    x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, outputs: int, block: int, version: int
 ) -> Tensor | None:
     """``mst::packed_linear``; None where there is no kernel."""
     if not (x.is_cpu and values.is_cpu and index.is_cpu and (bias is None or bias.is_cpu)):

@@ -23,6 +23,7 @@ from mst_compile.errors import (
     ParallelismError,
     WeightError,
 )
+from mst_compile.ops.packed import VERSION
 from mst_compile.rules.checks import check_model
 from mst_compile.state.selection import is_linear
 from mst_compile.state.sparsifier import some_parts_of
@@ -50,7 +51,7 @@ class PackedWeight(nn.Module):
 
     def __init__(self, values: Tensor, index: Tensor, grid: BlockGrid, transposed: bool) -> None:
         super().__init__()
-        self.grid, self.transposed = grid, transposed
+        self.grid, self.transposed, self.version = grid, transposed, VERSION
         self.register_buffer("values", values)
         self.register_buffer("index", index)
 
@@ -94,7 +95,8 @@ class PackedWeight(nn.Module):
             )
         if x.shape[-1] != self.grid.cols:
             raise ArgumentError(f"the input has shape {tuple(x.shape)} and the layer takes {self.grid.cols} features")
-        packed: Tensor = torch.ops.mst.packed_linear(x, self.values, self.index, bias, self.grid.rows, self.grid.block)
+        grid, given = self.grid, (self.values, self.index, bias)
+        packed: Tensor = torch.ops.mst.packed_linear(x, *given, grid.rows, grid.block, VERSION)
         return packed
 
     @classmethod
@@ -136,6 +138,11 @@ class PackedWeight(nn.Module):
         self.values, self.index = values.to(self.values, copy=True), index.to(self.device, copy=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if state.get("version") != VERSION:
+            raise CheckpointError(
+                f"the packed weight is of version {state.get('version')} and this mst_compile packs version {VERSION}: "
+                "pack the sparse model again"
+            )
         super().__setstate__(state)
         _lower()
 
@@ -154,7 +161,8 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight.linear(x, self.bias)
+        product: Tensor = self.weight.linear(x, self._parameters["bias"])
+        return product
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if f"{prefix}weight" in state_dict:
