@@ -28,9 +28,10 @@ class Library:
     def __init__(self, isa: str | None = None) -> None:
         self._dll = _open(isa)
 
-    def call(self, function: str, arguments: ctypes.Structure) -> None:
-        """Runs a function of ``abi.h``; raises RuntimeError if it reports an error."""
-        status = getattr(self._dll, function)(ctypes.byref(arguments))
+    def call(self, function: str, arguments: ctypes.Structure | bytes) -> None:
+        """Runs a function of ``abi.h`` on its struct, or the bytes of it; raises RuntimeError if it reports an error."""
+        struct = arguments if isinstance(arguments, bytes) else ctypes.byref(arguments)
+        status = getattr(self._dll, function)(struct)
         if status:
             raise RuntimeError(f"CPU kernel: {abi.ERRORS.get(status, status)}")
 
@@ -117,9 +118,7 @@ class Library:
             block,
             torch.get_num_threads(),
         )
-        status = self._dll.mst_packed(arguments)
-        if status:
-            raise RuntimeError(f"CPU kernel: {abi.ERRORS.get(status, status)}")
+        self.call("mst_packed", arguments)
 
     def grad_weight(
         self,
