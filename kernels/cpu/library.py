@@ -29,7 +29,7 @@ class Library:
         self._dll = _open(isa)
 
     def call(self, function: str, arguments: ctypes.Structure | bytes) -> None:
-        """Runs a function of ``abi.h`` on its struct, or the bytes of it; raises RuntimeError if it reports an error."""
+        """Runs a function of ``abi.h`` on its struct or the bytes of it; raises RuntimeError if it reports an error."""
         struct = arguments if isinstance(arguments, bytes) else ctypes.byref(arguments)
         status = getattr(self._dll, function)(struct)
         if status:

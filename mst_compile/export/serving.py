@@ -179,8 +179,8 @@ def packed(model: nn.Module) -> nn.Module:
     """A copy of a sparse model for inference, whose linear layers keep their active blocks alone.
 
     Blocks lie in the order in which a product reads them, so that a weight is read, and kept, in proportion to its
-    density, whatever its block: the faster form for few tokens (:doc:`inference <../tasks/inference>` has figures), and
-    the smaller one. It runs in eager mode and under ``torch.compile`` with any backend. The copy is in evaluation mode
+    density, whatever its block: the faster form, above all for few tokens, and the smaller one. It
+    runs in eager mode and under ``torch.compile`` with any backend. The copy is in evaluation mode
     and none of its Parameters requires a gradient; ``model`` stays as it is.
 
     Sparse weights of ``nn.Linear`` and Hugging Face Conv1D layers are packed: ``weight`` of the layer, a
