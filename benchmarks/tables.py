@@ -134,7 +134,7 @@ def attention_table(rows: list[dict[str, str]], machine: str = MACHINE, dtype: s
 
 
 def inference_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
-    """Speed-up of a layer without gradients, by dtype, shape, block, form and number of tokens, at the default density."""
+    """Speed-up of a layer without gradients, by weights and tokens, at the default density."""
     cells: dict[tuple[str, str, str, str], dict[int, str]] = {}
     for row in rows:
         case = _CASE.fullmatch(row["case"]) if row["benchmark"] == "inference" and machine in row["cpu"] else None
@@ -144,9 +144,8 @@ def inference_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
     tokens = sorted({count for by_tokens in cells.values() for count in by_tokens})
     lines = ["| dtype | layer | block | weights | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens) + " |"]
     lines.append("|---|---|---|---|" + "---|" * len(tokens))
-    for key, by_tokens in sorted(
-        cells.items(), key=lambda cell: (cell[0][0] != "float32", cell[0][1], int(cell[0][2]))
-    ):
+    for key in sorted(cells, key=lambda key: (key[0] != "float32", key[1], int(key[2]), key[3])):
+        by_tokens = cells[key]
         lines.append(f"| {' | '.join(key)} | " + " | ".join(by_tokens.get(n, "") for n in tokens) + " |")
     return "\n".join(lines)
 
