@@ -32,7 +32,7 @@ constexpr int64_t panel_bytes = 400 << 10;      // of x^T, if that holds a tile:
 constexpr int64_t pack_units = 512;             // of a tile's x^T that are transposed at a time
 constexpr int64_t parts_a_thread = 6;           // of the outputs
 constexpr int64_t work_a_thread = 16 << 10;     // multiply-adds that are worth waking a thread for
-constexpr int ahead_bytes = 2048;               // of W, asked for while this much is multiplied
+constexpr int ahead_bytes = 4096;               // of W, asked for while this much is multiplied
 
 // ---- arithmetic ----------------------------------------------------------------------------------------------------
 

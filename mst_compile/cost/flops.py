@@ -306,7 +306,9 @@ def _grad_weight(grad: Tensor, x: Tensor, index: Tensor, block: int, transposed:
 
 
 @register_flop_formula(torch.ops.mst.packed_linear, get_raw=True)
-def _packed_linear(x: Tensor, values: Tensor, index: Tensor, bias: Any, outputs: int, block: int, **_: Any) -> int:
+def _packed_linear(
+    x: Tensor, values: Tensor, index: Tensor, bias: Any, outputs: int, block: int, *_: Any, **__: Any
+) -> int:
     """Of a packed weight that is traced the filled-up edges count too."""
     grid = BlockGrid(outputs, x.shape[-1], block)
     active = values.numel() if _without_data(index) else grid.count_elements(packed_mask(index, grid))

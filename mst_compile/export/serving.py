@@ -86,7 +86,12 @@ class PackedWeight(nn.Module):
                 "model under torch.no_grad(), or train the model that it was packed from"
             )
         kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        if (
+            torch.amp.is_autocast_available(kind)
+            and torch.is_autocast_enabled(kind)
+            and x.is_floating_point()
+            and x.dtype != torch.float64
+        ):
             x = x.to(torch.get_autocast_dtype(kind))
         elif x.dtype != self.values.dtype:
             raise ArgumentError(
