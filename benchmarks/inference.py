@@ -3,7 +3,8 @@
     python -m benchmarks.inference --threads 2                      # layers, 1 to 512 tokens
     python -m benchmarks.inference --what generation --threads 2    # GPT-2, tokens a second
 
-``backend="mst"`` against ``backend="inductor"``, in turn. ``--copies`` layers of a shape are compiled as one graph, and
+A sparse model under ``backend="mst"``, and packed (``mst_compile.export.packed``) under ``backend="inductor"``, against
+the dense one under ``backend="inductor"``, in turn. ``--copies`` layers of a shape are compiled as one graph, and
 a row's time is that of one of them: a model's layers share what a call of compiled code costs, which is as much as the
 product of a small layer with one token, and most models do not fit the cache, in which a layer that is called again
 and again is found. ``--copies 1`` shows both: calls then follow each other, and weights that fit the cache stay there.
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import mst_compile
+from mst_compile import export
 
 from .layers import _sparse_layer
 from .ledger import interleave, medians, print_table, record
@@ -32,7 +34,7 @@ TOKENS = "1,4,16,64,128,512"
 class _Side(nn.Module):
     """Layers that take the same input: one graph, so that what a call of compiled code costs is shared."""
 
-    def __init__(self, layers: list[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
@@ -40,7 +42,7 @@ class _Side(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
-def _server(layers: list[nn.Linear], backend: str, x: torch.Tensor, calls: int) -> Callable[[], None]:
+def _server(layers: Sequence[nn.Module], backend: str, x: torch.Tensor, calls: int) -> Callable[[], None]:
     compiled = torch.compile(_Side(layers), backend=backend, dynamic=False)
 
     def serve() -> None:
@@ -59,7 +61,7 @@ def layers(args: argparse.Namespace, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         dense = [nn.Linear(inputs, outputs, dtype=dtype) for _ in range(args.copies)]
         sparse = [_sparse_layer(shape, dtype, block, density) for _ in range(args.copies)]
-        real = sparse[0][1]
+        packed, real = [export.packed(layer) for layer, _ in sparse], sparse[0][1]
         for tokens in args.tokens:
             torch._dynamo.reset()  # one code for so many shapes would soon be left to eager mode
             x = torch.randn(tokens, inputs, dtype=dtype)
@@ -67,20 +69,23 @@ def layers(args: argparse.Namespace, dtype: torch.dtype) -> None:
             sides = {
                 "inductor": _server(dense, "inductor", x, calls),
                 "mst": _server([layer for layer, _ in sparse], "mst", x, calls),
+                "packed": _server(packed, "inductor", x, calls),
             }
             median = {
                 side: seconds / calls / args.copies for side, seconds in medians(interleave(sides, args.runs)).items()
             }
-            ratio = median["inductor"] / median["mst"]
             case = f"{inputs}->{outputs} M={tokens} B={real.grid.block} d={real.density:.3f}"
-            note = f"copies: {args.copies}; of 1/density: {ratio * real.density:.2f}"
-            record("inference", case, "mst", median["mst"], ratio, args.runs, args.dtype, note)
-            rows.append((f"{inputs}->{outputs}", real.grid.block, f"{real.density:.3f}", tokens,
-                         f"{median['inductor'] * 1e6:.0f}", f"{median['mst'] * 1e6:.0f}", f"{ratio:.2f}x",
-                         f"{ratio * real.density:.2f}"))  # fmt: skip
-            print(*rows[-1], flush=True)
+            for side in ("mst", "packed"):
+                ratio = median["inductor"] / median[side]
+                note = f"copies: {args.copies}; of 1/density: {ratio * real.density:.2f}"
+                record("inference", case, side, median[side], ratio, args.runs, args.dtype, note)
+                rows.append((f"{inputs}->{outputs}", real.grid.block, f"{real.density:.3f}", tokens, side,
+                             f"{median['inductor'] * 1e6:.0f}", f"{median[side] * 1e6:.0f}", f"{ratio:.2f}x",
+                             f"{ratio * real.density:.2f}"))  # fmt: skip
+                print(*rows[-1], flush=True)
     print()
-    print_table(("layer", "block", "density", "tokens", "inductor us", "mst us", "speed-up", "of 1/density"), rows)
+    head = ("layer", "block", "density", "tokens", "side", "inductor us", "us", "speed-up", "of 1/density")
+    print_table(head, rows)
 
 
 def _model(args: argparse.Namespace, dtype: torch.dtype) -> GPT2LMHeadModel:
@@ -113,17 +118,31 @@ def generation(args: argparse.Namespace, dtype: torch.dtype) -> None:
         dense, sparse = _model(args, dtype), _model(args, dtype)
         mst_compile.sparsify(sparse, mst_compile.Constant(1 - density, growth="none"), block=block)
         prompt = torch.randint(CONFIGS[args.config]["vocab_size"], (args.batch, args.prompt))
-        sides = {side: _generator(model, side, args, prompt) for side, model in (("inductor", dense), ("mst", sparse))}
-        median = medians(interleave(sides, args.runs))
+        forms = {"inductor": dense, "mst": sparse, "packed": export.packed(sparse)}
+        sides = {
+            side: _generator(model, "mst" if side == "mst" else "inductor", args, prompt)
+            for side, model in forms.items()
+        }
+        median, size = medians(interleave(sides, args.runs)), {side: _mib(model) for side, model in forms.items()}
         new = args.batch * args.new
-        ratio = median["inductor"] / median["mst"]
         case = f"gpt2-{args.config} batch={args.batch} {args.prompt}+{args.new} {args.cache} B={block} d={density:g}"
-        note = f"tokens/s: {new / median['mst']:.1f}, dense {new / median['inductor']:.1f}"
-        record("inference", case, "mst", median["mst"], ratio, args.runs, args.dtype, note)
-        rows.append((case, f"{new / median['inductor']:.1f}", f"{new / median['mst']:.1f}", f"{ratio:.2f}x"))
-        print(*rows[-1], flush=True)
+        for side in ("mst", "packed"):
+            ratio = median["inductor"] / median[side]
+            note = (
+                f"tokens/s: {new / median[side]:.1f}, dense {new / median['inductor']:.1f}; "
+                f"MiB: {size[side]:.0f}, dense {size['inductor']:.0f}"
+            )
+            record("inference", case, side, median[side], ratio, args.runs, args.dtype, note)
+            rows.append((case, side, note, f"{ratio:.2f}x"))
+            print(*rows[-1], flush=True)
     print()
-    print_table(("generation", "inductor tokens/s", "mst tokens/s", "speed-up"), rows)
+    print_table(("generation", "side", "tokens, parameters and buffers", "speed-up"), rows)
+
+
+def _mib(model: nn.Module) -> float:
+    """Parameters and buffers, those that are shared once."""
+    tensors = {t.data_ptr(): t.nbytes for t in (*model.parameters(), *model.buffers()) if t.numel()}
+    return sum(tensors.values()) / 2**20
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ _CASE = re.compile(r"(?P<layer>\d+->\d+) M=(?P<tokens>\d+) B=(?P<block>\d+) d=(?
 _GPU_CASE = re.compile(
     r"M=(?P<tokens>\d+) N=(?P<n>\d+) K=(?P<k>\d+) B=(?P<block>\d+)(?: for=[\d.]+)? d=(?P<density>[\d.]+) sum"
 )
+_FORMS = {"mst": "as trained", "packed": "packed"}  # of a sparse model's weights at inference, by side
 _ATTENTION = re.compile(r"T=(?P<length>\d+) heads=\S+ (?P<pattern>\w+)")
 
 
@@ -133,27 +134,30 @@ def attention_table(rows: list[dict[str, str]], machine: str = MACHINE, dtype: s
 
 
 def inference_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
-    """Speed-up of a layer without gradients, by dtype, shape, block and number of tokens, at the default density."""
-    cells: dict[tuple[str, str, str], dict[int, str]] = {}
+    """Speed-up of a layer without gradients, by weights and tokens, at the default density."""
+    cells: dict[tuple[str, str, str, str], dict[int, str]] = {}
     for row in rows:
         case = _CASE.fullmatch(row["case"]) if row["benchmark"] == "inference" and machine in row["cpu"] else None
         if case and float(case["density"]) == 0.2:
-            key = (row["dtype"], case["layer"], case["block"])
+            key = (row["dtype"], case["layer"], case["block"], _FORMS[row["side"]])
             cells.setdefault(key, {})[int(case["tokens"])] = f"{float(row['ratio']):.1f}x"
     tokens = sorted({count for by_tokens in cells.values() for count in by_tokens})
-    lines = ["| dtype | layer | block | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens) + " |"]
-    lines.append("|---|---|---|" + "---|" * len(tokens))
-    for key, by_tokens in cells.items():
+    lines = ["| dtype | layer | block | weights | " + " | ".join(f"{n} token{'s' * (n > 1)}" for n in tokens) + " |"]
+    lines.append("|---|---|---|---|" + "---|" * len(tokens))
+    for key in sorted(cells, key=lambda key: (key[0] != "float32", key[1], int(key[2]), key[3])):
+        by_tokens = cells[key]
         lines.append(f"| {' | '.join(key)} | " + " | ".join(by_tokens.get(n, "") for n in tokens) + " |")
     return "\n".join(lines)
 
 
 def generation_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
     """Text generated with a cache of keys and values: tokens a second."""
-    lines = ["| model | dtype | tokens a second | against dense |", "|---|---|---|---|"]
+    lines = ["| model | dtype | weights | tokens a second | MiB of tensors | speed-up |", "|---|---|---|---|---|---|"]
     for row in rows:
         if row["benchmark"] == "inference" and machine in row["cpu"] and row["note"].startswith("tokens/s"):
-            lines.append(f"| {row['case']} | {row['dtype']} | {row['note'][10:]} | {float(row['ratio']):.2f}x |")
+            said = dict(part.split(": ") for part in row["note"].split("; "))
+            parts = (row["case"], row["dtype"], _FORMS[row["side"]], said["tokens/s"], said.get("MiB", ""))
+            lines.append(f"| {' | '.join(parts)} | {float(row['ratio']):.2f}x |")
     return "\n".join(lines)
 
 

@@ -17,13 +17,14 @@ from torch._inductor.virtualized import V
 
 from mst_compile.ops.linear import DENSITY
 
-from . import cpu_linear
+from . import cpu_linear, cpu_packed
 
-_FORWARD, _GRAD_INPUT = "mst_linear_out", "mst_linear_grad_input_out"
+_FORWARD, _GRAD_INPUT, _PACKED = "mst_linear_out", "mst_linear_grad_input_out", "mst_packed_linear_out"
 
 # Generated wrappers call extern_kernels.mst_linear_out(...), also those that come out of Inductor's cache.
 setattr(extern_kernels, _FORWARD, cpu_linear.forward_out)
 setattr(extern_kernels, _GRAD_INPUT, cpu_linear.grad_input_out)
+setattr(extern_kernels, _PACKED, cpu_packed.packed_linear_out)
 
 
 def _unit_stride(x: Any) -> Any:
@@ -49,31 +50,37 @@ def _linear(
     reason = cpu_linear.why_unsupported(x.get_dtype(), weight.get_dtype(), block)
     if reason is not None or (bias is not None and cpu_linear.why_no_bias(bias.get_dtype()) is not None):
         return None
+    outputs = weight.get_size()[1 if transposed else 0]
+    return _product(kernel, x, [weight, index], bias, outputs, block=block, transposed=transposed, choose=choose)
+
+
+def _product(kernel: str, x: Any, operands: list[Any], bias: Any, outputs: Any, **options: Any) -> Any:
+    """``[..., outputs]``: an extern kernel of ``x`` viewed as ``[M, in]``, contiguous operands and perhaps a bias."""
     view = lowerings[torch.ops.aten.view.default]
     *lead, features = x.get_size()
-    out_features = weight.get_size()[1 if transposed else 0]
     rows = x if len(lead) == 1 else view(x, [-1, features])
-    operands = [
-        _unit_stride(rows),
-        ir.ExternKernel.require_contiguous(weight),
-        ir.ExternKernel.require_contiguous(index),
-    ]
-    if bias is not None:
-        operands.append(ir.ExternKernel.require_contiguous(bias))
-    layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [rows.get_size()[0], out_features])
+    contiguous = [*operands] if bias is None else [*operands, bias]
+    inputs = [_unit_stride(rows), *map(ir.ExternKernel.require_contiguous, contiguous)]
+    layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [rows.get_size()[0], outputs])
     out = ir.TensorBox.create(
-        ir.ExternKernelOut(
-            layout,
-            operands,
-            kwargs={"block": block, "transposed": transposed, "choose": choose},
-            python_kernel_name=f"extern_kernels.{kernel}",
-        )
+        ir.ExternKernelOut(layout, inputs, kwargs=options, python_kernel_name=f"extern_kernels.{kernel}")
     )
-    return out if len(lead) == 1 else view(out, [*lead, out_features])
+    return out if len(lead) == 1 else view(out, [*lead, outputs])
 
 
 def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool, *tuning: Any) -> Any:
     return _linear(grad, weight, None, index, block, not transposed, *tuning, kernel=_GRAD_INPUT)
 
 
-LOWERINGS: Mapping[str, Callable[..., Any]] = {"linear": _linear, "linear_grad_input": _grad_input}
+def _packed_linear(x: Any, values: Any, index: Any, bias: Any, outputs: int, block: int, version: int) -> Any:
+    # A change of the call below is one of the version: caches of other backends' code have no hash of us in their keys.
+    if cpu_packed.why_not(x.get_dtype(), block, None if bias is None else bias.get_dtype()) is not None:
+        return None
+    return _product(_PACKED, x, [values, index], bias, outputs, block=block)
+
+
+LOWERINGS: Mapping[str, Callable[..., Any]] = {
+    "linear": _linear,
+    "linear_grad_input": _grad_input,
+    "packed_linear": _packed_linear,
+}

@@ -44,6 +44,7 @@ for _operator in (
     torch.ops.mst.linear.default,
     torch.ops.mst.linear_grad_input.default,
     torch.ops.mst.linear_grad_weight.default,
+    torch.ops.mst.packed_linear.default,
     torch.ops.mst.attention.default,
     torch.ops.mst.attention_backward.default,
 ):

@@ -51,6 +51,10 @@ class TopologyChangedError(MSTError, RuntimeError):
     """The topology changed between a forward pass and its backward pass."""
 
 
+class GradientError(MSTError, RuntimeError):
+    """A gradient was asked of a model that was packed for inference."""
+
+
 class CheckpointError(MSTError, ValueError):
     """A state dict does not fit the model that it is loaded into."""
 

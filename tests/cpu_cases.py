@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from hypothesis import strategies as st
 from mst_compile.kernels.cpu import table
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import new_index, write_index
+from mst_compile.blocks.packed import pack
 
 F32 = torch.float32
 
@@ -37,8 +40,8 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    block = draw(st.sampled_from(table.BLOCKS))
+def cases(draw: st.DrawFn, blocks: Sequence[int] = table.BLOCKS) -> Case:
+    block = draw(st.sampled_from(blocks))
     side = st.integers(1, max(70, 3 * block + 1))
     return Case(
         rows=draw(side),
@@ -68,6 +71,19 @@ def check_spmm(lib: Library, case: Case, dtypes: tuple[torch.dtype, torch.dtype]
     weight = w.to(dtypes[0]) * case.elements
     assert_summed(out, product(x, weight.t() if by_rows else weight, bias), reduction + 1, dtypes[0])
     assert (buffer[:, outputs:] == 7).all()
+    return out
+
+
+def check_packed(lib: Library, case: Case, dtype: torch.dtype, bias_dtype: torch.dtype | None) -> Tensor:
+    """Of a weight [outputs, inputs] whose values outside the active blocks, and beside the weight, are NaN."""
+    w = torch.where(case.elements, case.randn(case.rows, case.cols, dtype), torch.nan)
+    values, index = pack(w, case.grid, case.mask)
+    x = case.randn(case.m, case.cols, dtype, case.pad)
+    bias = None if bias_dtype is None else case.randn(1, case.rows, bias_dtype)[0]
+    buffer, out = case.canvas(case.m, case.rows, dtype)
+    lib.packed(x, values, index, bias, case.block, out)
+    assert_summed(out, product(x, torch.where(case.elements, w, 0).t(), bias), case.cols + 1, dtype)
+    assert (buffer[:, case.rows :] == 7).all()
     return out
 
 

@@ -145,6 +145,7 @@ def _program() -> Path:
 _SERVER = Path(__file__).with_name("kernels") / "serve_calls.cpp"
 _FUNCTIONS = (
     "mst_spmm", "mst_grad_weight", "mst_zero_inactive", "mst_block_sumsq", "mst_attention", "mst_attention_backward",
+    "mst_packed",
 )  # fmt: skip
 
 
@@ -154,7 +155,9 @@ class _Emulated(Library):
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def call(self, function: str, arguments: ctypes.Structure) -> None:
+    def call(self, function: str, arguments: ctypes.Structure | bytes) -> None:
+        if isinstance(arguments, bytes):
+            arguments = abi.Packed.from_buffer_copy(arguments)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         memory = list(_memory(arguments))
@@ -206,6 +209,12 @@ def _sizes(a: ctypes.Structure) -> dict[str, int]:
         sizes = {name: heads(getattr(a, name), count[name]) for name in every}
         return sizes | {"key_mask": a.batch * a.length, "lse": a.batch * a.heads * a.length * 4}
 
+    if isinstance(a, abi.Packed):
+        rows, item = -(-a.outputs // a.block), _item(a.dtype)
+        active = ctypes.c_int32.from_address(a.index + 4 * rows).value
+        sizes = {"index": 4 * (rows + 1 + active), "w": active * a.block**2 * item}
+        sizes |= {"x": matrix(a.m, a.ldx, a.reduction, item), "bias": a.outputs * _item(a.bias_dtype)}
+        return sizes | {"y": matrix(a.m, a.ldy, a.outputs, item)}
     blocks = -(-a.rows // a.block), -(-a.cols // a.block)
     sizes = {"index": 4 * (8 + sum(blocks) + 2 + 2 * blocks[0] * blocks[1])}
     if isinstance(a, abi.Spmm):

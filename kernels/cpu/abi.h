@@ -37,6 +37,22 @@ struct MstSpmm {
 };
 MST_API int mst_spmm(const MstSpmm* arguments);
 
+// y[m, outputs] = x[m, reduction] . W^T + bias, of a W [outputs, reduction] whose active blocks were packed; see
+// spmm_packed.cpp and mst_compile/blocks/packed.py. `index`: row_ptr[R + 1], then col_idx in CSR order. x, w and y have
+// one dtype; block is a power of two.
+enum { MST_PACKED_LARGEST = 128 };
+struct MstPacked {
+  const void* x;
+  int64_t ldx;
+  const void* w;
+  const int32_t* index;
+  const void* bias;
+  void* y;
+  int64_t ldy, m, outputs, reduction;
+  int32_t dtype, bias_dtype, block, threads;
+};
+MST_API int mst_packed(const MstPacked* arguments);
+
 // out[r, c] = sum over tokens of a[m, r] . b[m, c] on the active blocks, 0 elsewhere.
 // a and b share in_dtype. colsum, if not null, is a float array that receives the sum over tokens of a (colsum_of_a = 1,
 // length rows) or b (0, length cols): the gradient of a bias.

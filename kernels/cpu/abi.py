@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -32,6 +33,25 @@ class Spmm(ctypes.Structure):
         ("bias_dtype", _I),
         ("block", _I),
         ("outputs_are_rows", _I),
+        ("threads", _I),
+    )
+
+
+class Packed(ctypes.Structure):
+    _fields_ = (
+        ("x", _P),
+        ("ldx", _L),
+        ("w", _P),
+        ("index", _P),
+        ("bias", _P),
+        ("y", _P),
+        ("ldy", _L),
+        ("m", _L),
+        ("outputs", _L),
+        ("reduction", _L),
+        ("dtype", _I),
+        ("bias_dtype", _I),
+        ("block", _I),
         ("threads", _I),
     )
 
@@ -102,7 +122,15 @@ class Attention(ctypes.Structure):
     )
 
 
-STRUCTURES = (Spmm, GradWeight, ZeroInactive, BlockSumsq, Heads, Parts, Attention)
+def packer(structure: type[ctypes.Structure]) -> struct.Struct:
+    """What makes the bytes of a struct out of its fields in order, in a fraction of the time that ctypes takes."""
+    codes = {_P: "P", _L: "q", _I: "i", _F: "f"}
+    made = struct.Struct("@" + "".join(codes[kind] for _, kind, *_ in structure._fields_))
+    assert made.size == ctypes.sizeof(structure)  # or the struct's end is padded
+    return made
+
+
+STRUCTURES = (Spmm, Packed, GradWeight, ZeroInactive, BlockSumsq, Heads, Parts, Attention)
 
 
 def _checks(structure: type[ctypes.Structure]) -> Iterator[str]:

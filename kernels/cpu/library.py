@@ -19,6 +19,7 @@ from mst_compile.blocks.memory import is_plain
 from . import abi, build, table
 
 FINEST_BLOCK = min(table.BLOCKS)
+_PACKED = abi.packer(abi.Packed).pack
 
 
 class Library:
@@ -27,9 +28,10 @@ class Library:
     def __init__(self, isa: str | None = None) -> None:
         self._dll = _open(isa)
 
-    def call(self, function: str, arguments: ctypes.Structure) -> None:
-        """Runs a function of ``abi.h``; raises RuntimeError if it reports an error."""
-        status = getattr(self._dll, function)(ctypes.byref(arguments))
+    def call(self, function: str, arguments: ctypes.Structure | bytes) -> None:
+        """Runs a function of ``abi.h`` on its struct or the bytes of it; raises RuntimeError if it reports an error."""
+        struct = arguments if isinstance(arguments, bytes) else ctypes.byref(arguments)
+        status = getattr(self._dll, function)(struct)
         if status:
             raise RuntimeError(f"CPU kernel: {abi.ERRORS.get(status, status)}")
 
@@ -80,6 +82,43 @@ class Library:
             threads=torch.get_num_threads(),
         )
         self.call("mst_spmm", arguments)
+
+    def packed(self, x2d: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor) -> None:
+        (m, reduction), (rows, outputs) = x2d.shape, out.shape
+        dtype = x2d.dtype
+        if not (has_unit_stride(x2d) and has_unit_stride(out)):
+            raise ValueError("packed: x and out must be contiguous along their last dimension")
+        if rows != m or values.dtype != dtype or out.dtype != dtype:
+            raise ValueError(
+                f"packed: x {tuple(x2d.shape)} {dtype} and a weight in {values.dtype} do not give out "
+                f"{tuple(out.shape)} {out.dtype}"
+            )
+        blocks = index.numel() - (-(-outputs // block) + 1)
+        contiguous = values.is_contiguous() and index.is_contiguous()
+        if index.dtype != torch.int32 or blocks < 0 or values.numel() != blocks * block * block or not contiguous:
+            raise ValueError(
+                f"packed: values {tuple(values.shape)} and index {tuple(index.shape)} are no packed weight of "
+                f"{outputs} rows in blocks of {block}"
+            )
+        if bias is not None and (bias.shape != (outputs,) or not bias.is_contiguous()):
+            raise ValueError(f"packed: bias must be contiguous with {outputs} elements")
+        arguments = _PACKED(
+            x2d.data_ptr(),
+            x2d.stride(0),
+            values.data_ptr(),
+            index.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            out.stride(0),
+            m,
+            outputs,
+            reduction,
+            code_of(x2d),
+            0 if bias is None else code_of(bias),
+            block,
+            torch.get_num_threads(),
+        )
+        self.call("mst_packed", arguments)
 
     def grad_weight(
         self,
@@ -248,6 +287,11 @@ def supports(block: int, x_dtype: torch.dtype, w_dtype: torch.dtype) -> bool:
     return block in table.BLOCKS and (x_dtype, w_dtype) in table.PRODUCTS
 
 
+def supports_packed(block: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel for packed weights takes activations of this dtype under this block size."""
+    return dtype in table.CODES and block in (*table.BLOCKS, 2 * max(table.BLOCKS))
+
+
 def supports_dtype(dtype: torch.dtype) -> bool:
     """Whether the kernels take a bias of this dtype."""
     return dtype in table.CODES
@@ -268,6 +312,16 @@ def spmm(
     to it as it is packed. Sums are float32. Raises ValueError if a shape, stride or dtype does not fit.
     """
     loaded().spmm(x2d, w, bias, index, block, outputs_are_rows, out)
+
+
+def packed(x2d: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor) -> None:
+    """Writes ``x2d @ W.T + bias`` to ``out`` ``[m, outputs]``, for a packed ``W`` (:mod:`mst_compile.blocks.packed`).
+
+    ``x2d``, ``values`` and ``out`` have one dtype of ``table.DTYPES``; sums are float32. Raises ValueError if a shape,
+    stride or dtype does not fit. Two things are not looked at, since a product of one token takes not much longer
+    than that: the tensors must be plain ones on the CPU, and the columns in ``index`` those of such a weight.
+    """
+    loaded().packed(x2d, values, index, bias, block, out)
 
 
 def grad_weight(

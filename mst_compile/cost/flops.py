@@ -28,6 +28,7 @@ from torch.utils.flop_counter import (
 
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, read_mask
+from mst_compile.blocks.packed import packed_mask
 from mst_compile.errors import ArgumentError, ForecastError
 from mst_compile.ops import attention as _attention_op  # noqa: F401  (defines the operators)
 from mst_compile.ops import linear as _linear_op  # noqa: F401
@@ -302,6 +303,16 @@ def _grad_weight(grad: Tensor, x: Tensor, index: Tensor, block: int, transposed:
     rows, cols = (x.shape[-1], grad.shape[-1]) if transposed else (grad.shape[-1], x.shape[-1])
     dense = not _without_data(index) and bool(index[DENSE_GRAD])
     return 2 * _tokens(grad) * (rows * cols if dense else _active(index, rows, cols, block))
+
+
+@register_flop_formula(torch.ops.mst.packed_linear, get_raw=True)
+def _packed_linear(
+    x: Tensor, values: Tensor, index: Tensor, bias: Any, outputs: int, block: int, *_: Any, **__: Any
+) -> int:
+    """Of a packed weight that is traced the filled-up edges count too."""
+    grid = BlockGrid(outputs, x.shape[-1], block)
+    active = values.numel() if _without_data(index) else grid.count_elements(packed_mask(index, grid))
+    return 2 * _tokens(x) * active
 
 
 def _product(q: Tensor, parts: Sequence[int]) -> int:

@@ -1,1 +1,2 @@
-"""The operators ``mst::linear`` and ``mst::attention``: schema, reference, fake, autograd. No kernel, no lowering."""
+"""The operators ``mst::linear``, ``mst::packed_linear`` and ``mst::attention``: schema, reference, fake, autograd. No
+kernel, no lowering."""

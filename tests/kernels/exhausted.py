@@ -20,7 +20,8 @@ from mst_compile.kernels.cpu.library import Library
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.index import new_index, write_index
+from mst_compile.blocks.index import new_index, read_mask, write_index
+from mst_compile.blocks.packed import pack
 from mst_compile.rules.patterns import Parts
 
 
@@ -73,6 +74,15 @@ class Kernels:
         self.library.spmm(self.x[:5], self.w, torch.ones(200), self.index, 8, True, y)
         self.library.spmm(self.dy[:5], self.w, None, self.index, 8, False, dx)
         return [y, dx]
+
+    def packed(self) -> list[Tensor]:
+        """Few tokens and many."""
+        grid = BlockGrid(200, 330, 8)
+        values, index = pack(self.w, grid, read_mask(self.index, grid))
+        few, many = torch.empty(3, 200), torch.empty(300, 200)
+        self.library.packed(self.x[:3], values, index, torch.ones(200), 8, few)
+        self.library.packed(self.x, values, index, None, 8, many)
+        return [few, many]
 
     def grad_weight(self) -> list[Tensor]:
         dw, db = torch.empty(200, 330), torch.empty(200)
@@ -137,6 +147,7 @@ def main() -> None:
         kernels.in_pieces,
         kernels.grad_input,
         kernels.few_tokens,
+        kernels.packed,
         kernels.grad_weight,
         kernels.attention,
         kernels.attention_backward,

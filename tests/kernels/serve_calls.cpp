@@ -27,6 +27,7 @@ int64_t call(int64_t function, const void* arguments) {
     case 3: return mst_block_sumsq(static_cast<const MstBlockSumsq*>(arguments));
     case 4: return mst_attention(static_cast<const MstAttention*>(arguments));
     case 5: return mst_attention_backward(static_cast<const MstAttention*>(arguments));
+    case 6: return mst_packed(static_cast<const MstPacked*>(arguments));
   }
   abort();
 }

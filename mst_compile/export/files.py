@@ -1,25 +1,20 @@
-"""A sparse model for others: a plain copy, block-sparse tensors, and a safetensors file that holds the masks.
-
-Nothing that these functions make needs mst_compile where it is read; only :func:`load` makes a model sparse again.
-"""
+"""A safetensors file of a sparse model that holds its masks."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import copy
 import glob
 import json
-import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from os import PathLike, fspath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mst_compile.api import densify, sparsify
+from mst_compile.api import sparsify
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.errors import CheckpointError, MaskError, MissingPackageError
 from mst_compile.rules.checks import check_model, shown
@@ -28,43 +23,11 @@ from mst_compile.state.selection import Override
 from mst_compile.state.sparsifier import parts_of, some_parts_of
 from mst_compile.state.weight import SparseWeight
 
-__all__ = ["load", "plain", "save", "to_bsr"]
+from .copies import unwrapped, weights_of
 
 _KEY, _VERSION = "mst_compile", 1
 _MOST_BYTES = 90 << 20  # of masks in a header, which may have 100 MB
 _COMPILED = "_orig_mod."
-
-
-def plain(model: nn.Module) -> nn.Module:
-    """A copy of a sparse model, with its zeros, that nothing of us is left on.
-
-    It computes what ``model`` does in eager mode, and pickles, exports (``torch.export``, ONNX) and quantises as the
-    model would that was never sparse. ``model`` stays as it is.
-
-    Raises:
-        NotSparseError: the model is not sparse.
-        ModelError: it is no model.
-    """
-    check_model("plain", model)
-    some_parts_of(model)
-    return densify(copy.deepcopy(_unwrapped(model)))
-
-
-def to_bsr(model: nn.Module) -> dict[str, Tensor]:
-    """The sparse weights of a model as PyTorch's block-sparse tensors (``torch.sparse_bsr``), by name.
-
-    A tensor holds the values of the active blocks alone, copied, in the weight's shape, dtype and device; an active
-    block of zeros is held too. BSR knows whole blocks only, so a weight whose shape its block does not divide gets the
-    largest block that does. ``model.state_dict() | to_bsr(model)`` is the whole model, and ``to_dense()`` gives back
-    each weight bit for bit. What can be multiplied with them is up to PyTorch.
-
-    Raises:
-        NotSparseError: the model is not sparse.
-        ModelError: it is no model.
-    """
-    check_model("to_bsr", model)
-    some_parts_of(model)
-    return {name: _bsr(parameter.detach(), weight) for name, weight, parameter in _weights(model)}
 
 
 def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -92,7 +55,7 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
     some_parts_of(model)
     files = _safetensors()
     tensors, tied = _tensors(model)
-    masks = {name: _written(weight) for name, weight, _ in _weights(model)}
+    masks = {name: _written(weight) for name, weight, _ in weights_of(model)}
     text = json.dumps({"version": _VERSION, "tied": tied, "masks": masks})
     if len(text) > _MOST_BYTES:
         raise CheckpointError(
@@ -118,7 +81,7 @@ def load(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
         MissingPackageError: safetensors is not installed.
     """
     check_model("load", model)
-    root = _unwrapped(model)
+    root = unwrapped(model)
     with _safetensors_open(path) as file:
         found = _read_header(file.metadata() or {}, path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -161,18 +124,6 @@ def _sparsify(model: nn.Module, masks: Mapping[str, tuple[Tensor, int]]) -> None
 # ---- models ----------------------------------------------------------------------------------------------------------
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module within ``torch.compile``'s wrapper."""
-    return model._orig_mod if isinstance(model, torch._dynamo.OptimizedModule) else model
-
-
-def _weights(model: nn.Module) -> Iterator[tuple[str, SparseWeight, Tensor]]:
-    """Name in the whole model, state and Parameter of each sparse weight."""
-    for part in parts_of(model):
-        for weight, parameter in part.sparsifier.parameters():
-            yield part.full(weight.name), weight, parameter
-
-
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict without what shares memory, and names that are left out -> those of the same tensor."""
     kept: dict[str, Tensor] = {}
@@ -212,7 +163,7 @@ def _fitting(model: nn.Module, tensors: Mapping[str, Tensor], path: Any) -> dict
 
 def _check_same(model: nn.Module, masks: Mapping[str, tuple[int, ...]], path: Any) -> None:
     """Raise :class:`CheckpointError` unless these are the sparse weights of ``model``, in its blocks."""
-    own = {name: tuple(weight.grid.shape) for name, weight, _ in _weights(model)}
+    own = {name: tuple(weight.grid.shape) for name, weight, _ in weights_of(model)}
     if own != masks:
         name = min(name for name in own.keys() | masks.keys() if own.get(name) != masks.get(name))
         raise CheckpointError(
@@ -222,17 +173,6 @@ def _check_same(model: nn.Module, masks: Mapping[str, tuple[int, ...]], path: An
 
 
 # ---- tensors and masks -----------------------------------------------------------------------------------------------
-
-
-def _bsr(tensor: Tensor, weight: SparseWeight) -> Tensor:
-    rows, cols = tensor.shape
-    block = math.gcd(weight.grid.block, rows, cols)
-    finer = weight.grid.block // block
-    mask = weight.mask.repeat_interleave(finer, 0).repeat_interleave(finer, 1)[: rows // block, : cols // block]
-    mask = mask.to(tensor.device)
-    values = tensor.view(rows // block, block, cols // block, block).transpose(1, 2)[mask]
-    ptr = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
-    return torch.sparse_bsr_tensor(ptr, mask.nonzero()[:, 1], values, tensor.shape, check_invariants=True)
 
 
 def _written(weight: SparseWeight) -> dict[str, Any]:
