@@ -89,6 +89,8 @@ class SparseWeight:
         moved: whether the weight has been trained since the last topology event.
         version: version of the Parameter after the last training step.
         masked: the gradient that was last masked, its version then, and ``changes`` then.
+        adopted: whether a run drives it. None drives what came along with the copy of a module out of its model: that
+            is a dense module, with the values that it was given.
     """
 
     name: str
@@ -117,6 +119,7 @@ class SparseWeight:
     moved: bool = False
     version: int = UNKNOWN
     masked: tuple[TensorWeakRef, int, int] | None = None
+    adopted: bool = False
     attention: AttentionState = field(default_factory=AttentionState)
     uses: Uses = field(default_factory=Uses)
 
@@ -322,7 +325,8 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        return self.__dict__ | {"clean": UNKNOWN, "version": UNKNOWN, "dirty": None, "clean_here": None, "masked": None}
+        nothing: dict[str, object] = {"clean": UNKNOWN, "version": UNKNOWN, "dirty": None, "clean_here": None}
+        return self.__dict__ | nothing | {"masked": None, "adopted": False}
 
 
 def mask_gradients(gradients: Iterable[tuple[SparseWeight, Tensor]]) -> None:
