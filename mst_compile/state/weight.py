@@ -89,8 +89,8 @@ class SparseWeight:
         moved: whether the weight has been trained since the last topology event.
         version: version of the Parameter after the last training step.
         masked: the gradient that was last masked, its version then, and ``changes`` then.
-        adopted: whether a run drives it. None drives what came along with the copy of a module out of its model: that
-            is a dense module, with the values that it was given.
+        adopted: whether a run drives it. None drives what came along when a Parameter or a module was copied out of its
+            model: these are dense, with the values that they were given.
     """
 
     name: str
@@ -119,7 +119,7 @@ class SparseWeight:
     moved: bool = False
     version: int = UNKNOWN
     masked: tuple[TensorWeakRef, int, int] | None = None
-    adopted: bool = False
+    adopted: bool = True
     attention: AttentionState = field(default_factory=AttentionState)
     uses: Uses = field(default_factory=Uses)
 
@@ -413,7 +413,8 @@ def _written_at(parameter: Tensor) -> tuple[int, int]:
 
 def of(parameter: object) -> SparseWeight | None:
     """The sparse state of ``parameter``, or ``None``."""
-    return getattr(parameter, _ATTRIBUTE, None)
+    weight: SparseWeight | None = getattr(parameter, _ATTRIBUTE, None)
+    return weight if weight is not None and weight.adopted else None
 
 
 def bound() -> list[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Graphs that write to a weight, or to a copy of it, before they multiply with it: the product sees what was written."""
+"""Graphs that write to a weight, or a copy of it, before they multiply with it: the product sees what was written."""
 
 from __future__ import annotations
 
