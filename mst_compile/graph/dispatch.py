@@ -136,9 +136,7 @@ class Dispatch:
     def _hold_zeros(self, args: Sequence[Any]) -> bool:
         """Whether all weights that came in are 0 outside their active blocks, as sparse products take them to be."""
         wrong = [
-            weight
-            for i in self._positions
-            if (weight := of(args[i])) is not None and not weight.holds_zeros(args[i])
+            weight for i in self._positions if (weight := of(args[i])) is not None and not weight.holds_zeros(args[i])
         ]
         if wrong:
             warn_written(wrong)

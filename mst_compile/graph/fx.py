@@ -14,6 +14,7 @@ from typing import Any
 import networkx
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -75,8 +76,10 @@ def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
 
 
 def value(node: Any) -> Any:
-    """The fake result that Dynamo recorded for a node."""
-    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+    """The fake result that Dynamo recorded for a node; None within a transform of torch.func, whose tensors stand for
+    others that can be computed with while it is traced alone."""
+    found = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+    return None if isinstance(found, Tensor) and is_functorch_wrapped_tensor(found) else found
 
 
 def fake_mode(graph: fx.Graph) -> Any:

@@ -158,7 +158,7 @@ class _Rewrite:
     ) -> str | None:
         out, x, w = value(node), value(found.x), value(way[0])
         if not all(isinstance(v, torch.Tensor) for v in (out, x, w)):
-            return f"{describe(node)}: its tensors are unknown"
+            return f"{describe(node)}: its tensors are unknown, or within a transform of torch.func"
         if is_sharded(out) or is_sharded(w):
             divided = spread.divisions(x, w, _bias(found), out, transposed)
             if isinstance(divided, str):
