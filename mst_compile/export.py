@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mst_compile.api import densify, sparsify
+from mst_compile.blocks.bulk import block_mean_abs
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.errors import CheckpointError, MaskError, MissingPackageError
 from mst_compile.rules.checks import check_model, shown
@@ -64,7 +65,7 @@ def to_bsr(model: nn.Module) -> dict[str, Tensor]:
     """
     check_model("to_bsr", model)
     some_parts_of(model)
-    return {name: _bsr(parameter.detach(), weight) for name, weight, parameter in _weights(model)}
+    return {name: _bsr(p.detach(), weight, _active(weight, p)) for name, weight, p in _weights(model)}
 
 
 def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -92,7 +93,7 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
     some_parts_of(model)
     files = _safetensors()
     tensors, tied = _tensors(model)
-    masks = {name: _written(weight) for name, weight, _ in _weights(model)}
+    masks = {name: _written(weight, _active(weight, parameter)) for name, weight, parameter in _weights(model)}
     text = json.dumps({"version": _VERSION, "tied": tied, "masks": masks})
     if len(text) > _MOST_BYTES:
         raise CheckpointError(
@@ -224,19 +225,25 @@ def _check_same(model: nn.Module, masks: Mapping[str, tuple[int, ...]], path: An
 # ---- tensors and masks -----------------------------------------------------------------------------------------------
 
 
-def _bsr(tensor: Tensor, weight: SparseWeight) -> Tensor:
+def _active(weight: SparseWeight, parameter: Tensor) -> Tensor:
+    """The mask, with blocks that hold values all the same, as those of averages over several topologies do: whoever
+    reads what is written gets every value."""
+    return weight.mask | (block_mean_abs((parameter.detach() != 0).float(), weight.grid) > 0)
+
+
+def _bsr(tensor: Tensor, weight: SparseWeight, active: Tensor) -> Tensor:
     rows, cols = tensor.shape
     block = math.gcd(weight.grid.block, rows, cols)
     finer = weight.grid.block // block
-    mask = weight.mask.repeat_interleave(finer, 0).repeat_interleave(finer, 1)[: rows // block, : cols // block]
+    mask = active.repeat_interleave(finer, 0).repeat_interleave(finer, 1)[: rows // block, : cols // block]
     mask = mask.to(tensor.device)
     values = tensor.view(rows // block, block, cols // block, block).transpose(1, 2)[mask]
     ptr = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
     return torch.sparse_bsr_tensor(ptr, mask.nonzero()[:, 1], values, tensor.shape, check_invariants=True)
 
 
-def _written(weight: SparseWeight) -> dict[str, Any]:
-    bits = weight.mask.flatten().to(torch.uint8)
+def _written(weight: SparseWeight, active: Tensor) -> dict[str, Any]:
+    bits = active.flatten().to(torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
     packed = (bits << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
     text = base64.b64encode(zlib.compress(bytes(packed.tolist()))).decode()
