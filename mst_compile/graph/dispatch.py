@@ -103,7 +103,8 @@ class Dispatch:
             weight = getattr(parameter, "_mst_weight", None)
             held.append(weight)
             if weight is not None:
-                if weight.clean != parameter._version or weight.address != parameter.data_ptr():
+                moved = weight.address != parameter.data_ptr() or weight.was_freed()
+                if moved or weight.clean != parameter._version:
                     written = True
                 if weight.recording is not recording:
                     weight.recording, look = recording, True

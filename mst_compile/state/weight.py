@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -81,6 +82,7 @@ class SparseWeight:
         clean: version of the Parameter (``Tensor._version``) at which it was last known to be 0 outside the active
             blocks; ``UNKNOWN`` if somebody must look.
         address: where its elements were then.
+        memory: what they were in: once it is freed another tensor may stand at the same address.
         dirty: version and address at which values were seen outside, by this rank.
         clean_here: version and address at which this rank's part of a spread weight was last seen to be 0 outside.
         recording: whether the compiled graph that last took the weight recorded gradients.
@@ -111,6 +113,7 @@ class SparseWeight:
     young: Young | None = None
     clean: int = UNKNOWN
     address: int = 0
+    memory: StorageWeakRef | None = None
     dirty: tuple[int, int] | None = None
     clean_here: tuple[int, int] | None = None
     recording: bool | None = None
@@ -241,7 +244,10 @@ class SparseWeight:
 
     def note_clean(self, parameter: Tensor) -> None:
         """The parameter is 0 outside the active blocks, as it is now."""
-        self.clean, self.address, self.dirty, self.follows = parameter._version, _address(parameter), None, False
+        address = _address(parameter)
+        if address != self.address or self.memory is None or self.memory.expired():
+            self.memory = StorageWeakRef(parameter.untyped_storage()) if address else None
+        self.clean, self.address, self.dirty, self.follows = parameter._version, address, None, False
         self.clean_here = _written_at(parameter) if is_sharded(parameter) else None
 
     def forget(self) -> None:
@@ -256,7 +262,11 @@ class SparseWeight:
         """
         if self.is_dense or is_sharded(parameter):
             return self.is_dense or self.clean != UNKNOWN
-        return self.clean == parameter._version and self.address == _address(parameter)
+        return self.clean == parameter._version and self.address == _address(parameter) and not self.was_freed()
+
+    def was_freed(self) -> bool:
+        """Whether the memory is gone in which the elements were known to be 0: ``parameter.data`` was replaced."""
+        return self.memory is not None and self.memory.expired()
 
     def look(self, parameter: Tensor) -> bool:
         """Whether the parameter is 0 outside the active blocks, by its values; what was found is remembered.
@@ -325,7 +335,8 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        nothing: dict[str, object] = {"clean": UNKNOWN, "version": UNKNOWN, "dirty": None, "clean_here": None}
+        nothing: dict[str, object] = dict.fromkeys(("dirty", "clean_here", "memory"))
+        nothing |= {"clean": UNKNOWN, "version": UNKNOWN}
         return self.__dict__ | nothing | {"masked": None, "adopted": False}
 
 
