@@ -80,14 +80,14 @@ def test_other_values_at_the_same_address() -> None:
         parameter.data = torch.frombuffer(memory, dtype=torch.float32).view_as(parameter)
 
     put()
-    same(model, run)
+    loss_of(run, X)  # where recording begins or ends values are looked at anyway
     address, version = parameter.data_ptr(), parameter._version
     parameter.data = torch.zeros_like(parameter)
     memory[:] = torch.full_like(parameter, 0.1).detach().numpy().tobytes()
     put()
     assert (parameter.data_ptr(), parameter._version) == (address, version)
     with pytest.warns(MSTWarning, match="outside the active blocks"):
-        same(model, run)
+        assert_reordered(run(X).detach(), model(X).detach(), 512)
     with pytest.warns(MSTWarning, match="are set to 0 now that an optimizer steps"):
         train(run, optimizer)
     assert_zero_outside(model, optimizer, gradients=False)
