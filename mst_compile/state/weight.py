@@ -335,7 +335,7 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        nothing: dict[str, object] = dict.fromkeys(("dirty", "clean_here", "memory"))
+        nothing: dict[str, object] = {"dirty": None, "clean_here": None, "memory": None}
         nothing |= {"clean": UNKNOWN, "version": UNKNOWN}
         return self.__dict__ | nothing | {"masked": None, "adopted": False}
 
