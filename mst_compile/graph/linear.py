@@ -121,7 +121,7 @@ class _Rewrite:
     def __init__(self, keys: dict[fx.Node, int], context: Context, mode: Any) -> None:
         self._keys, self._context, self._mode = keys, context, mode
         self._indices: dict[int, fx.Node] = {}
-        self._writers: dict[int | None, fx.Node] = {}  # memory that the nodes visited so far have written to -> the last
+        self._writers: dict[int | None, fx.Node] = {}  # memory that nodes so far have written to -> the last
 
     def visit(self, region: Region, node: fx.Node) -> None:
         self._note_writes(region, node)
