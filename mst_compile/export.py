@@ -55,8 +55,9 @@ def to_bsr(model: nn.Module) -> dict[str, Tensor]:
     """The sparse weights of a model as PyTorch's block-sparse tensors (``torch.sparse_bsr``), by name.
 
     A tensor holds the values of the active blocks alone, copied, in the weight's shape, dtype and device; an active
-    block of zeros is held too. BSR knows whole blocks only, so a weight whose shape its block does not divide gets the
-    largest block that does. ``model.state_dict() | to_bsr(model)`` is the whole model, and ``to_dense()`` gives back
+    block of zeros is held too, and so is a block outside the mask that holds values all the same. BSR knows whole blocks
+    only, so a weight whose shape its block does not divide gets the largest block that does.
+    ``model.state_dict() | to_bsr(model)`` is the whole model, and ``to_dense()`` gives back
     each weight bit for bit. What can be multiplied with them is up to PyTorch.
 
     Raises:
@@ -79,7 +80,8 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
          "tied": {name that is not in the file: name that is},
          "masks": {weight: {"block": edge, "blocks": [R, C], "active": base64 of zlib of bits}}}
 
-    with a bit for each block, row by row, the first in the highest place of a byte.
+    with a bit for each block, row by row, the first in the highest place of a byte. A block that holds values outside
+    the mask, as in an average over several topologies, counts as active.
 
     Args:
         metadata: more to write beside it.
