@@ -55,10 +55,10 @@ def to_bsr(model: nn.Module) -> dict[str, Tensor]:
     """The sparse weights of a model as PyTorch's block-sparse tensors (``torch.sparse_bsr``), by name.
 
     A tensor holds the values of the active blocks alone, copied, in the weight's shape, dtype and device; an active
-    block of zeros is held too, and so is a block outside the mask that holds values all the same. BSR knows whole blocks
-    only, so a weight whose shape its block does not divide gets the largest block that does.
-    ``model.state_dict() | to_bsr(model)`` is the whole model, and ``to_dense()`` gives back
-    each weight bit for bit. What can be multiplied with them is up to PyTorch.
+    block of zeros is held too, and so is a block outside the mask that holds values all the same. BSR knows whole
+    blocks only, so a weight whose shape its block does not divide gets the largest block that does.
+    ``model.state_dict() | to_bsr(model)`` is the whole model, and ``to_dense()`` gives back each weight bit for bit.
+    What can be multiplied with them is up to PyTorch.
 
     Raises:
         NotSparseError: the model is not sparse.
