@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mst_compile.api import densify
+from mst_compile.blocks.bulk import block_mean_abs
 from mst_compile.rules.checks import check_model
 from mst_compile.state.sparsifier import parts_of, some_parts_of
 from mst_compile.state.weight import SparseWeight
@@ -34,9 +35,10 @@ def to_bsr(model: nn.Module) -> dict[str, Tensor]:
     """The sparse weights of a model as PyTorch's block-sparse tensors (``torch.sparse_bsr``), by name.
 
     A tensor holds the values of the active blocks alone, copied, in the weight's shape, dtype and device; an active
-    block of zeros is held too. BSR knows whole blocks only, so a weight whose shape its block does not divide gets the
-    largest block that does. ``model.state_dict() | to_bsr(model)`` is the whole model, and ``to_dense()`` gives back
-    each weight bit for bit. What can be multiplied with them is up to PyTorch.
+    block of zeros is held too, and so is a block outside the mask that holds values all the same. BSR knows whole
+    blocks only, so a weight whose shape its block does not divide gets the largest block that does.
+    ``model.state_dict() | to_bsr(model)`` is the whole model, and ``to_dense()`` gives back each weight bit for bit.
+    What can be multiplied with them is up to PyTorch.
 
     Raises:
         NotSparseError: the model is not sparse.
@@ -44,7 +46,10 @@ def to_bsr(model: nn.Module) -> dict[str, Tensor]:
     """
     check_model("to_bsr", model)
     some_parts_of(model)
-    return {name: _bsr(parameter.detach(), weight) for name, weight, parameter in weights_of(model)}
+    return {
+        name: _bsr(parameter.detach(), weight, active(weight, parameter))
+        for name, weight, parameter in weights_of(model)
+    }
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -59,12 +64,18 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, SparseWeight, Tensor]]:
             yield part.full(weight.name), weight, parameter
 
 
-def _bsr(tensor: Tensor, weight: SparseWeight) -> Tensor:
+def active(weight: SparseWeight, parameter: Tensor) -> Tensor:
+    """The mask, with blocks that hold values all the same, as those of averages over several topologies do: whoever
+    takes what is active gets every value."""
+    holding = block_mean_abs((parameter.detach() != 0).float(), weight.grid) > 0
+    return weight.mask.to(holding.device) | holding
+
+
+def _bsr(tensor: Tensor, weight: SparseWeight, mask: Tensor) -> Tensor:
     rows, cols = tensor.shape
     block = math.gcd(weight.grid.block, rows, cols)
     finer = weight.grid.block // block
-    mask = weight.mask.repeat_interleave(finer, 0).repeat_interleave(finer, 1)[: rows // block, : cols // block]
-    mask = mask.to(tensor.device)
+    mask = mask.repeat_interleave(finer, 0).repeat_interleave(finer, 1)[: rows // block, : cols // block]
     values = tensor.view(rows // block, block, cols // block, block).transpose(1, 2)[mask]
     ptr = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
     return torch.sparse_bsr_tensor(ptr, mask.nonzero()[:, 1], values, tensor.shape, check_invariants=True)

@@ -23,7 +23,7 @@ from mst_compile.state.selection import Override
 from mst_compile.state.sparsifier import parts_of, some_parts_of
 from mst_compile.state.weight import SparseWeight
 
-from .copies import unwrapped, weights_of
+from .copies import active, unwrapped, weights_of
 
 _KEY, _VERSION = "mst_compile", 1
 _MOST_BYTES = 90 << 20  # of masks in a header, which may have 100 MB
@@ -41,7 +41,8 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
          "tied": {name that is not in the file: name that is},
          "masks": {weight: {"block": edge, "blocks": [R, C], "active": base64 of zlib of bits}}}
 
-    with a bit for each block, row by row, the first in the highest place of a byte.
+    with a bit for each block, row by row, the first in the highest place of a byte. A block that holds values outside
+    the mask, as in an average over several topologies, counts as active.
 
     Args:
         metadata: more to write beside it.
@@ -55,7 +56,7 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
     some_parts_of(model)
     files = _safetensors()
     tensors, tied = _tensors(model)
-    masks = {name: _written(weight) for name, weight, _ in weights_of(model)}
+    masks = {name: _written(weight, active(weight, parameter)) for name, weight, parameter in weights_of(model)}
     text = json.dumps({"version": _VERSION, "tied": tied, "masks": masks})
     if len(text) > _MOST_BYTES:
         raise CheckpointError(
@@ -175,8 +176,8 @@ def _check_same(model: nn.Module, masks: Mapping[str, tuple[int, ...]], path: An
 # ---- tensors and masks -----------------------------------------------------------------------------------------------
 
 
-def _written(weight: SparseWeight) -> dict[str, Any]:
-    bits = weight.mask.flatten().to(torch.uint8)
+def _written(weight: SparseWeight, mask: Tensor) -> dict[str, Any]:
+    bits = mask.flatten().to("cpu", torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
     packed = (bits << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
     text = base64.b64encode(zlib.compress(bytes(packed.tolist()))).decode()

@@ -29,7 +29,7 @@ from mst_compile.state.selection import is_linear
 from mst_compile.state.sparsifier import some_parts_of
 from mst_compile.state.weight import SparseWeight
 
-from .copies import unwrapped, weights_of
+from .copies import active, unwrapped, weights_of
 
 _logger = logging.getLogger("mst_compile")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -282,7 +282,7 @@ def _why_not(module: nn.Module, attribute: str) -> str | None:
 
 
 def _packed(parameter: Tensor, weight: SparseWeight, transposed: bool) -> PackedWeight:
-    grid, mask, dense = weight.grid, weight.mask, parameter.detach()
+    grid, mask, dense = weight.grid, active(weight, parameter), parameter.detach()
     if transposed:
         grid, mask, dense = BlockGrid(grid.cols, grid.rows, grid.block), mask.t(), dense.t()
     return PackedWeight(*pack(dense, grid, mask), grid, transposed)

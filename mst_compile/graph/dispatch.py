@@ -23,7 +23,7 @@ from mst_compile.graph.notes import warn_written
 from mst_compile.lowering import device
 from mst_compile.lowering.device import Layer
 from mst_compile.state.uses import Baseline
-from mst_compile.state.weight import SparseWeight, epoch
+from mst_compile.state.weight import SparseWeight, epoch, of
 
 _MOST_SIZES = 64  # that a graph keeps its products' times for, as of batches of several lengths
 _FIRST_CALLS = 2  # at which the values of weights are looked at
@@ -113,7 +113,8 @@ class Dispatch:
             weight = getattr(parameter, "_mst_weight", None)
             held.append(weight)
             if weight is not None:
-                if weight.clean != parameter._version or weight.address != parameter.data_ptr():
+                moved = weight.address != parameter.data_ptr() or weight.was_freed()
+                if moved or weight.clean != parameter._version:
                     written = True
                 if weight.recording is not recording:
                     weight.recording, look = recording, True
@@ -138,7 +139,7 @@ class Dispatch:
         """Look at the values of all weights that came in; whether any stand outside the active blocks."""
         found = False
         for i in self._positions:
-            weight = getattr(args[i], "_mst_weight", None)
+            weight = of(args[i])
             if weight is not None and not isinstance(args[i], FakeTensor):
                 found |= not weight.look_here(args[i])
         return found
@@ -146,9 +147,7 @@ class Dispatch:
     def _hold_zeros(self, args: Sequence[Any]) -> bool:
         """Whether all weights that came in are 0 outside their active blocks, as sparse products take them to be."""
         wrong = [
-            weight
-            for i in self._positions
-            if (weight := getattr(args[i], "_mst_weight", None)) is not None and not weight.holds_zeros(args[i])
+            weight for i in self._positions if (weight := of(args[i])) is not None and not weight.holds_zeros(args[i])
         ]
         if wrong:
             warn_written(wrong)
@@ -158,7 +157,7 @@ class Dispatch:
         """The index tensors, or None, by the masks of the moment."""
         indices: list[Tensor] = []
         weights: list[SparseWeight] = []
-        held = [(args[i], getattr(args[i], "_mst_weight", None), signature) for i, signature in self._slots]
+        held = [(args[i], of(args[i]), signature) for i, signature in self._slots]
         for i, (parameter, weight, signature) in enumerate(held):
             if weight is None and isinstance(parameter, FakeTensor):
                 weight = self._found[self._positions[i]]  # DDP's first call
@@ -169,6 +168,7 @@ class Dispatch:
             if index is None or index.device != parameter.device:
                 weight.to_device(parameter.device)
                 index = weight.index
+            assert index is not None
             weights.append(weight)
             indices.append(index if not isinstance(parameter, FakeTensor) else fake_index(weight, parameter.fake_mode))
         sparse = len(indices) == len(held) and self._pays(args, weights)
@@ -218,7 +218,7 @@ class Dispatch:
     def _patterned(self, args: Sequence[Any]) -> bool:
         """Whether attention is sparse in the model that is running: another may share this graph."""
         parameter = args[self._first]
-        weight = getattr(parameter, "_mst_weight", None)
+        weight = of(parameter)
         if isinstance(parameter, FakeTensor):
             return self._attention.pattern != "full"  # DDP's first call
         if weight is None or weight.attention.parts != self._attention.parts:
@@ -253,7 +253,7 @@ class Dispatch:
 
     def _note_queries(self, args: Sequence[Any], variant: Variant) -> None:
         """Note the attentions of this pass that have a pattern, if someone counts."""
-        weight = getattr(args[self._first], "_mst_weight", None)
+        weight = of(args[self._first])
         if weight is not None and weight.attention.queries is not None:
             weight.attention.queries += [self._compiler.sizes(query, args) for query in variant.queries]
 

@@ -14,6 +14,8 @@ from typing import Any
 import networkx
 import torch
 from torch import Tensor, fx
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -74,8 +76,10 @@ def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
 
 
 def value(node: Any) -> Any:
-    """The fake result that Dynamo recorded for a node."""
-    return node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+    """The fake result that Dynamo recorded for a node; None within a transform of torch.func, whose tensors stand for
+    others that can be computed with while it is traced alone."""
+    found = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
+    return None if isinstance(found, Tensor) and is_functorch_wrapped_tensor(found) else found
 
 
 def fake_mode(graph: fx.Graph) -> Any:
@@ -100,16 +104,39 @@ def storage(node: Any) -> int | None:
         return None  # a tensor subclass without memory of its own
 
 
-def written(node: fx.Node) -> Any:
-    """The node that an in-place operation writes to, or None."""
-    if node.kwargs.get("out") is not None:
-        return node.kwargs["out"]
-    if not node.args or not computes(node):
-        return None
-    called = name(node)
+def written(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensors an operation writes to: in place, as ``out``, or as its schema says."""
+    if not computes(node):
+        return []
+    if isinstance(node.target, OpOverload):
+        own = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        given = arguments(node, *(a.name for a in node.target._schema.arguments))
+        return _nodes([given.get(argument) for argument in own])
+    if isinstance(node.target, HigherOrderOperator):
+        return node.all_input_nodes if _has_writing_body(node) else []
+    called, found = name(node), [node.kwargs.get("out")]
     in_place = (called.endswith("_") and not called.endswith("__")) or called.startswith("__i")
-    writes = in_place or called == "__setitem__" or node.target in _IN_PLACE or node.kwargs.get("inplace") is True
-    return node.args[0] if writes else None
+    if in_place or called == "__setitem__" or node.target in _IN_PLACE or node.kwargs.get("inplace") is True:
+        found += [*node.args[:1], *(node.args if called.startswith("_fused") else ())]
+    return _nodes(found)
+
+
+def _nodes(values: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(values, found.append)
+    return found
+
+
+def _has_writing_body(node: fx.Node) -> bool:
+    """Whether an operator with bodies, like a checkpoint, writes to what it is given."""
+    if "mutation" in str(node.target):
+        return True  # kernels of the user's
+    bodies = [
+        getattr(node.graph.owning_module, str(n.target), None) for n in node.all_input_nodes if n.op == "get_attr"
+    ]
+    graphs = [body.graph for body in bodies if isinstance(body, fx.GraphModule)]
+    given = {storage(n) for graph in graphs for n in placeholders(graph)} - {None}
+    return any(storage(n) in given for graph in graphs for writer in graph.nodes for n in written(writer))
 
 
 def before_cast(node: Any) -> fx.Node | None:
@@ -120,7 +147,7 @@ def before_cast(node: Any) -> fx.Node | None:
     new, old = value(node), value(source)
     if not (isinstance(new, Tensor) and isinstance(old, Tensor)) or new.device != old.device:
         return None
-    if any(written(user) is node for user in node.users):
+    if any(node in written(user) for user in node.users):
         return None  # a copy that changes afterwards
     return source  # type: ignore[return-value]
 

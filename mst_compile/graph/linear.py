@@ -37,8 +37,10 @@ from mst_compile.graph.fx import (
     holds,
     is_one_cast,
     placeholders,
+    storage,
     value,
     walk,
+    written,
 )
 from mst_compile.state.weight import SparseWeight
 
@@ -119,8 +121,10 @@ class _Rewrite:
     def __init__(self, keys: dict[fx.Node, int], context: Context, mode: Any) -> None:
         self._keys, self._context, self._mode = keys, context, mode
         self._indices: dict[int, fx.Node] = {}
+        self._writers: dict[int | None, fx.Node] = {}  # memory that nodes so far have written to -> the last
 
     def visit(self, region: Region, node: fx.Node) -> None:
+        self._note_writes(region, node)
         found = match(node)
         if found is None:
             return
@@ -131,6 +135,9 @@ class _Rewrite:
             return
         transposed = found.rows_are_out == flipped
         reason = self._why_not(node, found, way, self._context.weights[key], transposed)
+        writer = next((self._writers[m] for n in way if (m := storage(region.origin(n))) in self._writers), None)
+        if writer is not None:  # here too, before the product: what a weight holds is looked at before the graph runs
+            reason = f"{describe(node)}: its values are changed before by {describe(writer)}"
         if reason is not None:
             self._context.unmatched.setdefault(key, []).append(reason)
             return
@@ -138,12 +145,20 @@ class _Rewrite:
         self._replace(node, found, base, index, key, transposed)
         self._context.matched.setdefault(key, []).append(node.meta.get("stack_trace") or "")
 
+    def _note_writes(self, region: Region, node: fx.Node) -> None:
+        """Remember what memory a node writes to, outside of its checkpoint too."""
+        memory = {storage(n) for n in written(node)} - {None}
+        while region.outer is not None and memory:
+            memory |= {storage(outside) for inside, outside in region.sources.items() if storage(inside) in memory}
+            region = region.outer
+        self._writers |= dict.fromkeys(memory - {None}, node)
+
     def _why_not(
         self, node: fx.Node, found: Match, way: list[Any], weight: SparseWeight, transposed: bool
     ) -> str | None:
         out, x, w = value(node), value(found.x), value(way[0])
         if not all(isinstance(v, torch.Tensor) for v in (out, x, w)):
-            return f"{describe(node)}: its tensors are unknown"
+            return f"{describe(node)}: its tensors are unknown, or within a transform of torch.func"
         if is_sharded(out) or is_sharded(w):
             divided = spread.divisions(x, w, _bias(found), out, transposed)
             if isinstance(divided, str):

@@ -129,3 +129,22 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("mst::attention", _backward, setup_context=_save)
+
+
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, q, k, v, _, _, key_mask, ctx.parts, ctx.scale = inputs
+    ctx.save_for_backward(grad, q, k, v, key_mask)
+
+
+def _backward_of_backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+    """Double backward, of graphs that run without AOTAutograd, which knows none: through the reference, run again."""
+    *given, key_mask = ctx.saved_tensors
+    with torch.enable_grad():
+        grad, q, k, v = (t.detach().requires_grad_() for t in given)
+        out, _ = attention_reference(q, k, v, key_mask, ctx.parts, ctx.scale)
+        inner = torch.autograd.grad(out, (q, k, v), grad, create_graph=True)
+        found = torch.autograd.grad(inner, (grad, q, k, v), outer)
+    return (*found, None, None, None, None, None)
+
+
+torch.library.register_autograd("mst::attention_backward", _backward_of_backward, setup_context=_save_backward)

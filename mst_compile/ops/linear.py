@@ -158,3 +158,42 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd(_LINEAR, _backward, setup_context=_save)
+
+
+# -- double backward: of graphs that run without AOTAutograd, which knows none -----------------------------------------
+
+
+def _save_grad_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, weight, index, ctx.block, ctx.transposed, *ctx.rest = inputs
+    ctx.save_for_backward(grad, weight, index)
+
+
+def _backward_of_grad_input(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    """``grad W`` is linear in both: in ``grad`` as :func:`linear_reference` is, in ``W`` as its own gradient is."""
+    grad, weight, index = ctx.saved_tensors
+    of_grad = of_weight = None
+    if ctx.needs_input_grad[0]:
+        of_grad = torch.ops.mst.linear(outer, weight, None, index, ctx.block, ctx.transposed, *ctx.rest)
+    if ctx.needs_input_grad[1]:
+        of_weight, _ = torch.ops.mst.linear_grad_weight(
+            grad, outer, index, ctx.block, ctx.transposed, weight.dtype, False, *ctx.rest
+        )
+    return of_grad, of_weight, *([None] * (3 + len(ctx.rest)))
+
+
+def _save_grad_weight(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    grad, x, index, ctx.block, ctx.transposed, _, ctx.bias, *ctx.rest = inputs
+    ctx.save_for_backward(grad, x, index)
+
+
+def _backward_of_grad_weight(ctx: Any, outer: Tensor, of_bias: Tensor) -> tuple[Tensor | None, ...]:
+    """What comes for the weight's gradient stands in for the weight, where that gradient is not always 0."""
+    grad, x, index = ctx.saved_tensors
+    w = (outer if int(index[DENSE_GRAD]) else masked(outer, index, ctx.block)).to(grad.dtype)
+    w = w.t() if ctx.transposed else w
+    of_grad = torch.nn.functional.linear(x, w, of_bias.to(grad.dtype) if ctx.bias else None)
+    return of_grad, grad @ w, *([None] * (5 + len(ctx.rest)))
+
+
+torch.library.register_autograd(_GRAD_INPUT, _backward_of_grad_input, setup_context=_save_grad_input)
+torch.library.register_autograd(_GRAD_WEIGHT, _backward_of_grad_weight, setup_context=_save_grad_weight)

@@ -12,6 +12,7 @@ is left alone, and said.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,25 @@ def keeps_zeros(optimizer: optim.Optimizer) -> bool:
     A subclass is not known: it may do anything (Muon's orthogonalised update, for one, fills every element).
     """
     return type(optimizer) in _ELEMENTWISE
+
+
+def divides_by_zero(optimizer: optim.Optimizer, parameters: Iterable[Tensor]) -> set[int]:
+    """Ids of those of the parameters in which a step may divide 0 by 0 where gradient and state are 0: the ``eps`` of
+    their group is 0, or rounds to it in their dtype, as Adam's 1e-8 does in float16."""
+    own = {id(p): p.dtype for p in parameters}
+    dtypes = set(own.values())
+    groups = [g for g in optimizer.param_groups if any(_is_zero(g.get("eps"), dtype) for dtype in dtypes)]
+    members = ((id(p), g["eps"]) for g in groups for p in g["params"])
+    return {i for i, eps in members if i in own and _is_zero(eps, own[i])}
+
+
+def _is_zero(eps: object, dtype: torch.dtype) -> bool:
+    return isinstance(eps, int | float) and _rounds_to_zero(float(eps), dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _rounds_to_zero(number: float, dtype: torch.dtype) -> bool:
+    return not bool(torch.tensor(number, dtype=dtype, device="cpu"))
 
 
 @dataclass(frozen=True)

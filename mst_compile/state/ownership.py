@@ -41,7 +41,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     """
     for attribute, weight in module.__dict__.get(_OWNED, {}).items():
         parameter = module._parameters[attribute]
-        if parameter is not None:
+        if parameter is not None and weight.adopted:
             bind(parameter, weight)
             weight.forget()
             weight.version, weight.follows = UNKNOWN, True

@@ -227,11 +227,12 @@ class Stepping:
     def _keep_zeros(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]], turn: _Turn) -> None:
         """Zero what a step may have made non-zero, and warn once if its optimizer keeps foreign state.
 
-        A weight has stayed 0 if three things hold: the optimizer's arithmetic is known to keep zeros, so did its state
-        begin, and the gradient that it read is the one that was masked, unchanged.
+        A weight has stayed 0 if three things hold: the optimizer's arithmetic is known to keep zeros, dividing none by
+        another, so did its state begin, and the gradient that it read is the one that was masked, unchanged.
         """
         turn.told = True
         known, spread = optimizers.keeps_zeros(optimizer), []
+        divided = optimizers.divides_by_zero(optimizer, (parameter for _, parameter in own)) if known else set()
         look = not known and optimizer in self._checked and optimizer not in self._looked
         for weight, parameter in own:
             weight.set_dense_grad(False)
@@ -242,6 +243,7 @@ class Stepping:
                 continue  # it was not stepped
             weight.moved = True
             kept = weight.is_dense or gradient is None or weight.is_masked(gradient)
+            kept = kept and id(parameter) not in divided
             if not (known and kept):
                 weight.zero_inactive_(parameter)
             if not kept or (not known and optimizer not in self._checked):

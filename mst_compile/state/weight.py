@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
@@ -81,6 +82,7 @@ class SparseWeight:
         clean: version of the Parameter (``Tensor._version``) at which it was last known to be 0 outside the active
             blocks; ``UNKNOWN`` if somebody must look.
         address: where its elements were then.
+        memory: what they were in: once it is freed another tensor may stand at the same address.
         dirty: version and address at which values were seen outside, by this rank.
         clean_here: version and address at which this rank's part of a spread weight was last seen to be 0 outside.
         recording: whether the compiled graph that last took the weight recorded gradients.
@@ -90,6 +92,8 @@ class SparseWeight:
         moved: whether the weight has been trained since the last topology event.
         version: version of the Parameter after the last training step.
         masked: the gradient that was last masked, its version then, and ``changes`` then.
+        adopted: whether a run drives it. None drives what came along when a Parameter or a module was copied out of its
+            model: these are dense, with the values that they were given.
     """
 
     name: str
@@ -110,6 +114,7 @@ class SparseWeight:
     young: Young | None = None
     clean: int = UNKNOWN
     address: int = 0
+    memory: StorageWeakRef | None = None
     dirty: tuple[int, int] | None = None
     clean_here: tuple[int, int] | None = None
     recording: bool | None = None
@@ -119,6 +124,7 @@ class SparseWeight:
     moved: bool = False
     version: int = UNKNOWN
     masked: tuple[TensorWeakRef, int, int] | None = None
+    adopted: bool = True
     attention: AttentionState = field(default_factory=AttentionState)
     uses: Uses = field(default_factory=Uses)
 
@@ -240,7 +246,10 @@ class SparseWeight:
 
     def note_clean(self, parameter: Tensor) -> None:
         """The parameter is 0 outside the active blocks, as it is now."""
-        self.clean, self.address, self.dirty, self.follows = parameter._version, _address(parameter), None, False
+        address = _address(parameter)
+        if address != self.address or self.memory is None or self.memory.expired():
+            self.memory = StorageWeakRef(parameter.untyped_storage()) if address else None
+        self.clean, self.address, self.dirty, self.follows = parameter._version, address, None, False
         self.clean_here = _written_at(parameter) if is_sharded(parameter) else None
 
     def forget(self) -> None:
@@ -255,7 +264,11 @@ class SparseWeight:
         """
         if self.is_dense or is_sharded(parameter):
             return self.is_dense or self.clean != UNKNOWN
-        return self.clean == parameter._version and self.address == _address(parameter)
+        return self.clean == parameter._version and self.address == _address(parameter) and not self.was_freed()
+
+    def was_freed(self) -> bool:
+        """Whether the memory is gone in which the elements were known to be 0: ``parameter.data`` was replaced."""
+        return self.memory is not None and self.memory.expired()
 
     def look(self, parameter: Tensor) -> bool:
         """Whether the parameter is 0 outside the active blocks, by its values; what was found is remembered.
@@ -324,7 +337,9 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        return self.__dict__ | {"clean": UNKNOWN, "version": UNKNOWN, "dirty": None, "clean_here": None, "masked": None}
+        nothing: dict[str, object] = {"dirty": None, "clean_here": None, "memory": None}
+        nothing |= {"clean": UNKNOWN, "version": UNKNOWN}
+        return self.__dict__ | nothing | {"masked": None, "adopted": False}
 
 
 def mask_gradients(gradients: Iterable[tuple[SparseWeight, Tensor]]) -> None:
@@ -411,7 +426,8 @@ def _written_at(parameter: Tensor) -> tuple[int, int]:
 
 def of(parameter: object) -> SparseWeight | None:
     """The sparse state of ``parameter``, or ``None``."""
-    return getattr(parameter, _ATTRIBUTE, None)
+    weight: SparseWeight | None = getattr(parameter, _ATTRIBUTE, None)
+    return weight if weight is not None and weight.adopted else None
 
 
 def bound() -> list[tuple[str, Tensor]]:

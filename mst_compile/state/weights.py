@@ -107,6 +107,7 @@ class Weights:
     def bind(self, parameters: dict[str, Tensor]) -> None:
         """Hang the weights' state on their Parameters."""
         for name, parameter in parameters.items():
+            self.by_name[name].adopted = True
             bind(parameter, self.by_name[name])
 
     def rebind(self) -> None:

@@ -131,6 +131,29 @@ def test_an_active_block_of_zeros_is_kept(model: nn.Module) -> None:
     )
 
 
+def test_values_outside_the_masks_are_exported(model: nn.Module, tmp_path: Path) -> None:
+    """As an average over several topologies has them, which a copy computes with."""
+    with torch.no_grad():
+        model.up.weight[:9].add_(1e-30)  # whose square is 0
+        model.down.weight.data[-1, -1] = 3.0  # leaves no trace
+    masks = mst_compile.sparsifier(model).masks
+    assert all(torch.equal(t.to_dense(), model.get_parameter(name)) for name, t in export.to_bsr(model).items())
+    assert torch.equal(export.plain(model)(IDS), model(IDS))
+    export.save(model, tmp_path / "model.safetensors")
+    loaded = export.load(Net().eval(), tmp_path / "model.safetensors")
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+    found = mst_compile.sparsifier(loaded).masks
+    assert all(bool(found[name][mask].all()) for name, mask in masks.items())
+    assert not found["up.weight"].all()
+    assert torch.equal(mst_compile.sparsifier(model).masks["up.weight"], masks["up.weight"])
+
+
+def test_values_written_without_a_trace_are_packed(model: nn.Module) -> None:
+    model.down.weight.data[-1, -1] = 3.0
+    packed = export.packed(model)
+    assert torch.equal(packed.down.weight.to_dense(), model.down.weight)
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 

@@ -308,6 +308,36 @@ def test_frozen_weights() -> None:
         torch.testing.assert_close(grad, dict(model.named_parameters())[name].grad)
 
 
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_double_backward_is_right_or_an_error(inner: str) -> None:
+    model = sparsify(nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)), static())
+    x = torch.randn(X, requires_grad=True)
+
+    def penalty(run: Callable[..., Any]) -> list[Any]:
+        model.zero_grad()
+        (gradient,) = torch.autograd.grad(run(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]  # type: ignore[union-attr]
+
+    if inner == "aot_eager":
+        with pytest.raises(RuntimeError, match="does not currently support double backward"):
+            penalty(compiled(model, inner))
+        return
+    for got, expected in zip(penalty(compiled(model, inner)), penalty(model), strict=True):
+        assert_reordered(got, expected, 512)
+
+
+@pytest.mark.filterwarnings("ignore:sparse weights of this graph")
+def test_transforms_within_a_graph_leave_it_dense() -> None:
+    model = sparsify(nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0), nn.Linear(32, 32)), static())
+    x = torch.randn(3, *X)
+    forms = [lambda x: torch.func.vmap(model)(x), lambda x: torch.func.grad(lambda x: model(x).square().sum())(x[0])]
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        for form in forms:
+            assert_reordered(compiled(form)(x).detach(), form(x).detach(), 512)
+    assert statuses(model)["1.weight"].startswith("not matched")
+
+
 # -- near misses -----------------------------------------------------------------------------------------------------
 
 

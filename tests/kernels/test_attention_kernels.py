@@ -373,6 +373,7 @@ def test_gradcheck(what: str) -> None:
     case = make(what, 9, 4, 3, 4, batch=1, heads=2, key_heads=1, dtype=F64)
     leaves = [t.requires_grad_() for t in case[:3]]
     assert torch.autograd.gradcheck(lambda *t: torch.ops.mst.attention(*t, *case.settings)[0], leaves)
+    assert torch.autograd.gradgradcheck(lambda *t: torch.ops.mst.attention(*t, *case.settings)[0], leaves)
 
 
 BAD: dict[str, Callable[[dict[str, Any]], Any]] = {

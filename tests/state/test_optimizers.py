@@ -390,3 +390,21 @@ def test_a_step_that_raises_leaves_the_learning_rate() -> None:
     used = torch.optim.SGD(model.parameters(), 1e-2)
     train(model, used, "none", batches(1))
     assert optimizer.param_groups[0]["lr"] == used.param_groups[0]["lr"] == 1e-2
+
+
+# -- where 0 is divided by 0 -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "options"), [(torch.float16, {}), (torch.float32, {"eps": 0.0})])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_an_eps_that_is_zero(name: str, foreach: bool, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """The eps of 1e-8 of most is 0 in float16: what is masked, and so has no gradient, would become NaN."""
+    model = fresh(Constant(0.6, interval=2, growth="random")).to(dtype)
+    optimizer = getattr(torch.optim, name)(model.parameters(), 1e-3, foreach=foreach, **options)
+    for x in batches(5):
+        loss_of(model, x.to(dtype)).backward()
+        optimizer.step()
+        assert_zero_outside(model, optimizer)
+        optimizer.zero_grad()
+    assert sparsifier(model).step_count == 5

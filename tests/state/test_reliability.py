@@ -69,6 +69,30 @@ def test_a_written_weight_is_noticed(write: Callable[[nn.Module], None]) -> None
     assert all(row.kernel == "block-sparse" for row in explain(model))
 
 
+def test_other_values_at_the_same_address() -> None:
+    """Data that is replaced twice may stand where the first has been freed."""
+    model, run, optimizer = start()
+    train(run, optimizer, 3)
+    parameter = model.layers[0][1].weight
+    memory = bytearray(parameter.detach().numpy().tobytes())
+
+    def put() -> None:
+        parameter.data = torch.frombuffer(memory, dtype=torch.float32).view_as(parameter)
+
+    put()
+    loss_of(run, X)  # where recording begins or ends values are looked at anyway
+    address, version = parameter.data_ptr(), parameter._version
+    parameter.data = torch.zeros_like(parameter)
+    memory[:] = torch.full_like(parameter, 0.1).detach().numpy().tobytes()
+    put()
+    assert (parameter.data_ptr(), parameter._version) == (address, version)
+    with pytest.warns(MSTWarning, match="outside the active blocks"):
+        assert_reordered(run(X).detach(), model(X).detach(), 512)
+    with pytest.warns(MSTWarning, match="are set to 0 now that an optimizer steps"):
+        train(run, optimizer)
+    assert_zero_outside(model, optimizer, gradients=False)
+
+
 def test_averages_are_swapped_in_and_out_again() -> None:
     model, run, optimizer = start("random", interval=2)
     shadow = [p.detach().clone() for p in model.parameters()]

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Blocks, static
+from helpers import Blocks, compiled, static
 from mask_cases import element_masks
 from torch import nn
 
 from mst_compile import Constant, MixedSparsity, sparsifier, sparsify
 from mst_compile.errors import CheckpointError, ScheduleError
+from mst_compile.state.weight import of
 
 
 def round_trip(model: nn.Module) -> nn.Module:
@@ -33,6 +34,22 @@ def test_a_model_that_holds_a_sparse_weight_itself(how) -> None:
     assert sparsifier(twin) is not sparsifier(model)
     assert torch.equal(sparsifier(twin).masks["weight"], sparsifier(model).masks["weight"])
     assert next(sparsifier(twin).parameters())[1] is twin.weight
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, round_trip])
+def test_a_copy_of_a_module_out_of_its_model_is_dense(how) -> None:
+    model = sparsify(Blocks(), static())
+    part = how(model.layers[0])
+    part.load_state_dict(model.layers[0].state_dict())  # tells the owners of sparse weights, which the copy has none of
+    assert torch.equal(part[1].weight, model.layers[0][1].weight)
+    compiled(model.layers[0])(torch.randn(64, 32)).sum().backward()  # a graph that they may share
+    for run in (part, compiled(part)):
+        part.zero_grad()
+        run(torch.randn(64, 32)).square().sum().backward()
+        assert bool((part[1].weight.grad != 0).all())
+    assert sparsifier(sparsify(part, static(0.5))).density == pytest.approx(0.5, abs=0.05)
+    model.load_state_dict(model.state_dict(), assign=True)  # its own modules still tell
+    assert all(of(parameter) is weight for weight, parameter in sparsifier(model).parameters())
 
 
 def test_a_model_is_freed() -> None:

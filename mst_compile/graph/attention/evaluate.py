@@ -53,8 +53,7 @@ class Evaluator:
         self.relied: dict[fx.Node, Tensor] = {}
         self._mutators: dict[int, list[fx.Node]] = {}
         for node in region.graph.nodes:
-            key = storage(written(node))
-            if key is not None:
+            for key in {key for n in written(node) if (key := storage(n)) is not None}:
                 self._mutators.setdefault(key, []).append(node)
         self.hints: dict[Any, int] = {} if outer is None else dict(outer.hints)
         for node in self.placeholders:

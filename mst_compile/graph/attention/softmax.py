@@ -98,7 +98,7 @@ def _why_not(found: Attention, softmax: fx.Node, products: list[fx.Node], carrie
 
 def _late_writers(product: fx.Node) -> set[fx.Node]:
     """In-place statements on the scores whose results nobody uses."""
-    return {n for n in product.users if not n.users and n.op == "call_method" and written(n) is product}
+    return {n for n in product.users if not n.users and n.op == "call_method" and product in written(n)}
 
 
 def _products_before(node: fx.Node) -> Iterator[fx.Node]:
