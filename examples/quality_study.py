@@ -12,7 +12,7 @@
 Trains a byte-level GPT (``quality/model.py``) under every configuration of ``quality/configurations.py``, in their
 order of importance: first all of them with the first seed, then the main ones with the others. All go through the
 library as a user would, ``mst_compile.sparsify(model, schedule)`` and ``torch.compile(model, backend="mst")``; dense
-and unstructured models run under Inductor. Initial weights, batches and their order are the same for every
+models run under Inductor. Initial weights, batches and their order are the same for every
 configuration of a seed, learning rate and its schedule too unless the configuration is about them. Each finished run is
 one line of ``--out``; runs that are there already are skipped, so the study can be stopped and continued at any time.
 
@@ -24,7 +24,9 @@ their ``--out`` and ``--csv`` (benchmarks/quality_large.csv) apart from those of
 ``--regime`` gives every model the same FLOPs, that of a small dense one trained on a hundred tokens a weight, and lets
 it choose width and number of steps: the dense frontier against models that are wider and sparse. ``plenty``: on text
 that is hardly seen twice; ``repeat-4``, ``repeat-16``: on so little of it that the base sees it four or sixteen times
-(``--csv`` benchmarks/quality_regimes.csv).
+(``--csv`` benchmarks/quality_regimes.csv). ``twenty``: a fifth of these FLOPs, so twenty tokens a weight for the base.
+``--regime plenty --seeds 0 --only NAME... --time 5`` measures what a step takes, the configurations in turn, on a
+machine with nothing else to do.
 
 The recorded runs, with the loss of every step, are kept; to go on from them:
 
@@ -46,12 +48,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from quality import records, report
+from quality import records, report, step_times
 from quality.configurations import BUDGET_QUEUE, CONFIGURATIONS, KNOWN, LARGE_QUEUE, Config
 from quality.sizes import LARGE, QUICK, REGIMES, Study
 from quality.training import Text, train
 
 ROOT = Path(__file__).parent.parent
+STEPS = 60  # of a configuration in a round of --time
 
 
 def parser() -> argparse.ArgumentParser:
@@ -68,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--regime", choices=REGIMES, help="models of one budget of FLOPs; text repeated so often")
     p.add_argument("--minutes", type=float, help="begin no run that is expected to end later than this")
     p.add_argument("--rehearse", type=int, metavar="STEPS", help="so many steps of each run, to fill compilers' caches")
+    p.add_argument("--time", type=int, metavar="ROUNDS", help="time steps of the configurations in turn, no more")
     p.add_argument("--quick", action="store_true", help="a model and runs of seconds, to try the script itself")
     p.add_argument("--list", action="store_true", help="print the configurations and leave")
     p.add_argument("--collect", action="store_true", help="write --csv from --out")
@@ -78,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--regimes-csv", type=Path, default=ROOT / "benchmarks" / "quality_regimes.csv", help="that of one budget"
+    )
+    p.add_argument(
+        "--times-csv", type=Path, default=ROOT / "benchmarks" / "quality_step_times.csv", help="what --time finds"
     )
     docs = ROOT / "docs"
     p.add_argument("--doc", type=Path, nargs="+", default=[docs / "quality.md", docs / "when.md"], help="the reports")
@@ -153,7 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = QUICK if args.quick else replace(study, dtype=args.dtype or study.dtype)
         runs = plan(args.only or queue, args.seeds)
         text = Text.load(args.data, args.val)
-        if args.rehearse:
+        if args.time:
+            found = step_times.measure([config for config, _ in runs], study, text, args.time, STEPS, args.device)
+            step_times.write(args.times_csv, found)
+        elif args.rehearse:
             for config, seed in runs:
                 train(config, seed, study, text, stop=args.rehearse, device=args.device)
         else:
@@ -163,8 +173,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.report:
         tables = (args.csv, args.large_csv, args.regimes_csv)
         found = [records.read_csv(csv) if csv.exists() else [] for csv in tables]
+        times = step_times.read(args.times_csv) if args.times_csv.exists() else []
         for doc in args.doc:
-            report.write(doc, *found)
+            report.write(doc, *found, times)
         if args.figure is not None:
             from quality import plots  # needs matplotlib
 

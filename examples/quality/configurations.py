@@ -29,6 +29,7 @@ class Config:
             the study's ``base``.
         length: ``"full"``; ``"match"`` for as many steps as give the training FLOPs of ``base``; or so many times the
             study's steps.
+        budget: factor on the FLOPs that are matched: what a dense model makes of the time a sparse one takes.
         learning_rate: factor on the study's.
         decay: ``"wsd"`` or ``"cosine"`` (to 10 %).
         input_rate: the rate of a hidden weight is multiplied by ``inputs ** -input_rate``, where inputs is the number
@@ -55,6 +56,7 @@ class Config:
     overrides: tuple[tuple[str, float | None, int | None], ...] = ()
     width: Literal["full", "match"] | int = "full"
     length: Literal["full", "match"] | int = "full"
+    budget: float = 1.0
     learning_rate: float = 1.0
     decay: Literal["wsd", "cosine"] = "wsd"
     input_rate: float = 1.0
@@ -388,6 +390,45 @@ ON_BUDGET: tuple[Config, ...] = (
             ("wide-128-b1-set", "SET 80 %, unstructured", 128, {"kind": "constant", "block": 1, **_SET}),
         )
     ),
+    *(
+        _budgeted(f"dense-{width}-{word}", f"dense, {note}, double the rate", width, **more, kind="dense")
+        for width in (48, 64, 80)
+        for word, note, more in (
+            ("more", "half as many FLOPs again", {"budget": 1.5, "learning_rate": 2.0}),
+            ("some-more", "a fifth more FLOPs", {"budget": 1.2, "learning_rate": 2.0}),
+        )
+    ),
+    *(
+        _budgeted(f"dense-{width}-match-rate-double", "dense, double the rate", width, kind="dense", learning_rate=2.0)
+        for width in (32, 40, 48, 56, 96)
+    ),
+    _budgeted("dense-48-match-rate-quadruple", "dense, quadruple the rate", 48, kind="dense", learning_rate=4.0),
+    _budgeted("wide-96-b8-rate-double", "static 80 %, B = 8, double the rate", 96, kind="constant", learning_rate=2.0),
+    *(
+        _budgeted(
+            f"wide-96-b{block}-set-rate-double",
+            f"SET 80 %, {'unstructured' if block == 1 else f'B = {block}'}, double the rate",
+            96,
+            kind="constant",
+            block=block,
+            learning_rate=2.0,
+            **_SET,
+        )
+        for block in (1, 2, 4, 8)
+    ),
+    *(
+        _budgeted(
+            f"wide-{width}{'' if percent == 80 else f'-{percent}'}-b2-set-rate-double",
+            f"SET {percent} %, B = 2, double the rate",
+            width,
+            kind="constant",
+            block=2,
+            learning_rate=2.0,
+            **_SET if percent == 80 else _SET | {"sparsity": percent / 100},
+        )
+        for width, percent in ((128, 80), (80, 80), (80, 70), (96, 90))
+    ),
+    _budgeted("dense-32-match", "dense", 32, kind="dense"),
 )
 BUDGET_QUEUE = ("dense", *(config.name for config in ON_BUDGET))
 LARGE_QUEUE = (

@@ -66,13 +66,13 @@ def is_done(records: Iterable[Record], config: Config, seed: int, study: Study) 
 
 def rows(records: Sequence[Record]) -> list[Record]:
     """The CSV's rows, in the order of the configurations; of repeated runs the newest counts."""
-    texts: dict[int | None, dict[tuple[str, int], Record]] = {}  # runs on different texts are no repetitions
+    studies: dict[tuple[int | None, int], dict[tuple[str, int], Record]] = {}  # those of others are no repetitions
     for r in records:
-        texts.setdefault(r["study"].get("unique"), {})[r["name"], r["seed"]] = r
+        studies.setdefault((r["study"].get("unique"), r["study"]["steps"]), {})[r["name"], r["seed"]] = r
     order = {name: i for i, name in enumerate(KNOWN)}
     found = []
-    for unique in sorted(texts, key=lambda unique: (unique is not None, -(unique or 0))):
-        newest = texts[unique]
+    for study in sorted(studies, key=lambda study: (study[0] is not None, -(study[0] or 0), -study[1])):
+        newest = studies[study]
         known = sorted((key for key in newest if key[0] in order), key=lambda key: (order[key[0]], key[1]))
         found += [_row(newest[key], newest) for key in known]
     return found

@@ -11,11 +11,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from . import budget
 from .analysis import Results
 from .configurations import CONFIGURATIONS, KNOWN
-from .model import narrowed
 from .records import Record
-from .sizes import BASE, BUDGET, LARGE
+from .sizes import BASE, LARGE
 from .spikes import AFTER
 
 _PART = re.compile(r"(<!-- study:(\w+) -->\n).*?(<!-- end -->)", re.S)
@@ -63,17 +63,19 @@ SKELETON = "# Quality\n\n" + "\n\n".join(
 )
 
 
-def write(file: Path, rows: list[Record], large: list[Record], regimes: Sequence[Record] = ()) -> None:
+def write(
+    file: Path, rows: list[Record], large: list[Record], regimes: Sequence[Record] = (), times: Sequence[Record] = ()
+) -> None:
     """Bring the generated parts of the document up to date; a missing document is made of nothing else.
 
     Args:
         large: rows of the models trained on a GPU.
-        regimes: rows of the models of one budget.
+        regimes: rows of the models of one budget. times: of their steps.
     """
     text = file.read_text(encoding="utf-8") if file.exists() else SKELETON + "\n"
     results = Results(rows)
     parts = {name: lambda part=part: part(results) for name, part in PARTS.items()}
-    parts |= {"large": lambda: on_gpu(large), "regimes": lambda: on_budget(regimes)}
+    parts |= {"large": lambda: on_gpu(large), "regimes": lambda: budget.table(regimes, times)}
     file.write_text(_PART.sub(lambda m: f"{m[1]}{parts[m[2]]()}\n{m[3]}", text), encoding="utf-8")
 
 
@@ -334,53 +336,6 @@ def on_gpu(rows: Sequence[Record]) -> str:
     said = f"{LARGE.layers} layers, {LARGE.width} wide unless a name says otherwise, context {LARGE.context}, "
     where = sorted({f"{r['cpu']}, torch {r['torch']}" for r in order})
     return "\n".join([*lines, "", f"{said}{LARGE.tokens} tokens a step. {', '.join(where)}."])
-
-
-def on_budget(rows: Sequence[Record]) -> str:
-    """Models of one budget of FLOPs, each against the best dense one on the same text, best first."""
-    lines = [
-        "| text | run | configuration | seeds | steps | tokens an active weight | validation loss | against the "
-        "best dense run | hidden share of FLOPs | CPU seconds | density at the end |",
-        "|---|" + "---|" * 10,
-    ]
-    processors = list(dict.fromkeys(r["cpu"] for r in rows))  # seconds of different ones are not comparable
-    for unique in dict.fromkeys(r["unique"] for r in rows):
-        own = [r for r in rows if r["unique"] == unique]
-        named = {name: [r for r in own if r["name"] == name] for name in dict.fromkeys(r["name"] for r in own)}
-        loss = {name: statistics.fmean(r["val_loss"] for r in found) for name, found in named.items()}
-        rival = {r["seed"]: min(d["val_loss"] for d in own if _is_dense(d) and d["seed"] == r["seed"]) for r in own}
-        tokens = BUDGET.steps * BUDGET.tokens
-        text = (
-            f"{tokens / 1e6:.1f} MB, hardly repeated"
-            if unique is None
-            else f"{unique / 1e6:.2f} MB, {tokens / unique:.0f} times"
-        )
-        for name in sorted(named, key=loss.__getitem__):
-            found = named[name]
-            seen = found[0]["steps"] * BUDGET.tokens
-            shape = narrowed(BUDGET.shape, found[0]["width"])
-            hidden = 1 - seen * shape.step_flops(1, 0, 0) / found[0]["flops"]
-            active = hidden * found[0]["flops"] / (6 * seen)
-            gap = statistics.fmean(r["val_loss"] - rival[r["seed"]] for r in found)
-            cells = [
-                text,
-                f"`{name}`",
-                KNOWN[name].note,
-                str(len(found)),
-                str(found[0]["steps"]),
-                f"{seen / active:.0f}",
-            ]
-            cells += [f"{loss[name]:.3f}", f"{gap:+.3f}", f"{hidden:.2f}"]
-            times = [[r[TIME] for r in found if r["cpu"] == cpu] for cpu in processors]
-            cells += [" / ".join(f"{statistics.fmean(t):.0f}" if t else "-" for t in times)]
-            lines.append(f"| {' | '.join([*cells, format(found[0]['density'], '.2f')])} |")
-    where = sorted({f"torch {r['torch']}, {r['dtype']}" for r in rows})
-    seconds = f"CPU seconds on one thread of {' / '.join(processors)}, shared"
-    return "\n".join([*lines, "", f"{seconds}; {'; '.join(where)}."])
-
-
-def _is_dense(row: Record) -> bool:
-    return KNOWN[row["name"]].kind == "dense"
 
 
 PARTS: dict[str, Callable[[Results], str]] = {

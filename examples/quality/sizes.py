@@ -74,7 +74,7 @@ BUDGET = Study(
     base="dense",
     checks=9,
 )
-REGIMES: dict[str, Study] = {"plenty": BUDGET} | {
+REGIMES: dict[str, Study] = {"plenty": BUDGET, "twenty": replace(BUDGET, steps=BUDGET.steps // 5)} | {
     f"repeat-{n}": replace(BUDGET, unique=BUDGET.steps * BUDGET.tokens // n) for n in (4, 16)
 }
 QUICK = Study(width=64, heads=2, context=32, batch=4, steps=60, validation_batches=4, compile=False, dtype="float32")

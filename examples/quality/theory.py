@@ -24,6 +24,7 @@ from .records import Record
 
 DENSITIES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1)
 # What a law of sizes cannot know: rates, decays, guards and first weights other than the rule's.
+LEAST_STEPS = 600  # below, runs are short of steps, whatever their tokens: there the rule's rate is not the best either
 APART = ("guard", "learning_rate", "hidden_rate", "input_rate", "rate_law", "rescale", "decay", "backbone")
 
 
@@ -69,8 +70,8 @@ def point_of(row: Record) -> Point:
 
 
 def follows_the_rule(row: Record) -> bool:
-    """Whether a run has the rates and first weights of all others."""
-    return not any(key in json.loads(row["settings"]) for key in APART)
+    """Whether a run has the rates and first weights of all others, and steps enough."""
+    return row["steps"] >= LEAST_STEPS and not any(key in json.loads(row["settings"]) for key in APART)
 
 
 def drops(name: str) -> bool:

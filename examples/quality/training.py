@@ -118,7 +118,7 @@ def size_of(config: Config, study: Study) -> tuple[Shape, int]:
     """
     shape, steps = _shape_of(config, study), lengthened(config, study).steps
     if "match" in (config.width, config.length):
-        budget = planned_flops(KNOWN[study.base], study)
+        budget = config.budget * planned_flops(KNOWN[study.base], study)
         if config.width == "match":
             shape = matching_shape(shape, study.tokens, budget / steps)
         else:
@@ -190,7 +190,7 @@ def train(
     if schedule is not None:
         make_sparse(model, config, own, seed)
         sparse = mst_compile.sparsifier(model).weights
-    backend = "inductor" if schedule is None or config.block == 1 else "mst"
+    backend = "inductor" if schedule is None else "mst"
     compiled = torch.compile(model, backend=backend, dynamic=False) if study.compile else model
     optimizer, clock, guard = optimizer_for(model, study, config.beta2), Clock(), Guard(model, config.guard)
     losses, densities, flops = [], [], 0.0

@@ -3,9 +3,9 @@
 from mst_compile.cost.loss_law import Fit, LossLaw
 
 FIT = Fit(
-    law=LossLaw(a=0.3711, alpha=0.1582, b=0.5036, beta=0.5496, gamma=0.3204, repeats=0.774),
-    error=0.025,
-    active=(55300.0, 42500000.0),
-    tokens=(451000.0, 170000000.0),
+    law=LossLaw(a=0.2398, alpha=0.2528, b=0.7432, beta=0.3147, gamma=0.2823, repeats=1.042),
+    error=0.024,
+    active=(24600.0, 42500000.0),
+    tokens=(1230000.0, 170000000.0),
     repeats=26.3,
 )

@@ -1,0 +1,125 @@
+"""Models of one budget of FLOPs, whatever their width and number of steps: what they reach, and in what time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+
+from .configurations import KNOWN
+from .model import narrowed
+from .records import Record
+from .sizes import BUDGET
+
+_EQUAL = 1.02  # FLOPs of runs that were given the same, whose numbers of steps are whole; times of rivals
+_NOT_OF_A_STEP = ("learning_rate", "decay_law", "budget", "length", "width")  # what its time does not depend on
+_HEAD = (
+    "run",
+    "configuration",
+    "seeds",
+    "steps",
+    "tokens an active weight",
+    "FLOPs",
+    "validation loss",
+    "against the best dense run of equal FLOPs",
+    "CPU seconds",
+    "against dense runs of equal time",
+    "hidden share of FLOPs",
+    "density at the end",
+)
+
+
+def table(rows: Sequence[Record], times: Sequence[Record]) -> str:
+    """Models of one budget, a table for each amount of text, each model against the dense ones there, best first.
+
+    Args:
+        rows: of the runs.
+        times: of steps, measured in turn on one processor, see :mod:`.step_times`.
+    """
+    lines = []
+    for text in dict.fromkeys(_text(r) for r in rows):
+        own = [r | {"time": _seconds(r, times)} for r in rows if _text(r) == text]
+        named = {name: [r for r in own if r["name"] == name] for name in dict.fromkeys(r["name"] for r in own)}
+        loss = {name: statistics.fmean(r["val_loss"] for r in found) for name, found in named.items()}
+        lines += [f"**{text}**", "", f"| {' | '.join(_HEAD)} |", "|---|" + "---|" * (len(_HEAD) - 1)]
+        for name in sorted(named, key=loss.__getitem__):
+            cells = [f"`{name}`", KNOWN[name].note, *_cells(named[name], own)]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    where = sorted({f"torch {r['torch']}, {r['dtype']}" for r in rows})
+    timed = sorted({f"{t['cpu']}, {t['threads']} thread" + "s" * (t["threads"] > 1) for t in times})
+    said = (
+        f"CPU seconds: steps times the median of {times[0]['rounds']} rounds on {', '.join(timed)}; " if times else ""
+    )
+    return "\n".join([*lines, f"{said}{'; '.join(where)}."])
+
+
+def _cells(found: Sequence[Record], own: Sequence[Record]) -> list[str]:
+    """What the table says of a configuration's runs, given all runs on the same text."""
+    first = found[0]
+    tokens = first["steps"] * BUDGET.tokens
+    shape = narrowed(BUDGET.shape, first["width"])
+    hidden = 1 - tokens * shape.step_flops(1, 0, 0) / first["flops"]
+    active = hidden * first["flops"] / (6 * tokens)
+    gap = statistics.fmean(r["val_loss"] - rival_of_equal_flops(r, own) for r in found)
+    in_time = [r["val_loss"] - rival for r in found if (rival := rival_of_equal_time(r, own)) is not None]
+    return [
+        str(len(found)),
+        str(first["steps"]),
+        f"{tokens / active:.0f}",
+        f"{first['flops_relative']:.2f}",
+        f"{statistics.fmean(r['val_loss'] for r in found):.3f}",
+        f"{gap:+.3f}",
+        "" if first["time"] is None else f"{first['time']:.0f}",
+        f"{statistics.fmean(in_time):+.3f}" if len(in_time) == len(found) else "",
+        f"{hidden:.2f}",
+        f"{first['density']:.2f}",
+    ]
+
+
+def rival_of_equal_flops(run: Record, own: Sequence[Record]) -> float:
+    """Loss of the best dense run of the same seed and no more FLOPs."""
+    return min(
+        r["val_loss"] for r in own if _is_dense(r) and r["seed"] == run["seed"] and r["flops"] <= _EQUAL * run["flops"]
+    )
+
+
+def rival_of_equal_time(run: Record, own: Sequence[Record]) -> float | None:
+    """Loss that dense runs of the same seed reach in the time of ``run``: between the best of those that took less
+    and the best of those that took more, on a line over the logarithm of the time; None outside of them."""
+    dense = sorted((r["time"], r["val_loss"]) for r in own if _is_dense(r) and r["seed"] == run["seed"] and r["time"])
+    best: list[tuple[float, float]] = []
+    for time, loss in dense:
+        if not best or loss < best[-1][1]:
+            best.append((time, loss))
+    if run["time"] is None or not best or not dense[0][0] <= run["time"] <= _EQUAL * dense[-1][0]:
+        return None
+    for (t0, y0), (t1, y1) in itertools.pairwise(best):
+        if t0 <= run["time"] <= t1:
+            return y0 + math.log(run["time"] / t0) / math.log(t1 / t0) * (y1 - y0)
+    return best[-1][1]  # those that took more did no better
+
+
+def _text(row: Record) -> str:
+    """How much text a run was given, and how often the base sees it."""
+    tokens = row["flops"] / row["flops_relative"] / BUDGET.shape.dense_flops(1)
+    if row["unique"] is None:
+        return f"{tokens / 1e6:.1f} MB, hardly repeated"
+    return f"{row['unique'] / 1e6:.2f} MB, {tokens / row['unique']:.0f} times"
+
+
+def _seconds(row: Record, times: Sequence[Record]) -> float | None:
+    """Of all steps of a run, by the time measured of a step of its shape; None if none was."""
+    step = next((t["milliseconds"] for t in times if _step(t) == _step(row)), None)
+    return None if step is None else row["steps"] * step / 1000
+
+
+def _step(row: Record) -> dict[str, object]:
+    """What the time of a step depends on."""
+    settings = KNOWN[row["name"]].settings()
+    return {key: value for key, value in settings.items() if key not in _NOT_OF_A_STEP} | {"width": row["width"]}
+
+
+def _is_dense(row: Record) -> bool:
+    return KNOWN[row["name"]].kind == "dense"
