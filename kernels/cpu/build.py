@@ -46,6 +46,7 @@ _OPENMP = "-fopenmp"
 _BUILD_SECONDS = 900.0  # about a minute on two cores; slow machines and busy ones take longer
 _ANSWER_SECONDS = 60.0  # for a compiler's version, or a file of two lines
 _WAIT_SECONDS = 0.05
+_REMOVALS = 20
 _INSTALL = "Install g++ or clang++, or point CXX to a C++ compiler that works"
 
 
@@ -209,7 +210,7 @@ def _workspace(folder: Path) -> Iterator[Path]:
     """A folder to build in, locked as long as its builder lives; those of builders that were killed are removed."""
     for other in folder.glob("building-*"):
         if _is_abandoned(other):
-            shutil.rmtree(other, ignore_errors=True)
+            _remove(other)
     with tempfile.TemporaryDirectory(prefix="building-", dir=folder, ignore_cleanup_errors=True) as work:
         file = os.open(work, os.O_RDONLY)
         try:
@@ -218,6 +219,15 @@ def _workspace(folder: Path) -> Iterator[Path]:
             yield Path(work)
         finally:
             os.close(file)
+
+
+def _remove(work: Path) -> None:
+    """Remove a folder in which a killed builder's compilers may still write: a file that comes after its fellows have
+    been listed keeps the folder from going. Once that has gone, none comes."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(work, ignore_errors=True)
+        if not work.exists():
+            return
 
 
 def _is_abandoned(work: Path) -> bool:

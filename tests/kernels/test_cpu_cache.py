@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import signal
 import stat
 import time
@@ -172,6 +173,23 @@ def test_a_build_that_was_killed_leaves_nothing(compiler: StubCompiler) -> None:
     assert time.monotonic() - begun < build._BUILD_SECONDS / 3, "nobody is waited for"
     assert kept(path) == [path.name]
     library.Library("baseline")
+
+
+def test_a_compiler_that_still_writes_keeps_no_folder(compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of a builder that was killed, into the folder that is being removed."""
+    where = build.build("baseline").parent
+    (abandoned := where / "building-abandoned").mkdir()
+    remove, late = shutil.rmtree, ["one.o", "two.o"]
+
+    def rmtree(path: Path, **how: bool) -> None:
+        remove(path, **how)
+        if late and path == abandoned:
+            path.mkdir()
+            (path / late.pop()).touch()
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with build._workspace(where):
+        assert not abandoned.exists()
 
 
 def test_a_builder_that_lives_is_left_in_peace(compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
