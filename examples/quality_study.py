@@ -49,7 +49,8 @@ from pathlib import Path
 
 import torch
 from quality import records, report, step_times
-from quality.configurations import BUDGET_QUEUE, CONFIGURATIONS, KNOWN, LARGE_QUEUE, Config
+from quality.config import Config
+from quality.configurations import BUDGET_QUEUE, CONFIGURATIONS, KNOWN, LARGE_QUEUE
 from quality.sizes import LARGE, QUICK, REGIMES, Study
 from quality.training import Text, train
 

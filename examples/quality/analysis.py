@@ -7,7 +7,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from .configurations import CONFIGURATIONS, KNOWN, Config
+from .config import Config
+from .configurations import CONFIGURATIONS, KNOWN
 from .records import Record
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from . import spikes
-from .configurations import KNOWN, Config
+from .config import Config
+from .configurations import KNOWN
 from .sizes import Study
 
 Record = dict[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .configurations import Config
+from .config import Config
 from .records import Record
 from .sizes import Study
 from .training import Text, train

@@ -17,7 +17,8 @@ from mst_compile.report.clock import Clock
 from mst_compile.report.machine import processor_name
 from mst_compile.rules.laws import graphcore
 
-from .configurations import KNOWN, Config, learning_rate, lengthened, overrides_of, schedule_of
+from .config import Config, learning_rate, lengthened, overrides_of, schedule_of
+from .configurations import KNOWN
 from .guards import Guard
 from .model import (
     GPT,

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import quality_study
 from quality import model, plots, records, report, step_times, training
 from quality.analysis import Results
+from quality.config import schedule_of
 from quality.configurations import (
     BUDGET_QUEUE,
     CONFIGURATIONS,
@@ -26,7 +27,6 @@ from quality.configurations import (
     ON_BUDGET,
     ON_GPU,
     ON_REGROWN,
-    schedule_of,
 )
 from quality.sizes import BUDGET, LARGE, QUICK, REGIMES, Study
 

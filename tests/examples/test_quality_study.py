@@ -20,7 +20,8 @@ import quality_permutation
 import quality_study
 from quality import model, records, report, training
 from quality.analysis import Results
-from quality.configurations import CONFIGURATIONS, LARGE_QUEUE, Config, learning_rate, schedule_of
+from quality.config import Config, learning_rate, schedule_of
+from quality.configurations import CONFIGURATIONS, LARGE_QUEUE
 from quality.guards import Guard
 from quality.sizes import BASE, LARGE, QUICK, Study
 

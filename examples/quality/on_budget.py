@@ -1,0 +1,77 @@
+"""Configurations of one budget of FLOPs (``sizes.BUDGET``): dense models of every width, and wider ones that are sparse,
+with the steps that it allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .config import START_80, Config, config
+
+_SET: dict[str, Any] = {"growth": "random", "drop_fraction": 0.3, "interval": 50}
+
+
+def _budgeted(name: str, note: str, width: int, **changes: Any) -> Config:
+    settings: dict[str, Any] = {"width": width, "length": "match", "decay_law": "independent"}
+    return config(name, f"{note}, width {width}", **settings | changes)
+
+
+ON_BUDGET: tuple[Config, ...] = (
+    *(_budgeted(f"dense-{width}-match", "dense", width, kind="dense") for width in (80, 48, 96, 128)),
+    _budgeted("wide-128-b8", "static 80 %, B = 8", 128, kind="constant"),
+    _budgeted("wide-128-b1-set", "SET 80 %, unstructured", 128, kind="constant", block=1, **_SET),
+    _budgeted("wide-96-60", "static 60 %, B = 8", 96, kind="constant", sparsity=0.6),
+    _budgeted("wide-128-b8-set", "SET 80 %, B = 8", 128, kind="constant", **_SET),
+    _budgeted("wide-128-b4", "static 80 %, B = 4", 128, kind="constant", block=4),
+    _budgeted("wide-128-b1", "static 80 %, unstructured", 128, kind="constant", block=1),
+    _budgeted("wide-192-90", "static 90 %, B = 8", 192, kind="constant", sparsity=0.9),
+    _budgeted("wide-96-start", "80 % from the start, no drop-and-grow", 96, **START_80),
+    *(
+        _budgeted(f"{name}-rate-{word}", f"{note}, {word} the rate", width, learning_rate=factor, **changes)
+        for word, factor in (("half", 0.5), ("double", 2.0), ("quadruple", 4.0))
+        for name, note, width, changes in (
+            ("dense-80-match", "dense", 80, {"kind": "dense"}),
+            ("dense-64-match", "dense", 64, {"kind": "dense"}),
+            ("wide-128-b8", "static 80 %, B = 8", 128, {"kind": "constant"}),
+            ("wide-128-b1-set", "SET 80 %, unstructured", 128, {"kind": "constant", "block": 1, **_SET}),
+        )
+    ),
+    *(
+        _budgeted(f"dense-{width}-{word}", f"dense, {note}, double the rate", width, **more, kind="dense")
+        for width in (48, 64, 80)
+        for word, note, more in (
+            ("more", "half as many FLOPs again", {"budget": 1.5, "learning_rate": 2.0}),
+            ("some-more", "a fifth more FLOPs", {"budget": 1.2, "learning_rate": 2.0}),
+        )
+    ),
+    *(
+        _budgeted(f"dense-{width}-match-rate-double", "dense, double the rate", width, kind="dense", learning_rate=2.0)
+        for width in (32, 40, 48, 56, 96)
+    ),
+    _budgeted("dense-48-match-rate-quadruple", "dense, quadruple the rate", 48, kind="dense", learning_rate=4.0),
+    _budgeted("wide-96-b8-rate-double", "static 80 %, B = 8, double the rate", 96, kind="constant", learning_rate=2.0),
+    *(
+        _budgeted(
+            f"wide-96-b{block}-set-rate-double",
+            f"SET 80 %, {'unstructured' if block == 1 else f'B = {block}'}, double the rate",
+            96,
+            kind="constant",
+            block=block,
+            learning_rate=2.0,
+            **_SET,
+        )
+        for block in (1, 2, 4, 8)
+    ),
+    *(
+        _budgeted(
+            f"wide-{width}{'' if percent == 80 else f'-{percent}'}-b2-set-rate-double",
+            f"SET {percent} %, B = 2, double the rate",
+            width,
+            kind="constant",
+            block=2,
+            learning_rate=2.0,
+            **_SET if percent == 80 else _SET | {"sparsity": percent / 100},
+        )
+        for width, percent in ((128, 80), (80, 80), (80, 70), (96, 90))
+    ),
+    _budgeted("dense-32-match", "dense", 32, kind="dense"),
+)
