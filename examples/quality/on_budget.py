@@ -1,4 +1,4 @@
-"""Configurations of one budget of FLOPs (``sizes.BUDGET``): dense models of every width, and wider ones that are sparse,
+"""Configurations of one budget of FLOPs (``sizes.BUDGET``): dense models of every width, and wider sparse ones,
 with the steps that it allows."""
 
 from __future__ import annotations
