@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from generation import generation
 from helpers import static
 from oracles import assert_as_good_as
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import mst_compile
@@ -136,25 +136,12 @@ def test_flops_are_those_of_the_active_blocks(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
 def test_text_is_generated_as_by_the_model(cache: str) -> None:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=64, n_positions=32, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=None
-    )  # fmt: skip
-    model = mst_compile.sparsify(GPT2LMHeadModel(config).eval(), static(0.7), block=8)
-    ids = torch.randint(64, (2, 6))
-    options: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}
-    options |= {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "disable_compile": True}
-    options |= {"attention_mask": torch.ones_like(ids), "output_logits": True, "return_dict_in_generate": True}
-    want = model.generate(ids, **options)
-    exact = copy.deepcopy(model).double().generate(ids, **options)
-    packed: Any = export.packed(model)
+    written = generation(cache)
+    packed: Any = export.packed(written.model)
     for compiled in (False, True):
         if compiled:
             packed.compile(backend="aot_eager")
-        got = packed.generate(ids, **options)
-        assert torch.equal(got.sequences, want.sequences)
-        for logits, usual, right in zip(got.logits, want.logits, exact.logits, strict=True):
-            assert_as_good_as(logits, usual, right, torch.float32)
+        written.check(packed.generate(written.ids, **written.options))
 
 
 # -- what is packed ----------------------------------------------------------------------------------------------------
