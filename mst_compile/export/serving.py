@@ -184,9 +184,9 @@ def packed(model: nn.Module) -> nn.Module:
     """A copy of a sparse model for inference, whose linear layers keep their active blocks alone.
 
     Blocks lie in the order in which a product reads them, so that a weight is read, and kept, in proportion to its
-    density, whatever its block: the faster form, above all for few tokens, and the smaller one. It
-    runs in eager mode and under ``torch.compile`` with any backend. The copy is in evaluation mode
-    and none of its Parameters requires a gradient; ``model`` stays as it is.
+    density, whatever its block: the faster form, above all for few tokens, and the smaller one. It runs in eager mode
+    and under ``torch.compile`` with any backend. The copy is in evaluation mode and none of its Parameters requires a
+    gradient; ``model`` stays as it is.
 
     Sparse weights of ``nn.Linear`` and Hugging Face Conv1D layers are packed: ``weight`` of the layer, a
     :class:`PackedLinear` now, is a :class:`PackedWeight`. Layers that shared a weight share the packed one. What stays

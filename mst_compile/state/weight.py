@@ -337,9 +337,8 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        nothing: dict[str, object] = {"dirty": None, "clean_here": None, "memory": None}
-        nothing |= {"clean": UNKNOWN, "version": UNKNOWN}
-        return self.__dict__ | nothing | {"masked": None, "adopted": False}
+        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked"))
+        return self.__dict__ | nothing | {"clean": UNKNOWN, "version": UNKNOWN, "adopted": False}
 
 
 def mask_gradients(gradients: Iterable[tuple[SparseWeight, Tensor]]) -> None:
