@@ -1,0 +1,97 @@
+"""Optimizers that kept state before the model was sparse, and state in tensors of other kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import Blocks, static
+from mask_cases import element_masks
+from situations import train
+from torch import Tensor
+from training import assert_zero_outside
+
+from mst_compile import Constant, densify, sparsify
+from mst_compile.errors import OptimizerError
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, 1e-2),
+        lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+        lambda p: torch.optim.Adagrad(p, 1e-2, initial_accumulator_value=0.1),
+    ],
+)
+def test_state_from_before_is_cleaned(make: Callable[..., torch.optim.Optimizer]) -> None:
+    model = Blocks()
+    optimizer = make(model.parameters())
+    for _ in range(2):
+        train(model, optimizer, 3)
+        sparsify(model, static())
+        train(model, optimizer)
+        assert_zero_outside(model, optimizer, gradients=False)
+        densify(model)
+
+
+class Coded(torch.Tensor):
+    """State in another form: numbers times 64 as whole numbers, read and written through copies alone."""
+
+    exact = True
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> Coded:
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes: Tensor) -> None:
+        self.codes = codes
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default and cls.exact is not None:
+            to, source = args[:2]
+            if isinstance(to, Coded):
+                to.codes.copy_((source * 64).round() + (0 if cls.exact else 1))
+            else:
+                to.copy_(source.codes / 64)
+            return to
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes)
+        raise NotImplementedError(f"{func} of Coded")
+
+
+class CodedSGD(torch.optim.Optimizer):
+    """Momentum in a tensor subclass."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = Coded(torch.zeros_like(p))
+                    codes = self.state[p]["momentum"].codes
+                    codes.mul_(0.9).add_(p.grad * 64)
+                    p.sub_(codes / 64, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("exact", [True, False, None])
+def test_state_in_a_tensor_subclass(exact: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cleaned through its own copies, or refused at the first step."""
+    monkeypatch.setattr(Coded, "exact", exact)
+    model = sparsify(Blocks(), Constant(0.7, interval=2, growth="random"))
+    optimizer = CodedSGD(model.parameters(), 0.01)
+    if not exact:
+        with pytest.raises(OptimizerError, match=r"CodedSGD keeps momentum of layers\.0\.1\.weight in a Coded"):
+            train(model, optimizer)
+        return
+    train(model, optimizer, 7)
+    for name, mask in element_masks(model).items():
+        p = model.get_parameter(name)
+        assert not p.detach()[~mask].any()
+        assert not optimizer.state[p]["momentum"].codes[~mask].any()
