@@ -8,6 +8,7 @@
     python examples/quality_study.py --collect          # runs -> benchmarks/quality.csv
     python examples/quality_study.py --report           # CSV -> docs/quality.md, docs/when.md
     python examples/quality_study.py --report --figure docs/when.svg                     # and its figure
+    python examples/quality_study.py --report --budget-figure docs/budget.svg            # that of one budget
 
 Trains a byte-level GPT (``quality/model.py``) under every configuration of ``quality/configurations.py``, in their
 order of importance: first all of them with the first seed, then the main ones with the others. All go through the
@@ -24,7 +25,8 @@ their ``--out`` and ``--csv`` (benchmarks/quality_large.csv) apart from those of
 ``--regime`` gives every model the same FLOPs, that of a small dense one trained on a hundred tokens a weight, and lets
 it choose width and number of steps: the dense frontier against models that are wider and sparse. ``plenty``: on text
 that is hardly seen twice; ``repeat-4``, ``repeat-16``: on so little of it that the base sees it four or sixteen times
-(``--csv`` benchmarks/quality_regimes.csv). ``twenty``: a fifth of these FLOPs, so twenty tokens a weight for the base.
+(``--csv`` benchmarks/quality_regimes.csv). ``twenty``: a fifth of these FLOPs, so twenty tokens a weight for the base;
+``thrice``: three times as many, twenty for a dense model twice as wide.
 ``--regime plenty --seeds 0 --only NAME... --time 5`` measures what a step takes, the configurations in turn, on a
 machine with nothing else to do.
 
@@ -90,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     docs = ROOT / "docs"
     p.add_argument("--doc", type=Path, nargs="+", default=[docs / "quality.md", docs / "when.md"], help="the reports")
     p.add_argument("--figure", type=Path, help="draw docs/when.svg, or another file")
+    p.add_argument("--budget-figure", type=Path, help="draw docs/budget.svg, or another file")
     return p
 
 
@@ -181,6 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from quality import plots  # needs matplotlib
 
             plots.draw(args.figure, *found[:2])
+        if args.budget_figure is not None:
+            from quality import plots_budget
+
+            plots_budget.draw(args.budget_figure, found[2], times)
     return trained
 
 

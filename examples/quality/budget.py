@@ -38,8 +38,8 @@ def table(rows: Sequence[Record], times: Sequence[Record]) -> str:
         times: of steps, measured in turn on one processor, see :mod:`.step_times`.
     """
     lines = []
-    for text in dict.fromkeys(_text(r) for r in rows):
-        own = [r | {"time": _seconds(r, times)} for r in rows if _text(r) == text]
+    for text in dict.fromkeys(text_of(r) for r in rows):
+        own = [r | {"time": seconds_of(r, times)} for r in rows if text_of(r) == text]
         named = {name: [r for r in own if r["name"] == name] for name in dict.fromkeys(r["name"] for r in own)}
         loss = {name: statistics.fmean(r["val_loss"] for r in found) for name, found in named.items()}
         lines += [f"**{text}**", "", f"| {' | '.join(_HEAD)} |", "|---|" + "---|" * (len(_HEAD) - 1)]
@@ -81,14 +81,14 @@ def _cells(found: Sequence[Record], own: Sequence[Record]) -> list[str]:
 def rival_of_equal_flops(run: Record, own: Sequence[Record]) -> float:
     """Loss of the best dense run of the same seed and no more FLOPs."""
     return min(
-        r["val_loss"] for r in own if _is_dense(r) and r["seed"] == run["seed"] and r["flops"] <= _EQUAL * run["flops"]
+        r["val_loss"] for r in own if is_dense(r) and r["seed"] == run["seed"] and r["flops"] <= _EQUAL * run["flops"]
     )
 
 
 def rival_of_equal_time(run: Record, own: Sequence[Record]) -> float | None:
     """Loss that dense runs of the same seed reach in the time of ``run``: between the best of those that took less
     and the best of those that took more, on a line over the logarithm of the time; None outside of them."""
-    dense = sorted((r["time"], r["val_loss"]) for r in own if _is_dense(r) and r["seed"] == run["seed"] and r["time"])
+    dense = sorted((r["time"], r["val_loss"]) for r in own if is_dense(r) and r["seed"] == run["seed"] and r["time"])
     best: list[tuple[float, float]] = []
     for time, loss in dense:
         if not best or loss < best[-1][1]:
@@ -101,7 +101,7 @@ def rival_of_equal_time(run: Record, own: Sequence[Record]) -> float | None:
     return best[-1][1]  # those that took more did no better
 
 
-def _text(row: Record) -> str:
+def text_of(row: Record) -> str:
     """How much text a run was given, and how often the base sees it."""
     tokens = row["flops"] / row["flops_relative"] / BUDGET.shape.dense_flops(1)
     if row["unique"] is None:
@@ -109,7 +109,7 @@ def _text(row: Record) -> str:
     return f"{row['unique'] / 1e6:.2f} MB, {tokens / row['unique']:.0f} times"
 
 
-def _seconds(row: Record, times: Sequence[Record]) -> float | None:
+def seconds_of(row: Record, times: Sequence[Record]) -> float | None:
     """Of all steps of a run, by the time measured of a step of its shape; None if none was."""
     step = next((t["milliseconds"] for t in times if _step(t) == _step(row)), None)
     return None if step is None else row["steps"] * step / 1000
@@ -121,5 +121,5 @@ def _step(row: Record) -> dict[str, object]:
     return {key: value for key, value in settings.items() if key not in _NOT_OF_A_STEP} | {"width": row["width"]}
 
 
-def _is_dense(row: Record) -> bool:
+def is_dense(row: Record) -> bool:
     return KNOWN[row["name"]].kind == "dense"

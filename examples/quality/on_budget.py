@@ -74,4 +74,23 @@ ON_BUDGET: tuple[Config, ...] = (
         for width, percent in ((128, 80), (80, 80), (80, 70), (96, 90))
     ),
     _budgeted("dense-32-match", "dense", 32, kind="dense"),
+    # Models wide enough for blocks of 8 to be fine.
+    *(
+        _budgeted(f"dense-{width}-match-rate-double", "dense, double the rate", width, kind="dense", learning_rate=2.0)
+        for width in (112, 128, 160)
+    ),
+    *(
+        _budgeted(
+            f"wide-{width}-b{block}{'-set' if law else ''}-rate-double",
+            f"{'SET' if law else 'static'} 80 %, B = {block}, double the rate",
+            width,
+            kind="constant",
+            block=block,
+            learning_rate=2.0,
+            **law,
+        )
+        for width in (192, 256)
+        for block in (8, 4, 2)
+        for law in ({}, _SET)
+    ),
 )

@@ -47,22 +47,22 @@ def figure_of(rows: list[Record], large: list[Record]) -> Figure:
         dense = [n for n in results.frontier_names if n in names and KNOWN[n].decay_law == "rate"]
         for axis, (column, label) in zip(axes[i], _COSTS, strict=True):
             points = {n: (results.mean(n, column), results.loss(n)) for n in [*dense, *WHEN] if n in names}
-            _panel(axis, points, dense, label, f"{title}, 1.6 M weights, CPU")
+            panel(axis, points, dense, label, f"{title}, 1.6 M weights, CPU")
     points_of = {r["name"]: r for r in large}
     for axis, (column, label) in zip(axes[2], _LARGE_COSTS, strict=True):
         points = {n: (r[column], r["val_loss"]) for n, r in points_of.items()}
         dense = [n for n in points if KNOWN[n].kind == "dense"]
-        _panel(axis, points, dense, label, "20 tokens a weight that is left, 42 M, H100")
+        panel(axis, points, dense, label, "20 tokens a weight that is left, 42 M, H100")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     figure.draw_without_rendering()  # panels have their places now, and keep them
     figure.set_layout_engine("none")
     for axis in axes.flat:
-        _name_points(axis)
+        name_points(axis)
     return figure
 
 
-def _panel(axis: Axes, points: dict[str, tuple[float, float]], dense: Sequence[str], label: str, title: str) -> None:
+def panel(axis: Axes, points: dict[str, tuple[float, float]], dense: Sequence[str], label: str, title: str) -> None:
     line = sorted((points[n], n) for n in dense)
     sparse = [n for n in points if n not in dense]
     for names, style, colour, what in (
@@ -77,7 +77,7 @@ def _panel(axis: Axes, points: dict[str, tuple[float, float]], dense: Sequence[s
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _name_points(axis: Axes) -> None:
+def name_points(axis: Axes) -> None:
     """Write the name of every point beside it, where it covers no other name, no point, no line and no edge."""
     taken: list[Bbox] = []
     edges: list[np.ndarray] = []
@@ -103,7 +103,7 @@ def _name_points(axis: Axes) -> None:
         axis.annotate(
             name, place * 72 / figure.dpi, centre * 72 / figure.dpi, xycoords="figure points",
             textcoords="figure points", fontsize=8, ha="center", va="center",
-            arrowprops=arrow if _distance(place, box) > _RINGS[1] else None,
+            arrowprops=arrow if distance(place, box) > _RINGS[1] else None,
         )  # fmt: skip
 
 
@@ -133,8 +133,8 @@ def free_place(
         covered = 5 * sum(box.overlaps(other) for other in taken)
         covered += 5 * sum(Polygon(edge).intersects_bbox(box, filled=False) for edge in edges)
         # It belongs to the nearest point, and nothing stands between them.
-        own = _distance(place, box)
-        covered += sum(_distance(other, box) <= own for other in points if not np.allclose(other, place))
+        own = distance(place, box)
+        covered += sum(distance(other, box) <= own for other in points if not np.allclose(other, place))
         way = Polygon(np.array([place, np.clip(place, box.min, box.max)]))
         covered += sum(way.intersects_path(Polygon(e), filled=False) for e in edges if not _ends_at(e, place))
         within = (inside.min <= box.min).all() and (box.max <= inside.max).all()
@@ -146,7 +146,7 @@ def free_place(
     return best
 
 
-def _distance(place: np.ndarray, box: Bbox) -> float:
+def distance(place: np.ndarray, box: Bbox) -> float:
     return math.dist(place, np.clip(place, box.min, box.max))
 
 

@@ -28,7 +28,8 @@ PLAIN: tuple[str, ...] = (
     "seconds",
     "processor_seconds",
 )
-BEST = ("best_loss", "best_step")  # the lowest of the validation losses taken on the way and at the end
+# The lowest of the validation losses taken on the way and at the end, and all of them: "240:2.1301 480:1.9207 …".
+BEST = ("best_loss", "best_step", "checks")
 PLAIN += ("compile_seconds", "density_min", "density", "nonzero", "dead_hidden", "dead_values", "torch", "cpu")
 SPIKE = ("step", "rise", "z", "threshold", "events", "own")
 COLUMNS: tuple[str, ...] = ("name", "seed", "settings", *STUDY, "blocks", *PLAIN, *BEST)
@@ -85,8 +86,9 @@ def _row(record: Record, others: dict[tuple[str, int], Record]) -> Record:
     row["blocks"] = " ".join(map(str, record["blocks"]))
     row |= {key: record["study"].get(key) for key in STUDY}
     if record.get("checks"):
-        loss, step = min((loss, step) for step, loss in [*record["checks"], (record["steps"], record["val_loss"])])
-        row |= {"best_loss": loss, "best_step": step}
+        checks = [*record["checks"], (record["steps"], record["val_loss"])]
+        loss, step = min((loss, step) for step, loss in checks)
+        row |= {"best_loss": loss, "best_step": step, "checks": " ".join(f"{step}:{loss:.4f}" for step, loss in checks)}
     cosine, long = record["settings"].get("decay") == "cosine", isinstance(record["settings"].get("length"), int)
     suffix = "-cosine" if cosine else "-long" if long else ""
     dense, static = (others.get((name + suffix, record["seed"])) for name in ("dense", CONTROL))
@@ -114,6 +116,11 @@ def read_csv(file: Path) -> list[Record]:
     """The rows again, numbers as numbers."""
     with file.open(newline="") as stream:
         return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+
+
+def curve(row: Record) -> list[tuple[int, float]]:
+    """Validation losses on the way and at the end, as (step, loss); none where there were no checks."""
+    return [(int(step), float(loss)) for step, loss in (pair.split(":") for pair in str(row["checks"] or "").split())]
 
 
 def _number(text: str) -> Any:

@@ -62,6 +62,7 @@ LARGE = Study(
 )
 # Small models of one budget, whatever their width and number of steps: that of a dense model 64 wide which sees a
 # hundred tokens a weight. Twenty a weight has the one 96 wide. Hidden weights are three quarters of the base's FLOPs.
+# Three times the budget gives twenty to the one 128 wide: there blocks of 8 are fine for a model twice as wide.
 BUDGET = Study(
     width=64,
     heads=2,
@@ -74,7 +75,9 @@ BUDGET = Study(
     base="dense",
     checks=9,
 )
-REGIMES: dict[str, Study] = {"plenty": BUDGET, "twenty": replace(BUDGET, steps=BUDGET.steps // 5)} | {
-    f"repeat-{n}": replace(BUDGET, unique=BUDGET.steps * BUDGET.tokens // n) for n in (4, 16)
-}
+REGIMES: dict[str, Study] = {
+    "plenty": BUDGET,
+    "twenty": replace(BUDGET, steps=BUDGET.steps // 5),
+    "thrice": replace(BUDGET, steps=BUDGET.steps * 3),
+} | {f"repeat-{n}": replace(BUDGET, unique=BUDGET.steps * BUDGET.tokens // n) for n in (4, 16)}
 QUICK = Study(width=64, heads=2, context=32, batch=4, steps=60, validation_batches=4, compile=False, dtype="float32")

@@ -93,7 +93,7 @@ def test_rates_do_not_change_what_a_step_takes() -> None:
     times = [time("wide-128-b8", 60.0, 128), time("wide-128-b1-set", 70.0, 128), time("dense", 50.0, 64)]
 
     def seconds(name: str, width: int) -> float | None:
-        return budget._seconds(run(name, 1.0, width, steps=1000), times)
+        return budget.seconds_of(run(name, 1.0, width, steps=1000), times)
 
     assert seconds("wide-128-b8-rate-double", 128) == 60.0
     assert seconds("wide-128-b1-set-rate-double", 128) == 70.0
@@ -145,9 +145,9 @@ def test_the_leads_that_the_pages_claim_are_in_the_rows() -> None:
     """Three seeds each: in FLOPs, and at the smaller budget in time."""
     top = Path(__file__).parents[2] / "benchmarks"
     times = step_times.read(top / "quality_step_times.csv")
-    rows = [r | {"time": budget._seconds(r, times)} for r in records.read_csv(top / "quality_regimes.csv")]
+    rows = [r | {"time": budget.seconds_of(r, times)} for r in records.read_csv(top / "quality_regimes.csv")]
     small, large = (
-        [r for r in rows if r["unique"] is None and budget._text(r).startswith(mb)] for mb in ("2.0", "9.8")
+        [r for r in rows if r["unique"] is None and budget.text_of(r).startswith(mb)] for mb in ("2.0", "9.8")
     )
 
     def leads(own: list[Record], name: str) -> list[float]:

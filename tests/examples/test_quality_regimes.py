@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.path import Path as Polygon
-from matplotlib.text import Annotation, Text
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import quality_study
-from quality import model, plots, records, report, step_times, training
+from quality import model, records, report, step_times, training
 from quality.analysis import Results
 from quality.config import schedule_of
 from quality.configurations import (
@@ -144,7 +142,7 @@ def test_wider_sparse_models_get_the_steps_that_the_budget_allows(name: str) -> 
 def test_every_regime_is_one_budget() -> None:
     for name, study in REGIMES.items():
         assert replace(study, unique=None, steps=BUDGET.steps) == BUDGET
-        assert study.steps == (BUDGET.steps // 5 if name == "twenty" else BUDGET.steps)
+        assert study.steps == {"twenty": BUDGET.steps // 5, "thrice": 3 * BUDGET.steps}.get(name, BUDGET.steps)
         if name.startswith("repeat"):
             assert study.unique == BUDGET.steps * BUDGET.tokens // int(name.removeprefix("repeat-"))
 
@@ -159,37 +157,6 @@ def test_the_report_of_large_models_holds_each_against_the_base(tmp_path: Path) 
     assert (first[0], first[5]) == ("| `static-b64`", "")
     assert (second[0], *second[3:6], second[8]) == ("| `dense-short`", "50", "1.250", "+0.250", "50.0 |")
     assert "old" not in file.read_text()
-
-
-def test_the_figure_shows_recorded_runs_and_is_always_the_same(tmp_path: Path) -> None:
-    folder = Path(__file__).parents[2] / "benchmarks"
-    rows = [records.read_csv(folder / name) for name in ("quality.csv", "quality_large.csv")]
-    for name in ("one.svg", "two.svg"):
-        plots.draw(tmp_path / name, *rows)
-    drawn = (tmp_path / "one.svg").read_bytes()
-    assert drawn == (tmp_path / "two.svg").read_bytes()
-    assert all(name in drawn.decode() for name in ("dense-384-match", "static-b64", "start-70", "3 tokens a weight"))
-
-
-def test_no_label_of_the_figure_covers_anything() -> None:
-    folder = Path(__file__).parents[2] / "benchmarks"
-    figure = plots.figure_of(*(records.read_csv(folder / name) for name in ("quality.csv", "quality_large.csv")))
-    figure.draw_without_rendering()
-    for axis in figure.axes:
-        texts = [child for child in axis.get_children() if isinstance(child, Annotation)]
-        boxes = [Text.get_window_extent(text) for text in texts]
-        frame = axis.get_window_extent()
-        for i, box in enumerate(boxes):
-            assert frame.x0 <= box.x0 < box.x1 <= frame.x1
-            assert not any(box.overlaps(other) for other in boxes[:i])
-            for line in axis.lines:
-                places = line.get_transform().transform(line.get_xydata())
-                assert not any(box.contains(*place) for place in places)
-                if line.get_linestyle() == "-":
-                    assert not Polygon(places).intersects_bbox(box, filled=False)
-        shown = {text.get_text() for text in texts}
-        assert len(shown) == len(texts) == sum(len(line.get_xdata()) for line in axis.lines)
-    plots.plt.close(figure)
 
 
 def test_dense_models_of_equal_time() -> None:
@@ -216,7 +183,7 @@ def test_the_pages_say_what_the_recorded_rows_say(name: str, tmp_path: Path) -> 
     assert page.read_text() == (top / "docs" / name).read_text()
 
 
-def test_runs_on_different_texts_are_kept_apart_and_lengths_may_differ(text: training.Text) -> None:
+def test_runs_on_different_texts_are_kept_apart_and_lengths_may_differ(text: training.Text, tmp_path: Path) -> None:
     short = replace(QUICK, steps=8, unique=640)
     kept = [
         training.train(KNOWN["dense"], 0, QUICK, text) | {"checks": [(20, 0.5), (40, 9.0)]},
@@ -229,4 +196,8 @@ def test_runs_on_different_texts_are_kept_apart_and_lengths_may_differ(text: tra
         ("dense", None), ("dense", 640), ("rigl-b8", 640), ("set-b8", 640),
     ]  # fmt: skip
     assert (rows[0]["best_loss"], rows[0]["best_step"]) == (0.5, 20)  # the run's end was not its best
+    records.write_csv(file := tmp_path / "rows.csv", rows)
+    read = records.read_csv(file)
+    assert records.curve(read[0]) == [(20, 0.5), (40, 9.0), (QUICK.steps, round(kept[0]["val_loss"], 4))]
+    assert records.curve(read[1]) == []
     assert "best_loss" not in rows[1]
