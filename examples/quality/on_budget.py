@@ -74,6 +74,67 @@ ON_BUDGET: tuple[Config, ...] = (
         for width, percent in ((128, 80), (80, 80), (80, 70), (96, 90))
     ),
     _budgeted("dense-32-match", "dense", 32, kind="dense"),
+    # What might help blocks of 8: one thing changed of each.
+    *(
+        _budgeted(f"wide-{width}-b8{name}", f"static 80 %, B = 8, {note}", width, **{"kind": "constant", **changes})
+        for width, name, note, changes in (
+            (96, "-rate-quadruple", "quadruple the rate", {"learning_rate": 4.0}),
+            (128, "-rate-quadruple", "quadruple the rate", {"learning_rate": 4.0}),
+            *(
+                (96, f"-{name}-rate-double", f"{note}, double the rate", {"learning_rate": 2.0} | changes)
+                for name, note, changes in (
+                    ("uniform", "the same density in every layer", {"distribution": "uniform"}),
+                    ("attention-60", "attention at 60 %", {"overrides": (("*.attention.*", 0.6, None),)}),
+                    ("unscaled", "first weights not rescaled", {"rescale": False}),
+                )
+            ),
+        )
+    ),
+    *(
+        _budgeted(
+            f"wide-{width}-{percent}-b8-rate-double",
+            f"static {percent} %, B = 8, double the rate",
+            width,
+            kind="constant",
+            sparsity=percent / 100,
+            learning_rate=2.0,
+        )
+        for width, percent in ((64, 50), (80, 70), (96, 70))
+    ),
+    *(
+        _budgeted(
+            f"wide-96-b8-set-{name}-rate-double",
+            f"SET 80 %, B = 8, {note}, double the rate",
+            96,
+            kind="constant",
+            learning_rate=2.0,
+            **_SET | changes,
+        )
+        for name, note, changes in (
+            ("l1", "L1 magnitude", {"magnitude": "l1"}),
+            ("gentle", "drop 10 %", {"drop_fraction": 0.1}),
+            ("early", "events in the first quarter alone", {"until": 0.25}),
+        )
+    ),
+    _budgeted(
+        "wide-96-start-rate-double",
+        "80 % from the start, dense at the end, double the rate",
+        96,
+        learning_rate=2.0,
+        **START_80,
+    ),
+    *(
+        _budgeted(
+            f"wide-{width}-b2-set-rate-quadruple",
+            "SET 80 %, B = 2, quadruple the rate",
+            width,
+            kind="constant",
+            block=2,
+            learning_rate=4.0,
+            **_SET,
+        )
+        for width in (96, 128)
+    ),
     # Models wide enough for blocks of 8 to be fine.
     *(
         _budgeted(f"dense-{width}-match-rate-double", "dense, double the rate", width, kind="dense", learning_rate=2.0)
