@@ -80,6 +80,7 @@ ON_BUDGET: tuple[Config, ...] = (
         for width, name, note, changes in (
             (96, "-rate-quadruple", "quadruple the rate", {"learning_rate": 4.0}),
             (128, "-rate-quadruple", "quadruple the rate", {"learning_rate": 4.0}),
+            (256, "-rate-quadruple", "quadruple the rate", {"learning_rate": 4.0}),
             *(
                 (96, f"-{name}-rate-double", f"{note}, double the rate", {"learning_rate": 2.0} | changes)
                 for name, note, changes in (
