@@ -136,6 +136,31 @@ ON_BUDGET: tuple[Config, ...] = (
         )
         for width in (96, 128)
     ),
+    # Denser attention, in blocks of 8 and of 2.
+    *(
+        _budgeted(
+            f"wide-{width}{'' if percent == 80 else f'-{percent}'}-b{block}{'-set' if law else ''}-attention-{attention}"
+            f"{ending}-rate-double",
+            f"{'SET' if law else 'static'} {percent} %, B = {block}, attention at {attention} %{note}, double the rate",
+            width,
+            kind="constant",
+            block=block,
+            learning_rate=2.0,
+            overrides=(("*.attention.*", attention / 100, None),),
+            **law | changes | ({} if percent == 80 else {"sparsity": percent / 100}),
+        )
+        for width, percent, block, law, attention, ending, note, changes in (
+            (96, 80, 8, {}, 40, "", "", {}),
+            (96, 80, 8, {}, 0, "", "", {}),
+            (80, 80, 8, {}, 0, "", "", {}),
+            (96, 80, 8, {}, 60, "-unscaled", ", first weights not rescaled", {"rescale": False}),
+            (96, 80, 8, {}, 60, "-uniform", ", the same density elsewhere", {"distribution": "uniform"}),
+            (96, 80, 8, _SET, 60, "", "", {}),
+            (96, 90, 8, {}, 0, "", "", {}),
+            (96, 80, 2, _SET, 60, "", "", {}),
+            (96, 80, 2, _SET, 0, "", "", {}),
+        )
+    ),
     # Models wide enough for blocks of 8 to be fine.
     *(
         _budgeted(f"dense-{width}-match-rate-double", "dense, double the rate", width, kind="dense", learning_rate=2.0)
