@@ -100,7 +100,10 @@ ON_BUDGET: tuple[Config, ...] = (
             sparsity=percent / 100,
             learning_rate=2.0,
         )
-        for width, percent in ((64, 50), (80, 70), (96, 70))
+        for width, percent in (
+            *((64, 50), (80, 70), (96, 70), (80, 60), (96, 60), (96, 50), (112, 70)),
+            *((128, 70), (128, 60), (160, 70), (192, 70), (192, 60), (224, 70), (256, 70)),
+        )
     ),
     *(
         _budgeted(
@@ -136,11 +139,27 @@ ON_BUDGET: tuple[Config, ...] = (
         )
         for width in (96, 128)
     ),
+    *(
+        _budgeted(
+            f"wide-{width}-70-b8{name}-rate-double",
+            f"{note}, B = 8, double the rate",
+            width,
+            kind="constant",
+            sparsity=0.7,
+            learning_rate=2.0,
+            **changes,
+        )
+        for width in (96, 128)
+        for name, note, changes in (
+            ("-set", "SET 70 %", _SET),
+            ("-attention-50", "static 70 %, attention at 50 %", {"overrides": (("*.attention.*", 0.5, None),)}),
+        )
+    ),
     # Denser attention, in blocks of 8 and of 2.
     *(
         _budgeted(
-            f"wide-{width}{'' if percent == 80 else f'-{percent}'}-b{block}{'-set' if law else ''}-attention-{attention}"
-            f"{ending}-rate-double",
+            f"wide-{width}{'' if percent == 80 else f'-{percent}'}-b{block}{'-set' if law else ''}"
+            f"-attention-{attention}{ending}-rate-double",
             f"{'SET' if law else 'static'} {percent} %, B = {block}, attention at {attention} %{note}, double the rate",
             width,
             kind="constant",
