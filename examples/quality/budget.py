@@ -1,4 +1,7 @@
-"""Models of one budget of FLOPs, whatever their width and number of steps: what they reach, and in what time."""
+"""Models of one budget of FLOPs, whatever their width and number of steps: what they reach, and in what time.
+
+Differences are of runs of the same seed, their mean over seeds and its standard error.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from .model import narrowed
 from .records import Record
 from .sizes import BUDGET
 
+_SEEDS = 3  # at the least, to say how far they lie apart
 _EQUAL = 1.02  # FLOPs of runs that were given the same, whose numbers of steps are whole; times of rivals
 _NOT_OF_A_STEP = ("learning_rate", "decay_law", "budget", "length", "width")  # what its time does not depend on
 _HEAD = (
@@ -22,9 +26,9 @@ _HEAD = (
     "tokens an active weight",
     "FLOPs",
     "validation loss",
-    "against the best dense run of equal FLOPs",
+    "against the best dense width of equal FLOPs",
     "CPU seconds",
-    "against dense runs of equal time",
+    "against dense widths of equal time",
     "hidden share of FLOPs",
     "density at the end",
 )
@@ -42,7 +46,9 @@ def table(rows: Sequence[Record], times: Sequence[Record]) -> str:
         own = [r | {"time": seconds_of(r, times)} for r in rows if text_of(r) == text]
         named = {name: [r for r in own if r["name"] == name] for name in dict.fromkeys(r["name"] for r in own)}
         loss = {name: statistics.fmean(r["val_loss"] for r in found) for name, found in named.items()}
-        lines += [f"**{text}**", "", f"| {' | '.join(_HEAD)} |", "|---|" + "---|" * (len(_HEAD) - 1)]
+        spread = noise(own)
+        scatter = "" if spread is None else f": a run's loss has a standard deviation of {spread:.3f} over seeds"
+        lines += [f"**{text}**{scatter}", "", f"| {' | '.join(_HEAD)} |", "|---|" + "---|" * (len(_HEAD) - 1)]
         for name in sorted(named, key=loss.__getitem__):
             cells = [f"`{name}`", KNOWN[name].note, *_cells(named[name], own)]
             lines.append(f"| {' | '.join(cells)} |")
@@ -62,7 +68,7 @@ def _cells(found: Sequence[Record], own: Sequence[Record]) -> list[str]:
     shape = narrowed(BUDGET.shape, first["width"])
     hidden = 1 - tokens * shape.step_flops(1, 0, 0) / first["flops"]
     active = hidden * first["flops"] / (6 * tokens)
-    gap = statistics.fmean(r["val_loss"] - rival_of_equal_flops(r, own) for r in found)
+    gaps = [r["val_loss"] - rival_of_equal_flops(r, own) for r in found]
     in_time = [r["val_loss"] - rival for r in found if (rival := rival_of_equal_time(r, own)) is not None]
     return [
         str(len(found)),
@@ -70,35 +76,62 @@ def _cells(found: Sequence[Record], own: Sequence[Record]) -> list[str]:
         f"{tokens / active:.0f}",
         f"{first['flops_relative']:.2f}",
         f"{statistics.fmean(r['val_loss'] for r in found):.3f}",
-        f"{gap:+.3f}",
+        with_error(gaps),
         "" if first["time"] is None else f"{first['time']:.0f}",
-        f"{statistics.fmean(in_time):+.3f}" if len(in_time) == len(found) else "",
+        with_error(in_time) if len(in_time) == len(found) else "",
         f"{hidden:.2f}",
         f"{first['density']:.2f}",
     ]
 
 
 def rival_of_equal_flops(run: Record, own: Sequence[Record]) -> float:
-    """Loss of the best dense run of the same seed and no more FLOPs."""
-    return min(
-        r["val_loss"] for r in own if is_dense(r) and r["seed"] == run["seed"] and r["flops"] <= _EQUAL * run["flops"]
-    )
+    """Loss, with the seed of ``run``, of the dense configuration of no more FLOPs that is best over all its seeds."""
+    found = [r for r in own if is_dense(r) and r["seed"] == run["seed"] and r["flops"] <= _EQUAL * run["flops"]]
+    loss: float = min(found, key=lambda r: _mean_loss(r["name"], own))["val_loss"]
+    return loss
 
 
 def rival_of_equal_time(run: Record, own: Sequence[Record]) -> float | None:
-    """Loss that dense runs of the same seed reach in the time of ``run``: between the best of those that took less
-    and the best of those that took more, on a line over the logarithm of the time; None outside of them."""
-    dense = sorted((r["time"], r["val_loss"]) for r in own if is_dense(r) and r["seed"] == run["seed"] and r["time"])
-    best: list[tuple[float, float]] = []
-    for time, loss in dense:
-        if not best or loss < best[-1][1]:
-            best.append((time, loss))
+    """Loss that dense runs of the same seed reach in the time of ``run``: between the best configuration of those that
+    took less and the best of those that took more, on a line over the logarithm of the time; None outside of them.
+
+    Which ones are best is decided over all seeds: the best of a few runs of one seed is the luckiest as well.
+    """
+    dense = sorted(
+        (r["time"], _mean_loss(r["name"], own), r["val_loss"])
+        for r in own
+        if is_dense(r) and r["seed"] == run["seed"] and r["time"]
+    )
+    best: list[tuple[float, float, float]] = []
+    for point in dense:
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
     if run["time"] is None or not best or not dense[0][0] <= run["time"] <= _EQUAL * dense[-1][0]:
         return None
-    for (t0, y0), (t1, y1) in itertools.pairwise(best):
+    for (t0, _, y0), (t1, _, y1) in itertools.pairwise(best):
         if t0 <= run["time"] <= t1:
             return y0 + math.log(run["time"] / t0) / math.log(t1 / t0) * (y1 - y0)
-    return best[-1][1]  # those that took more did no better
+    return best[-1][2]  # those that took more did no better
+
+
+def noise(own: Sequence[Record]) -> float | None:
+    """Standard deviation of a run's loss, pooled over the configurations with three seeds and more; None: none has."""
+    names = dict.fromkeys(r["name"] for r in own)
+    spreads = [[r["val_loss"] for r in own if r["name"] == name] for name in names]
+    free = [(len(losses) - 1, statistics.variance(losses)) for losses in spreads if len(losses) >= _SEEDS]
+    return math.sqrt(sum(n * v for n, v in free) / sum(n for n, _ in free)) if free else None
+
+
+def _mean_loss(name: str, own: Sequence[Record]) -> float:
+    return statistics.fmean(r["val_loss"] for r in own if r["name"] == name)
+
+
+def with_error(differences: Sequence[float]) -> str:
+    """Their mean, and where there are enough of them its standard error."""
+    mean = f"{statistics.fmean(differences):+.3f}"
+    if len(differences) < _SEEDS or not any(differences):
+        return mean
+    return f"{mean} ± {statistics.stdev(differences) / math.sqrt(len(differences)):.3f}"
 
 
 def text_of(row: Record) -> str:

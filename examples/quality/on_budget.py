@@ -41,6 +41,7 @@ ON_BUDGET: tuple[Config, ...] = (
         for word, note, more in (
             ("more", "half as many FLOPs again", {"budget": 1.5, "learning_rate": 2.0}),
             ("some-more", "a fifth more FLOPs", {"budget": 1.2, "learning_rate": 2.0}),
+            ("some-less", "a seventh of the FLOPs fewer", {"budget": 0.86, "learning_rate": 2.0}),
         )
     ),
     *(

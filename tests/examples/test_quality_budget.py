@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_each_text_has_its_own_best_dense_run() -> None:
         run("dense-80-match", 1.9, unique=614400),
         run("dense", 1.8, steps=480, flops=FLOPS / 5),
     ]
-    against = "against the best dense run of equal FLOPs"
+    against = "against the best dense width of equal FLOPs"
     assert cells(rows, [], "run", "validation loss", against) == [
         ("`wide-128-b8`", "1.500", "-0.100"),
         ("`dense`", "1.600", "+0.000"),
@@ -72,7 +73,7 @@ def test_more_flops_are_no_rival_but_in_time() -> None:
         run("wide-128-b8", 1.57, 128, steps=2400, density=0.2),
     ]
     times = [time("dense", 50.0, 64), time("wide-128-b8", 50.0 * 1.5**0.5, 128)]
-    wanted = ("run", "against the best dense run of equal FLOPs", "CPU seconds", "against dense runs of equal time")
+    wanted = ("run", "against the best dense width of equal FLOPs", "CPU seconds", "against dense widths of equal time")
     assert cells(rows, times, *wanted) == [
         ("`dense-64-more`", "+0.000", "180", "+0.000"),
         ("`wide-128-b8`", "-0.030", "147", "-0.010"),  # half way, in the logarithm, from 1.60 to 1.56
@@ -87,6 +88,30 @@ def test_more_flops_are_no_rival_but_in_time() -> None:
 def test_a_dense_run_that_takes_longer_for_nothing_is_no_rival(milliseconds: float, rival: float | None) -> None:
     own = [run("dense", 1.6, time=120.0), run("dense-80-match", 1.7, time=180.0)]
     assert budget.rival_of_equal_time(run("wide-128-b8", 1.5, time=2.4 * milliseconds), own) == rival
+
+
+def test_the_luckiest_run_is_no_rival() -> None:
+    """The best configuration over all seeds is, whichever was best with the seed at hand."""
+    own = [run("dense", loss, seed=seed, time=100.0) for seed, loss in enumerate((1.60, 1.62, 1.58))]
+    own += [run("dense-80-match", loss, 80, seed=seed, time=90.0) for seed, loss in enumerate((1.70, 1.50, 1.70))]
+    sparse = [run("wide-128-b8", 1.55, 128, seed=seed, time=95.0) for seed in range(3)]
+    assert [budget.rival_of_equal_flops(r, [*own, *sparse]) for r in sparse] == [1.60, 1.62, 1.58]
+    rivals = [budget.rival_of_equal_time(r, [*own, *sparse]) for r in sparse]
+    share = math.log(95 / 90) / math.log(100 / 90)
+    assert rivals == pytest.approx([1.70 - share * 0.10, 1.50 + share * 0.12, 1.70 - share * 0.12])
+
+
+def test_noise_is_pooled_and_errors_are_of_the_mean() -> None:
+    rows = [run("dense", loss, seed=seed) for seed, loss in enumerate((1.0, 1.2, 1.4))]
+    rows += [run("wide-128-b8", loss, 128, seed=seed) for seed, loss in enumerate((1.0, 1.1))]
+    assert budget.noise(rows) == pytest.approx(0.2)
+    assert budget.noise(rows[3:]) is None
+    rows += [run("wide-128-b8", 1.2, 128, seed=2)]
+    assert budget.noise(rows) == pytest.approx(math.sqrt((0.2**2 + 0.1**2) / 2))
+    assert budget.with_error([0.1, 0.2, 0.3]) == "+0.200 ± 0.058"
+    assert budget.with_error([0.1, 0.2]) == "+0.150"
+    assert budget.with_error([0.0] * 3) == "+0.000"  # of the rival itself
+    assert "**9.8 MB, hardly repeated**: a run's loss has a standard deviation of 0.158" in budget.table(rows, [])
 
 
 def test_rates_do_not_change_what_a_step_takes() -> None:
