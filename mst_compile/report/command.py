@@ -42,11 +42,17 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
         ArgumentError: the file cannot be written where it shall be.
         MissingPackageError: matplotlib is not installed.
     """
-    histories = [read(folder) for folder in runs]
-    file = runs[0] / "report.html" if out is None else out
+    folders = [folder.expanduser() for folder in runs]
+    histories = [read(folder) for folder in folders]
+    file = folders[0] / "report.html" if out is None else out.expanduser()
     if file.is_dir() or not file.parent.is_dir():
         raise ArgumentError(f"--out must name a file in a folder that exists, got {str(file)!r}")
     from . import page  # matplotlib, which takes a second
 
-    page.write(histories, file)
+    try:
+        page.write(histories, file)
+    except OSError as error:
+        raise ArgumentError(
+            f"--out: the report cannot be written to {str(file)!r}: {error.strerror or error}"
+        ) from error
     return file

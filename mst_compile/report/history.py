@@ -82,10 +82,9 @@ def read(folder: str | Path) -> History:
     folder = Path(folder)
     file = folder / ABOUT
     if not file.is_file():
-        raise RecordError(
-            f"there is no recorded run in {str(folder)!r}: it has no {ABOUT}. Name a folder that "
-            "mst_compile.report.Recorder wrote"
-        )
+        inside = sorted(str(found.parent) for found in folder.glob(f"*/{ABOUT}"))
+        advice = f"Runs are in {', '.join(inside[:5])}" if inside else "Name a folder that a Recorder wrote"
+        raise RecordError(f"there is no recorded run in {str(folder)!r}: it has no {ABOUT}. {advice}")
     about = _about(file)
     rows = [_numbers(row) for row in files.read(folder / SCALARS)]
     if any("step" not in row for row in rows):

@@ -28,7 +28,7 @@ from .history import Snapshot
 from .machine import machine
 
 _RESERVED = sinks.OWN | {"step", "phase"}
-_FILES = (history.ABOUT, history.SCALARS, history.TABLE, history.EVENTS, history.MASKS, history.SAMPLE)
+FILES = (history.ABOUT, history.SCALARS, history.TABLE, history.EVENTS, history.MASKS, history.SAMPLE)
 
 
 class Recorder:
@@ -374,7 +374,7 @@ class Recorder:
         self._take_up(kept[history.SCALARS], kept[history.MASKS])
         # Nothing has been written up to here.
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in _FILES if not before else ():
+        for name in FILES if not before else ():
             (self.folder / name).unlink(missing_ok=True)
         self._about_now = about | ({"wandb": identity} if identity else {})
         self._write_about()
