@@ -21,7 +21,9 @@ def main(argv: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):  # names and samples may hold what a terminal's encoding has not
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _run(argv)
+        status = _run(argv)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

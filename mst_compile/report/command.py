@@ -52,7 +52,6 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
     try:
         page.write(histories, file)
     except OSError as error:
-        raise ArgumentError(
-            f"--out: the report cannot be written to {str(file)!r}: {error.strerror or error}"
-        ) from error
+        why = error.strerror or error
+        raise ArgumentError(f"--out must name a file that can be written, and {str(file)!r} is none: {why}") from error
     return file

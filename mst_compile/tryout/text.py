@@ -59,9 +59,7 @@ def _read(file: Path) -> str:
         try:
             return data.decode("utf-16")
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{file} begins as a text in UTF-16 does, and is none ({error}); save it in UTF-8"
-            ) from error
+            raise DataError(f"{file} begins like a text in UTF-16, and is none ({error}); save it in UTF-8") from error
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:

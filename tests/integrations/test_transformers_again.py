@@ -1,5 +1,5 @@
-"""``MSTCallback`` where training does not simply run from step 0 to its end: again, resumed from less than all, stopped,
-with a callback or a model that has been used before."""
+"""``MSTCallback`` where training does not simply run from step 0 to its end: again, resumed from less than all,
+stopped, with a callback or a model that has been used before."""
 
 from __future__ import annotations
 
@@ -113,6 +113,7 @@ def test_what_is_left_of_a_schedule_may_be_trained(tmp_path: Path) -> None:
     assert (sparsifier(model).step_count, sparsifier(model).density) == (STEPS, 1.0)
     with pytest.warns(MSTWarning, match="still sparse"):
         trainer = train(tmp_path, MSTCallback(Constant(0.5), compile=False, block=4), max_steps=3)
+    with pytest.warns(MSTWarning, match="still sparse"):
         trainer.train()
     assert sparsifier(trainer.model).step_count == 6
 
@@ -141,7 +142,7 @@ def test_a_checkpoint_without_masks_is_refused(schedule: Any, tmp_path: Path) ->
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*still sparse", MSTWarning)
         train(tmp_path, made(), save_only_model=True, **HALF)
-    with pytest.raises(CheckpointError, match="(?s)resumes at step 6.*was at step 6.*at step 0.*save_only_model"):
+    with pytest.raises(CheckpointError, match=r"(?s)resumes at step 6.*was at step 6.*at step 0.*save_only_model"):
         train(tmp_path / "b", made(), resume=str(tmp_path / "checkpoint-6"))
 
 
@@ -175,9 +176,7 @@ def test_every_run_counts_from_0(whole: Any, tmp_path: Path) -> None:
     train(tmp_path, used)
     assert_counts_of(train(tmp_path, used), whole[0])
     given = {"train_dataset": Sentences(), "callbacks": [MSTCallback(compile=False)]}
-    trainer = MSTTrainer(
-        args=arguments(tmp_path), model_init=lambda: sparsify(Tiny(Config()), MIXED, block=4), **given
-    )
+    trainer = MSTTrainer(args=arguments(tmp_path), model_init=lambda: sparsify(Tiny(Config()), MIXED, block=4), **given)
     for _ in range(2):
         trainer.train()
         for key in ("mst/flops_saved", "mst/events"):  # of another model
@@ -197,7 +196,7 @@ def test_two_callbacks_count_as_one_and_resume(whole: Any, tmp_path: Path) -> No
 
 
 def test_a_second_callback_or_trainer_is_told_apart_from_another_schedule(tmp_path: Path) -> None:
-    with pytest.raises(AlreadySparseError, match="the schedule that MSTCallback was given.*second callback.*block=4"):
+    with pytest.raises(AlreadySparseError, match=r"the schedule that MSTCallback was given.*second callback.*block=4"):
         train(tmp_path, callback(), callback())
 
 
