@@ -76,8 +76,8 @@ def replace(file: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        error.filename, error.filename2 = str(file), None  # that of a full disk says no file, others the temporary one
-        raise
+        # A full disk names no file, other errors the temporary one.
+        raise type(error)(error.errno, error.strerror, str(file)) from error
 
 
 class Lines:
