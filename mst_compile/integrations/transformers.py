@@ -40,7 +40,7 @@ from mst_compile.state.sparsifier import Sparsifier, parts_of
 __all__ = ["MSTCallback", "MSTTrainer", "MSTTrainerMixin"]
 
 _OWN = "mst/"
-_NOTHING = {"flops": 0.0, "steps": 0, "events": 0, "dropped": 0, "grown": 0, "schedules_at": []}
+_NOTHING: dict[str, Any] = {"flops": 0.0, "steps": 0, "events": 0, "dropped": 0, "grown": 0, "schedules_at": []}
 _FAR = 0.1  # share of a run by which the schedule may end earlier or later: epochs are rounded to whole batches
 
 

@@ -126,7 +126,7 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", errors="backslashreplace").decode()
 
 
-def _sparse(about: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
+def _sparse(about: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """The sparse weights: name, rows, columns, block."""
     return [(str(w["name"]), *map(int, w["shape"]), int(w["block"])) for w in about.get("sparse", [])]
 
