@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from mst_compile.errors import ArgumentError, MSTError, MSTWarning
+from mst_compile.errors import ArgumentError, MissingPackageError, MSTError, MSTWarning
+from mst_compile.kernels import cpu as kernels
 from mst_compile.report import command as report
 from mst_compile.report.history import read
 from mst_compile.report.sinks import need
@@ -121,6 +122,9 @@ def _setup(args: argparse.Namespace) -> Setup:
     if not 0 <= args.seed < _SEEDS:
         raise ArgumentError(f"--seed must be at least 0 and less than {_SEEDS}, got {args.seed}")
     place.check(args.out)
+    why = kernels.why_inductor_has_no_compiler() if args.compile else None
+    if why is not None:
+        raise MissingPackageError(f"{why}; --no-compile trains without one, and nothing gets faster")
     train, validation = text.load(args.data, args.context, args.seed)
     shape = Shape(args.width, args.layers, args.width // 64, args.context)
     return Setup(shape, args.batch, train, validation, seed=args.seed, compile=args.compile)

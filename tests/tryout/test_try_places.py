@@ -144,7 +144,7 @@ def test_an_interruption_is_said_and_nothing_is_in_the_way_of_the_next_try(
     assert [len(read(tmp_path / "out" / name).rows) for name in place.RUNS] == [10, 10]
 
 
-@pytest.mark.parametrize("name", ["model.pt", "shape.json", "run.json", "scalars.csv", "report.html", "sample.txt"])
+@pytest.mark.parametrize("name", ["model.pt", "run.json", "scalars.csv", "report.html"])
 def test_a_disk_that_is_full(
     name: str, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +197,21 @@ def test_a_terminal_that_has_not_all_characters(words: Path, tmp_path: Path, mon
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "usage: python -m mst_compile {doctor,report,try}" in capsys.readouterr().out
+
+
+def test_no_compiler(words: Path, tmp_path: Path) -> None:
+    """Said at once, in a line, and not by Inductor in the middle of the first step."""
+    arguments = ["try", "--data", str(words), "--out", str(tmp_path / "out"), "--steps", "10"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mst_compile", *arguments],
+        env=os.environ | {"CXX": "/nonexistent/g++"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "/nonexistent/g++" in done.stderr
+    assert "Install g++ or clang++" in done.stderr
+    assert "--no-compile" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_reader_who_has_left(words: Path, tmp_path: Path) -> None:
