@@ -24,6 +24,7 @@ from mst_compile.state.sparsifier import parts_of, sparsifier
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)  # at 90 % the study's runs lie above the law
 ENDS = ("dense", "sparse")
+_SHORTER = 10.0  # than the study's shortest run: of still shorter ones the law says what cannot be
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,14 @@ class Task:
 
     def rival(self, share: float) -> tuple[float, float, float]:
         """The best dense run of a share of the FLOPs: its loss above the floor, its width as a share of the model's,
-        its tokens as a share of the run's. The rest of a step grows with the width, hidden weights with its square."""
+        its tokens as a share of the run's. The rest of a step grows with the width, hidden weights with its square.
+        No rival has fewer weights than any run of the study, unless the model itself does."""
         found = []
         for percent in range(5, 101):
             width = percent / 100
             weights = self.weights * width**2
+            if weights < min(FIT.active[0], self.weights):
+                continue
             tokens = share * self.dense_flops / (6 * weights + self.rest * width)
             found.append((FIT.law.above_floor(weights, weights, tokens, self.unique), width, tokens / self.tokens))
         return min(found)
@@ -145,7 +149,8 @@ def recommend(
         options: of :func:`mst_compile.sparsify`.
 
     Raises:
-        ForecastError: numbers are not positive, ``end`` is neither, the model is sparse already, an option is none of
+        ForecastError: numbers are not positive, the run is shorter than a tenth of the study's shortest, of which the
+            law knows nothing, ``end`` is neither, the model is sparse already, an option is none of
             :func:`mst_compile.sparsify`'s, ``loss`` returns no loss of the model, or nothing fits into the budget.
         ModelError: ``model`` is no module.
     """
@@ -159,6 +164,7 @@ def recommend(
         budget = check_number("budget", budget, positive=True, error=ForecastError)
     check_choice("end", end, ENDS, ForecastError)
     steps = steps_of(total, per_step)
+    _check_long_enough(steps * per_step)
     check_loss(loss)
     check_options("recommend", options)
     if parts_of(model):
@@ -178,6 +184,17 @@ def recommend(
     rival = f"dense, {width:.2f} of the width, {data:.2f} of the tokens"
     reasons = _reasons(option, rival, budget)
     return Recommendation(option, found, rival, blocks, expected, reasons, _unknown(task, loss, blocks))
+
+
+def _check_long_enough(tokens: float) -> None:
+    """Raise if the law would be asked of a run that is nothing like the study's."""
+    if tokens < FIT.tokens[0] / _SHORTER:
+        raise ForecastError(
+            f"a run of {tokens:.3g} tokens is too short for a recommendation: the law of losses is fitted to runs of "
+            f"{FIT.tokens[0]:.3g} to {FIT.tokens[1]:.3g}, and its differences make no sense below a tenth of that. "
+            "Give the tokens of the whole run that is planned; for a trial take a schedule by hand, "
+            "mst_compile.MixedSparsity(total_steps=...)"
+        )
 
 
 def _options(task: Task, end: str, steps: int) -> list[Option]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mst_compile.api import sparsify
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.errors import CheckpointError, MaskError, MissingPackageError
-from mst_compile.rules.checks import check_model, shown
+from mst_compile.errors import ArgumentError, CheckpointError, MaskError, MissingPackageError
+from mst_compile.rules.checks import check_instance, check_model, shown
 from mst_compile.rules.constant import Constant
 from mst_compile.state.selection import Override
 from mst_compile.state.sparsifier import parts_of, some_parts_of
@@ -45,15 +45,17 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
     the mask, as in an average over several topologies, counts as active.
 
     Args:
-        metadata: more to write beside it.
+        metadata: more to write beside it, texts by name.
 
     Raises:
+        ArgumentError: ``metadata`` is no mapping of texts, or has the name ``"mst_compile"`` itself.
         NotSparseError: the model is not sparse.
         CheckpointError: it holds something that is no tensor, or more masks than the format has room for.
         MissingPackageError: safetensors is not installed.
     """
     check_model("save", model)
     some_parts_of(model)
+    more = _checked(metadata)
     files = _safetensors()
     tensors, tied = _tensors(model)
     masks = {name: _written(weight, active(weight, parameter)) for name, weight, parameter in weights_of(model)}
@@ -63,7 +65,7 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
             f"the masks take {len(text) >> 20} MB and a safetensors header has room for 100: sparsify with larger "
             "blocks, or save sparsifier(model).state_dict() with torch.save"
         )
-    files.save_file(tensors, fspath(path), {"format": "pt", **(metadata or {}), _KEY: text})
+    files.save_file(tensors, fspath(path), {"format": "pt", **more, _KEY: text})
 
 
 def load(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
@@ -120,6 +122,19 @@ def _sparsify(model: nn.Module, masks: Mapping[str, tuple[Tensor, int]]) -> None
         guard="none",
         rescale=False,
     )
+
+
+def _checked(metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """A user's metadata; raises :class:`ArgumentError` if there cannot be such."""
+    check_instance("metadata", metadata, Mapping | None, "a mapping of names to texts")
+    for name, value in (metadata or {}).items():
+        if not (isinstance(name, str) and isinstance(value, str)):
+            raise ArgumentError(
+                f"metadata must be texts by name, got {shown(name)}: {shown(value)}; pass json.dumps of what is none"
+            )
+        if name == _KEY:
+            raise ArgumentError(f"metadata[{_KEY!r}] is where the masks are written; give yours another name")
+    return dict(metadata or {})
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from mst_compile.cost.flops import Meter, dense_linear_training
 from mst_compile.errors import (
     AlreadySparseError,
     ArgumentError,
+    CheckpointError,
     ModelError,
     MSTWarning,
     NotSparseError,
@@ -39,6 +40,7 @@ from mst_compile.state.sparsifier import Sparsifier, parts_of
 __all__ = ["MSTCallback", "MSTTrainer", "MSTTrainerMixin"]
 
 _OWN = "mst/"
+_NOTHING: dict[str, Any] = {"flops": 0.0, "steps": 0, "events": 0, "dropped": 0, "grown": 0, "schedules_at": []}
 _FAR = 0.1  # share of a run by which the schedule may end earlier or later: epochs are rounded to whole batches
 
 
@@ -65,7 +67,10 @@ class MSTCallback(TrainerCallback, ExportableState):
 
     Raises:
         ScheduleError: ``schedule`` is none. When training begins, or earlier if ``max_steps`` is known: the schedule
-            would not be over at the end of the run, or would end long before.
+            would not be over at the end of the run, or would end long before; as when the Trainer trains for a second
+            time, or begins again with a smaller batch (``auto_find_batch_size``) after it has taken steps.
+        CheckpointError: when training begins: the checkpoint to resume from has the schedule at another step than the
+            model, as it holds no optimizer (``save_only_model``).
         ArgumentError: an argument is none of ``sparsify``'s, or no schedule goes with it. When the Trainer is made:
             ``TrainingArguments(torch_compile=True)`` would compile the model with another backend.
         ModelError: when the Trainer is made: its model is the wrapper that ``torch.compile`` returns.
@@ -96,7 +101,7 @@ class MSTCallback(TrainerCallback, ExportableState):
                 "one, or leave them out for a model that is sparse already"
             )
         self.sparsify_arguments = sparsify_arguments
-        self._counts = {"flops": 0.0, "steps": 0, "events": 0, "dropped": 0, "grown": 0}
+        self._counts: dict[str, Any] = dict(_NOTHING)
         self._model: nn.Module | None = None
         self._meter: Meter | None = None
         self._handles: list[RemovableHandle] = []
@@ -113,14 +118,11 @@ class MSTCallback(TrainerCallback, ExportableState):
                 "the Trainer's model is not sparse and MSTCallback() has no schedule to make it so: pass one, "
                 "MSTCallback(mst_compile.MixedSparsity(total_steps=...)), or call mst_compile.sparsify before"
             )
-        other = any(schedule != self.schedule for schedule in found) or bool(self.sparsify_arguments)
-        if found and self.schedule is not None and other and model is not self._model:
-            raise AlreadySparseError(
-                f"the model is sparse already, with {shown(found[0])}, and MSTCallback was given {shown(self.schedule)}"
-                f"{''.join(f', {name}={shown(value)}' for name, value in self.sparsify_arguments.items())}; pass "
-                "MSTCallback() to train it as it is, or densify it first"
-            )
-        if args.max_steps > 0:
+        if self.schedule is not None and model is not self._model:
+            _check_same(found, self.schedule, self.sparsify_arguments)
+        # What a model has trained before, a checkpoint may set back: that is known when training begins.
+        begun = any(part.sparsifier.step_count for part in parts_of(model))
+        if args.max_steps > 0 and not begun:
             for schedule in [*found, self.schedule]:
                 _check_length(schedule, args.max_steps)
         if self.schedule is not None and not found:
@@ -141,19 +143,27 @@ class MSTCallback(TrainerCallback, ExportableState):
                 "callback to the constructor, Trainer(..., callbacks=[...]); with model_init, which makes a new model "
                 "for every training, call mst_compile.sparsify in that function, and pass MSTCallback()"
             )
+        saved = self._saved(state)
+        _check_resumed(own, state, saved.get("schedules_at"))
         for each in own:
-            _check_length(each.schedule, state.max_steps)
+            _check_length(each.schedule, state.max_steps - state.global_step, each.step_count, state.global_step)
         self._compile(model)  # that of model_init is another one
         _check_rates(model, kwargs["optimizer"])
-        self._begin(model, own, state)
+        self._begin(model, own, saved)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Count the FLOPs of the step that comes."""
+        if self._meter is None:  # the callback was added to a training that is under way
+            self.on_train_begin(args, state, control, **kwargs)
         assert self._meter is not None
         self._meter.step()
         self._counts |= {"flops": self._meter.flops, "steps": self._counts["steps"] + 1}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note how far the schedules are: a checkpoint may be next."""
+        self._counts["schedules_at"] = [part.sparsifier.step_count for part in parts_of(kwargs["model"])]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add what is known to the logs: those who report have seen them, the history and the console are left."""
@@ -176,16 +186,18 @@ class MSTCallback(TrainerCallback, ExportableState):
         sparsest = max((sparsity_of(part.sparsifier.schedule, best) for part in parts), default=0.0) if best else 0.0
         density = self.metrics(kwargs["model"]).get(f"{_OWN}density", 1.0)
         stored = 'Its zeros are stored like any other number, and save time under backend="mst" alone'
-        if density < 1:
+        if sparsest > 0 and best != state.global_step:
+            problem = (
+                f"load_best_model_at_end has loaded the weights of step {best}, when the model was still sparse: "
+                f"sparsity {sparsest:.3g}. Masks are those of step {state.global_step}, the last one, with density "
+                f"{density:.3f}, so that these zeros save no time. The weights of the last step are in the last "
+                "checkpoint"
+            )
+        elif density < 1:
             problem = (
                 f"training has ended at step {state.global_step} and the model is still sparse: density {density:.3f}. "
                 f"{stored}. If it should have ended dense: MixedSparsity(total_steps=...) of the run's own number of "
                 "steps"
-            )
-        elif sparsest > 0:
-            problem = (
-                f"load_best_model_at_end has loaded the weights of step {best}, when the model was still sparse: "
-                f"sparsity {sparsest:.3g}. {stored}. The weights of the last step are in the last checkpoint"
             )
         else:
             return
@@ -218,12 +230,17 @@ class MSTCallback(TrainerCallback, ExportableState):
         if self.compile is not False and model._compiled_call_impl is None:
             model.compile(backend="mst", **({} if self.compile is True else self.compile))
 
-    def _begin(self, model: nn.Module, own: list[Sparsifier], state: TrainerState) -> None:
-        """Count on from where the checkpoint stood, if there is one."""
-        known: Any = state.stateful_callbacks  # by name, once the Trainer has made its state
-        saved = known.get(type(self).__name__)
-        if isinstance(saved, dict):
-            self._counts |= saved["attributes"]["_counts"]
+    def _saved(self, state: TrainerState) -> dict[str, Any]:
+        """The counts in the checkpoint that the Trainer resumes from; empty if there is none, or it has none."""
+        known: Any = state.stateful_callbacks  # by name; at step 0 what this callback, made earlier, had counted
+        saved = known.get(type(self).__name__) if state.global_step else None
+        if isinstance(saved, list):  # of several such callbacks, which all count the same
+            saved = saved[-1]
+        return dict(saved["attributes"]["_counts"]) if saved else {}
+
+    def _begin(self, model: nn.Module, own: list[Sparsifier], saved: dict[str, Any]) -> None:
+        """Count on from where the checkpoint stood, or from 0."""
+        self._counts = _NOTHING | saved
         self._meter = Meter(model, 1)
         self._meter.flops = self._counts["flops"]
         self._leave()
@@ -325,24 +342,75 @@ def _check_plain(model: nn.Module, args: TrainingArguments) -> None:
         )
 
 
-def _check_length(schedule: Schedule | None, steps: int) -> None:
-    """Raise :class:`ScheduleError` if a run of ``steps`` steps and a schedule that says its own are not of a length."""
+def _check_same(found: list[Schedule], schedule: Schedule, arguments: Mapping[str, Any]) -> None:
+    """Raise :class:`AlreadySparseError` if a model that has the schedules in ``found`` may not be what is asked for."""
+    others = [other for other in found if other != schedule]
+    given = "".join(f", {name}={shown(value)}" for name, value in arguments.items())
+    if others:
+        problem = f"with {shown(others[0])}, and MSTCallback was given {shown(schedule)}{given}"
+    elif found and arguments:
+        problem = (
+            "with the schedule that MSTCallback was given, by an earlier Trainer, a second callback or sparsify; "
+            f"whether it was done with {given.removeprefix(', ')} cannot be seen"
+        )
+    else:
+        return
+    raise AlreadySparseError(
+        f"the model is sparse already, {problem}; pass MSTCallback() to train it as it is, or densify it first"
+    )
+
+
+def _check_resumed(own: list[Sparsifier], state: TrainerState, expected: list[int] | None) -> None:
+    """Raise :class:`CheckpointError` if the schedules are not at the steps that the checkpoint's were."""
+    found = [each.step_count for each in own]
+    if not expected or found == expected:
+        return
+    at = ", ".join(dict.fromkeys(map(str, expected)))
+    raise CheckpointError(
+        f"the Trainer resumes at step {state.global_step}, where the schedule was at step {at}, and the model's is at "
+        f"step {', '.join(dict.fromkeys(map(str, found)))}: masks and steps are in the optimizer's state, and the "
+        "checkpoint has none (save_only_model), or it was not loaded. Resume from one that has; or load the weights "
+        "with from_pretrained and begin a run of the steps that are left"
+    )
+
+
+def _check_length(schedule: Schedule | None, left: int, taken: int = 0, resumed: int = 0) -> None:
+    """Raise :class:`ScheduleError` if a schedule that says its own length is not over when the run is.
+
+    Args:
+        left: steps that the Trainer will take.
+        taken: steps that the schedule has been moved on by before.
+        resumed: steps that the Trainer has taken in the checkpoint that it resumes from.
+    """
     total: object = getattr(schedule, "total_steps", None)
     if schedule is None or not isinstance(total, int):
         return
-    left, last = sparsity_of(schedule, min(steps, total)), sparsity_of(schedule, total)
-    if left != last:
-        problem = f"it would not be over, and the run end at sparsity {left:.3g} in place of {last:.3g}"
+    steps = taken + left
+    ends, last = sparsity_of(schedule, min(steps, total)), sparsity_of(schedule, total)
+    if ends != last:
+        problem = f"it would not be over, and the run end at sparsity {ends:.3g} in place of {last:.3g}"
     elif steps < (1 - _FAR) * total:
         problem = "its last steps would be missing"
     elif total < (1 - _FAR) * steps:
-        problem = f"it would be over long before, and sparsity stay at {last:.3g}; a longer dense tail is settle=..."
+        problem = f"it would be over long before, and sparsity stay at {last:.3g} (settle makes a dense end longer)"
     else:
         return
-    raise ScheduleError(
-        f"the Trainer takes {steps} optimizer steps, and the schedule has total_steps={total}: {problem}. Give it "
-        f"total_steps={steps}; steps are the optimizer's, several batches where gradients are accumulated"
-    )
+    if taken:
+        begun = f"is at step {taken} of total_steps={total}, as the model has trained before"
+        advice = (
+            "To go on with that run, resume_from_checkpoint. To begin another, mst_compile.densify(model) and make a "
+            "new Trainer with a new MSTCallback, or without one to train the dense model. With auto_find_batch_size, "
+            "which begins again where memory ran out, set the batch size that it has found"
+        )
+    elif resumed:
+        begun = f"has total_steps={total} and would begin at step {resumed} of the Trainer: the checkpoint has none"
+        advice = "Load its weights with from_pretrained, and begin a run of as many steps as the schedule has"
+    else:
+        begun = f"has total_steps={total}"
+        advice = (
+            f"Give it total_steps={left}; steps are the optimizer's, several batches where gradients are accumulated"
+        )
+    raise ScheduleError(f"the Trainer takes {left} optimizer steps, and the schedule {begun}: {problem}. {advice}")
 
 
 def _check_rates(model: nn.Module, optimizer: Any) -> None:

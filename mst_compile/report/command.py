@@ -42,11 +42,16 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
         ArgumentError: the file cannot be written where it shall be.
         MissingPackageError: matplotlib is not installed.
     """
-    histories = [read(folder) for folder in runs]
-    file = runs[0] / "report.html" if out is None else out
+    folders = [folder.expanduser() for folder in runs]
+    histories = [read(folder) for folder in folders]
+    file = folders[0] / "report.html" if out is None else out.expanduser()
     if file.is_dir() or not file.parent.is_dir():
         raise ArgumentError(f"--out must name a file in a folder that exists, got {str(file)!r}")
     from . import page  # matplotlib, which takes a second
 
-    page.write(histories, file)
+    try:
+        page.write(histories, file)
+    except OSError as error:
+        why = error.strerror or error
+        raise ArgumentError(f"--out must name a file that can be written, and {str(file)!r} is none: {why}") from error
     return file

@@ -33,6 +33,7 @@ STYLE: Any = {
     "svg.hashsalt": "mst_compile",
 }
 _POINTS = 1500  # of a curve: more cannot be seen, and make large files
+_MOST = 1e100  # what is larger has no place on an axis
 _COLUMNS = 6  # moments in the figure of masks
 _CHARACTER = 0.0115  # width of one of the phases' names, of that of the axes
 AXES = (
@@ -42,11 +43,16 @@ AXES = (
 )
 
 
+def drawable(value: float) -> bool:
+    """Whether a number has a place on an axis: it is finite, and so are its sums with others, as an axis forms them."""
+    return abs(value) < _MOST  # not of NaN
+
+
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Exponential mean with bias correction; a value that is not finite does not enter it, and leaves a gap."""
+    """Exponential mean with bias correction; a value that is not drawable does not enter it, and leaves a gap."""
     mean, weight, keep, out = 0.0, 0.0, 1 - 1 / max(1, window), []
     for value in values:
-        if not math.isfinite(value):
+        if not drawable(value):
             out.append(math.nan)
             continue
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + 1 - keep
@@ -72,7 +78,7 @@ def coloured(histories: Sequence[History]) -> list[str]:
 def figures(histories: Sequence[History]) -> Iterator[tuple[str, Figure]]:
     """Name and figure of all that can be drawn of runs that are compared."""
     with rc_context(STYLE):
-        if any(math.isfinite(v) for history in histories for v in history.column("loss")):
+        if any(drawable(v) for history in histories for v in history.column("loss")):
             yield "loss", loss_figure(histories)
         if any(history.sparse and history.rows for history in histories):
             yield "density", density_figure(histories)
@@ -128,12 +134,11 @@ def _loss_curve(axis: Axes, history: History, colour: str, key: str, unit: float
     keep = slice(None, None, max(1, len(rows) // _POINTS))
     (line,) = axis.plot(x[keep], y[keep], color=colour, alpha=0.55, lw=1.3)
     found = {f"{history.label}: training (smoothed)": line}
-    bad = sum(not math.isfinite(value) for value in history.column("loss", rows))
+    bad = sum(not drawable(value) for value in history.column("loss", rows))
     if bad:
         found = {f"{history.label}: training (smoothed), {bad} steps not finite": line}
-    points = [
-        (row[key] / unit, row["val_loss"]) for row in history.rows if math.isfinite(row.get("val_loss", math.nan))
-    ]
+    unseen = zip(history.rows, history.column("val_loss"), strict=True)
+    points = [(row[key] / unit, value) for row, value in unseen if drawable(value)]
     if points:
         (dots,) = axis.plot(*zip(*points, strict=True), "o", color=colour, ms=4)
         found[f"{history.label}: validation, {points[-1][1]:.3f} at the end"] = dots
@@ -142,8 +147,8 @@ def _loss_curve(axis: Axes, history: History, colour: str, key: str, unit: float
 
 def _limit(axis: Axes, histories: Sequence[History]) -> None:
     """Let the first steps, where losses are highest, leave the frame."""
-    seen = [v for h in histories for v in h.column("loss")[len(h.rows) // 20 :] if math.isfinite(v)]
-    seen += [v for h in histories for v in h.column("val_loss") if math.isfinite(v)]
+    seen = [v for h in histories for v in h.column("loss")[len(h.rows) // 20 :] if drawable(v)]
+    seen += [v for h in histories for v in h.column("val_loss") if drawable(v)]
     if seen:
         room = 0.03 * (max(seen) - min(seen)) + 1e-3
         axis.set_ylim(min(seen) - room, max(seen) + room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -61,14 +62,22 @@ def _parsed(line: str) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
-def replace(file: Path, text: str) -> None:
-    """Write a file so that it holds either what it held or all of ``text``, whenever the process dies."""
+def replace(file: Path, content: str | bytes) -> None:
+    """Write a file so that it holds either what it held or all of ``content``, whenever the process dies or the disk is
+    full. A text is written in UTF-8, what cannot be (of a name that the system could not read) as escapes."""
+    data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
     temporary = file.with_name(f"{file.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", newline="") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, file)
+    try:
+        with open(temporary, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        # A full disk names no file, other errors the temporary one.
+        raise type(error)(error.errno, error.strerror, str(file)) from error
 
 
 class Lines:
@@ -77,7 +86,7 @@ class Lines:
     def __init__(self, file: Path, kept: Iterable[Record] = ()) -> None:
         """Begin with the records in ``kept``; what else the file holds is gone."""
         replace(file, "".join(f"{dumps(record)}\n" for record in kept))
-        self._out: IO[str] = open(file, "a", encoding="utf-8", newline="")  # noqa: SIM115  (closed by close)
+        self._out: IO[str] = open(file, "a", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115  (closed by close)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Write one record, through to the operating system."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mst_compile.errors import RecordError
+from mst_compile.rules.checks import shown
 
 from . import files
 
@@ -82,25 +84,77 @@ def read(folder: str | Path) -> History:
     folder = Path(folder)
     file = folder / ABOUT
     if not file.is_file():
-        raise RecordError(
-            f"there is no recorded run in {str(folder)!r}: it has no {ABOUT}. Name a folder that "
-            "mst_compile.report.Recorder wrote"
-        )
+        inside = sorted(str(found.parent) for found in folder.glob(f"*/{ABOUT}"))
+        advice = f"Runs are in {', '.join(inside[:5])}" if inside else "Name a folder that a Recorder wrote"
+        raise RecordError(f"there is no recorded run in {str(folder)!r}: it has no {ABOUT}. {advice}")
     about = _about(file)
-    rows = [_numbers(row) for row in files.read(folder / SCALARS)]
-    if any("step" not in row for row in rows):
-        raise RecordError(f"{folder / SCALARS} has a record without a step; was it written by another program?")
     sample = folder / SAMPLE
-    return History(
-        label=str(about.get("label") or folder.name),
-        rows=rows,
-        phases=[(str(name), int(first), int(end)) for name, first, end in about.get("phases", [])],
-        sparse=bool(about.get("sparse")),
-        about=about,
-        events=files.read(folder / EVENTS),
-        snapshots=[unpack(record) for record in files.read(folder / MASKS)],
-        sample=sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else "",
-    )
+    with _damaged(file):
+        found = History(
+            label=_printable(str(about.get("label") or folder.resolve().name)),
+            rows=[],
+            phases=[(str(name), int(first), int(end)) for name, first, end in about.get("phases", [])],
+            sparse=bool(_sparse(about)),
+            about=about,
+            sample=sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else "",
+        )
+    with _damaged(folder / SCALARS):
+        found.rows = [_numbers(row) for row in files.read(folder / SCALARS)]
+    with _damaged(folder / EVENTS):
+        found.events = [_event(record) for record in files.read(folder / EVENTS)]
+    with _damaged(folder / MASKS):
+        found.snapshots = [unpack(record) for record in files.read(folder / MASKS)]
+    return found
+
+
+@contextlib.contextmanager
+def _damaged(file: Path) -> Iterator[None]:
+    """Within it, what a record lacks or should not hold raises :class:`RecordError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RecordError):
+            raise
+        missing = f"it lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise RecordError(
+            f"{file} has a record that no Recorder wrote ({missing}); was it written by another program?"
+        ) from error
+
+
+def _printable(text: str) -> str:
+    """A text without what no file can hold, as parts of names are that the system could not read."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
+
+
+def _sparse(about: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The sparse weights: name, rows, columns, block."""
+    return [(str(w["name"]), *map(int, w["shape"]), int(w["block"])) for w in about.get("sparse", [])]
+
+
+def _event(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of ``events.jsonl`` as a Recorder writes it; raises if it is none."""
+    skipped: Any = record["skipped"]
+    counts = {name: int(record[name]) for name in ("step", "dropped", "grown")}
+    weights = {
+        str(name): {"density": float(w["density"])} | {key: int(w[key]) for key in ("dropped", "grown", "block")}
+        for name, w in record["weights"].items()
+    }
+    found = {"phase": str(record["phase"]), "density": float(record["density"]), "skipped": skipped}
+    return record | counts | found | {"weights": weights}
+
+
+def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compare what ``run.json`` says with what it shall.
+
+    Raises:
+        RecordError: the run in the folder is another model's, to whose FLOPs those of this one would be added.
+    """
+    sizes = [found.get("parameters") for found in (before, now)]
+    if sizes[0] != sizes[1]:
+        raise RecordError(
+            f"{str(folder)!r} holds a run of a model of {shown(sizes[0])} parameters, and this one has "
+            f"{shown(sizes[1])}: name another folder"
+        )
 
 
 def _about(file: Path) -> dict[str, Any]:
@@ -115,7 +169,17 @@ def _about(file: Path) -> dict[str, Any]:
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value if (n := files.number(value)) is None or name == "step" else n for name, value in row.items()}
+    """A record of ``scalars.jsonl``, with numbers that are not finite as such; raises if it is none."""
+    found: dict[str, Any] = {}
+    for name, value in row.items():
+        number = files.number(value)
+        if number is None and value is not None and name != "phase":
+            raise ValueError(f"{name} is {shown(value)}")
+        found[name] = value if number is None or name == "step" else number
+    step = found["step"]
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"step is {shown(step)}")
+    return found
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

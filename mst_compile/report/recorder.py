@@ -28,7 +28,7 @@ from .history import Snapshot
 from .machine import machine
 
 _RESERVED = sinks.OWN | {"step", "phase"}
-_FILES = (history.ABOUT, history.SCALARS, history.TABLE, history.EVENTS, history.MASKS, history.SAMPLE)
+FILES = (history.ABOUT, history.SCALARS, history.TABLE, history.EVENTS, history.MASKS, history.SAMPLE)
 
 
 class Recorder:
@@ -76,7 +76,8 @@ class Recorder:
         ArgumentError: an argument is of the wrong type or out of range.
         ForecastError: so is one for the meter.
         ModelError: ``model`` is no module.
-        RecordError: ``folder`` holds a run, and this one is at step 0; or what is there cannot be read.
+        RecordError: ``folder`` holds a run, and this one is at step 0, or of a model of another size; or what is there
+            cannot be read.
         MissingPackageError: ``tensorboard`` or ``wandb`` was asked for and is not installed.
     """
 
@@ -99,6 +100,8 @@ class Recorder:
     ) -> None:
         check_model("Recorder", model)
         check_instance("folder", folder, str | Path, "a path")
+        if not str(folder) or "\0" in str(folder):
+            raise ArgumentError(f"folder must name a folder, got {str(folder)!r}")
         self.folder = Path(folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ArgumentError(f"folder must name a folder, and {str(folder)!r} is a file")
@@ -361,6 +364,7 @@ class Recorder:
         kept = {name: self._kept(name) for name in (history.SCALARS, history.EVENTS, history.MASKS)}
         before = history.read(self.folder).about if kept[history.SCALARS] else {}
         if before:
+            history.check_same(self.folder, before, about)
             about |= {"started": before["started"], "resumed": [*before["resumed"], self.step]}
         identity = str(before.get("wandb", ""))
         found: list[sinks.Sink] = []
@@ -373,8 +377,11 @@ class Recorder:
         self._sinks = found
         self._take_up(kept[history.SCALARS], kept[history.MASKS])
         # Nothing has been written up to here.
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in _FILES if not before else ():
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArgumentError(f"folder {str(self.folder)!r} cannot be made: {error.strerror or error}") from error
+        for name in FILES if not before else ():
             (self.folder / name).unlink(missing_ok=True)
         self._about_now = about | ({"wandb": identity} if identity else {})
         self._write_about()
@@ -421,7 +428,10 @@ def _scalar(name: str, value: Any) -> float:
     found = as_number(value.detach() if isinstance(value, Tensor) else value)
     if found is None:
         raise ArgumentError(f"{name} must be a number or a tensor of one, got {shown(value)}")
-    return float(found)
+    try:
+        return float(found)
+    except OverflowError as error:
+        raise ArgumentError(f"{name} is beyond all floats: {shown(value)}") from error
 
 
 def _described(schedule: Schedule) -> str:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mst_compile.errors import CheckpointError
+
 from .learning_rates import pack_laws, unpack_laws
 from .packing import PROGRESS, TOPOLOGY_KEYS
 
@@ -109,6 +111,7 @@ def _telling_of_loads(original: Callable[..., None]) -> Callable[..., None]:
         for around in reversed(_loading.loads):
             entries = {i: entry for i, entry in around.entries.items() if i in mine} | entries
         if "param_groups" in state_dict:
+            _check_groups(self, state_dict["param_groups"], ours=bool(entries))
             groups = unpack_laws(self.param_groups, state_dict["param_groups"], set(entries))
             state_dict = {**state_dict, "param_groups": groups}
         if entries:
@@ -132,6 +135,25 @@ def _telling_of_loads(original: Callable[..., None]) -> Callable[..., None]:
 
     setattr(load_state_dict, _TELLS, True)
     return load_state_dict
+
+
+def _check_groups(optimizer: Optimizer, saved: list[dict[str, Any]], ours: bool) -> None:
+    """Raise if a state dict of other parameter groups is loaded where there is sparsity on either side: state goes to
+    Parameters by their places in the groups.
+
+    Args:
+        ours: whether the state dict holds something of ours.
+
+    Raises:
+        CheckpointError: they differ in number or size; PyTorch would say that, and not why.
+    """
+    there, here = ([len(group["params"]) for group in groups] for groups in (saved, optimizer.param_groups))
+    if there != here and (ours or any(watcher.owned(optimizer) for watcher in list(_watchers))):
+        raise CheckpointError(
+            f"the state dict is of an optimizer whose parameter groups hold {there} Parameters, and here they hold "
+            f"{here}. mst_compile.param_groups and MSTTrainer give sparse weights groups of their own: make the model "
+            "sparse, or not, and the optimizer as they were when the checkpoint was written; or load the weights alone"
+        )
 
 
 def _tell(optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None:

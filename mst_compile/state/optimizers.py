@@ -13,6 +13,7 @@ is left alone, and said.
 from __future__ import annotations
 
 import functools
+import gc
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,14 @@ def keeps_zeros(optimizer: optim.Optimizer) -> bool:
     A subclass is not known: it may do anything (Muon's orthogonalised update, for one, fills every element).
     """
     return type(optimizer) in _ELEMENTWISE
+
+
+def alive() -> Iterator[optim.Optimizer]:
+    """The optimizers of this process, also those that have not stepped: looked for among all objects that the garbage
+    collector knows, which takes a moment."""
+    for found in gc.get_objects():
+        if issubclass(type(found), optim.Optimizer) and "param_groups" in vars(found):
+            yield found
 
 
 def divides_by_zero(optimizer: optim.Optimizer, parameters: Iterable[Tensor]) -> set[int]:

@@ -289,6 +289,8 @@ class Stepping:
         self._foreign_steps += 1
         if self._foreign_steps >= _PATIENCE:
             self._foreign_steps = -1
+            if self._run.weights.with_gradients() and any(self._run.of(other) for other in optimizers.alive()):
+                return  # whose turn is still to come, as where two models train in turn
             warnings.warn(
                 f"the sparsity schedule does not advance: {type(optimizer).__name__} has stepped {_PATIENCE} times but "
                 f"{what}",

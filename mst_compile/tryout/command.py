@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from mst_compile.errors import ArgumentError, MSTError
+from mst_compile.errors import ArgumentError, MissingPackageError, MSTError, MSTWarning
+from mst_compile.kernels import cpu as kernels
 from mst_compile.report import command as report
 from mst_compile.report.history import read
 from mst_compile.report.sinks import need
 
-from . import text
+from . import place, text
 from .model import Shape
 from .training import TIMED, UNKNOWN, Run, Setup, schedule_of
 
@@ -24,6 +28,7 @@ _FEWEST = 30  # that the sparse model trains, however slow the machine is
 _SPARSE = 0.8  # of a dense step, what a sparse one is taken to cost before it was measured
 _COMPILES = 0.6  # times as long as the dense model the sparse one compiles, both variants: what all share is there
 _KERNELS = 25.0  # seconds that building and timing kernels takes the first time
+_SEEDS = 2**32
 _REPORT = 12.0  # seconds for what comes at the end
 
 
@@ -32,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m mst_compile try", description=_ABOUT, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    p.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="text files")
-    p.add_argument("--out", type=Path, default=Path("runs/try"), help="folder; an earlier try in it is replaced")
+    p.add_argument("--data", type=_path, nargs="+", required=True, metavar="FILE", help="text files")
+    p.add_argument("--out", type=_path, default=Path("runs/try"), help="folder; an earlier try in it is replaced")
     p.add_argument("--minutes", type=float, default=4.0, help="about how long it may take, compilation included")
     p.add_argument("--steps", type=int, default=0, help="optimizer steps of each run; 0: as many as the time allows")
     p.add_argument("--no-dense", dest="dense", action="store_false", help="train the sparse model alone")
@@ -45,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly; nothing gets faster")
     return p
+
+
+def _path(text: str) -> Path:
+    """A path that was given; an empty one, as of a variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path is empty")
+    return Path(text)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,6 +73,14 @@ def main(argv: Sequence[str]) -> int:
 def _try(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     setup = _setup(args)
+    with place.held(args.out), contextlib.ExitStack() as quiet:
+        if not args.compile:  # which is what was asked for
+            quiet.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "no graph compiled by", MSTWarning)
+        _run(args, setup, started)
+
+
+def _run(args: argparse.Namespace, setup: Setup, started: float) -> None:
     bytes_of = f"{len(setup.train) / 1e6:.2f} MB to train on, {len(setup.validation) / 1e3:.1f} kB held out"
     shape = setup.shape
     print(f"text: {bytes_of}; model: {shape.layers} layers of width {shape.width}, {shape.context} bytes of context")
@@ -88,6 +108,8 @@ def _try(args: argparse.Namespace) -> None:
 def _setup(args: argparse.Namespace) -> Setup:
     """Check all that can be wrong before anything takes time."""
     need("matplotlib", "the report's figures", '"mst-compile[viz]"')
+    args.out = args.out.expanduser()
+    args.data = [file.expanduser() for file in args.data]
     for name in ("width", "layers", "context", "batch"):
         if getattr(args, name) < 1:
             raise ArgumentError(f"--{name} must be at least 1, got {getattr(args, name)}")
@@ -95,10 +117,14 @@ def _setup(args: argparse.Namespace) -> Setup:
         raise ArgumentError(f"--width must be a multiple of 64, which is the size of a head, got {args.width}")
     if args.steps < 0 or 0 < args.steps < 10:
         raise ArgumentError(f"--steps must be at least 10, or 0 for as many as the time allows, got {args.steps}")
-    if not args.minutes > 0:
-        raise ArgumentError(f"--minutes must be positive, got {args.minutes}")
-    if args.out.exists() and not args.out.is_dir():
-        raise ArgumentError(f"--out must name a folder, and {str(args.out)!r} is a file")
+    if not (args.minutes > 0 and math.isfinite(args.minutes)):
+        raise ArgumentError(f"--minutes must be positive, and no more than one has, got {args.minutes}")
+    if not 0 <= args.seed < _SEEDS:
+        raise ArgumentError(f"--seed must be at least 0 and less than {_SEEDS}, got {args.seed}")
+    place.check(args.out)
+    why = kernels.why_inductor_has_no_compiler() if args.compile else None
+    if why is not None:
+        raise MissingPackageError(f"{why}; --no-compile trains without one, and nothing gets faster")
     train, validation = text.load(args.data, args.context, args.seed)
     shape = Shape(args.width, args.layers, args.width // 64, args.context)
     return Setup(shape, args.batch, train, validation, seed=args.seed, compile=args.compile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,8 @@ from torch import Tensor
 from mst_compile.errors import DataError
 
 PIECE = 16_384  # characters; train and validation text are interleaved in pieces of about this length
+_CHUNK = 1 << 20
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 HELD_OUT = 0.02
 LEAST = 20  # windows that a text must have at the least: fewer leave nothing to hold out
 
@@ -42,15 +45,23 @@ def load(files: Sequence[Path], context: int, seed: int) -> tuple[Tensor, Tensor
 
 
 def _read(file: Path) -> str:
-    """A text file, in UTF-8 or Latin-1."""
+    """A text file, in UTF-8 or Latin-1, or in UTF-16 with its mark."""
+    data = bytearray()
     try:
-        data = file.read_bytes()
+        with open(file, "rb") as source:
+            while chunk := source.read(_CHUNK):
+                data += chunk
+                if b"\0" in chunk and not data.startswith(_UTF_16):  # not to its end: devices have none
+                    raise DataError(f"{file} is no text file: it holds bytes of 0; pass plain text")
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or error}; pass the path of a text file") from error
-    if b"\0" in data:
-        raise DataError(f"{file} is no text file: it holds bytes of 0; pass plain text")
+    if data.startswith(_UTF_16):
+        try:
+            return data.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} begins like a text in UTF-16, and is none ({error}); save it in UTF-8") from error
     try:
-        return data.decode("utf-8")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         return data.decode("latin-1")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import shutil
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from mst_compile.api import sparsify
+from mst_compile.report import files
 from mst_compile.report.clock import compilations
-from mst_compile.report.recorder import Recorder
+from mst_compile.report.recorder import FILES, Recorder
 from mst_compile.rules.mixed_sparsity import MixedSparsity
 from mst_compile.state.learning_rates import param_groups
 
@@ -26,6 +28,7 @@ WARM_UP = 20  # steps in which the learning rate rises; fixed, so that a run may
 SETTLE = 0.15  # share of the steps in which the model is dense again, and the learning rate falls
 UNKNOWN = 10**9  # steps of a run whose length will be said later
 TIMED = 8  # steps whose times say how long a run takes
+_WEIGHTS, _SHAPE = "model.pt", "shape.json"
 _VALIDATIONS = 8
 _PAUSE = 4.0  # seconds between lines of progress
 _TOP = 40
@@ -143,9 +146,12 @@ class Run:
         return statistics.median(self.times[1:])
 
     def abandon(self) -> None:
-        """Leave nothing of the run."""
+        """Leave nothing of the run, nor of an earlier one that it replaces."""
         self.recorder.close()
-        shutil.rmtree(self.folder)
+        for name in (*FILES, _WEIGHTS, _SHAPE):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is something else in it
+            self.folder.rmdir()
 
     def finish(self, prompt: str, length: int) -> str:
         """Close the records, keep the weights, and let the model write."""
@@ -153,8 +159,10 @@ class Run:
         if text:
             self.recorder.sample(text)
         self.recorder.close()
-        torch.save(self.model.state_dict(), self.folder / "model.pt")
-        (self.folder / "shape.json").write_text(json.dumps(asdict(self.setup.shape)) + "\n")
+        weights = io.BytesIO()
+        torch.save(self.model.state_dict(), weights)
+        files.replace(self.folder / _WEIGHTS, weights.getvalue())
+        files.replace(self.folder / _SHAPE, json.dumps(asdict(self.setup.shape)) + "\n")
         return text
 
 
@@ -167,7 +175,7 @@ def schedule_of(steps: int) -> MixedSparsity:
 def sample(model: GPT, prompt: str, length: int, seed: int) -> str:
     """``length`` bytes that a model writes after a prompt, which is a part of the text."""
     generator = torch.Generator().manual_seed(seed)
-    written = list(prompt.encode()) or [10]
+    written = list(prompt.encode(errors="surrogateescape")) or [10]  # bytes of the command line that were no text
     context = model.cos.shape[0]
     for _ in range(length):
         scores, likely = model.logits(torch.tensor([written[-context:]]))[0, -1].topk(_TOP)

@@ -110,6 +110,21 @@ def test_a_rival_pays_for_the_rest_of_its_step_too() -> None:
     assert tokens * (6e6 * width**2 + 3e6 * width) == pytest.approx(0.4 * (6e6 + 3e6))
 
 
+@pytest.mark.parametrize("end", ["dense", "sparse"])
+@pytest.mark.parametrize("width", [16, 64, 512])
+def test_no_difference_is_more_than_can_be_learnt(width: int, end: str) -> None:
+    """Of the shortest runs that are taken, and of few steps: no loss is above that of a model that has learnt nothing,
+    to which all bytes are alike. The rival is a model that the law knows."""
+    least = math.ceil(FIT.tokens[0] / 10)
+    for per_step in (least, least // 100):
+        found = mst_compile.recommend(model(width), tokens=least, tokens_per_step=per_step, end=end, exclude="3")
+        assert all(abs(d) < math.log(256) for o in found.options for d in (o.behind, o.lead))
+        for option in found.options:
+            task = Task(8 * width**2, 0.0, least, math.inf)
+            rival = 8 * width**2 * task.rival(option.share)[1] ** 2
+            assert rival >= min(FIT.active[0], 8 * width**2)
+
+
 def test_what_is_outside_of_the_study_is_said() -> None:
     text = str(mst_compile.recommend(model(16), tokens=1e12, tokens_per_step=10**8, unique_tokens=1e6, block=4))
     said = ("hidden weights: the study has", "1e+06 M tokens", "text seen 1e+06 times", "attention and other work")
@@ -131,6 +146,8 @@ def test_the_rest_of_the_step_counts_where_it_is_known() -> None:
     ("changes", "said"),
     [
         ({"tokens": 0}, "tokens"),
+        ({"tokens": 1e5}, "1.02e.05 tokens is too short.* 1.23e.06 to"),
+        ({"tokens": 4096}, "too short"),
         ({"tokens_per_step": -1}, "tokens_per_step"),
         ({"unique_tokens": 0}, "unique_tokens"),
         ({"budget": -1.0}, "budget"),

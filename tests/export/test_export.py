@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 import mst_compile
 from mst_compile import Override, export
-from mst_compile.errors import CheckpointError, MaskError, ModelError, NotSparseError
+from mst_compile.errors import ArgumentError, CheckpointError, MaskError, ModelError, NotSparseError
 
 
 class Net(nn.Module):
@@ -181,6 +181,23 @@ def check_equal(model: nn.Module, loaded: nn.Module) -> None:
     assert after.masks.keys() == before.masks.keys()
     assert all(torch.equal(mask, after.masks[name]) for name, mask in before.masks.items())
     assert all(after.weights[name].grid == weight.grid for name, weight in before.weights.items())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"mst_compile": "mine"}, r"'mst_compile'\] is where the masks are written"),
+        ({"step": 3}, r"texts by name, got 'step': 3"),
+        ({3: "three"}, r"texts by name, got 3: 'three'"),
+        ("note", r"metadata must be a mapping.*'note'"),
+        ([("a", "b")], r"metadata must be a mapping"),
+    ],
+)
+def test_metadata_that_cannot_be_written(metadata: Any, message: str, model: nn.Module, tmp_path: Path) -> None:
+    """Nothing of the user's is left out or written over in silence, and there is no file."""
+    with pytest.raises(ArgumentError, match=message):
+        export.save(model, tmp_path / "file", metadata)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_file_is_read_without_us(model: nn.Module, tmp_path: Path) -> None:

@@ -84,6 +84,33 @@ def test_a_schedule_that_stands_still_is_said() -> None:
         step()
 
 
+@pytest.mark.parametrize("other", ["sparse", "dense"])
+def test_a_model_whose_optimizer_is_yet_to_step_does_not_stand_still(other: str) -> None:
+    """Two models that train in turn, each through the other: one takes all its steps first, while gradients, never set
+    to 0, lie about in the one that waits. Only where no optimizer has its weights is there something to say."""
+
+    def pair() -> tuple[nn.Module, nn.Module]:
+        waits, trains = sparsify(Blocks(), Constant(0.5, growth="none")), Blocks()
+        return waits, sparsify(trains, static()) if other == "sparse" else trains
+
+    def steps(waits: nn.Module, trains: nn.Module, count: int) -> None:
+        optimizer = torch.optim.SGD(trains.parameters(), 1e-3)
+        for _ in range(count):
+            trains(waits(X)).square().mean().backward()
+            optimizer.step()
+
+    waits, trains = pair()
+    turns = torch.optim.SGD(waits.parameters(), 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MSTWarning)
+        warnings.filterwarnings("ignore", "no graph compiled", MSTWarning)
+        steps(waits, trains, 25)
+        turns.step()
+    assert sparsifier(waits).step_count == 1
+    with pytest.warns(MSTWarning, match=r"does not advance: SGD has stepped 10 times but owns none of the sparse"):
+        steps(*pair(), 11)
+
+
 # -- nothing is dense in silence ---------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dsd
 from training import OPTIMIZERS, STEPS, batches, fresh, loss_of, runner
 
-from mst_compile import Constant, MixedSparsity, sparsifier, sparsify
+from mst_compile import Constant, MixedSparsity, param_groups, sparsifier, sparsify
 from mst_compile.errors import CheckpointError, MSTWarning
 from mst_compile.rules.schedule import Schedule
 
@@ -220,3 +220,37 @@ def test_an_optimizer_state_without_topology_is_told() -> None:
     model = fresh()
     with pytest.warns(MSTWarning, match="no topology of layers.0.1.weight"):
         MAKERS["adamw"](model.parameters()).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("way", ["to one group", "from one group", "from a dense run", "to a dense run"])
+def test_a_checkpoint_of_other_parameter_groups_is_refused(way: str) -> None:
+    """State goes to Parameters by their places; PyTorch says that groups differ, and not why."""
+
+    def made(sparse: bool, grouped: bool) -> Run:
+        torch.manual_seed(0)
+        model = sparsify(Blocks(), SCHEDULES["mixed"], block=4) if sparse else Blocks()
+        return model, torch.optim.AdamW(param_groups(model, weight_decay=0.1) if grouped else model.parameters(), 1e-2)
+
+    saved, loaded = {
+        "to one group": (made(True, True), made(True, False)),
+        "from one group": (made(True, False), made(True, True)),
+        "from a dense run": (made(False, False), made(True, True)),
+        "to a dense run": (made(True, True), made(False, False)),
+    }[way]
+    train(saved, list(batches(3)))
+    train(loaded, list(batches(1)))
+    before = {k: v.clone() for k, v in loaded[0].state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"groups hold \[.*here they hold \[.*groups of their own"):
+        loaded[1].load_state_dict(saved[1].state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in loaded[0].state_dict().items())
+    if way != "to a dense run":
+        assert sparsifier(loaded[0]).step_count == 1
+    train(loaded, list(batches(1)))
+
+
+def test_plain_optimizers_say_what_they_always_said() -> None:
+    one = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(2))]}], 0.1)
+    two = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(2))]} for _ in range(2)], 0.1)
+    with pytest.raises(ValueError, match="different number of parameter groups") as told:
+        one.load_state_dict(two.state_dict())
+    assert not isinstance(told.value, CheckpointError)

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from mst_compile.__main__ import main
+from mst_compile.errors import DataError
 from mst_compile.report import read
 from mst_compile.tryout import command, text
 from mst_compile.tryout.model import GPT, Shape
@@ -108,7 +109,20 @@ def test_bad_text(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("width", 100), ("layers", 0), ("steps", 3), ("minutes", 0), ("context", -1), ("out", "FILE")]
+    ("option", "value"),
+    [
+        ("width", 100),
+        ("layers", 0),
+        ("steps", 3),
+        ("minutes", 0),
+        ("minutes", "nan"),
+        ("minutes", "inf"),
+        ("context", -1),
+        ("out", "FILE"),
+        ("seed", -1),
+        ("seed", 2**63 - 1),
+        ("seed", 10**20),
+    ],
 )
 def test_bad_options(option: str, value: Any, words: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--data", words, f"--{option}", words if value == "FILE" else value) == 2
@@ -126,8 +140,24 @@ def test_every_text_that_is_taken_has_validation_text(size: int, tmp_path: Path)
         assert text.validation_batches(validation, 4, 32, 2)
 
 
-def test_latin_1_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "text"
-    file.write_bytes("caf\u00e9 ".encode("latin-1") * 300)
-    train, _ = text.load([file], 32, 0)
-    assert "caf\u00e9" in bytes(train.tolist()).decode()
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-8", "utf-8-sig", "utf-16"])
+def test_encodings_are_read(encoding: str, tmp_path: Path) -> None:
+    """Of several files, one with a mark within the whole."""
+    files = [tmp_path / "a", tmp_path / "b"]
+    for file in files:
+        file.write_bytes(("caf\u00e9 " * 300).encode(encoding))
+    train, _ = text.load(files, 32, 0)
+    found = bytes(train.tolist()).decode()
+    assert "caf\u00e9" in found
+    assert "\ufeff" not in found
+
+
+def test_a_device_without_an_end_is_no_text() -> None:
+    with pytest.raises(DataError, match="no text file"):
+        text.load([Path("/dev/zero")], 32, 0)
+
+
+def test_utf_16_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"\xff\xfe\x00\xd8" * 400 + b"a")
+    with pytest.raises(DataError, match="begins like a text in UTF-16"):
+        text.load([tmp_path / "text"], 32, 0)
