@@ -1,4 +1,4 @@
-// The product of four tokens or fewer with packed W in blocks of 4 and more, SIMD over the outputs of a strip.
+// The product of up to four tokens with packed W in blocks of 4 and more, SIMD over the outputs of a strip.
 //
 //     for each part of the outputs (threads, dynamic):
 //       for each output block, strip:
@@ -64,6 +64,13 @@ template <int NR> struct StripPair<bf16, NR> {
   }
 };
 #endif
+
+// Up to how many tokens W is read so. A broadcast serves one row of lanes: where it is of four alone, tokens as lanes
+// (spmm_packed.cpp) need no more of them from three on.
+template <class E, int NR> constexpr int few_packed_tokens() {
+  if constexpr (NR < 4) return 0;
+  else return StripPair<E, NR>::N * StripPair<E, NR>::vectors >= 8 ? 4 : 2;
+}
 
 // ---- the product of a strip ----------------------------------------------------------------------------------------
 
@@ -148,7 +155,7 @@ void few_part(const MstPacked& a, const typename StripPair<E, NR>::X* x, int64_t
   }
 }
 
-// y of up to four tokens. `cuts` are output blocks, `bias` is that of whole blocks.
+// y of up to few_packed_tokens. `cuts` are output blocks, `bias` is that of whole blocks.
 template <class E, int NR>
 int run_few(const MstPacked& a, int64_t threads, const std::vector<int64_t>& cuts, const float* bias) {
   const int64_t parts = cuts.size() - 1;

@@ -20,8 +20,9 @@
 // Up to 16 tokens are one vector: a broadcast and a multiply-add for each unit of W, 8 or 16 to a line of the cache, which
 // take 4 to 8 cycles on two ports where two threads get such a line from memory in some 20. No lane is ever added to
 // another one, so short lists cost nothing. Tokens are cut into tiles of as many vectors each, and threads into the
-// outputs, not into the tokens, so that 64 tokens are no tile of 48 and one of 16. Four tokens and fewer have kernels of
-// their own (packed_few.h), but for blocks of less than 4: those are one vector of four lanes.
+// outputs, not into the tokens, so that 64 tokens are no tile of 48 and one of 16. Up to four tokens have kernels of their
+// own (packed_few.h), or are one vector of four lanes: in blocks of 1 and 2, and, of bf16 in pairs, three and four in
+// blocks of 4.
 #include "packed_few.h"
 
 namespace mst {
@@ -78,7 +79,7 @@ template <class Element, int Strip> struct Form {
   using U = typename A::Unit;
   static constexpr int pair_numbers = NR * P;  // of W
   // Outputs at once, and vectors of tokens: 24 accumulators with 32 registers, 8 with 16. See spmm.cpp.
-  static constexpr bool in_fours = NR < 4;     // four tokens and fewer: no kernels of their own (packed_few.h)
+  static constexpr int few = few_packed_tokens<E, NR>();  // up to how many tokens there are kernels of their own
   static constexpr int R = L == 16 ? NR : std::min(NR, 4), most_vectors = L < 16 ? 2 : NR == 8 ? 3 : 4;
 };
 
@@ -204,7 +205,7 @@ template <class F> struct PackedKernel {
       : a(arguments), ptr(a.index), idx(ptr + ceil_div(a.outputs, a.block) + 1),
         out_blocks(ceil_div(a.outputs, a.block)),
         units(ceil_div(a.reduction, a.block) * a.block / F::P * F::A::rows), pairs(a.block / F::P),
-        strips(a.block / F::NR), span(std::max(1, line_outputs / a.block)), four(F::in_fours && a.m <= 4),
+        strips(a.block / F::NR), span(std::max(1, line_outputs / a.block)), four(a.m > F::few && a.m <= 4),
         vectors(four ? 1 : ceil_div(a.m, L)), tiles(ceil_div(vectors, F::most_vectors)), bias(padded_bias()) {
     slabs = cut_tiles(0, tiles, slab_bytes);
     for (size_t s = 0; s + 1 < slabs.size(); s++)
@@ -272,7 +273,7 @@ template <class F> struct PackedKernel {
     const int64_t k0 = run * pack_units, n = std::min(pack_units, units - k0), from = first_vector(t) * L;
     const int64_t tokens = a.m - from, numbers = k0 * F::U::per_unit;
     const X* x = static_cast<const X*>(a.x) + from * a.ldx;
-    if constexpr (F::in_fours)
+    if constexpr (F::few < 4)
       if (four) return pack_four<typename F::U>(x, a.ldx, tokens, a.reduction, numbers, n, xt + k0 * 4);
     by_vectors(t, [&](auto mv) {
       pack_units_of<mv>(x, std::min<int64_t>(tokens, mv * L), numbers, n, xt + k0 * mv * L);
@@ -313,7 +314,7 @@ template <class F> struct PackedKernel {
       for (int64_t t = t0; t < t1; t++) {
         const int64_t from = first_vector(t) * L;
         X* y = static_cast<X*>(a.y) + from * a.ldy + first;
-        if constexpr (F::in_fours)
+        if constexpr (F::few < 4)
           if (four) {
             line<1, 4>(i, end, at(xt, slab, t), sums);
             write_four(sums, outs, a.m, y, a.ldy);
@@ -363,8 +364,8 @@ template <class F> int run_packed(const MstPacked& a) {
   const int64_t multiply_adds = static_cast<int64_t>(a.index[ceil_div(a.outputs, a.block)]) * a.block * a.block * a.m;
   const int64_t threads = std::clamp<int64_t>(multiply_adds / work_a_thread, 1, std::max(1, a.threads));
   const PackedKernel<F> kernel(a, threads);
-  if constexpr (!F::in_fours)
-    if (a.m <= 4) return run_few<typename F::E, F::NR>(a, threads, kernel.cuts, kernel.bias.data());
+  if constexpr (F::few > 0)
+    if (a.m <= F::few) return run_few<typename F::E, F::NR>(a, threads, kernel.cuts, kernel.bias.data());
   static thread_local Scratch memory;
   float* xt = memory.floats(kernel.slab_floats());
   if (!xt) return MST_NO_MEMORY;

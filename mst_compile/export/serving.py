@@ -153,6 +153,7 @@ class PackedWeight(nn.Module):
                 "pack the sparse model again"
             )
         super().__setstate__(state)
+        self.outputs, self.inputs, self.block = self.grid.rows, self.grid.cols, self.grid.block
         _lower()
 
 
