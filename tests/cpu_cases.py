@@ -43,9 +43,7 @@ TOKENS = st.one_of(st.sampled_from([0, 1, 2, 16, 17, 48, 96, 128, 256]), st.inte
 
 
 @st.composite
-def cases(
-    draw: st.DrawFn, blocks: Sequence[int] = table.BLOCKS, tokens: st.SearchStrategy[int] = TOKENS
-) -> Case:
+def cases(draw: st.DrawFn, blocks: Sequence[int] = table.BLOCKS, tokens: st.SearchStrategy[int] = TOKENS) -> Case:
     block = draw(st.sampled_from(blocks))
     side = st.integers(1, max(70, 3 * block + 1))
     return Case(
