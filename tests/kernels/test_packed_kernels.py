@@ -141,6 +141,9 @@ def test_what_is_no_packed_weight_is_refused(lib: Library) -> None:
     for given_, message in wrong:
         with pytest.raises(ValueError, match=message):
             lib.packed(*given_)
+        if message == "no packed weight" and given_[2].dtype == torch.int32:
+            with pytest.raises(ValueError, match=message):
+                lib.packed_as_laid_out(*given_)
     for block in (0, 3, 12, 256):
         counts = torch.zeros(-(-24 // max(block, 1)) + 1, dtype=torch.int32)
         with pytest.raises((RuntimeError, ZeroDivisionError)):
