@@ -1,6 +1,7 @@
 """A trained sparse model at work: one linear layer without gradients, and text generated with a KV cache.
 
     python -m benchmarks.inference --threads 2                      # layers, 1 to 512 tokens
+    python -m benchmarks.inference --what calls --threads 2         # what of a layer's time its product is
     python -m benchmarks.inference --what generation --threads 2    # GPT-2, tokens a second
 
 A sparse model under ``backend="mst"``, and packed (``mst_compile.export.packed``) under ``backend="inductor"``, against
@@ -13,11 +14,16 @@ and again is found. ``--copies 1`` shows both: calls then follow each other, and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.select_algorithm import extern_kernels
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import mst_compile
@@ -88,6 +94,69 @@ def layers(args: argparse.Namespace, dtype: torch.dtype) -> None:
     print_table(head, rows)
 
 
+@contextlib.contextmanager
+def _products() -> Iterator[list[float]]:
+    """Seconds of each product that compiled code calls, dense and packed ones, in turn."""
+    real: dict[str, Any] = {name: getattr(extern_kernels, name) for name in ("addmm", "mst_packed_linear_out")}
+    seconds: list[float] = []
+
+    def timed(product: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = product(*args, **kwargs)
+            seconds.append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    for name, product in real.items():
+        setattr(extern_kernels, name, timed(product))
+    try:
+        yield seconds
+    finally:
+        for name, product in real.items():
+            setattr(extern_kernels, name, product)
+
+
+def calls(args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Rows of what of a compiled layer's time is its product, and what is beside it: guards, arguments, results."""
+    rows = []
+    for (inputs, outputs), block, density in itertools.product(args.shapes, args.blocks, args.densities):
+        torch.manual_seed(0)
+        dense = [nn.Linear(inputs, outputs, dtype=dtype) for _ in range(args.copies)]
+        packed = [export.packed(_sparse_layer((inputs, outputs), dtype, block, density)[0]) for _ in range(args.copies)]
+        for tokens in args.tokens:
+            torch._dynamo.reset()
+            x = torch.randn(tokens, inputs, dtype=dtype)
+            sides = {"inductor": _server(dense, "inductor", x, 1), "packed": _server(packed, "inductor", x, 1)}
+            whole: dict[str, list[float]] = {side: [] for side in sides}
+            inside: dict[str, list[float]] = {side: [] for side in sides}
+            with _products() as products:
+                for run, (side, serve) in itertools.product(range(-2, args.runs), sides.items()):
+                    products.clear()
+                    start = time.perf_counter()
+                    serve()
+                    seconds = time.perf_counter() - start
+                    if run >= 0:  # the first ones compile
+                        whole[side].append(seconds / args.copies)
+                        inside[side].append(sum(products) / args.copies)
+            total = {side: statistics.median(times) for side, times in whole.items()}
+            for side in sides:
+                product = statistics.median(inside[side])
+                note = (
+                    f"copies: {args.copies}; product: {product * 1e6:.0f} us; beside it: "
+                    f"{(total[side] - product) * 1e6:.0f} us"
+                )
+                case = f"calls {inputs}->{outputs} M={tokens} B={block} d={density:.3f}"
+                record(
+                    "inference", case, side, total[side], total["inductor"] / total[side], args.runs, args.dtype, note
+                )
+                rows.append((case, side, f"{total[side] * 1e6:.0f}", note))
+                print(*rows[-1], flush=True)
+    print()
+    print_table(("calls", "side", "us", "of it"), rows)
+
+
 def _model(args: argparse.Namespace, dtype: torch.dtype) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     length = args.prompt + args.new
@@ -147,15 +216,15 @@ def _mib(model: nn.Module) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=("layers", "generation"), default="layers")
+    parser.add_argument("--what", choices=("layers", "calls", "generation"), default="layers")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--blocks", default="8,32")
     parser.add_argument("--densities", default=".2,.1")
     parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--shapes", default=SHAPES, help="layers: inputs x outputs")
-    parser.add_argument("--tokens", default=TOKENS, help="layers")
-    parser.add_argument("--copies", type=int, default=12, help="layers: so many in one graph")
+    parser.add_argument("--shapes", default=SHAPES, help="layers, calls: inputs x outputs")
+    parser.add_argument("--tokens", default=TOKENS, help="layers, calls")
+    parser.add_argument("--copies", type=int, default=12, help="layers, calls: so many in one graph")
     parser.add_argument("--config", choices=tuple(CONFIGS), default="small", help="generation")
     parser.add_argument("--cache", choices=("static", "dynamic"), default="static", help="generation")
     parser.add_argument("--batch", type=int, default=1, help="generation")
@@ -166,7 +235,7 @@ def main() -> None:
     args.blocks, args.tokens = ([int(n) for n in text.split(",")] for text in (args.blocks, args.tokens))
     args.densities = [float(d) for d in args.densities.split(",")]
     args.shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
-    {"layers": layers, "generation": generation}[args.what](args, getattr(torch, args.dtype))
+    {"layers": layers, "calls": calls, "generation": generation}[args.what](args, getattr(torch, args.dtype))
 
 
 if __name__ == "__main__":

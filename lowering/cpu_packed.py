@@ -40,14 +40,24 @@ def packed_linear(
 
 
 def packed_linear_out(x: Tensor, values: Tensor, index: Tensor, *bias: Tensor, block: int, out: Tensor) -> Tensor:
-    """The same as compiled code calls it, into ``out``, contiguous: seen by who watches."""
+    """The same as compiled code calls it, into ``out``: seen by who watches.
+
+    Such code has made sure of all that :mod:`mst_compile.lowering.cpu_inductor` asks of the operands: ``x`` has two
+    dimensions, its features side by side, and the others are contiguous.
+    """
     added = bias[0] if bias else None
     if not (profiler._is_profiler_enabled or counters):
-        _run(x, values, index, added, block, out)
+        _run_compiled(x, values, index, added, block, out)
         return out
     with marked("packed_linear", (x, values, index, added, out.shape[-1], block), unseen=True):
-        _run(x, values, index, added, block, out)
+        _run_compiled(x, values, index, added, block, out)
     return out
+
+
+def _run_compiled(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor) -> None:
+    if values.dtype != x.dtype:  # as autocast, which casts a weight at every call
+        values = values.to(x.dtype)
+    kernels.packed_as_laid_out(x, values, index, bias, block, out)
 
 
 def _run(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor) -> None:

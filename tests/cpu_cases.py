@@ -39,14 +39,17 @@ class Case:
         return buffer, buffer[:, :cols]
 
 
+TOKENS = st.one_of(st.sampled_from([0, 1, 2, 16, 17, 48, 96, 128, 256]), st.integers(1, 300))
+
+
 @st.composite
-def cases(draw: st.DrawFn, blocks: Sequence[int] = table.BLOCKS) -> Case:
+def cases(draw: st.DrawFn, blocks: Sequence[int] = table.BLOCKS, tokens: st.SearchStrategy[int] = TOKENS) -> Case:
     block = draw(st.sampled_from(blocks))
     side = st.integers(1, max(70, 3 * block + 1))
     return Case(
         rows=draw(side),
         cols=draw(side),
-        m=draw(st.one_of(st.sampled_from([0, 1, 2, 16, 17, 48, 96, 128, 256]), st.integers(1, 300))),
+        m=draw(tokens),
         block=block,
         density=draw(st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0])),
         seed=draw(st.integers(0, 2**31)),

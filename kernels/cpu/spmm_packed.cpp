@@ -17,12 +17,13 @@
 //             sums of the line's outputs, in L1
 //           write y, transposed in registers
 //
-// Few tokens are one narrow vector, or one of L lanes: a broadcast and a multiply-add for each unit of W, 8 or 16 to a
-// line of the cache, which take 4 to 8 cycles on two ports where two threads get such a line from memory in some 20. No
-// lane is ever added to another one, so short lists cost nothing, and what W is read with, a few instructions a line in
-// one sequence, leaves the processor room to look ahead. Tokens are cut into tiles of as many vectors each, and threads
-// into the outputs, not into the tokens, so that 64 tokens are no tile of 48 and one of 16.
-#include "spmm_plan.h"
+// Up to 16 tokens are one vector: a broadcast and a multiply-add for each unit of W, 8 or 16 to a line of the cache, which
+// take 4 to 8 cycles on two ports where two threads get such a line from memory in some 20. No lane is ever added to
+// another one, so short lists cost nothing. Tokens are cut into tiles of as many vectors each, and threads into the
+// outputs, not into the tokens, so that 64 tokens are no tile of 48 and one of 16. Up to four tokens have kernels of their
+// own (packed_few.h), or are one vector of four lanes: in blocks of 1 and 2, and, of bf16 in pairs, three and four in
+// blocks of 4.
+#include "packed_few.h"
 
 namespace mst {
 namespace {
@@ -32,7 +33,6 @@ constexpr int64_t panel_bytes = 400 << 10;      // of x^T, if that holds a tile:
 constexpr int64_t pack_units = 512;             // of a tile's x^T that are transposed at a time
 constexpr int64_t parts_a_thread = 6;           // of the outputs
 constexpr int64_t work_a_thread = 16 << 10;     // multiply-adds that are worth waking a thread for
-constexpr int ahead_bytes = 4096;               // of W, asked for while this much is multiplied
 
 // ---- arithmetic ----------------------------------------------------------------------------------------------------
 
@@ -79,6 +79,7 @@ template <class Element, int Strip> struct Form {
   using U = typename A::Unit;
   static constexpr int pair_numbers = NR * P;  // of W
   // Outputs at once, and vectors of tokens: 24 accumulators with 32 registers, 8 with 16. See spmm.cpp.
+  static constexpr int few = few_packed_tokens<E, NR>();  // up to how many tokens there are kernels of their own
   static constexpr int R = L == 16 ? NR : std::min(NR, 4), most_vectors = L < 16 ? 2 : NR == 8 ? 3 : 4;
 };
 
@@ -102,7 +103,7 @@ MST_NOINLINE void strip(const float* x, const typename F::E* w, const int32_t* i
     for (int k = 0; k < pairs; k += at_once) {
       MST_UNROLL for (int u = 0; u < at_once; u++) {
         if ((u * F::pair_numbers * sizeof(*w)) % 64 == 0)
-          __builtin_prefetch(reinterpret_cast<const char*>(wk + u * F::pair_numbers) + ahead_bytes, 0, 3);
+          __builtin_prefetch(reinterpret_cast<const char*>(wk + u * F::pair_numbers) + packed_ahead, 0, 3);
         MST_UNROLL for (int j = 0; j < A::rows; j++) {
           V b[MV];
           MST_UNROLL for (int v = 0; v < MV; v++) b[v] = load_n<N>(xk + ((u * A::rows + j) * MV + v) * N);
@@ -194,7 +195,7 @@ template <class F> struct PackedKernel {
   const int32_t *ptr, *idx;
   const int64_t out_blocks, units;  // units of x^T
   const int pairs, strips, span;    // of a block; of an output block; output blocks of a line
-  const bool four;                  // tokens at most
+  const bool four;                  // tokens at most, in one vector of four
   const int64_t vectors, tiles;
   const std::vector<float> bias;
   std::vector<int64_t> slabs, panels;  // tiles
@@ -204,7 +205,7 @@ template <class F> struct PackedKernel {
       : a(arguments), ptr(a.index), idx(ptr + ceil_div(a.outputs, a.block) + 1),
         out_blocks(ceil_div(a.outputs, a.block)),
         units(ceil_div(a.reduction, a.block) * a.block / F::P * F::A::rows), pairs(a.block / F::P),
-        strips(a.block / F::NR), span(std::max(1, line_outputs / a.block)), four(a.m <= 4),
+        strips(a.block / F::NR), span(std::max(1, line_outputs / a.block)), four(a.m > F::few && a.m <= 4),
         vectors(four ? 1 : ceil_div(a.m, L)), tiles(ceil_div(vectors, F::most_vectors)), bias(padded_bias()) {
     slabs = cut_tiles(0, tiles, slab_bytes);
     for (size_t s = 0; s + 1 < slabs.size(); s++)
@@ -272,7 +273,8 @@ template <class F> struct PackedKernel {
     const int64_t k0 = run * pack_units, n = std::min(pack_units, units - k0), from = first_vector(t) * L;
     const int64_t tokens = a.m - from, numbers = k0 * F::U::per_unit;
     const X* x = static_cast<const X*>(a.x) + from * a.ldx;
-    if (four) return pack_four<typename F::U>(x, a.ldx, tokens, a.reduction, numbers, n, xt + k0 * 4);
+    if constexpr (F::few < 4)
+      if (four) return pack_four<typename F::U>(x, a.ldx, tokens, a.reduction, numbers, n, xt + k0 * 4);
     by_vectors(t, [&](auto mv) {
       pack_units_of<mv>(x, std::min<int64_t>(tokens, mv * L), numbers, n, xt + k0 * mv * L);
     });
@@ -312,16 +314,17 @@ template <class F> struct PackedKernel {
       for (int64_t t = t0; t < t1; t++) {
         const int64_t from = first_vector(t) * L;
         X* y = static_cast<X*>(a.y) + from * a.ldy + first;
-        if (four) {
-          line<1, 4>(i, end, at(xt, slab, t), sums);
-          write_four(sums, outs, a.m, y, a.ldy);
-        } else {
-          by_vectors(t, [&](auto mv) {
-            line<mv, L>(i, end, at(xt, slab, t), sums);
-            for (int v = 0; v < mv; v++)
-              write_vector<mv>(sums, v, outs, std::min<int64_t>(L, a.m - from - v * L), y + v * L * a.ldy, a.ldy, stage);
-          });
-        }
+        if constexpr (F::few < 4)
+          if (four) {
+            line<1, 4>(i, end, at(xt, slab, t), sums);
+            write_four(sums, outs, a.m, y, a.ldy);
+            continue;
+          }
+        by_vectors(t, [&](auto mv) {
+          line<mv, L>(i, end, at(xt, slab, t), sums);
+          for (int v = 0; v < mv; v++)
+            write_vector<mv>(sums, v, outs, std::min<int64_t>(L, a.m - from - v * L), y + v * L * a.ldy, a.ldy, stage);
+        });
       }
     }
   }
@@ -361,6 +364,8 @@ template <class F> int run_packed(const MstPacked& a) {
   const int64_t multiply_adds = static_cast<int64_t>(a.index[ceil_div(a.outputs, a.block)]) * a.block * a.block * a.m;
   const int64_t threads = std::clamp<int64_t>(multiply_adds / work_a_thread, 1, std::max(1, a.threads));
   const PackedKernel<F> kernel(a, threads);
+  if constexpr (F::few > 0)
+    if (a.m <= F::few) return run_few<typename F::E, F::NR>(a, threads, kernel.cuts, kernel.bias.data());
   static thread_local Scratch memory;
   float* xt = memory.floats(kernel.slab_floats());
   if (!xt) return MST_NO_MEMORY;

@@ -43,6 +43,7 @@ class PackedWeight(nn.Module):
     Attributes:
         grid: the blocks over the weight as ``[outputs, inputs]``.
         transposed: whether it was stored as ``[inputs, outputs]``.
+        outputs, inputs, block: of the grid.
         values, index: see :mod:`mst_compile.blocks.packed`; buffers.
     """
 
@@ -52,6 +53,7 @@ class PackedWeight(nn.Module):
     def __init__(self, values: Tensor, index: Tensor, grid: BlockGrid, transposed: bool) -> None:
         super().__init__()
         self.grid, self.transposed, self.version = grid, transposed, VERSION
+        self.outputs, self.inputs, self.block = grid.rows, grid.cols, grid.block
         self.register_buffer("values", values)
         self.register_buffer("index", index)
 
@@ -85,7 +87,10 @@ class PackedWeight(nn.Module):
                 "a packed layer is for inference and has no gradients, but its input or bias requires one: call the "
                 "model under torch.no_grad(), or train the model that it was packed from"
             )
-        kind = x.device.type
+        # Compiled code guards all that is read here, at every call and mostly out of a cache that weights have swept:
+        # buffers not by attribute, for which it looks into the module's two other dicts first, and no grid.
+        held: dict[str, Any] = self._buffers
+        values, index, kind = held["values"], held["index"], x.device.type
         if (
             torch.amp.is_autocast_available(kind)
             and torch.is_autocast_enabled(kind)
@@ -93,15 +98,14 @@ class PackedWeight(nn.Module):
             and x.dtype != torch.float64
         ):
             x = x.to(torch.get_autocast_dtype(kind))
-        elif x.dtype != self.values.dtype:
+        elif x.dtype != values.dtype:
             raise ArgumentError(
-                f"the input is {x.dtype} and the packed weight {self.values.dtype}: cast one of them, as by "
+                f"the input is {x.dtype} and the packed weight {values.dtype}: cast one of them, as by "
                 f"model.to({x.dtype})"
             )
-        if x.shape[-1] != self.grid.cols:
-            raise ArgumentError(f"the input has shape {tuple(x.shape)} and the layer takes {self.grid.cols} features")
-        grid, given = self.grid, (self.values, self.index, bias)
-        packed: Tensor = torch.ops.mst.packed_linear(x, *given, grid.rows, grid.block, VERSION)
+        if x.shape[-1] != self.inputs:
+            raise ArgumentError(f"the input has shape {tuple(x.shape)} and the layer takes {self.inputs} features")
+        packed: Tensor = torch.ops.mst.packed_linear(x, values, index, bias, self.outputs, self.block, VERSION)
         return packed
 
     @classmethod
@@ -149,6 +153,7 @@ class PackedWeight(nn.Module):
                 "pack the sparse model again"
             )
         super().__setstate__(state)
+        self.outputs, self.inputs, self.block = self.grid.rows, self.grid.cols, self.grid.block
         _lower()
 
 

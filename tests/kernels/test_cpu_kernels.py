@@ -114,6 +114,23 @@ def test_weight_passes(lib, case, dtype, threads):
     assert torch.equal(buffer[:, case.cols :], beyond)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    case=cases(),
+    dtype=st.sampled_from([torch.int8, torch.int16, torch.int32, torch.int64]),
+    threads=st.sampled_from([1, 2]),
+)
+def test_zeroing_takes_bits_as_they_are(lib, case, dtype, threads):
+    """Elements of any size, by runs and by whole rows: what stays has the bits it had, NaN or not."""
+    torch.set_num_threads(threads)
+    bits = torch.randint(-128, 128, (case.rows, 8 * (case.cols + case.pad)), generator=case.random, dtype=torch.int8)
+    buffer = bits.view(dtype)[:, : case.cols + case.pad].contiguous()
+    w, before = buffer[:, : case.cols], buffer.clone()
+    lib.zero_inactive_(w, case.index, case.block)
+    assert torch.equal(w, torch.where(case.elements, before[:, : case.cols], 0))
+    assert torch.equal(buffer[:, case.cols :], before[:, case.cols :])
+
+
 @pytest.mark.parametrize("block", table.BLOCKS)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_deterministic_for_any_number_of_threads(lib, block, dtype):

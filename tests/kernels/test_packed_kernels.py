@@ -51,12 +51,26 @@ def test_packed_products_match_the_oracle(case, dtype, bias_dtype, threads, isa)
     check_packed(library(isa), case, dtype, bias_dtype)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    case=cases(BLOCKS, tokens=st.integers(1, 5)),
+    dtype=st.sampled_from(DTYPES),
+    bias_dtype=st.sampled_from([None, *DTYPES]),
+    threads=st.sampled_from([1, 2]),
+    isa=st.sampled_from(build.supported_isas()),
+)
+def test_few_tokens(case, dtype, bias_dtype, threads, isa):
+    """Kernels of their own up to four; one more is the first that has others."""
+    torch.set_num_threads(threads)
+    check_packed(library(isa), case, dtype, bias_dtype)
+
+
 @every_isa
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_block_and_number_of_vectors(isa: str, block: int, dtype: torch.dtype) -> None:
     """Four tokens and fewer, tiles of one vector and of each larger number, whole and partial ones."""
-    for m in (1, 4, 5, 16, 33, 61, 96):
+    for m in (1, 2, 3, 4, 5, 16, 33, 61, 96):
         check_packed(library(isa), Case(2 * block + 3, 3 * block + 2, m, block, 0.6, seed=m, pad=m % 2), dtype, F32)
 
 
@@ -73,7 +87,7 @@ def test_large_layers(lib: Library, rows: int, cols: int, m: int, block: int, dt
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_are_the_same_on_any_number_of_threads(lib: Library, block: int, dtype: torch.dtype) -> None:
-    for m in (1, 130):
+    for m in (1, 4, 130):
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
@@ -127,6 +141,9 @@ def test_what_is_no_packed_weight_is_refused(lib: Library) -> None:
     for given_, message in wrong:
         with pytest.raises(ValueError, match=message):
             lib.packed(*given_)
+        if message == "no packed weight" and given_[2].dtype == torch.int32:
+            with pytest.raises(ValueError, match=message):
+                lib.packed_as_laid_out(*given_)
     for block in (0, 3, 12, 256):
         counts = torch.zeros(-(-24 // max(block, 1)) + 1, dtype=torch.int32)
         with pytest.raises((RuntimeError, ZeroDivisionError)):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mask_cases import block_masks, expand
 from mst_compile.lowering import cpu_packed
@@ -85,6 +85,19 @@ def test_the_operator_and_its_reference(case: Case) -> None:
     check(case, packed_linear_reference(*given_))
     meta = packed_linear(*(t.to("meta") if isinstance(t, Tensor) else t for t in given_))
     assert (meta.shape, meta.dtype, meta.device.type) == ((*case.x.shape[:-1], case.grid.rows), case.x.dtype, "meta")
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_what_compiled_code_calls(case: Case) -> None:
+    """Any weight's and bias's dtype, on rows as its lowering lays them out."""
+    bias = () if case.bias is None else (case.bias,)
+    assume(cpu_packed.why_not(case.x.dtype, case.grid.block, bias[0].dtype if bias else None) is None)
+    values, index = pack(case.weight, case.grid, case.mask)
+    x = case.x.reshape(-1, case.grid.cols).contiguous()
+    out = torch.full((x.shape[0], case.grid.rows), torch.nan, dtype=x.dtype)
+    assert cpu_packed.packed_linear_out(x, values, index, *bias, block=case.grid.block, out=out) is out
+    check(case._replace(x=x), out)
 
 
 @settings(max_examples=100, deadline=None)
