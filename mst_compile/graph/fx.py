@@ -152,6 +152,13 @@ def before_cast(node: Any) -> fx.Node | None:
     return source  # type: ignore[return-value]
 
 
+def before_local(node: Any) -> fx.Node | None:
+    """The node of a DTensor of which ``node`` is what this rank holds, or None if it is something else."""
+    if not isinstance(node, fx.Node) or node.op != "call_method" or node.target != "to_local":
+        return None
+    return node.args[0]  # type: ignore[return-value]
+
+
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Whether every number of ``narrow`` is one of ``wide``: a cast to ``wide`` then changes no value."""
     return torch.promote_types(wide, narrow) == wide
