@@ -34,6 +34,11 @@ SERVED = (
     "torch.chunk cuts: ColwiseParallel and RowwiseParallel of parallelize_module, distribute_tensor with such "
     "placements, and fully_shard, alone or over these"
 )
+FOR_DATA = (
+    "For data parallelism over tensor parallelism call fully_shard (torch.distributed.fsdp) on the other dimension of "
+    "the mesh, or on two others of which the second has size 1, if every rank shall keep its whole part as under "
+    "DistributedDataParallel"
+)
 _LOCALISED = "_st_info"  # on what torch.distributed.tensor.parallel.ddp makes of DTensors
 
 
@@ -203,8 +208,7 @@ def _flattened(name: str, what: str) -> ParallelismError:
     return ParallelismError(
         f"the Parameter {name} that was made sparse is {what}. FSDP1 (FullyShardedDataParallel) flattens Parameters, "
         "DistributedDataParallel over tensor parallelism takes them out of their modules, neither is supported. Use "
-        "torch.distributed.fsdp.fully_shard, of a tensor-parallel model on the other dimension of the mesh. Apply "
-        "parametrizations before sparsify"
+        f"torch.distributed.fsdp.fully_shard. {FOR_DATA}. Apply parametrizations before sparsify"
     )
 
 
@@ -228,8 +232,7 @@ def check_placement(name: str, parameter: Tensor) -> None:
     if hasattr(parameter, _LOCALISED):
         raise ParallelismError(
             f"the tensor-parallel Parameter {name} is a local tensor of {tuple(parameter.shape)} now, as "
-            "DistributedDataParallel with a device mesh makes them. For data parallelism over tensor parallelism call "
-            "fully_shard on the other dimension of the mesh"
+            f"DistributedDataParallel with a device mesh makes them. {FOR_DATA}"
         )
     if parameter.dim() != 2:
         raise _flattened(name, f"of shape {tuple(parameter.shape)} now")
