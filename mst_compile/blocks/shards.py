@@ -42,6 +42,9 @@ FOR_DATA = (
 _LOCALISED = "_st_info"  # on what torch.distributed.tensor.parallel.ddp makes of DTensors
 
 
+_PLAN = "_hf_tp_plan"  # on modules whose weights versions 4 and early versions 5 of transformers have cut
+
+
 class Holder(Protocol):
     """What holds a Parameter in both of its forms."""
 
@@ -219,6 +222,23 @@ def unsharded(parameter: Tensor) -> Tensor | None:
         return None
     holder = holder_of(parameter)
     return holder.whole if holder is not None and parameter is holder.sharded else None
+
+
+def check_not_cut(name: str, parameter: Tensor, module: nn.Module) -> None:
+    """Raise :class:`ParallelismError` if transformers has cut ``parameter``, which ``module`` holds, into local
+    tensors: each rank would take its part for the whole, and masks would not be those of one process.
+
+    Args:
+        name: of the weight, for the message.
+    """
+    plan = getattr(module, _PLAN, None)
+    if not is_sharded(parameter) and isinstance(plan, str) and ("colwise" in plan or "rowwise" in plan):
+        raise ParallelismError(
+            f"{name} is a local tensor of {tuple(parameter.shape)}, one rank's part of what transformers has cut by "
+            f"its plan {plan!r}. {SERVED}. Newer versions of transformers make DTensors (5.24 does: from_pretrained(..., "
+            "distributed_config=DistributedConfig(tp_size=...))); or load the model whole and cut it with "
+            "parallelize_module"
+        )
 
 
 def check_placement(name: str, parameter: Tensor) -> None:

@@ -3,6 +3,7 @@ part of a weight, and data parallelism over tensor parallelism, where Distribute
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -181,10 +182,10 @@ def data_over_parts() -> None:
     def shard(module: nn.Module) -> None:
         fully_shard(module, mesh=mesh["dp", "one"])
 
-    def copy(module: nn.Module) -> None:
+    def keep(module: nn.Module) -> None:
         replicate(module, mesh=mesh["dp"])
 
-    for spread in (shard, copy):
+    for spread in (shard, keep):
         alone = sparsify(net(), SCHEDULES[0])
         model = tensor_parallel(sparsify(net(), SCHEDULES[0]), mesh["tp"])
         held = list(model.parameters())
@@ -209,6 +210,18 @@ def _train_both(alone: nn.Module, model: nn.Module, mesh: DeviceMesh) -> None:
     optimizers[1].step()
     assert_zero_outside(model, optimizers[1])
     assert_same_run(model, alone)
+
+
+def test_local_tensors_that_transformers_has_cut_are_refused() -> None:
+    """As its version 4 leaves them: parts on plain Parameters, and the plan's word on the module."""
+    model = nn.ModuleDict({"up": nn.Linear(32, 32), "norm": nn.Linear(32, 32)})
+    model["norm"]._hf_tp_plan = "replicated_with_grad_allreduce"
+    sparsify(copy.deepcopy(model), SCHEDULE)
+    for plan in ("colwise", "local_rowwise", "packed_colwise"):
+        model["up"]._hf_tp_plan = plan
+        with pytest.raises(ParallelismError, match=rf"up\.weight is a local tensor of \(32, 32\).*'{plan}'.*tp_size"):
+            sparsify(model, SCHEDULE)
+    sparsify(model, SCHEDULE, exclude="up.*")
 
 
 TWO: list[Callable[[], None]] = [sequences, local_products, shards_of_nobody]
