@@ -235,7 +235,7 @@ def check_not_cut(name: str, parameter: Tensor, module: nn.Module) -> None:
     if not is_sharded(parameter) and isinstance(plan, str) and ("colwise" in plan or "rowwise" in plan):
         raise ParallelismError(
             f"{name} is a local tensor of {tuple(parameter.shape)}, one rank's part of what transformers has cut by "
-            f"its plan {plan!r}. {SERVED}. Newer versions of transformers make DTensors (5.24 does: from_pretrained(..., "
+            f"its plan {plan!r}. {SERVED}. Newer versions of transformers make DTensors (5.24: from_pretrained(..., "
             "distributed_config=DistributedConfig(tp_size=...))); or load the model whole and cut it with "
             "parallelize_module"
         )
