@@ -154,7 +154,8 @@ def before_cast(node: Any) -> fx.Node | None:
 
 def before_local(node: Any) -> fx.Node | None:
     """The node of a DTensor of which ``node`` is what this rank holds, or None if it is something else."""
-    if not isinstance(node, fx.Node) or node.op != "call_method" or node.target != "to_local":
+    # With arguments, older versions of Dynamo call a function of their own.
+    if not isinstance(node, fx.Node) or not computes(node) or name(node) not in ("to_local", "prim_to_local"):
         return None
     return node.args[0]  # type: ignore[return-value]
 
