@@ -269,7 +269,7 @@ def refused() -> None:
     _pre_dp_module_transform(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model(torch.ones(4, 32)).sum().backward()
-    with pytest.raises(ParallelismError, match="over tensor parallelism call fully_shard .* on the other dimension"):
+    with pytest.raises(ParallelismError, match=r"over tensor parallelism call fully_shard .* on the other dimension"):
         optimizer.step()
     # Ranks that were given other options.
     model = sparsify(tensor_parallel(net()), SCHEDULES[0], seed=dist.get_rank() // (dist.get_world_size() - 1))
