@@ -27,7 +27,12 @@ from mst_compile.parallel.ranks import check_ranks
 
 DistributedConfig = pytest.importorskip("transformers.distributed").DistributedConfig
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one group of processes at a time
+pytestmark = [
+    pytest.mark.xdist_group("ranks"),  # one group of processes at a time
+    pytest.mark.skipif(
+        torch.accelerator.is_available(), reason="transformers takes accelerators; ranks here have none"
+    ),
+]
 
 SCHEDULE = Constant(0.6, interval=3)
 
