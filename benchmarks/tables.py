@@ -161,6 +161,20 @@ def generation_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
     return "\n".join(lines)
 
 
+def parallel_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
+    """A training step on one process and on tensor-parallel ranks, and what their collectives take of it."""
+    cases: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if row["benchmark"] == "tensor_parallel" and machine in row["cpu"]:
+            cases.setdefault(row["case"], {})[row["side"]] = row
+    lines = ["| step, one thread a rank | dense (inductor) | mst | ratio | all-reduce alone |", "|---|---|---|---|---|"]
+    for case, sides in cases.items():
+        dense, ours = (1e3 * float(sides[side]["median_s"]) for side in ("inductor", "mst"))
+        moved = f"{1e3 * float(sides['all-reduce']['median_s']):.1f} ms" if "all-reduce" in sides else ""
+        lines.append(f"| {case}, float32 | {dense:.0f} ms | {ours:.0f} ms | **{dense / ours:.2f}x** | {moved} |")
+    return "\n".join(lines)
+
+
 def pretrain_table(rows: list[dict[str, str]]) -> str:
     """The newest runs of the example on one machine: loss, FLOPs and time, whatever they show."""
     lines = ["| run | validation loss, training FLOPs | training time | against dense |", "|---|---|---|---|"]
@@ -211,6 +225,7 @@ def tables(rows: list[dict[str, str]]) -> dict[str, str]:
         "layers": layers_table(rows),
         "layers, two threads": layers_table(rows, short=True),
         "models": model_table(rows),
+        "parallel": parallel_table(rows),
         "pretrain": pretrain_table(rows),
         "attention": attention_table(rows),
         "inference": inference_table(rows),

@@ -4,6 +4,9 @@ model = mst_compile.sparsify(model, mst_compile.MixedSparsity(total_steps=20_000
 model = torch.compile(model, backend="mst")
 """
 
+import importlib
+from types import ModuleType
+
 from . import report as report  # mst_compile.report.Recorder
 from .api import densify, sparsifier, sparsify
 from .cost.forecast import Forecast, forecast
@@ -40,3 +43,12 @@ __all__ = [
     "sparsify",
 ]
 __version__ = "0.1.0"
+
+_DOORS = ("communication", "export", "flops", "recipes", "schedule")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``mst_compile.schedule`` and the other doors need no import of their own: it comes with the first use."""
+    if name in _DOORS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mst_compile.blocks.shards import check_placement
+from mst_compile.blocks.shards import check_not_cut, check_placement
 from mst_compile.errors import AlreadySparseError, SelectionError
 from mst_compile.parallel import (
     first_step,  # noqa: F401  (compares ranks)
@@ -107,6 +107,8 @@ def sparsify(
         fsdp.adopt(model)
         for candidate in selection.candidates:
             check_placement(candidate.name, candidate.parameter)
+            for module, _ in candidate.owners:
+                check_not_cut(candidate.name, candidate.parameter, module)
         new = Sparsifier(schedule, selection.candidates, seed, auto_step, selection.skipped, guard)
         try:
             # It asks the schedule, which may be the user's, before it changes a weight.

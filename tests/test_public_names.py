@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import mst_compile
 
 ROOT = Path(__file__).resolve().parents[1]
+DOORS = ("schedule", "recipes", "flops", "communication", "export", "report")
 TOLD = sorted(
     {
         name.rstrip(".")
@@ -38,6 +41,16 @@ def resolve(name: str) -> Any:
 @pytest.mark.parametrize("name", TOLD)
 def test_what_the_documents_name_is_there(name: str) -> None:
     resolve(name)
+
+
+def test_users_reach_them_after_importing_the_package_alone() -> None:
+    """In a fresh process, where nothing else has imported the modules that they are in."""
+    names = [name for name in TOLD if name.split(".")[1] in DOORS]
+    assert {name.split(".")[1] for name in names} >= set(DOORS) - {"recipes"}
+    program = "import functools, mst_compile\n" + "".join(
+        f"functools.reduce(getattr, {name.split('.')[1:]}, mst_compile)\n" for name in names
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=300)
 
 
 def test_all_is_there_and_names_no_module() -> None:

@@ -34,7 +34,15 @@ SERVED = (
     "torch.chunk cuts: ColwiseParallel and RowwiseParallel of parallelize_module, distribute_tensor with such "
     "placements, and fully_shard, alone or over these"
 )
+FOR_DATA = (
+    "For data parallelism over tensor parallelism call fully_shard (torch.distributed.fsdp) on the other dimension of "
+    "the mesh, or on two others of which the second has size 1, if every rank shall keep its whole part as under "
+    "DistributedDataParallel"
+)
 _LOCALISED = "_st_info"  # on what torch.distributed.tensor.parallel.ddp makes of DTensors
+
+
+_PLAN = "_hf_tp_plan"  # on modules whose weights versions 4 and early versions 5 of transformers have cut
 
 
 class Holder(Protocol):
@@ -203,8 +211,7 @@ def _flattened(name: str, what: str) -> ParallelismError:
     return ParallelismError(
         f"the Parameter {name} that was made sparse is {what}. FSDP1 (FullyShardedDataParallel) flattens Parameters, "
         "DistributedDataParallel over tensor parallelism takes them out of their modules, neither is supported. Use "
-        "torch.distributed.fsdp.fully_shard, of a tensor-parallel model on the other dimension of the mesh. Apply "
-        "parametrizations before sparsify"
+        f"torch.distributed.fsdp.fully_shard. {FOR_DATA}. Apply parametrizations before sparsify"
     )
 
 
@@ -215,6 +222,23 @@ def unsharded(parameter: Tensor) -> Tensor | None:
         return None
     holder = holder_of(parameter)
     return holder.whole if holder is not None and parameter is holder.sharded else None
+
+
+def check_not_cut(name: str, parameter: Tensor, module: nn.Module) -> None:
+    """Raise :class:`ParallelismError` if transformers has cut ``parameter``, which ``module`` holds, into local
+    tensors: each rank would take its part for the whole, and masks would not be those of one process.
+
+    Args:
+        name: of the weight, for the message.
+    """
+    plan = getattr(module, _PLAN, None)
+    if not is_sharded(parameter) and isinstance(plan, str) and ("colwise" in plan or "rowwise" in plan):
+        raise ParallelismError(
+            f"{name} is a local tensor of {tuple(parameter.shape)}, one rank's part of what transformers has cut by "
+            f"its plan {plan!r}. {SERVED}. Newer versions of transformers make DTensors (5.24: from_pretrained(..., "
+            "distributed_config=DistributedConfig(tp_size=...))); or load the model whole and cut it with "
+            "parallelize_module"
+        )
 
 
 def check_placement(name: str, parameter: Tensor) -> None:
@@ -228,8 +252,7 @@ def check_placement(name: str, parameter: Tensor) -> None:
     if hasattr(parameter, _LOCALISED):
         raise ParallelismError(
             f"the tensor-parallel Parameter {name} is a local tensor of {tuple(parameter.shape)} now, as "
-            "DistributedDataParallel with a device mesh makes them. For data parallelism over tensor parallelism call "
-            "fully_shard on the other dimension of the mesh"
+            f"DistributedDataParallel with a device mesh makes them. {FOR_DATA}"
         )
     if parameter.dim() != 2:
         raise _flattened(name, f"of shape {tuple(parameter.shape)} now")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,7 +58,10 @@ class Decision:
         if self.cost is not None and self.dense_cost is not None:
             lines.append(f"cost: dense {self.dense_cost:.2f}, sparse {self.cost:.2f}")
         kind = "time" if self.limit_in_seconds else "FLOPs"
-        lines.append(f"limit (Amdahl, by {kind}): no sparsity makes a step more than {self.limit:.2f}x as fast")
+        at_most = f"no sparsity makes a step more than {self.limit:.2f}x as fast"
+        if math.isinf(self.limit):
+            at_most = "none, since nothing was counted beside the products with sparse weights"
+        lines.append(f"limit (Amdahl, by {kind}): {at_most}")
         lines += [f"seconds are: {text}" for text in self.source]
         lines += [f"NOTE: {note}" for note in self.notes]
         return "\n".join(line for text in lines for line in textwrap.wrap(text, _WIDTH, subsequent_indent="    "))

@@ -237,7 +237,9 @@ def _reasons(option: Option, rival: str, budget: float | None) -> list[str]:
     if option.schedule is None:
         return ["the budget pays for dense training, which has the lowest loss"]
     told = (
-        "of those in the budget it has the lowest predicted loss" if budget is not None else "it has the largest lead"
+        "of those in the budget it has the lowest predicted loss"
+        if budget is not None
+        else "of the sparse ones it does best against dense runs of its FLOPs"
     )
     reasons = [f"{told}, {option.behind:+.3f} nats against plain dense, at {option.share:.2f} of its FLOPs"]
     within = abs(option.lead) <= FIT.error

@@ -152,6 +152,14 @@ def before_cast(node: Any) -> fx.Node | None:
     return source  # type: ignore[return-value]
 
 
+def before_local(node: Any) -> fx.Node | None:
+    """The node of a DTensor of which ``node`` is what this rank holds, or None if it is something else."""
+    # With arguments, older versions of Dynamo call a function of their own.
+    if not isinstance(node, fx.Node) or not computes(node) or name(node) not in ("to_local", "prim_to_local"):
+        return None
+    return node.args[0]  # type: ignore[return-value]
+
+
 def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Whether every number of ``narrow`` is one of ``wide``: a cast to ``wide`` then changes no value."""
     return torch.promote_types(wide, narrow) == wide

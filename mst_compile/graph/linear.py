@@ -30,6 +30,7 @@ from mst_compile.graph.fx import (
     add_placeholder,
     arguments,
     before_cast,
+    before_local,
     before_swap,
     calls,
     describe,
@@ -102,6 +103,9 @@ def match(node: fx.Node) -> Match | None:
     return next((found for found in (form(node) for form in FORMS) if found is not None), None)
 
 
+SERVED = {torch.ops.mst.linear.default, spread.linear, CHECKPOINT}  # what may use a weight that is served
+
+
 # ---- the pass --------------------------------------------------------------------------------------------------------
 
 
@@ -130,12 +134,14 @@ class _Rewrite:
             return
         way, flipped = _way_from_source(found.weight)
         base = way[0]
-        key = self._keys.get(region.origin(base))
+        whole = before_local(base)  # of a DTensor products may be written with this rank's part
+        key = self._keys.get(region.origin(whole or base))
         if key is None:
             return
         transposed = found.rows_are_out == flipped
         reason = self._why_not(node, found, way, self._context.weights[key], transposed)
-        writer = next((self._writers[m] for n in way if (m := storage(region.origin(n))) in self._writers), None)
+        held = way if whole is None else [whole, *way]
+        writer = next((self._writers[m] for n in held if (m := storage(region.origin(n))) in self._writers), None)
         if writer is not None:  # here too, before the product: what a weight holds is looked at before the graph runs
             reason = f"{describe(node)}: its values are changed before by {describe(writer)}"
         if reason is not None:
@@ -163,6 +169,8 @@ class _Rewrite:
             divided = spread.divisions(x, w, _bias(found), out, transposed)
             if isinstance(divided, str):
                 return f"{describe(node)}: {divided}"
+        elif before_local(way[0]) is not None and tuple(w.shape) != (weight.multiplied.rows, weight.multiplied.cols):
+            return f"{describe(node)}: its part of the weight is a shard of {tuple(w.shape)} that nobody gathered"
         dtypes = [value(n).dtype for n in way] + [out.dtype]  # the operator casts the parameter to its result's dtype
         if not is_one_cast(dtypes):
             rounds = next(n for n in way if not holds(value(n).dtype, w.dtype))
@@ -214,9 +222,9 @@ class _Rewrite:
     def report(self, graph_module: fx.GraphModule) -> None:
         """Note every use of a sparse weight that stays dense."""
         for region, node in walk(graph_module):
-            key = self._keys.get(region.origin(node))
+            key = self._keys.get(region.origin(before_local(node) or node))
             for user in node.users if key is not None else ():
-                if user.target not in (torch.ops.mst.linear.default, spread.linear, CHECKPOINT):
+                if user.target not in SERVED and before_local(user) is None:
                     self._context.unmatched.setdefault(key, [f"used by {describe(user)}"])  # type: ignore[arg-type]
 
 

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mst_compile.blocks.memory import is_plain
-from mst_compile.blocks.shards import is_sharded
-from mst_compile.errors import RankMismatchError
+from mst_compile.blocks.shards import FOR_DATA, is_sharded
+from mst_compile.errors import ParallelismError, RankMismatchError
 from mst_compile.parallel.description import describe, difference
+from mst_compile.state import weight as weights
 from mst_compile.state.run import Run
 from mst_compile.state.stepping import watch_runs
 from mst_compile.state.weight import SparseWeight
@@ -169,12 +170,24 @@ def _fingerprint(gradient: Tensor | None) -> int:
     return int(bits.sum(dtype=torch.int64))
 
 
+def _check_not_spread(module: object) -> None:
+    for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
+        if weights.of(parameter) is not None and is_sharded(parameter):
+            raise ParallelismError(
+                f"{name} is sparse and a DTensor, spread over the ranks of {parameter.device_mesh}; "  # type: ignore[attr-defined]
+                f"DistributedDataParallel would train local tensors in its place. {FOR_DATA}"
+            )
+
+
 def _follow_ddp() -> None:
-    """Note whose gradients are averaged by whom: DistributedDataParallel keeps no list of its instances."""
+    """Note whose gradients are averaged by whom: DistributedDataParallel keeps no list of its instances. And refuse
+    what it would take out of its modules, while it is there."""
     original = DistributedDataParallel.__init__
 
     @functools.wraps(original)
     def init(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> None:
+        module = args[0] if args else kwargs.get("module")
+        _check_not_spread(module)
         original(self, *args, **kwargs)
         ranks = sorted(dist.get_process_group_ranks(self.process_group))
         for parameter in self.module.parameters():

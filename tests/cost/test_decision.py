@@ -176,6 +176,12 @@ def test_flops_alone_say_what_stays_dense() -> None:
     assert "what stays dense limits a step to 1.12x" in text(found)
 
 
+def test_where_nothing_stays_dense_no_limit_is_told() -> None:
+    found = text(mst_compile.forecast(wide(), MixedSparsity(100), tokens=6400, tokens_per_step=64))
+    assert "limit (Amdahl, by FLOPs): none, since nothing was counted beside" in found
+    assert "infx" not in found
+
+
 def test_tokens_that_are_another_number_of_steps_are_told() -> None:
     long = mst_compile.forecast(Blocks(), MixedSparsity(20_000), tokens=226_141 * 8, tokens_per_step=8)
     (note,) = long.decision.notes
