@@ -104,8 +104,9 @@ def _scale(
             given, keys = _draw(evaluator, pad, hides, kind, generator)
             scores = None
             if product is not None:
-                scale = max(1.0, abs(scales[0])) if kind == "large scores" else None
-                scores = _probe(evaluator, product, generator, scale)
+                assert product.alpha is not None
+                large = max(1.0, abs(scales[0])) if kind == "large scores" else None
+                scores = _probe(evaluator, product, generator, large)
                 given[product.node] = product.alpha * scores
                 if product.extra is not None and product.beta:
                     extra = evaluator.evaluate(product.extra, given, product.node)
@@ -154,8 +155,13 @@ def _probe(evaluator: Evaluator, product: Product, generator: torch.Generator, s
     if shape.numel() > MAX_ELEMENTS:
         raise UnknownError("its scores are too large to try out")
     sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-    most = 3 if scale is None else int(math.log2(_largest_score(value(product.node).dtype) / scale))
-    return sign * torch.exp2(torch.randint(-2, max(3, most) + 1, shape, generator=generator).double())
+    most = 3 if scale is None else max(3, int(math.log2(_largest_score(value(product.node).dtype) / scale)))
+    probe = sign * torch.exp2(torch.randint(-2, most + 1, shape, generator=generator).double())
+    if scale is not None:  # of the shortest sequence too there is one of either sign, where every mask keeps it
+        own = probe.diagonal(dim1=-2, dim2=-1)
+        own.fill_(2.0**most)
+        own[..., 1::2].neg_()
+    return probe
 
 
 def _read(mask: Tensor, scores: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, float]:

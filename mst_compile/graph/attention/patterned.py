@@ -83,6 +83,8 @@ class _Rewrite:
 def _why_dropout(rates: list[Any]) -> str | None:
     for rate in rates:
         number = constant(rate)
-        if number is None or number != 0:
-            return f"its weights drop out at a rate of {'a number that may vary' if number is None else number}"
+        if number is None:
+            return "its weights drop out at a rate that may differ from call to call"
+        if number != 0:
+            return f"its weights drop out at a rate of {number}"
     return None

@@ -69,7 +69,7 @@ def _stops_gradient(found: Attention) -> bool:
     if not found.inner or not is_recorded(found.out):
         return False
     wanted = any(value(n).requires_grad for n in (found.q, found.k))
-    return any(value(n).requires_grad is not wanted for n in found.inner)
+    return any(getattr(value(n), "requires_grad", wanted) is not wanted for n in found.inner)
 
 
 def _precision(found: Attention) -> str | None:
