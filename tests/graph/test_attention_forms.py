@@ -357,8 +357,9 @@ def test_a_scale_that_differs_from_call_to_call(name: str) -> None:
             torch._dynamo.mark_dynamic(t, 2)
         given = (scale,) if name == "number given" else ()
         assert_close(run(*args, *given), function(*args, *given))
-    assert len(backend.graphs) == 1 + (name == "number given")  # of the first number alone it is a constant
-    assert backend.sites[-1].replaced is replaced
+    if name != "number given":  # which Dynamo guards on, as long as it is at work
+        assert len(backend.graphs) == 1
+        assert backend.sites[0].replaced is replaced
 
 
 def test_queries_that_were_rounded_on_their_way_stay_so() -> None:

@@ -104,6 +104,9 @@ class Evaluator:
         if not isinstance(item, torch.SymInt | torch.SymFloat):
             return item
         number = item.node.expr.xreplace({symbol: sympy.Integer(n) for symbol, n in self._sizes.items()})
+        if isinstance(item, torch.SymFloat) and not (item.node.expr.free_symbols & self._sizes.keys()):
+            # As long as Dynamo is at work it guards on what it is asked for; afterwards nobody would.
+            number = number if number.is_number or item.node.shape_env.frozen else sympy.Float(float(item))
         if not number.is_number:
             size = "has a size that depends on data" if isinstance(item, torch.SymInt) else VARIES
             raise UnknownError(f"its mask {size}")
