@@ -161,6 +161,8 @@ class _Rewrite:
         out, x, w = value(node), value(found.x), value(way[0])
         if not all(isinstance(v, torch.Tensor) for v in (out, x, w)):
             return f"{describe(node)}: its tensors are unknown, or within a transform of torch.func"
+        if x.is_nested:
+            return f"{describe(node)}: its input is a nested tensor"
         if not same_size(x.shape[-1], w.shape[0 if transposed else 1]):
             return f"{describe(node)}: its input has one feature, broadcast to all of the weight's"
         stops = next((n for n in way if not keeps_gradient(n, way[0], node)), None)

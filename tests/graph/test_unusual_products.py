@@ -55,6 +55,15 @@ def test_a_feature_that_einsum_broadcasts(rule: str) -> None:
     assert "broadcast" in statuses(model)["w"]
 
 
+def test_nested_tensors_stay_dense() -> None:
+    model = mst_compile.sparsify(Layer(F.linear), static(), include="w", block=8)
+    parts = [torch.randn(length, WIDTH) for length in (3, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    for got, x in zip(compiled(model)(nested).unbind(), parts, strict=True):
+        assert_reordered(got.detach(), model(x).detach(), 2 * WIDTH)
+    assert "nested tensor" in statuses(model)["w"]
+
+
 # -- gradients that do not come --------------------------------------------------------------------------------------
 
 
