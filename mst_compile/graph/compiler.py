@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch._dynamo.callback import CallbackTrigger, callback_handler
+from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mst_compile.graph import passes
@@ -129,6 +130,8 @@ def _symbols(sizes: Iterable[Any]) -> set[Any]:
 class Compiler:
     """Compiles variants of one graph when they are asked for, and forgets the graph when all exist.
 
+    Threads wait for each other, under the lock that Dynamo compiles under.
+
     Args:
         found: position among the inputs -> state of the sparse parameter that came in there.
         choose: whether products of a variant with sparse ones may run dense where that is faster.
@@ -181,8 +184,10 @@ class Compiler:
 
     def variant(self, kind: Kind, inputs: Sequence[Any]) -> Variant:
         """The variant of a kind; ``inputs`` are those of the call that needs it."""
-        if kind in self._made:
-            return self._made[kind]
+        with compile_lock:
+            return self._made[kind] if kind in self._made else self._make(kind, inputs)
+
+    def _make(self, kind: Kind, inputs: Sequence[Any]) -> Variant:
         graph_module = clone(self._graphs[kind.sparse])
         constants, sites = self._give_pattern(graph_module, inputs) if kind.patterned else ([], [])
         queries = [site.query for site in sites if site.replaced]
@@ -200,14 +205,15 @@ class Compiler:
         """What would run if nothing were sparse: the graph as Dynamo handed it over. It is the dense variant where no
         pass has rewritten that.
         """
-        if self._baseline is None:
-            dense = Kind(False, False)
-            if self._rewritten or self._make_attention_fast(clone(self._graphs[False]), inputs):
-                self._baseline = Variant(self._compile(clone(self._untouched), False))
-            else:
-                self._baseline = self.variant(dense, inputs)
-            self._forget_what_no_variant_needs()
-        return self._baseline
+        with compile_lock:
+            if self._baseline is None:
+                dense = Kind(False, False)
+                if self._rewritten or self._make_attention_fast(clone(self._graphs[False]), inputs):
+                    self._baseline = Variant(self._compile(clone(self._untouched), False))
+                else:
+                    self._baseline = self.variant(dense, inputs)
+                self._forget_what_no_variant_needs()
+            return self._baseline
 
     def is_dense_variant(self, variant: Variant) -> bool:
         """Whether it is the one with dense products and full attention."""

@@ -7,7 +7,7 @@ moment; a variant is compiled when it is first needed. Nothing recompiles when t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +27,25 @@ from mst_compile.state.weight import SparseWeight, epoch, of
 
 _MOST_SIZES = 64  # that a graph keeps its products' times for, as of batches of several lengths
 _FIRST_CALLS = 2  # at which the values of weights are looked at
+
+
+class _Choice(NamedTuple):
+    """What was chosen at a call, and by what it holds still.
+
+    One value, replaced as a whole: threads that run one graph for weights of their own, or at sizes of their own, must
+    not be handed each other's.
+
+    Attributes:
+        indices: of the weights that came in, or None for the dense variant.
+        held: the state of these weights.
+        sizes: whether gradients were recorded, and the inputs' sizes that say how many tokens are multiplied.
+        epoch: the masks of the moment.
+    """
+
+    indices: list[Tensor] | None
+    held: list[SparseWeight | None]
+    sizes: list[Any]
+    epoch: int
 
 
 class Dispatch:
@@ -60,15 +79,9 @@ class Dispatch:
         self._slots = [(i, found[i].signature) for i in self._compiler.slots]
         self._positions = [i for i, _ in self._slots]
         self._variants: dict[tuple[bool, bool], Variant] = {}
-        # What was found at the last call, and by what it holds still; which graph was the last to look.
-        self._held: list[SparseWeight | None] = []
-        self._chosen: list[Tensor] | None = None
-        self._epoch = -1
+        self._choice: _Choice | None = None  # of the last call
         self._calls_to_look = _FIRST_CALLS
-        self._sizes: list[Any] = []
-        self._times: SlotTimes | None = None  # of these sizes; to be asked for
         self._times_of: dict[tuple[Any, ...], tuple[SlotTimes, float]] = {}  # sizes -> times, threshold
-        self._threshold = 0.0 if dense_threshold is None else dense_threshold
         given = example_inputs if first_call is None else first_call
         indices = self._indices(given)
         self._make((indices is not None, self._patterned(given)), [*given, *(indices or [])])
@@ -98,7 +111,7 @@ class Dispatch:
 
     def _make(self, kind: tuple[bool, bool], inputs: Sequence[Any]) -> Variant:
         self._variants[kind] = self._compiler.variant(Kind(*kind), inputs)
-        self._times, self._epoch = None, -1  # tuning has measured some now
+        self._choice = None  # tuning has measured some times now
         self._times_of.clear()
         return self._variants[kind]
 
@@ -124,16 +137,14 @@ class Dispatch:
             self._calls_to_look = max(0, self._calls_to_look - 1)
             written |= self._look(args)
         if written and not self._hold_zeros(args):
-            self._held = []
+            self._choice = None
             return None
         sizes = [recording, *(_size(args[i]) for i in self._compiler.varying)]
-        if sizes != self._sizes:
-            self._sizes, self._epoch = sizes, -1
-            self._times, self._threshold = self._times_of.get(tuple(sizes), (None, self._threshold))
-        if held != self._held or self._epoch != epoch.value or Dispatch._last != id(self):
-            self._chosen = self._choose(args)
-            self._held, self._epoch, Dispatch._last = held, epoch.value, id(self)
-        return self._chosen
+        choice, now = self._choice, epoch.value
+        if choice is None or (held, sizes, now) != choice[1:] or Dispatch._last != id(self):
+            choice = _Choice(self._choose(args, tuple(sizes)), held, sizes, now)
+            self._choice, Dispatch._last = choice, id(self)
+        return choice.indices
 
     def _look(self, args: Sequence[Any]) -> bool:
         """Look at the values of all weights that came in; whether any stand outside the active blocks."""
@@ -153,8 +164,8 @@ class Dispatch:
             warn_written(wrong)
         return not wrong
 
-    def _choose(self, args: Sequence[Any]) -> list[Tensor] | None:
-        """The index tensors, or None, by the masks of the moment."""
+    def _choose(self, args: Sequence[Any], sizes: tuple[Any, ...]) -> list[Tensor] | None:
+        """The index tensors, or None, by the masks of the moment and the times of these sizes."""
         indices: list[Tensor] = []
         weights: list[SparseWeight] = []
         held = [(args[i], of(args[i]), signature) for i, signature in self._slots]
@@ -171,31 +182,41 @@ class Dispatch:
             assert index is not None
             weights.append(weight)
             indices.append(index if not isinstance(parameter, FakeTensor) else fake_index(weight, parameter.fake_mode))
-        sparse = len(indices) == len(held) and self._pays(args, weights)
+        given = self._given_threshold
+        times, threshold = (None, 0.0 if given is None else given)
+        if given is None and len(indices) == len(held):
+            times, threshold = self._times(args, sizes)
+        sparse = len(indices) == len(held) and self._pays(weights, times)
         for i, (_, weight, signature) in enumerate(held):
             if weight is not None:
                 weight.uses.seen, weight.uses.dense_now = True, not sparse
                 if weight.signature == signature:
-                    weight.uses.dense_threshold = self._threshold
-                    weight.uses.dense_products = self._dense_products(i, weight.density) if sparse else ()
+                    weight.uses.dense_threshold = threshold
+                    weight.uses.dense_products = self._dense_products(times, i, weight.density) if sparse else ()
         return indices if sparse else None
 
-    def _pays(self, args: Sequence[Any], weights: Sequence[SparseWeight]) -> bool:
+    def _pays(self, weights: Sequence[SparseWeight], times: SlotTimes | None) -> bool:
         """Whether the variant with sparse products is the one to run."""
-        if self._given_threshold is not None:
+        if times is None:
+            assert self._given_threshold is not None
             return sum(w.active for w in weights) < self._given_threshold * sum(w.numel for w in weights)
-        if self._times is None:
-            self._times = self._measured(args)
-            self._threshold = uniform_threshold(self._times, self._device.chooses)
-            if len(self._times_of) < _MOST_SIZES:
-                self._times_of[tuple(self._sizes)] = self._times, self._threshold
-        return saves(self._times, [weight.density for weight in weights], self._device.chooses)
+        return saves(times, [weight.density for weight in weights], self._device.chooses)
 
-    def _dense_products(self, slot: int, density: float) -> tuple[str, ...]:
+    def _times(self, args: Sequence[Any], sizes: tuple[Any, ...]) -> tuple[SlotTimes, float]:
+        """The times of the products at these sizes, and the density from which sparse ones save nothing."""
+        found = self._times_of.get(sizes)
+        if found is None:
+            times = self._measured(args)
+            found = times, uniform_threshold(times, self._device.chooses)
+            if len(self._times_of) < _MOST_SIZES:
+                self._times_of[sizes] = found
+        return found
+
+    def _dense_products(self, times: SlotTimes | None, slot: int, density: float) -> tuple[str, ...]:
         """The products with a slot's weight that run dense within the variant with sparse ones."""
-        if self._times is None or not self._device.chooses:
+        if times is None or not self._device.chooses:
             return ()
-        names = (name for times in self._times[slot] for name, t in times.items() if density >= t.crossover)
+        names = (name for layer in times[slot] for name, t in layer.items() if density >= t.crossover)
         return tuple(dict.fromkeys(names))
 
     def _measured(self, args: Sequence[Any]) -> SlotTimes:

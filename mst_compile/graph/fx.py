@@ -48,6 +48,7 @@ _IN_PLACE = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv,
     operator.imod, operator.ipow, operator.iand, operator.ior, operator.ixor,
 }  # fmt: skip
+_RECORD = torch._C._set_grad_enabled
 _ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _STACKS = ("nn_module_stack", "source_fn_stack", "stack_trace")
 
@@ -85,6 +86,14 @@ def value(node: Any) -> Any:
 def fake_mode(graph: fx.Graph) -> Any:
     """The mode of the graph's own fakes, or None; ``detect_fake_mode()`` would return the tracing context's."""
     return next((v.fake_mode for v in map(value, graph.nodes) if isinstance(v, FakeTensor)), None)
+
+
+def constant(item: Any) -> float | None:
+    """A number, or the one that a node holds, if it is the same at every call; asks no guard."""
+    found = value(item) if isinstance(item, fx.Node) else item
+    if isinstance(found, torch.SymInt | torch.SymFloat):
+        return float(found.node.expr) if found.node.expr.is_number else None
+    return found if isinstance(found, int | float) else None
 
 
 def same_size(a: Any, b: Any) -> bool:
@@ -170,6 +179,28 @@ def is_one_cast(dtypes: Sequence[torch.dtype]) -> bool:
     makes of them."""
     rounds = next((i for i, dtype in enumerate(dtypes) if not holds(dtype, dtypes[0])), len(dtypes))
     return all(dtype == dtypes[-1] for dtype in dtypes[rounds:])
+
+
+def is_recorded(node: fx.Node) -> bool:
+    """Whether gradients are recorded where a node stands: within no ``torch.no_grad()`` of the graph, or around it.
+
+    Within the body of a checkpoint what stands around its call is not known, and taken to be as around the graph.
+    """
+    switches = [n for n in node.graph.find_nodes(op="call_function", target=_RECORD) if n < node]
+    return bool(switches[-1].args[0]) if switches else torch.is_grad_enabled()
+
+
+def keeps_gradient(node: Any, source: Any, reader: fx.Node) -> bool:
+    """Whether what ``reader`` does with ``node`` can be done with ``source``, which ``node`` was made of, step by step
+    by its first argument: no gradient would then reach ``source`` that does not now."""
+    if not value(source).requires_grad or not is_recorded(reader):
+        return True
+    while node is not source:
+        # A view of a parameter says to require gradients even where it was made without recording any.
+        if not (value(node).requires_grad and is_recorded(node)):
+            return False
+        node = node.args[0]
+    return True
 
 
 def before_swap(node: Any) -> fx.Node | None:

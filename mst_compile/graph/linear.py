@@ -37,7 +37,9 @@ from mst_compile.graph.fx import (
     fake_mode,
     holds,
     is_one_cast,
+    keeps_gradient,
     placeholders,
+    same_size,
     storage,
     value,
     walk,
@@ -165,6 +167,13 @@ class _Rewrite:
         out, x, w = value(node), value(found.x), value(way[0])
         if not all(isinstance(v, torch.Tensor) for v in (out, x, w)):
             return f"{describe(node)}: its tensors are unknown, or within a transform of torch.func"
+        if x.is_nested:
+            return f"{describe(node)}: its input is a nested tensor"
+        if not same_size(x.shape[-1], w.shape[0 if transposed else 1]):
+            return f"{describe(node)}: its input has one feature, broadcast to all of the weight's"
+        stops = next((n for n in way if not keeps_gradient(n, way[0], node)), None)
+        if stops is not None:
+            return f"{describe(node)}: no gradient passes {describe(stops)}"
         if is_sharded(out) or is_sharded(w):
             divided = spread.divisions(x, w, _bias(found), out, transposed)
             if isinstance(divided, str):
@@ -197,8 +206,8 @@ class _Rewrite:
     def _replace(self, node: fx.Node, found: Match, base: fx.Node, index: fx.Node, key: int, transposed: bool) -> None:
         emit, out, weight = Emitter(node), value(node), self._context.weights[key]
         bias, extra = found.bias, None
-        if bias is not None and value(bias).dim() != 1:
-            bias, extra = None, bias  # addmm adds any broadcastable tensor
+        if _bias(found) is None:
+            bias, extra = None, bias  # what is added may be any broadcastable tensor
         x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
         # Rounded, so that weights of nearly the same density share compiled code.
         density = max(0.01, round(weight.density_target, 2))
@@ -213,6 +222,7 @@ class _Rewrite:
         product = Product(tuple(here.shape), out.dtype, transposed, bias is not None)
         self._context.products.setdefault(key, []).append(product)
         if extra is not None:
+            extra = extra if value(extra).dtype == out.dtype else emit("to", extra, out.dtype)
             new = emit(operator.add, new, extra)
         new.meta["example_value"] = out
         node.replace_all_uses_with(new)
@@ -230,8 +240,8 @@ class _Rewrite:
 
 def _bias(found: Match) -> Any:
     """The bias that the operator adds: what is broadcast otherwise is added behind it."""
-    bias = value(found.bias)
-    return bias if bias is not None and bias.dim() == 1 else None
+    bias, outputs = value(found.bias), value(found.weight).shape[0 if found.rows_are_out else 1]
+    return bias if bias is not None and bias.dim() == 1 and same_size(bias.shape[0], outputs) else None
 
 
 def _way_from_source(node: Any) -> tuple[list[Any], bool]:

@@ -12,6 +12,7 @@ from attention_backend import (
     Attention,
     Backend,
     T,
+    assert_close,
     causal_mask,
     check_form,
     compiled,
@@ -199,6 +200,25 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "wrong dimension": (softmax_of(causal_mask, dim=-2), "not over the keys"),
     "weights returned": (with_weights, "used elsewhere"),
     "softcap": (softcapped, "not just scaled"),
+    **{
+        f"capped at {most}": (
+            lambda q, k, v, most=most: (
+                scores(q, k).clamp(-most, most).masked_fill(~causal_mask(), -torch.inf).softmax(-1) @ v
+            ),
+            "not just scaled",
+        )
+        for most in (9.0, 50.0, 3e4)
+    },
+    "capped from above": (
+        lambda q, k, v: (
+            torch.minimum(scores(q, k), torch.tensor(20.0)).masked_fill(~causal_mask(), -torch.inf).softmax(-1) @ v
+        ),
+        "not just scaled",
+    ),
+    "softly capped far away": (
+        lambda q, k, v: (torch.tanh(scores(q, k) / 5e3) * 5e3).masked_fill(~causal_mask(), -torch.inf).softmax(-1) @ v,
+        "not just scaled",
+    ),
     "bias": (biased, "not just scaled"),
     "weak mask": (lambda q, k, v: scores(q, k).masked_fill(~causal_mask(), -1e4).softmax(-1) @ v, "not just scaled"),
     "bias in the product": (alibi, "not just scaled"),
@@ -234,6 +254,112 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
         "float64",
     ),
 }
+
+
+def unrecorded(function: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad():
+        return function()
+
+
+def scores_of_swapped(q: Tensor, k: Tensor) -> Tensor:
+    return q @ unrecorded(lambda: k.mT)
+
+
+# What gets no gradient, and whether the attention can be replaced all the same.
+UNRECORDED: dict[str, tuple[Attention, bool]] = {
+    "keys": (lambda q, k, v: scaled_dot_product_attention(q, unrecorded(k.clone), v, is_causal=True), True),
+    "repeated keys": (
+        lambda q, k, v: scaled_dot_product_attention(
+            q,
+            unrecorded(lambda: k[:, :1].repeat_interleave(3, 1)),
+            v[:, :1].repeat_interleave(3, 1),
+            is_causal=True,
+        ),
+        True,
+    ),
+    "swapped keys": (
+        lambda q, k, v: scores_of_swapped(q, k * 1.0).masked_fill(~causal_mask(), -torch.inf).softmax(-1) @ v,
+        True,
+    ),
+    "swapped keys that are an input": (
+        lambda q, k, v: scores_of_swapped(q, k).masked_fill(~causal_mask(), -torch.inf).softmax(-1) @ v,
+        True,
+    ),
+    "keys in another precision": (
+        lambda q, k, v: (
+            scores(q.double(), unrecorded(k.double)).masked_fill(~causal_mask(), -torch.inf).softmax(-1).float() @ v
+        ),
+        False,  # its scores stay in float64
+    ),
+    "scores": (
+        lambda q, k, v: unrecorded(lambda: scores(q, k)).masked_fill(~causal_mask(), -torch.inf).softmax(-1) @ v,
+        False,
+    ),
+    "weights": (
+        lambda q, k, v: unrecorded(lambda: scores(q, k).masked_fill(~causal_mask(), -torch.inf).softmax(-1)) @ v,
+        False,
+    ),
+    "all of it": (
+        lambda q, k, v: unrecorded(lambda: scaled_dot_product_attention(q, k, v, is_causal=True)) + v,
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNRECORDED)
+def test_no_gradient_passes_what_was_not_recorded(name: str) -> None:
+    function, replaced = UNRECORDED[name]
+
+    def gradients(run: Attention) -> list[Tensor]:
+        """0 where there is none."""
+        out = run(*args)
+        found = torch.autograd.grad(out.square().sum(), args, allow_unused=True)
+        return [out.detach(), *(torch.zeros_like(a) if g is None else g for a, g in zip(args, found, strict=True))]
+
+    args, backend = tensors(), Backend()
+    for got, want in zip(gradients(compiled(function, backend)), gradients(function), strict=True):
+        assert_close(got, want, terms=256)
+    assert [site.replaced for site in backend.sites] == [replaced]
+
+
+SCALES: dict[str, tuple[Callable[..., Tensor], bool]] = {
+    "root of the length": (lambda q, k, v: masked_scores(q, k, q.shape[2] ** -0.5).softmax(-1) @ v, False),
+    "length": (lambda q, k, v: masked_scores(q, k, q.shape[2]).softmax(-1) @ v, False),
+    "number given": (lambda q, k, v, scale: masked_scores(q, k, scale).softmax(-1) @ v, False),
+    "root of the length, in the product": (lambda q, k, v: product_with_mask(q, k, v, q.shape[2] ** -0.5), False),
+    "root of the head size": (lambda q, k, v: masked_scores(q, k, q.shape[3] ** -0.5).softmax(-1) @ v, True),
+}
+
+
+def causal_at(length: int) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+def masked_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return (scores(q, k) * scale).masked_fill(~causal_at(q.shape[2]), -torch.inf)
+
+
+def product_with_mask(q: Tensor, k: Tensor, v: Tensor, alpha: float) -> Tensor:
+    mask = torch.where(causal_at(q.shape[2]), 0.0, -torch.inf).expand(q.shape[0] * 3, -1, -1)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return torch.baddbmm(mask, q, k.mT, alpha=alpha).softmax(-1).bmm(v).unflatten(0, (-1, 3))
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_scale_that_differs_from_call_to_call(name: str) -> None:
+    """What it is at one call is no constant of a graph that serves all lengths, and all numbers."""
+    function, replaced = SCALES[name]
+    backend = Backend()
+    run = compiled(function, backend)
+    for length, scale in (T, 0.7), (T + 3, 1.9), (T - 5, 0.2):
+        args = [torch.randn(2, 3, length, 8) for _ in range(3)]
+        for t in args:
+            torch._dynamo.mark_dynamic(t, 2)
+        given = (scale,) if name == "number given" else ()
+        assert_close(run(*args, *given), function(*args, *given))
+    if name != "number given":  # which Dynamo guards on, as long as it is at work
+        assert len(backend.graphs) == 1
+        assert backend.sites[0].replaced is replaced
 
 
 def test_queries_that_were_rounded_on_their_way_stay_so() -> None:

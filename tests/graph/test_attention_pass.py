@@ -141,6 +141,23 @@ def test_padding_is_kept_as_a_key_mask_where_it_is_one(name: str) -> None:
         assert node.args[3] is not None
 
 
+@pytest.mark.parametrize("shape", ["[batch, queries, keys]", "[queries, keys]"])
+def test_padding_is_a_mask_of_sequences_not_of_heads_or_queries(shape: str) -> None:
+    """As many sequences as heads, or as positions: nothing but where a dimension stands says what it means."""
+    batch = {"[batch, queries, keys]": 3, "[queries, keys]": T}[shape]
+    q, k, v = (torch.randn(batch, 3, T, 8) for _ in range(3))
+    keep = torch.rand(batch, T) < 0.5
+    keep[:, 0] = True
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+        mask = causal_mask() & (keep if shape == "[queries, keys]" else keep[:, None])
+        return scaled_dot_product_attention(q, k, v, mask)
+
+    backend = Backend()
+    assert_close(compiled(attention, backend)(q, k, v, keep), attention(q, k, v, keep))
+    assert backend.reasons() == ["its mask and its padding differ in shape"]
+
+
 def test_a_query_without_keys_gets_zero() -> None:
     keep = torch.ones(2, T, dtype=torch.long)
     keep[0, :3] = 0

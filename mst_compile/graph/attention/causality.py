@@ -7,6 +7,7 @@ query, and nothing elsewhere.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,12 @@ def hides_below(dtype: torch.dtype) -> float:
     of float16 use, does it only as long as scores stay below 5e3; such masks count as biases, and are left alone. In
     float16, where the lowest number is -65504, scores are taken to be below a quarter of that.
     """
-    score = min(_LARGEST_SCORE, -torch.finfo(dtype).min / 4)
-    return _EXP_IS_ZERO - 2 * score
+    return _EXP_IS_ZERO - 2 * _largest_score(dtype)
+
+
+def _largest_score(dtype: torch.dtype) -> float:
+    """What scores are taken to be smaller than, of either sign."""
+    return min(_LARGEST_SCORE, -torch.finfo(dtype).min / 4)
 
 
 def is_causal(mask: Tensor) -> bool:
@@ -93,12 +98,15 @@ def _scale(
     scales: list[float] = []
     for sizes in evaluator.assignments(node, {} if product is None else {product.node: None}, at):
         evaluator.use(sizes)
-        for kind in ("all",) if pad is None else ("all", "zero or one", "zero or one", "any"):
+        tries = ["all"] if product is None else ["all", "large scores"]
+        for kind in tries if pad is None else (*tries, "zero or one", "zero or one", "any"):
             generator = torch.Generator().manual_seed(len(scales))
             given, keys = _draw(evaluator, pad, hides, kind, generator)
             scores = None
             if product is not None:
-                scores = _probe(evaluator, product, generator)
+                assert product.alpha is not None
+                large = max(1.0, abs(scales[0])) if kind == "large scores" else None
+                scores = _probe(evaluator, product, generator, large)
                 given[product.node] = product.alpha * scores
                 if product.extra is not None and product.beta:
                     extra = evaluator.evaluate(product.extra, given, product.node)
@@ -110,6 +118,8 @@ def _scale(
                 if kind == "any":
                     continue  # arithmetic that takes its input for 0 or 1, and so it is
                 raise
+            if keys is not None and keep.dim() != value(at).dim():
+                raise UnknownError("its mask and its padding differ in shape")  # its first dimension is no batch
             _check_causal(keep, keys)
             scales.append(scale)
     if max(scales) - min(scales) > 1e-6 * abs(scales[0]):
@@ -125,22 +135,33 @@ def _draw(
         return {}, None
     example = value(pad)
     shape = evaluator.concrete(tuple(example.shape))
-    drawn = torch.full(shape, int(not hides)) if kind == "all" else torch.randint(0, 2, shape, generator=generator)
+    seen = kind in ("all", "large scores")
+    drawn = torch.full(shape, int(not hides)) if seen else torch.randint(0, 2, shape, generator=generator)
     if kind == "any":
         drawn = torch.randint(1, 1000, shape, generator=generator) * drawn
     drawn = drawn.to(example.dtype)
     return {pad: drawn}, drawn.bool() != hides
 
 
-def _probe(evaluator: Evaluator, product: Product, generator: torch.Generator) -> Tensor:
-    """Scores of both signs and many sizes; powers of two, so that their quotients are exact."""
+def _probe(evaluator: Evaluator, product: Product, generator: torch.Generator, scale: float | None = None) -> Tensor:
+    """Scores of both signs and many sizes; powers of two, so that their quotients are exact.
+
+    Given the scale that they enter the softmax with, or 1 if it is less, they go as far as scores are taken to: what is
+    capped somewhere shows there alone.
+    """
     shape = evaluator.concrete(tuple(value(product.node).shape))
     if product.pointwise:  # every batch and head is treated alike
         shape = torch.Size([1] * (len(shape) - 2) + list(shape[-2:]))
     if shape.numel() > MAX_ELEMENTS:
         raise UnknownError("its scores are too large to try out")
     sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-    return sign * torch.exp2(torch.randint(-2, 4, shape, generator=generator).double())
+    most = 3 if scale is None else max(3, int(math.log2(_largest_score(value(product.node).dtype) / scale)))
+    probe = sign * torch.exp2(torch.randint(-2, most + 1, shape, generator=generator).double())
+    if scale is not None:  # of the shortest sequence too there is one of either sign, where every mask keeps it
+        own = probe.diagonal(dim1=-2, dim2=-1)
+        own.fill_(2.0**most)
+        own[..., 1::2].neg_()
+    return probe
 
 
 def _read(mask: Tensor, scores: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, float]:

@@ -27,6 +27,9 @@ _SHAPE_METHODS = {"size", "dim", "new_ones", "new_zeros", "new_full", "new_empty
 _SHAPE_FUNCTIONS = {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like}
 
 
+VARIES = "or the scale of its scores is a number that may differ from call to call"
+
+
 class UnknownError(Exception):
     """A value that cannot be computed without the graph's inputs; the message says why."""
 
@@ -95,15 +98,19 @@ class Evaluator:
             self._outer.use(sizes)
 
     def concrete(self, item: Any) -> Any:
-        """A size, or a tuple of sizes, as numbers."""
+        """A size, or a number made of sizes, or a tuple of sizes, as numbers."""
         if isinstance(item, tuple | list):
             return torch.Size([self.concrete(i) for i in item])
-        if isinstance(item, torch.SymInt):
-            number = item.node.expr.xreplace({symbol: sympy.Integer(n) for symbol, n in self._sizes.items()})
-            if not number.is_number:
-                raise UnknownError("its mask has a size that depends on data")
-            return int(number)
-        return float(item) if isinstance(item, torch.SymFloat) else item
+        if not isinstance(item, torch.SymInt | torch.SymFloat):
+            return item
+        number = item.node.expr.xreplace({symbol: sympy.Integer(n) for symbol, n in self._sizes.items()})
+        if isinstance(item, torch.SymFloat) and not (item.node.expr.free_symbols & self._sizes.keys()):
+            # As long as Dynamo is at work it guards on what it is asked for; afterwards nobody would.
+            number = number if number.is_number or item.node.shape_env.frozen else sympy.Float(float(item))
+        if not number.is_number:
+            size = "has a size that depends on data" if isinstance(item, torch.SymInt) else VARIES
+            raise UnknownError(f"its mask {size}")
+        return int(number) if isinstance(item, torch.SymInt) else float(number)
 
     def padding(self, node: fx.Node, product: Product | None = None, at: fx.Node | None = None) -> set[fx.Node]:
         """The integer or bool inputs of two dimensions that a node depends on, other than by way of ``product``.

@@ -12,11 +12,14 @@ from mst_compile.graph.fx import value
 
 @dataclass(frozen=True)
 class Product:
-    """Scores that enter a mask: ``node`` holds ``alpha q k^T + beta extra``; ``pointwise`` up to the softmax."""
+    """Scores that enter a mask: ``node`` holds ``alpha q k^T + beta extra``; ``pointwise`` up to the softmax.
+
+    ``alpha`` and ``beta`` are None if they may differ from call to call.
+    """
 
     node: fx.Node
-    alpha: float = 1.0
-    beta: float = 0.0
+    alpha: float | None = 1.0
+    beta: float | None = 0.0
     extra: fx.Node | None = None
     pointwise: bool = False
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from mst_compile.graph.attention import forms
@@ -17,7 +16,7 @@ from mst_compile.graph.attention.evaluate import Evaluator, Evaluators
 from mst_compile.graph.attention.found import Attention
 from mst_compile.graph.attention.rewrite import replace, why_not
 from mst_compile.graph.context import Context, Site
-from mst_compile.graph.fx import Region, value, walk, where
+from mst_compile.graph.fx import Region, constant, value, walk, where
 
 
 def run(graph_module: fx.GraphModule, context: Context) -> int:
@@ -83,7 +82,9 @@ class _Rewrite:
 
 def _why_dropout(rates: list[Any]) -> str | None:
     for rate in rates:
-        number = value(rate) if isinstance(rate, fx.Node) else rate
-        if not isinstance(number, int | float | torch.SymFloat) or not bool(number == 0):
+        number = constant(rate)
+        if number is None:
+            return "its weights drop out at a rate that may differ from call to call"
+        if number != 0:
             return f"its weights drop out at a rate of {number}"
     return None

@@ -8,9 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mst_compile.graph.attention.evaluate import Evaluator, UnknownError
+from mst_compile.graph.attention.evaluate import VARIES, Evaluator, UnknownError
 from mst_compile.graph.attention.found import Attention
-from mst_compile.graph.fx import Emitter, before_cast, computes, holds, name, same_size, value
+from mst_compile.graph.fx import (
+    Emitter,
+    before_cast,
+    computes,
+    constant,
+    holds,
+    is_recorded,
+    keeps_gradient,
+    name,
+    same_size,
+    value,
+)
 from mst_compile.rules.patterns import Parts
 
 _VIEWS = {"reshape", "view", "expand", "getitem", "unsqueeze", "repeat_interleave", "contiguous", "flatten", "repeat"}
@@ -40,6 +51,10 @@ def why_not(found: Attention) -> str | None:
         return "its heads do not fit"
     if found.padding is not None and not all(map(same_size, value(found.padding).shape, (v[0], v[-2]))):
         return "its padding has another shape"
+    if found.scale is not None and constant(found.scale) is None:
+        return f"its mask {VARIES}"
+    if _stops_gradient(found):
+        return "no gradient passes its scores"
     return _precision(found)
 
 
@@ -49,6 +64,14 @@ def _heads_fit(heads: Any, key_heads: Any, grouped: bool) -> bool:
     return grouped or key_heads in (1, heads)
 
 
+def _stops_gradient(found: Attention) -> bool:
+    """Whether its scores or weights were made without recording gradients that its queries and keys would get."""
+    if not found.inner or not is_recorded(found.out):
+        return False
+    wanted = any(value(n).requires_grad for n in (found.q, found.k))
+    return any(getattr(value(n), "requires_grad", wanted) is not wanted for n in found.inner)
+
+
 def _precision(found: Attention) -> str | None:
     """Scores of higher precision than the result are the operator's own habit, if they come from narrow operands."""
     if found.product is None:
@@ -56,14 +79,16 @@ def _precision(found: Attention) -> str | None:
     out, scores = value(found.out).dtype, value(found.product.node).dtype
     if out == scores or torch.promote_types(out, scores) == out:
         return None
-    if all(value(_uncast(n)).dtype == out for n in (found.q, found.k)):
+    if all(value(_uncast(n, found.out)).dtype == out for n in (found.q, found.k)):
         return None
     return f"its scores are {scores} and its values {out}"
 
 
-def _uncast(node: fx.Node) -> fx.Node:
-    """The node before all casts that changed no value."""
+def _uncast(node: fx.Node, reader: fx.Node) -> fx.Node:
+    """The node before all casts that changed no value, for ``reader``."""
     while (source := before_cast(node)) is not None and holds(value(node).dtype, value(source).dtype):
+        if not keeps_gradient(node, source, reader):
+            break
         node = source
     return node
 
@@ -71,11 +96,10 @@ def _uncast(node: fx.Node) -> fx.Node:
 def replace(found: Attention, pattern: Parts, evaluator: Evaluator) -> None:
     """Rewrite the graph around an attention that :func:`why_not` has nothing against."""
     emit = Emitter(found.out)
-    out = value(found.out)
     k, v = found.k, found.v
     if not found.flipped:
         k, v = _unrepeated(found, evaluator)
-    operands = [_cast(emit, n, out.dtype) for n in (found.q, k, v)]
+    operands = [_cast(emit, n, found.out) for n in (found.q, k, v)]
     if found.flipped:
         operands[1] = emit("transpose", operands[1], -2, -1)
     flat = value(found.v).dim() == 3
@@ -87,7 +111,7 @@ def replace(found: Attention, pattern: Parts, evaluator: Evaluator) -> None:
     keys = None if found.padding is None else emit("to", found.padding, torch.bool)
     if keys is not None and found.hides:
         keys = emit(torch.logical_not, keys)
-    scale = value(found.scale) if isinstance(found.scale, fx.Node) else found.scale
+    scale = constant(found.scale)
     scale = value(found.q).shape[-1] ** -0.5 if scale is None else float(scale)
     pair = emit(torch.ops.mst.attention.default, *operands, keys, pattern.numbers, scale)
     new = emit(operator.getitem, pair, 0)
@@ -100,10 +124,12 @@ def replace(found: Attention, pattern: Parts, evaluator: Evaluator) -> None:
         node.graph.erase_node(node)
 
 
-def _cast(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+def _cast(emit: Emitter, node: fx.Node, out: fx.Node) -> fx.Node:
+    """An operand in the dtype of the result."""
+    dtype = value(out).dtype
     if value(node).dtype == dtype:
         return node
-    source = _uncast(node)
+    source = _uncast(node, out)
     return source if value(source).dtype == dtype else emit("to", node, dtype)
 
 
@@ -127,6 +153,8 @@ def _unrepeated(found: Attention, evaluator: Evaluator) -> tuple[fx.Node, fx.Nod
     """Keys and values before they were repeated for each head of a group, if that is what was done to both."""
     k, v = _before_repeat(found.k, evaluator), _before_repeat(found.v, evaluator)
     if k is None or v is None or not same_size(value(k).shape[1], value(v).shape[1]):
+        return found.k, found.v
+    if not (keeps_gradient(found.k, k, found.out) and keeps_gradient(found.v, v, found.out)):
         return found.k, found.v
     return k, v
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mst_compile.graph.attention.evaluate import VARIES
 from mst_compile.graph.attention.found import Attention, Product
 from mst_compile.graph.fx import (
     CASTS,
@@ -27,6 +28,8 @@ from mst_compile.graph.fx import (
     between,
     calls,
     computes,
+    constant,
+    keeps_gradient,
     name,
     value,
     written,
@@ -55,6 +58,8 @@ def find(_: Region, node: fx.Node) -> Attention | None:
     scores = [n for n in inner[1:] if n not in carriers]
     pointwise = all(name(n) in _KEEP_PLACE for n in scores)
     k = before_swap(k_transposed)
+    if k is not None and not keeps_gradient(k_transposed, k, out):
+        k = None
     found = Attention(
         "manual",
         out,
@@ -75,6 +80,9 @@ def find(_: Region, node: fx.Node) -> Attention | None:
 def _why_not(found: Attention, softmax: fx.Node, products: list[fx.Node], carriers: list[fx.Node]) -> str | None:
     if calls(products[0], EINSUMS) or calls(found.out, EINSUMS):
         return "its products are einsums"
+    assert found.product is not None
+    if found.product.alpha is None or found.product.beta is None:
+        return f"its mask {VARIES}"
     if len(products) > 1:
         return "several products enter its softmax"
     if arguments(softmax, "input", "dim").get("dim") not in (-1, value(found.mask).dim() - 1):
@@ -147,8 +155,9 @@ def _operands(node: fx.Node) -> tuple[Product, Any, Any]:
     if not calls(node, _BADDBMM):
         return Product(node), node.args[0], node.args[1]
     given = arguments(node, "input", "batch1", "batch2")
-    extra = given["input"] if given.get("beta", 1) else None
-    return Product(node, given.get("alpha", 1), given.get("beta", 1), extra), given["batch1"], given["batch2"]
+    alpha, beta = (constant(given.get(factor, 1)) for factor in ("alpha", "beta"))
+    extra = given["input"] if beta != 0 else None
+    return Product(node, alpha, beta, extra), given["batch1"], given["batch2"]
 
 
 def _is_product(node: fx.Node) -> bool:
