@@ -75,6 +75,19 @@ ON_BUDGET: tuple[Config, ...] = (
         for width, percent in ((128, 80), (80, 80), (80, 70), (96, 90))
     ),
     _budgeted("dense-32-match", "dense", 32, kind="dense"),
+    # Denser, so with fewer steps, which take the time that does not depend on the density.
+    *(
+        _budgeted(
+            f"wide-96-70-b{block}-set-rate-double",
+            f"SET 70 %, {'unstructured' if block == 1 else f'B = {block}'}, double the rate",
+            96,
+            kind="constant",
+            block=block,
+            learning_rate=2.0,
+            **_SET | {"sparsity": 0.7},
+        )
+        for block in (1, 2, 4)
+    ),
     # What might help blocks of 8: one thing changed of each.
     *(
         _budgeted(f"wide-{width}-b8{name}", f"static 80 %, B = 8, {note}", width, **{"kind": "constant", **changes})
