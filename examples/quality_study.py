@@ -120,7 +120,7 @@ def train_all(
     """
     trained, start, longest = 0, time.monotonic(), 0.0
     for number, (config, seed) in enumerate(runs, 1):
-        if records.is_done(records.read(out), config, seed, study):
+        if records.is_done(records.read(out), config, seed, study, text.fingerprint):
             continue
         begin = time.monotonic()
         if minutes is not None and begin - start + longest > 60 * minutes:

@@ -68,7 +68,7 @@ def _cells(found: Sequence[Record], own: Sequence[Record]) -> list[str]:
     shape = narrowed(BUDGET.shape, first["width"])
     hidden = 1 - tokens * shape.step_flops(1, 0, 0) / first["flops"]
     active = hidden * first["flops"] / (6 * tokens)
-    gaps = [r["val_loss"] - rival_of_equal_flops(r, own) for r in found]
+    gaps = [r["val_loss"] - rival for r in found if (rival := rival_of_equal_flops(r, own)) is not None]
     in_time = [r["val_loss"] - rival for r in found if (rival := rival_of_equal_time(r, own)) is not None]
     return [
         str(len(found)),
@@ -76,7 +76,7 @@ def _cells(found: Sequence[Record], own: Sequence[Record]) -> list[str]:
         f"{tokens / active:.0f}",
         f"{first['flops_relative']:.2f}",
         f"{statistics.fmean(r['val_loss'] for r in found):.3f}",
-        with_error(gaps),
+        with_error(gaps) if gaps else "",
         "" if first["time"] is None else f"{first['time']:.0f}",
         with_error(in_time) if len(in_time) == len(found) else "",
         f"{hidden:.2f}",
@@ -84,24 +84,22 @@ def _cells(found: Sequence[Record], own: Sequence[Record]) -> list[str]:
     ]
 
 
-def rival_of_equal_flops(run: Record, own: Sequence[Record]) -> float:
-    """Loss, with the seed of ``run``, of the dense configuration of no more FLOPs that is best over all its seeds."""
+def rival_of_equal_flops(run: Record, own: Sequence[Record]) -> float | None:
+    """Loss, with the seed of ``run``, of the best dense configuration of no more FLOPs; None if none had this seed.
+
+    The best is that of the lowest mean among those with the most seeds: the best run of one seed is the luckiest as
+    well, and what looked best with the first seed was given the others.
+    """
     found = [r for r in own if is_dense(r) and r["seed"] == run["seed"] and r["flops"] <= _EQUAL * run["flops"]]
-    loss: float = min(found, key=lambda r: _mean_loss(r["name"], own))["val_loss"]
-    return loss
+    return min(_proven(found, own), key=lambda r: _mean_loss(r["name"], own))["val_loss"] if found else None
 
 
 def rival_of_equal_time(run: Record, own: Sequence[Record]) -> float | None:
     """Loss that dense runs of the same seed reach in the time of ``run``: between the best configuration of those that
     took less and the best of those that took more, on a line over the logarithm of the time; None outside of them.
-
-    Which ones are best is decided over all seeds: the best of a few runs of one seed is the luckiest as well.
-    """
-    dense = sorted(
-        (r["time"], _mean_loss(r["name"], own), r["val_loss"])
-        for r in own
-        if is_dense(r) and r["seed"] == run["seed"] and r["time"]
-    )
+    The best ones are found as in :func:`rival_of_equal_flops`."""
+    timed = [r for r in own if is_dense(r) and r["seed"] == run["seed"] and r["time"]]
+    dense = sorted((r["time"], _mean_loss(r["name"], own), r["val_loss"]) for r in _proven(timed, own))
     best: list[tuple[float, float, float]] = []
     for point in dense:
         if not best or point[1] < best[-1][1]:
@@ -114,16 +112,22 @@ def rival_of_equal_time(run: Record, own: Sequence[Record]) -> float | None:
     return best[-1][2]  # those that took more did no better
 
 
+def _proven(found: Sequence[Record], own: Sequence[Record]) -> list[Record]:
+    """Those whose configuration has the most seeds."""
+    counts = [sum(r["name"] == other["name"] for other in own) for r in found]
+    return [r for r, count in zip(found, counts, strict=True) if count == max(counts)]
+
+
+def _mean_loss(name: str, own: Sequence[Record]) -> float:
+    return statistics.fmean(r["val_loss"] for r in own if r["name"] == name)
+
+
 def noise(own: Sequence[Record]) -> float | None:
     """Standard deviation of a run's loss, pooled over the configurations with three seeds and more; None: none has."""
     names = dict.fromkeys(r["name"] for r in own)
     spreads = [[r["val_loss"] for r in own if r["name"] == name] for name in names]
     free = [(len(losses) - 1, statistics.variance(losses)) for losses in spreads if len(losses) >= _SEEDS]
     return math.sqrt(sum(n * v for n, v in free) / sum(n for n, _ in free)) if free else None
-
-
-def _mean_loss(name: str, own: Sequence[Record]) -> float:
-    return statistics.fmean(r["val_loss"] for r in own if r["name"] == name)
 
 
 def with_error(differences: Sequence[float]) -> str:
@@ -135,11 +139,12 @@ def with_error(differences: Sequence[float]) -> str:
 
 
 def text_of(row: Record) -> str:
-    """How much text a run was given, and how often the base sees it."""
+    """How much of which text a run was given, and how often the base sees it."""
     tokens = row["flops"] / row["flops_relative"] / BUDGET.shape.dense_flops(1)
+    corpus = f" (corpus {row['text'] or 'not recorded'})"
     if row["unique"] is None:
-        return f"{tokens / 1e6:.1f} MB, hardly repeated"
-    return f"{row['unique'] / 1e6:.2f} MB, {tokens / row['unique']:.0f} times"
+        return f"{tokens / 1e6:.1f} MB, hardly repeated{corpus}"
+    return f"{row['unique'] / 1e6:.2f} MB, {tokens / row['unique']:.0f} times{corpus}"
 
 
 def seconds_of(row: Record, times: Sequence[Record]) -> float | None:

@@ -93,7 +93,6 @@ ON_BUDGET: tuple[Config, ...] = (
         _budgeted(f"wide-{width}-b8{name}", f"static 80 %, B = 8, {note}", width, **{"kind": "constant", **changes})
         for width, name, note, changes in (
             (96, "-rate-quadruple", "quadruple the rate", {"learning_rate": 4.0}),
-            (128, "-rate-quadruple", "quadruple the rate", {"learning_rate": 4.0}),
             (256, "-rate-quadruple", "quadruple the rate", {"learning_rate": 4.0}),
             *(
                 (96, f"-{name}-rate-double", f"{note}, double the rate", {"learning_rate": 2.0} | changes)

@@ -19,8 +19,8 @@ from .plots import name_points, panel
 from .records import Record
 from .sizes import BUDGET
 
-_SEEDS = 3  # of a configuration that is drawn against time; of repeated text all are
-_TOP = 0.35  # nats above the best run: what lies higher is every run's beginning
+_SEEDS = 3  # at the least, of a configuration that is drawn against time; of repeated text all are
+_TOP = 0.45  # nats above the best run: what lies higher is every run's beginning
 
 
 def draw(file: Path, rows: list[Record], times: list[Record]) -> None:
@@ -35,8 +35,11 @@ def figure_of(rows: Sequence[Record], times: Sequence[Record]) -> Figure:
     """The figure: a row of panels for budgets of text that is hardly repeated, one for text that is."""
     texts: dict[str, list[Record]] = {}
     for row in rows:
-        texts.setdefault(text_of(row), []).append(row | {"time": seconds_of(row, times)})
-    once = {text: found for text, found in texts.items() if found[0]["unique"] is None}
+        if row["text"]:  # of older ones the corpus is not known, and may be another
+            texts.setdefault(text_of(row), []).append(row | {"time": seconds_of(row, times)})
+    once = {
+        text: found for text, found in texts.items() if found[0]["unique"] is None and any(map(_drawn, _named(found)))
+    }
     often = {text: found for text, found in texts.items() if found[0]["unique"] is not None}
     figure = plt.figure(figsize=(9.2, 8.0), layout="constrained")
     grid = figure.add_gridspec(2, len(once) * len(often))  # both rows are as wide, whatever they hold
@@ -59,23 +62,41 @@ def label_of(name: str) -> str:
     return f"dense-{BUDGET.width}" if name == "dense" else name.replace("-rate-double", "").replace("-match", "")
 
 
-def _against_time(axis: Axes, rows: Sequence[Record], text: str) -> None:
-    """Means over seeds; of dense models that differ in their rate alone the best one."""
+def _with_rate(name: str) -> str:
+    """A configuration's name with its rate, which others of its width may not have."""
+    return label_of(name) + (", twice the rate" if name.endswith("-rate-double") else "")
+
+
+def _short(text: str) -> str:
+    """A text, without which corpus it is of."""
+    return text.split(" (")[0]
+
+
+def _named(rows: Sequence[Record]) -> list[list[Record]]:
+    """The rows of each configuration."""
     named: dict[str, list[Record]] = {}
     for row in rows:
         named.setdefault(row["name"], []).append(row)
+    return list(named.values())
+
+
+def _drawn(found: Sequence[Record]) -> bool:
+    """Whether a configuration has seeds enough, and its steps were timed."""
+    return len(found) >= _SEEDS and found[0]["time"] is not None
+
+
+def _against_time(axis: Axes, rows: Sequence[Record], text: str) -> None:
+    """Means over seeds; of dense models that differ in their rate alone the best one."""
     points: dict[str, tuple[float, float]] = {}
     dense: list[str] = []
-    for name, found in named.items():
-        if len(found) < _SEEDS or found[0]["time"] is None:
-            continue
-        label, loss = label_of(name), statistics.fmean(row["val_loss"] for row in found)
+    for found in filter(_drawn, _named(rows)):
+        label, loss = label_of(found[0]["name"]), statistics.fmean(row["val_loss"] for row in found)
         if label not in points or loss < points[label][1]:
             points[label] = (found[0]["time"], loss)
         if is_dense(found[0]):
             dense.append(label)
-    budget = min(row["flops"] for row in rows) / 1e12
-    panel(axis, points, list(dict.fromkeys(dense)), "CPU seconds", f"{text}\n{budget:.1f}e12 FLOPs")
+    budget = rows[0]["flops"] / rows[0]["flops_relative"] / 1e12
+    panel(axis, points, list(dict.fromkeys(dense)), "CPU seconds", f"{_short(text)}\n{budget:.1f}e12 FLOPs")
 
 
 def _against_epochs(axis: Axes, rows: Sequence[Record], text: str) -> None:
@@ -90,7 +111,7 @@ def _against_epochs(axis: Axes, rows: Sequence[Record], text: str) -> None:
     for name in (*dense, *sparse):
         points = records.curve(first[name])
         epochs = [step * BUDGET.tokens / first[name]["unique"] for step, _ in points]
-        axis.plot(epochs, [loss for _, loss in points], ".-", color=colours[name], lw=1.2, label=label_of(name))
-    axis.set(xlabel="epochs", ylabel="validation loss", title=text, ylim=(best - 0.02, best + _TOP))
+        axis.plot(epochs, [loss for _, loss in points], ".-", color=colours[name], lw=1.2, label=_with_rate(name))
+    axis.set(xlabel="epochs", ylabel="validation loss", title=_short(text), ylim=(best - 0.02, best + _TOP))
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="best")

@@ -32,7 +32,7 @@ PLAIN: tuple[str, ...] = (
 BEST = ("best_loss", "best_step", "checks")
 PLAIN += ("compile_seconds", "density_min", "density", "nonzero", "dead_hidden", "dead_values", "torch", "cpu")
 SPIKE = ("step", "rise", "z", "threshold", "events", "own")
-COLUMNS: tuple[str, ...] = ("name", "seed", "settings", *STUDY, "blocks", *PLAIN, *BEST)
+COLUMNS: tuple[str, ...] = ("name", "seed", "settings", *STUDY, "text", "blocks", *PLAIN, *BEST)
 COLUMNS += tuple(f"spike{after}_{part}" for after in spikes.AFTER for part in SPIKE)
 
 
@@ -55,25 +55,33 @@ def append(file: Path, record: Record) -> None:
         stream.write("\n" * cut_off + json.dumps(record) + "\n")
 
 
-def is_done(records: Iterable[Record], config: Config, seed: int, study: Study) -> bool:
+def is_done(records: Iterable[Record], config: Config, seed: int, study: Study, text: str) -> bool:
     """Whether the run is there already, with these very settings; those that a record does not tell are the study's
-    defaults, since it is older than they are."""
+    defaults, since it is older than they are.
+
+    Args:
+        text: the fingerprint of the text; a record without one is taken to be of it.
+    """
     wanted = json.loads(json.dumps({"name": config.name, "seed": seed, "settings": config.settings()}))
     defaults, asked = asdict(Study()), asdict(study)
     return any(
-        all(record[key] == value for key, value in wanted.items()) and {**defaults, **record["study"]} == asked
+        all(record[key] == value for key, value in wanted.items())
+        and {**defaults, **record["study"]} == asked
+        and record.get("text") in (None, text)
         for record in records
     )
 
 
 def rows(records: Sequence[Record]) -> list[Record]:
     """The CSV's rows, in the order of the configurations; of repeated runs the newest counts."""
-    studies: dict[tuple[int | None, int], dict[tuple[str, int], Record]] = {}  # those of others are no repetitions
+    # Those of other studies and texts are no repetitions.
+    studies: dict[tuple[int | None, int, str], dict[tuple[str, int], Record]] = {}
     for r in records:
-        studies.setdefault((r["study"].get("unique"), r["study"]["steps"]), {})[r["name"], r["seed"]] = r
+        study = (r["study"].get("unique"), r["study"]["steps"], r.get("text") or "")
+        studies.setdefault(study, {})[r["name"], r["seed"]] = r
     order = {name: i for i, name in enumerate(KNOWN)}
     found = []
-    for study in sorted(studies, key=lambda study: (study[0] is not None, -(study[0] or 0), -study[1])):
+    for study in sorted(studies, key=lambda study: (study[0] is not None, -(study[0] or 0), -study[1], study[2])):
         newest = studies[study]
         known = sorted((key for key in newest if key[0] in order), key=lambda key: (order[key[0]], key[1]))
         found += [_row(newest[key], newest) for key in known]
@@ -84,6 +92,7 @@ def _row(record: Record, others: dict[tuple[str, int], Record]) -> Record:
     row = {key: record[key] for key in ("name", "seed", *PLAIN)}
     row["settings"] = json.dumps(record["settings"], sort_keys=True)
     row["blocks"] = " ".join(map(str, record["blocks"]))
+    row["text"] = record.get("text") or ""
     row |= {key: record["study"].get(key) for key in STUDY}
     if record.get("checks"):
         checks = [*record["checks"], (record["steps"], record["val_loss"])]

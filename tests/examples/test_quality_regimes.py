@@ -85,9 +85,11 @@ def test_what_an_older_record_does_not_tell_are_the_defaults() -> None:
     config = KNOWN["dense"]
     told = {key: value for key, value in asdict(Study()).items() if key not in ("base", "unique", "checks")}
     record = {"name": "dense", "seed": 0, "settings": config.settings(), "study": told}
-    assert records.is_done([record], config, 0, Study())
-    assert not records.is_done([record], config, 0, Study(unique=10))
-    assert not records.is_done([record], config, 0, Study(dtype="float32"))
+    assert records.is_done([record], config, 0, Study(), "c1")
+    assert not records.is_done([record], config, 0, Study(unique=10), "c1")
+    assert records.is_done([record | {"text": "c1"}], config, 0, Study(), "c1")
+    assert not records.is_done([record | {"text": "c2"}], config, 0, Study(), "c1")
+    assert not records.is_done([record], config, 0, Study(dtype="float32"), "c1")
 
 
 def test_a_rehearsal_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,10 +136,10 @@ def test_a_gpu_trains_large_models_in_blocks_that_have_kernels_there(text: Path,
 def test_changed_settings_are_not_taken_for_done() -> None:
     config = BY_NAME[BASE]
     record = {"name": config.name, "seed": 0, "settings": config.settings(), "study": dict(Study().__dict__)}
-    assert records.is_done([record], config, 0, Study())
-    assert not records.is_done([record], config, 1, Study())
-    assert not records.is_done([record], config, 0, Study(steps=7))
-    assert not records.is_done([record], Config(config.name, config.note, block=4), 0, Study())
+    assert records.is_done([record], config, 0, Study(), "c1")
+    assert not records.is_done([record], config, 1, Study(), "c1")
+    assert not records.is_done([record], config, 0, Study(steps=7), "c1")
+    assert not records.is_done([record], Config(config.name, config.note, block=4), 0, Study(), "c1")
 
 
 def test_seeds_after_the_first_are_for_the_main_configurations() -> None:
