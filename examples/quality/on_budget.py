@@ -193,17 +193,14 @@ ON_BUDGET: tuple[Config, ...] = (
             (96, 80, 2, _SET, 0, "", "", {}),
         )
     ),
-    # The other methods, and coarser blocks.
+    # The other methods.
     *(
         _budgeted(f"wide-96-{name}-rate-double", f"{note}, double the rate", 96, learning_rate=2.0, **settings)
         for name, note, settings in (
             ("b2-rigl", "RigL 80 %, B = 2", {"kind": "constant", "block": 2, **_SET | {"growth": "gradient"}}),
             ("b8-rigl", "RigL 80 %, B = 8", {"kind": "constant", **_SET | {"growth": "gradient"}}),
             ("b2-mst", "MST 90 %, B = 2", {"block": 2}),
-            ("b8-mst", "MST 90 %, B = 8", {}),
             ("b2-mst-set", "MST 90 % with SET, B = 2", {"block": 2, "growth": "random"}),
-            ("b16", "static 80 %, B = 16", {"kind": "constant", "block": 16}),
-            ("b32", "static 80 %, B = 32", {"kind": "constant", "block": 32}),
         )
     ),
     # Models wide enough for blocks of 8 to be fine.
