@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from .configurations import KNOWN
 from .model import narrowed
-from .records import Record
+from .records import Record, by_name
 from .sizes import BUDGET
 
 _SEEDS = 3  # at the least, to say how far they lie apart
@@ -44,7 +44,7 @@ def table(rows: Sequence[Record], times: Sequence[Record]) -> str:
     lines = []
     for text in dict.fromkeys(text_of(r) for r in rows):
         own = [r | {"time": seconds_of(r, times)} for r in rows if text_of(r) == text]
-        named = {name: [r for r in own if r["name"] == name] for name in dict.fromkeys(r["name"] for r in own)}
+        named = by_name(own)
         loss = {name: statistics.fmean(r["val_loss"] for r in found) for name, found in named.items()}
         spread = noise(own)
         scatter = "" if spread is None else f": a run's loss has a standard deviation of {spread:.3f} over seeds"
@@ -114,7 +114,8 @@ def rival_of_equal_time(run: Record, own: Sequence[Record]) -> float | None:
 
 def _proven(found: Sequence[Record], own: Sequence[Record]) -> list[Record]:
     """Those whose configuration has the most seeds."""
-    counts = [sum(r["name"] == other["name"] for other in own) for r in found]
+    named = by_name(own)
+    counts = [len(named[r["name"]]) for r in found]
     return [r for r, count in zip(found, counts, strict=True) if count == max(counts)]
 
 
@@ -124,8 +125,7 @@ def _mean_loss(name: str, own: Sequence[Record]) -> float:
 
 def noise(own: Sequence[Record]) -> float | None:
     """Standard deviation of a run's loss, pooled over the configurations with three seeds and more; None: none has."""
-    names = dict.fromkeys(r["name"] for r in own)
-    spreads = [[r["val_loss"] for r in own if r["name"] == name] for name in names]
+    spreads = [[r["val_loss"] for r in found] for found in by_name(own).values()]
     free = [(len(losses) - 1, statistics.variance(losses)) for losses in spreads if len(losses) >= _SEEDS]
     return math.sqrt(sum(n * v for n, v in free) / sum(n for n, _ in free)) if free else None
 

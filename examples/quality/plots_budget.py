@@ -38,7 +38,9 @@ def figure_of(rows: Sequence[Record], times: Sequence[Record]) -> Figure:
         if row["text"]:  # of older ones the corpus is not known, and may be another
             texts.setdefault(text_of(row), []).append(row | {"time": seconds_of(row, times)})
     once = {
-        text: found for text, found in texts.items() if found[0]["unique"] is None and any(map(_drawn, _named(found)))
+        text: found
+        for text, found in texts.items()
+        if found[0]["unique"] is None and any(map(_drawn, records.by_name(found).values()))
     }
     often = {text: found for text, found in texts.items() if found[0]["unique"] is not None}
     figure = plt.figure(figsize=(9.2, 8.0), layout="constrained")
@@ -72,14 +74,6 @@ def _short(text: str) -> str:
     return text.split(" (")[0]
 
 
-def _named(rows: Sequence[Record]) -> list[list[Record]]:
-    """The rows of each configuration."""
-    named: dict[str, list[Record]] = {}
-    for row in rows:
-        named.setdefault(row["name"], []).append(row)
-    return list(named.values())
-
-
 def _drawn(found: Sequence[Record]) -> bool:
     """Whether a configuration has seeds enough, and its steps were timed."""
     return len(found) >= _SEEDS and found[0]["time"] is not None
@@ -89,7 +83,7 @@ def _against_time(axis: Axes, rows: Sequence[Record], text: str) -> None:
     """Means over seeds; of dense models that differ in their rate alone the best one."""
     points: dict[str, tuple[float, float]] = {}
     dense: list[str] = []
-    for found in filter(_drawn, _named(rows)):
+    for found in filter(_drawn, records.by_name(rows).values()):
         label, loss = label_of(found[0]["name"]), statistics.fmean(row["val_loss"] for row in found)
         if label not in points or loss < points[label][1]:
             points[label] = (found[0]["time"], loss)

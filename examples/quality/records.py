@@ -127,6 +127,14 @@ def read_csv(file: Path) -> list[Record]:
         return [{k: _number(v) for k, v in row.items()} for row in csv.DictReader(stream)]
 
 
+def by_name(rows: Iterable[Record]) -> dict[str, list[Record]]:
+    """The rows of each configuration, in the order of their first ones."""
+    named: dict[str, list[Record]] = {}
+    for row in rows:
+        named.setdefault(row["name"], []).append(row)
+    return named
+
+
 def curve(row: Record) -> list[tuple[int, float]]:
     """Validation losses on the way and at the end, as (step, loss); none where there were no checks."""
     return [(int(step), float(loss)) for step, loss in (pair.split(":") for pair in str(row["checks"] or "").split())]
