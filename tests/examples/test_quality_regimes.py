@@ -60,6 +60,15 @@ def test_a_run_on_little_text_sees_nothing_else(text: training.Text) -> None:
     assert few["losses"] != all_of_it["losses"]
 
 
+def test_every_byte_of_a_text_tells_it_from_others(text: training.Text) -> None:
+    same = training.Text(text.train.clone(), text.validation.clone())
+    assert same.fingerprint == text.fingerprint
+    for part in ("train", "validation"):
+        changed = getattr(text, part).clone()
+        changed[-1] += 1
+        assert replace(text, **{part: changed}).fingerprint != text.fingerprint
+
+
 def test_losses_on_the_way_change_nothing(text: training.Text) -> None:
     plain = training.train(KNOWN["static-b8"], 0, QUICK, text)
     checked = training.train(KNOWN["static-b8"], 0, replace(QUICK, checks=2), text)
@@ -198,6 +207,11 @@ def test_runs_on_different_texts_are_kept_apart_and_lengths_may_differ(text: tra
         ("dense", None), ("dense", 640), ("rigl-b8", 640), ("set-b8", 640),
     ]  # fmt: skip
     assert (rows[0]["best_loss"], rows[0]["best_step"]) == (0.5, 20)  # the run's end was not its best
+    other = records.rows([*kept, kept[0] | {"text": "another", "val_loss": 9.0}])
+    assert [row["val_loss"] for row in other if row["name"] == "dense" and row["unique"] is None] in (
+        [9.0, kept[0]["val_loss"]],
+        [kept[0]["val_loss"], 9.0],
+    )
     records.write_csv(file := tmp_path / "rows.csv", rows)
     read = records.read_csv(file)
     assert records.curve(read[0]) == [(20, 0.5), (40, 9.0), (QUICK.steps, round(kept[0]["val_loss"], 4))]
