@@ -16,6 +16,7 @@ from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from mask_cases import element_masks
@@ -46,6 +47,16 @@ def run(scenarios: Sequence[Scenario], ranks: int, folder: Path, *, limit: float
         texts = [_read(folder / f"{name}.{rank}") for rank in range(ranks)]
         wrong = [f"rank {r}: {t or 'not finished'}" for r, t in enumerate(texts) if t != "passed"]
         found[name] = "\n".join([*wrong, f"exit codes {codes}"] if wrong else [])
+    return found
+
+
+def results_of(scenarios: Sequence[Scenario], ranks: int) -> Callable[..., dict[str, str]]:
+    """A fixture of a module: what :func:`run` says of its scenarios, run once for all of its tests."""
+
+    @pytest.fixture(scope="module")
+    def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+        return run(scenarios, ranks, tmp_path_factory.mktemp("ranks"))
+
     return found
 
 

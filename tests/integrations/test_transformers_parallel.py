@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from oracles import assert_same_course
 from parallel_cases import ROUNDINGS, always_sparse, assert_same_run, whole
-from ranks import run
+from ranks import results_of, run
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -149,9 +149,7 @@ def under_fsdp() -> None:
 TWO: list[Callable[[], None]] = [is_one_process, compiles, packed_columns]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(TWO, 2, tmp_path_factory.mktemp("two"))
+two = results_of(TWO, 2)
 
 
 @pytest.mark.parametrize("scenario", [s.__name__ for s in TWO])

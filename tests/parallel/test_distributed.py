@@ -23,7 +23,7 @@ from ranks import (
     mean_over_ranks,
     mine,
     net,
-    run,
+    results_of,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -320,14 +320,8 @@ TWO = [
 FOUR = [is_one_process, moves_active_blocks, finds_other_masks, compares_at_the_first_step, other_models_are_left_alone]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(TWO, 2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(FOUR, 4, tmp_path_factory.mktemp("four"))
+two = results_of(TWO, 2)
+four = results_of(FOUR, 4)
 
 
 @pytest.mark.parametrize("scenario", [s.__name__ for s in TWO])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from parallel_cases import always_sparse, assert_same_run, assert_zero_outside, mse, tensor_parallel, train
-from ranks import SCHEDULES, batches, net, run
+from ranks import SCHEDULES, batches, net, results_of
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -220,14 +220,8 @@ TWO: list[Callable[[], None]] = [sequences, local_products, shards_of_nobody]
 FOUR: list[Callable[[], None]] = [data_over_parts]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(TWO, 2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(FOUR, 4, tmp_path_factory.mktemp("four"))
+two = results_of(TWO, 2)
+four = results_of(FOUR, 4)
 
 
 @pytest.mark.parametrize("scenario", [s.__name__ for s in TWO])

@@ -12,16 +12,7 @@ import torch.distributed as dist
 from helpers import compiled
 from mask_cases import element_masks
 from oracles import assert_same_course, assert_within, block_sums, of_rounding
-from ranks import (
-    SCHEDULES,
-    STEPS,
-    assert_same_on_all_ranks,
-    batches,
-    mean_over_ranks,
-    mine,
-    net,
-    run,
-)
+from ranks import SCHEDULES, STEPS, assert_same_on_all_ranks, batches, mean_over_ranks, mine, net, results_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -421,14 +412,8 @@ FOUR = [
 ]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(TWO, 2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(FOUR, 4, tmp_path_factory.mktemp("four"))
+two = results_of(TWO, 2)
+four = results_of(FOUR, 4)
 
 
 @pytest.mark.parametrize("scenario", [s.__name__ for s in TWO])

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from mask_cases import element_masks
 from parallel_cases import always_sparse, assert_same_run, assert_zero_outside, mse, tensor_parallel, whole
-from ranks import SCHEDULES, batches, net, run
+from ranks import SCHEDULES, batches, net, results_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -284,14 +284,8 @@ TWO: list[Callable[[], None]] = [is_one_process, compiles, other_layers, written
 FOUR: list[Callable[[], None]] = [is_one_process, under_fsdp, compiles]
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(TWO, 2, tmp_path_factory.mktemp("two"))
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return run(FOUR, 4, tmp_path_factory.mktemp("four"))
+two = results_of(TWO, 2)
+four = results_of(FOUR, 4)
 
 
 @pytest.mark.parametrize("scenario", [s.__name__ for s in TWO])
