@@ -10,6 +10,7 @@
 // reaches four times as far, and rows of x are read as they lie, so that no thread waits for others to transpose them.
 #pragma once
 #include "spmm_plan.h"
+#include "threads.h"
 
 namespace mst {
 namespace {
@@ -158,29 +159,18 @@ void few_part(const MstPacked& a, const typename StripPair<E, NR>::X* x, int64_t
 // y of up to few_packed_tokens. `cuts` are output blocks, `bias` is that of whole blocks.
 template <class E, int NR>
 int run_few(const MstPacked& a, int64_t threads, const std::vector<int64_t>& cuts, const float* bias) {
-  const int64_t parts = cuts.size() - 1;
-  std::atomic<int64_t> taken{0};
-  std::atomic<bool> failed{false};
-  const auto work = [&] {
-    static thread_local Scratch memory;
-    TokenRows<typename StripPair<E, NR>::X, E> x;
-    if (!x.take(a, memory)) failed = true;
-    for (int64_t part; (part = taken.fetch_add(1, std::memory_order_relaxed)) < parts && !failed;) {
-      const int64_t first = cuts[part], end = cuts[part + 1];
-      if (a.m == 1) few_part<E, NR, 1>(a, x.rows, x.apart, bias, first, end);
-      if (a.m == 2) few_part<E, NR, 2>(a, x.rows, x.apart, bias, first, end);
-      if (a.m == 3) few_part<E, NR, 3>(a, x.rows, x.apart, bias, first, end);
-      if (a.m == 4) few_part<E, NR, 4>(a, x.rows, x.apart, bias, first, end);
-    }
-    memory.trim();
-  };
-  if (threads == 1) {
-    work();
-  } else {
-#pragma omp parallel num_threads(threads)
-    work();
-  }
-  return failed ? MST_NO_MEMORY : MST_OK;
+  Scratch& memory = caller_memory();
+  TokenRows<typename StripPair<E, NR>::X, E> x;
+  if (!x.take(a, memory)) return MST_NO_MEMORY;
+  by_threads(cuts.size() - 1, threads, 0, [&](int64_t part, float*) {
+    const int64_t first = cuts[part], end = cuts[part + 1];
+    if (a.m == 1) few_part<E, NR, 1>(a, x.rows, x.apart, bias, first, end);
+    if (a.m == 2) few_part<E, NR, 2>(a, x.rows, x.apart, bias, first, end);
+    if (a.m == 3) few_part<E, NR, 3>(a, x.rows, x.apart, bias, first, end);
+    if (a.m == 4) few_part<E, NR, 4>(a, x.rows, x.apart, bias, first, end);
+  });
+  memory.trim();
+  return MST_OK;
 }
 
 }  // namespace

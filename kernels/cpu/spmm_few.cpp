@@ -21,9 +21,8 @@
 //
 // Groups of outputs and tokens reread W from L1. From some tens of tokens on the packed product wins: its lanes are
 // tokens and need no adding up. How many, few_tokens says.
-#include <atomic>
-
 #include "spmm_pack.h"
+#include "threads.h"
 
 namespace mst {
 namespace {
@@ -116,36 +115,6 @@ template <class Body> MST_INLINE void by_groups(int64_t begin, int64_t end, Body
   for (; t + most_tokens <= end; t += most_tokens) body(t, std::integral_constant<int, most_tokens>{});
   if (most_tokens > 2 && t + 2 <= end) body(t, std::integral_constant<int, 2>{}), t += 2;
   if (t < end) body(t, std::integral_constant<int, 1>{});
-}
-
-// Memory of a thread: of one that calls, and of one that works on its part.
-Scratch& caller_memory() {
-  static thread_local Scratch memory;
-  return memory;
-}
-Scratch& worker_memory() {
-  static thread_local Scratch memory;
-  return memory;
-}
-
-// Runs body(item, scratch) for items [0, items), on up to `threads` threads; false if one got no memory.
-template <class Body> bool by_threads(int64_t items, int64_t threads, int64_t scratch_floats, Body body) {
-  std::atomic<int64_t> next{0};
-  std::atomic<bool> failed{false};
-  const auto work = [&] {
-    Scratch& memory = worker_memory();
-    float* scratch = scratch_floats ? memory.floats(scratch_floats) : nullptr;
-    if (scratch_floats && !scratch) failed = true;
-    for (int64_t i; !failed && (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(i, scratch);
-    memory.trim();
-  };
-  if (threads == 1) {
-    work();
-  } else {
-#pragma omp parallel num_threads(threads)
-    work();
-  }
-  return !failed;
 }
 
 // ---- outputs are rows of W -----------------------------------------------------------------------------------------
