@@ -327,12 +327,21 @@ SCALES: dict[str, tuple[Callable[..., Tensor], bool]] = {
     "length": (lambda q, k, v: masked_scores(q, k, q.shape[2]).softmax(-1) @ v, False),
     "number given": (lambda q, k, v, scale: masked_scores(q, k, scale).softmax(-1) @ v, False),
     "root of the length, in the product": (lambda q, k, v: product_with_mask(q, k, v, q.shape[2] ** -0.5), False),
+    "root of the length, to PyTorch's function": (lambda q, k, v: of_pytorch(q, q.shape[2] ** -0.5), False),
+    "root of the head size, to PyTorch's function": (lambda q, k, v: of_pytorch(q, q.shape[3] ** -0.5), True),
     "root of the head size": (lambda q, k, v: masked_scores(q, k, q.shape[3] ** -0.5).softmax(-1) @ v, True),
 }
 
 
 def causal_at(length: int) -> Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril()
+
+
+GUARDED = ("number given", "root of the length, to PyTorch's function")  # by Dynamo, as long as it is at work
+
+
+def of_pytorch(x: Tensor, scale: float) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True, scale=scale)
 
 
 def masked_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -357,7 +366,7 @@ def test_a_scale_that_differs_from_call_to_call(name: str) -> None:
             torch._dynamo.mark_dynamic(t, 2)
         given = (scale,) if name == "number given" else ()
         assert_close(run(*args, *given), function(*args, *given))
-    if name != "number given":  # which Dynamo guards on, as long as it is at work
+    if name not in GUARDED:
         assert len(backend.graphs) == 1
         assert backend.sites[0].replaced is replaced
 
