@@ -242,7 +242,8 @@ class Compiler:
         inputs = [x if isinstance(x, Tensor | torch.SymInt) else None for x in self._inputs]
         # At the first call numbers are symbols; asking one for its value would make it a constant of the graph.
         given = [x.node.hint if isinstance(x, torch.SymInt) else x for x in args]
-        bound = symbolic.node.shape_env.bind_symbols(inputs, given)
+        environment: Any = symbolic.node.shape_env
+        bound = environment.bind_symbols(inputs, given)
         return tuple(s.node.expr.xreplace(bound) if isinstance(s, torch.SymInt) else s for s in shape)
 
     def _note_weights(self, warn: bool) -> None:

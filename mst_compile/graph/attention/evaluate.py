@@ -10,7 +10,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -62,7 +62,7 @@ class Evaluator:
         for node in self.placeholders:
             size = value(node)
             if isinstance(size, torch.SymInt) and size.node.expr.is_Symbol and size.node.has_hint():
-                self.hints[size.node.expr] = int(size.node.hint)
+                self.hints[size.node.expr] = int(cast(int, size.node.hint))
         self._sizes = self.hints
 
     def sizes(self) -> list[dict[Any, int]]:
@@ -106,7 +106,8 @@ class Evaluator:
         number = item.node.expr.xreplace({symbol: sympy.Integer(n) for symbol, n in self._sizes.items()})
         if isinstance(item, torch.SymFloat) and not (item.node.expr.free_symbols & self._sizes.keys()):
             # As long as Dynamo is at work it guards on what it is asked for; afterwards nobody would.
-            number = number if number.is_number or item.node.shape_env.frozen else sympy.Float(float(item))
+            environment: Any = item.node.shape_env
+            number = number if number.is_number or environment.frozen else sympy.Float(float(item))
         if not number.is_number:
             size = "has a size that depends on data" if isinstance(item, torch.SymInt) else VARIES
             raise UnknownError(f"its mask {size}")

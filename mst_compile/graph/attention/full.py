@@ -6,7 +6,7 @@ from one another. Only attention that the graph says to be causal is taken: no m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -44,4 +44,4 @@ def _hint(size: int | torch.SymInt) -> int:
     """A size; of a symbolic one the value that it has had, and 0 of one that depends on values."""
     if not isinstance(size, torch.SymInt):
         return size
-    return int(size.node.hint) if size.node.has_hint() else 0
+    return int(cast(int, size.node.hint)) if size.node.has_hint() else 0
