@@ -32,8 +32,11 @@ MULTIHEAD = torch.nn.functional.multi_head_attention_forward
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 _SWAPS = {torch.transpose, torch.swapaxes, torch.swapdims, "transpose", "swapaxes", "swapdims"}
 _PERMUTES = {torch.permute, "permute"}
-_OF_MATRICES = {torch.t, "t", torch.ops.aten.t.default, torch.ops.aten.numpy_T.default}  # .T as torch 2.14 traces it
-_OF_LAST = {torch.ops.aten.mT.default}
+# Attributes are read with getattr up to torch 2.13, and are operators, with or without an overload, from 2.14 on.
+_aten = torch.ops.aten
+_OF_MATRICES = {torch.t, "t", "T", "H", _aten.t, _aten.numpy_T, _aten.matrix_H}
+_OF_LAST = {torch.adjoint, "adjoint", "mT", "mH", _aten.mT, _aten.mH, _aten.adjoint}
+_CONJUGATE = {torch.adjoint, "adjoint", "H", "mH", _aten.matrix_H, _aten.mH, _aten.adjoint}
 
 # By the name of either.
 CASTS = {"to", "float", "type", "type_as", "bfloat16", "half", "double", "contiguous", "clone"}
@@ -212,15 +215,15 @@ def before_swap(node: Any) -> fx.Node | None:
     if not isinstance(tensor, Tensor) or tensor.dim() < 2:
         return None
     dims = tensor.dim()
-    if node.target is getattr:
-        swaps = rest == ("mT",) or (rest == ("T",) and dims == 2)
-    elif calls(node, _SWAPS | _PERMUTES):
+    if calls(node, _SWAPS | _PERMUTES):
         given = rest[0] if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
         order = [d % dims for d in given if isinstance(d, int)]  # type: ignore[union-attr]
         last = [dims - 2, dims - 1]
         swaps = order == [*range(dims - 2), *last[::-1]] if node.target in _PERMUTES else sorted(order) == last
     else:
-        swaps = node.target in _OF_LAST or (node.target in _OF_MATRICES and dims == 2)
+        what = rest[0] if node.target is getattr else getattr(node.target, "overloadpacket", node.target)
+        swaps = what in _OF_LAST or (what in _OF_MATRICES and dims == 2)
+        swaps = swaps and not (what in _CONJUGATE and tensor.is_complex())
     return source if swaps else None  # type: ignore[return-value]
 
 

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from helpers import DEBUG, check_model, compiled, loss_and_grads, static, statuses
 from oracles import assert_reordered
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.utils import counters
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from mst_compile import MSTWarning, densify, explain, sparsifier, sparsify
+from mst_compile.graph.fx import before_swap
 
 BF16 = torch.bfloat16
 X = (2, 8, 32)
@@ -44,6 +45,11 @@ OUT_IN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "@ t()": lambda x, w, b: x @ w.t(),
     "@ T": lambda x, w, b: x @ w.T,
     "@ mT": lambda x, w, b: x @ w.mT,
+    "@ H": lambda x, w, b: x @ w.H,
+    "@ mH": lambda x, w, b: x @ w.mH,
+    "adjoint": lambda x, w, b: x @ w.adjoint(),
+    "torch.adjoint": lambda x, w, b: x @ torch.adjoint(w),
+    "operators": lambda x, w, b: x @ torch.ops.aten.mT(torch.ops.aten.numpy_T.default(torch.ops.aten.t(w))),
     "torch.t": lambda x, w, b: x @ torch.t(w),
     "transpose": lambda x, w, b: torch.matmul(x, w.transpose(0, 1)),
     "transpose negative": lambda x, w, b: x.matmul(w.transpose(-1, -2)),
@@ -85,6 +91,16 @@ def test_forms_in_out(form: str) -> None:
     model = check_model(lambda: Free(IN_OUT[form], 32, 96), torch.randn(X), include="w")
     assert statuses(model)["w"].startswith("matched (1 use)")
     assert "dense" not in statuses(model)["w"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_an_adjoint_is_an_exchange_of_real_numbers_alone(dtype: torch.dtype) -> None:
+    graph = fx.Graph()
+    source = graph.placeholder("w")
+    source.meta["example_value"] = torch.zeros(2, 3, dtype=dtype)
+    exchange, adjoint = graph.call_function(getattr, (source, "mT")), graph.call_method("adjoint", (source,))
+    assert before_swap(exchange) is source
+    assert (before_swap(adjoint) is source) == (not dtype.is_complex)
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
