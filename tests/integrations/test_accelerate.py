@@ -92,7 +92,7 @@ def test_the_enumeration_refuses_the_name(how: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_modules_of_pytorch_itself_are_not_compiled_in_place(compiled: bool) -> None:
-    """By PyTorch, under any backend; ``torch.compile(model)`` does."""
+    """By PyTorch before 2.14, under any backend; ``torch.compile(model)`` does."""
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU())
     if compiled:
         fast: Any = torch.compile(model, backend="eager")
@@ -100,7 +100,7 @@ def test_modules_of_pytorch_itself_are_not_compiled_in_place(compiled: bool) -> 
         model.compile(backend="eager")
         fast = model
     fast(torch.randn(4, 32))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == int(compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == int(compiled or torch.__version__ >= "2.14")
 
 
 # -- the change --------------------------------------------------------------------------------------------------------
