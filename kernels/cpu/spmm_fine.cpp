@@ -197,7 +197,7 @@ template <class U, int B, class X, class W> struct Kernel {
             continue;
           }
           const W& element = from[r * by_output + (k + j) * by_input];
-          if constexpr (std::is_same_v<E, W>)
+          if constexpr (std::is_same_v<E, W> && std::is_same_v<X, W>)
             *to = element;
           else
             from_float(rounded<X>(element), to);
