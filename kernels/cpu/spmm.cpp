@@ -22,8 +22,12 @@
 // Rows of y that stand a multiple of 4096 bytes apart share a set of the L1 cache, and what is written to the tokens of a
 // tile in pieces of 8 or 16 bytes misses it each time. Such pieces are collected in a stage of 32 outputs or more, and
 // copied from there: with rows of 12288 bytes grad-input takes .4 to .5 of the time at blocks of 4, .73 to .88 in bf16 at
-// wider ones (density .1, Zen 5). Pieces of 32 bytes (float, 8 outputs) gain nothing, and lose a tenth where rows do not
-// collide, so they go to y; so do all where vectors are shorter, whose tiles have fewer tokens.
+// wider ones (density .1, Zen 5). Where rows do not collide (768 bf16: 8 sets hold the lines of a tile's 48 tokens) the
+// stage costs 4 to 10 % at blocks of 8 and 32, so that such pieces go to y. Pieces of 32 bytes (float, 8 outputs)
+// gain nothing, and lose a tenth where rows do not collide, so they go to y; so do all where vectors are shorter, whose
+// tiles have fewer tokens.
+#include <numeric>
+
 #include "spmm_plan.h"
 
 namespace mst {
@@ -31,6 +35,7 @@ namespace {
 
 constexpr int wide_outputs = L == 16 ? 8 : 4, wide_vectors = L == 16 ? 3 : 2, narrow_vectors = L == 16 ? 6 : 2;
 constexpr int64_t panel_bytes = 200 << 10;  // of x^T, if that holds a tile: stays in L2 beside W and y
+constexpr int64_t cache_sets = 64, cache_ways = 8;  // of L1, at least: lines 4096 bytes apart share a set
 constexpr int64_t chunk_bytes = 640 << 10;  // one tile of x^T; a longer reduction is cut
 
 // ---- the tile ------------------------------------------------------------------------------------------------------
@@ -94,12 +99,19 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
   int64_t ldx;
   X* y;
   int64_t ldy;
+  const bool staged;  // y of whole tiles too
 
   Kernel(const Problem& problem, const MstSpmm& a)
       : p(problem),
         plan(make_plan(p, units() * p.block, MT, (chunk() * units() + L) * MT, chunk(), panel_bytes)),
-        x(static_cast<const X*>(a.x)), ldx(a.ldx), y(static_cast<X*>(a.y)), ldy(a.ldy) {}
+        x(static_cast<const X*>(a.x)), ldx(a.ldx), y(static_cast<X*>(a.y)), ldy(a.ldy),
+        staged(small_pieces && rows_collide(a.ldy * static_cast<int64_t>(sizeof(X)))) {}
 
+  // Whether a tile's rows of y, so many bytes apart, have more lines in a set of the cache than it holds.
+  static bool rows_collide(int64_t bytes) {
+    if (bytes % 64) return false;  // they drift through the sets
+    return cache_sets / std::gcd(bytes / 64, cache_sets) * cache_ways < MT;
+  }
   int64_t units() const { return p.block / U::per_unit; }
   int64_t chunk() const {
     const int64_t tile_row = MT * 4 * units();  // bytes of x^T per reduction block
@@ -153,7 +165,7 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
                    X* stage, X* rows, int64_t tokens) const {
     const int64_t first = i * p.block, outs = std::min((end - i) * p.block, p.outputs - first), bytes = outs * sizeof(X);
     const bool last = c1 == p.red_blocks, whole = tokens == V * L && outs == (end - i) * p.block;
-    const bool direct = whole && !small_pieces;
+    const bool direct = whole && !staged;
     X* to = direct ? rows + first : stage;
     const int64_t apart = direct ? ldy : stage_width();
     if (last)  // the lines of y arrive while the results are computed
