@@ -19,6 +19,9 @@
 // is reused by each tile of a panel, x^T from L2, y goes out once. Nothing depends on the block size but the length of
 // the innermost loop, so fine blocks cost little.
 //
+// Tokens are cut into even tiles: a tile of one vector has too few sums to hide how long a multiply-add takes, so that 64
+// tokens are 32 + 32 and not 48 + 16. Few tiles are as many as a multiple of the threads.
+//
 // Rows of y that stand a multiple of 4096 bytes apart share a set of the L1 cache, and what is written to the tokens of a
 // tile in pieces of 8 or 16 bytes misses it each time. Such pieces are collected in a stage of 32 outputs or more, and
 // copied from there: with rows of 12288 bytes grad-input takes .4 to .5 of the time at blocks of 4, .73 to .88 in bf16 at
@@ -103,7 +106,7 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
 
   Kernel(const Problem& problem, const MstSpmm& a)
       : p(problem),
-        plan(make_plan(p, units() * p.block, MT, (chunk() * units() + L) * MT, chunk(), panel_bytes)),
+        plan(make_plan(p, units() * p.block, MT, (chunk() * units() + L) * MT, chunk(), panel_bytes, true)),
         x(static_cast<const X*>(a.x)), ldx(a.ldx), y(static_cast<X*>(a.y)), ldy(a.ldy),
         staged(small_pieces && rows_collide(a.ldy * static_cast<int64_t>(sizeof(X)))) {}
 
@@ -131,6 +134,21 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
   void pack(const Piece& piece, int64_t i0, int64_t i1) const {
     for (int64_t i = i0; i < i1; i++)
       pack_output_block<U, NR, X, W>(p, i, piece.w + (p.lists.ptr[i] - piece.w_base) * units() * p.block);
+  }
+
+  // The first token of a tile: all have about as many vectors.
+  int64_t begin(int64_t t) const {
+    return t == plan.tiles ? p.m : ceil_div(p.m, static_cast<int64_t>(L)) * t / plan.tiles * L;
+  }
+  // Calls body with the vectors that a tile is computed with.
+  template <class Body> void by_vectors(int64_t t, Body body) const {
+    const int64_t vectors = ceil_div(begin(t + 1) - begin(t), static_cast<int64_t>(L));
+    if (vectors == 1) return body(std::integral_constant<int, 1>{});
+    if constexpr (MV > 2)
+      if (vectors == 2) return body(std::integral_constant<int, 2>{});
+    if constexpr (MV > 4)
+      if (vectors <= 4) return body(std::integral_constant<int, 4>{});
+    body(std::integral_constant<int, MV>{});
   }
 
   // One chunk of the reduction for one tile of V vectors: all outputs of block i.
@@ -185,24 +203,20 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
     for (int64_t c0 = 0; c0 < p.red_blocks; c0 += plan.chunk) {
       const int64_t c1 = std::min(p.red_blocks, c0 + plan.chunk), k0 = c0 * p.block, n = (c1 - c0) * units();
       for (int64_t t = t0; t < t1; t++) {
-        const int64_t tokens = std::min(MT, p.m - t * MT);
         float* to = scratch + (t - t0) * plan.tile_size;
-        if (tokens > L)
-          pack_tile<U, MV>(x + t * MT * ldx, ldx, tokens, p.reduction, k0, n, to);
-        else
-          pack_tile<U, 1>(x + t * MT * ldx, ldx, tokens, p.reduction, k0, n, to);
+        by_vectors(t, [&](auto mv) {
+          pack_tile<U, mv>(x + begin(t) * ldx, ldx, begin(t + 1) - begin(t), p.reduction, k0, n, to);
+        });
       }
       const int64_t span = std::max(1, line_outputs / p.block);
       for (int64_t i = o0; i < o1; i += span)
         for (int64_t t = t0; t < t1; t++) {
-          const int64_t tokens = std::min(MT, p.m - t * MT), end = std::min(o1, i + span);
+          const int64_t end = std::min(o1, i + span);
           float* sums = partial ? partial + (t - t0) * outs * MT : nullptr;
           const float* xt = scratch + (t - t0) * plan.tile_size;
-          X* rows = y + t * MT * ldy;
-          if (tokens > L)
-            run_outputs<MV>(piece, i, end, xt, c0, c1, sums, stage, rows, tokens);
-          else
-            run_outputs<1>(piece, i, end, xt, c0, c1, sums, stage, rows, tokens);
+          by_vectors(t, [&](auto mv) {
+            run_outputs<mv>(piece, i, end, xt, c0, c1, sums, stage, y + begin(t) * ldy, begin(t + 1) - begin(t));
+          });
         }
     }
   }

@@ -164,7 +164,7 @@ template <class U, int B, class X, class W> struct Kernel {
   Kernel(const Problem& problem, const MstSpmm& a)
       : p(problem), chunk(fine_chunk<U>(B, S::x_floats, p.out_blocks, p.red_blocks, p.lists.ptr[p.out_blocks])),
         chunks(ceil_div(p.red_blocks, chunk)), group(chunks > 1 ? fine_group(B * MT) : span),
-        plan(make_plan(p, S::w_floats, MT, tile_floats(), p.red_blocks, fine_tiles * tile_floats() * 4)),
+        plan(make_plan(p, S::w_floats, MT, tile_floats(), p.red_blocks, fine_tiles * tile_floats() * 4, false)),
         x(static_cast<const X*>(a.x)), ldx(a.ldx), y(static_cast<X*>(a.y)), ldy(a.ldy) {}
 
   int64_t tile_floats() const { return (p.red_blocks * S::units + S::parts * L) * S::vectors * L; }
