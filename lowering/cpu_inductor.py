@@ -76,9 +76,9 @@ def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool
 
 
 def _grad_weight(*args: Any) -> tuple[Any, ...]:
-    results = ir.FallbackKernel.create(torch.ops.mst.linear_grad_weight.default, *args)
+    results: Any = ir.FallbackKernel.create(torch.ops.mst.linear_grad_weight.default, *args)
     results[0].inputs[0].python_kernel_name = f"extern_kernels.{_GRAD_WEIGHT}"
-    return tuple(map(ir.TensorBox.create, results))
+    return tuple(ir.TensorBox.create(result) for result in results)
 
 
 def _packed_linear(x: Any, values: Any, index: Any, bias: Any, outputs: int, block: int, version: int) -> Any:
