@@ -156,8 +156,8 @@ forward_out, grad_input_out = _watched("linear"), _watched("linear_grad_input")
 
 
 def grad_weight_made(*args: Any) -> tuple[Tensor, Tensor]:
-    """``mst::linear_grad_weight`` as compiled code calls it, without the dispatcher: its way from Python to Python takes
-    as long as the rest of the call. Operands without a kernel, and who watches, go by way of it."""
+    """``mst::linear_grad_weight`` as compiled code calls it, without the dispatcher, whose way takes as long as the rest
+    of the call. Operands without a kernel, and who watches, go by way of it."""
     watched = profiler._is_profiler_enabled or counters
     made = None if watched else grad_weight(*args)
     return torch.ops.mst.linear_grad_weight.default(*args) if made is None else made  # type: ignore[no-any-return]
