@@ -156,7 +156,7 @@ forward_out, grad_input_out = _watched("linear"), _watched("linear_grad_input")
 
 
 def grad_weight_made(*args: Any) -> tuple[Tensor, Tensor]:
-    """``mst::linear_grad_weight`` as compiled code calls it, without the dispatcher, whose way takes as long as the rest
+    """``mst::linear_grad_weight`` as compiled code calls it: without the dispatcher, which takes as long as all else
     of the call. Operands without a kernel, and who watches, go by way of it."""
     watched = profiler._is_profiler_enabled or counters
     made = None if watched else grad_weight(*args)
