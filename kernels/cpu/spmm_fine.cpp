@@ -24,7 +24,13 @@
 namespace mst {
 namespace {
 
-constexpr int outputs_at_once = 8;  // written to y
+// Outputs written to y together. In bf16 32 bytes of a row are, not 16: it takes no more shuffles, and 4 % less time with
+// blocks of 2 (1 % with blocks of 1).
+#if defined(MST_BF16_PAIRS)
+template <class Y> constexpr int outputs_at_once = std::is_same_v<Y, bf16> ? 16 : 8;
+#else
+template <class Y> constexpr int outputs_at_once = 8;
+#endif
 
 // How an active block is multiplied: U and B, or halves of units.
 template <class U, int B> struct Shape {
@@ -137,7 +143,7 @@ template <bool halves> MST_INLINE vf next_tokens(const float* sums, [[maybe_unus
 // The sums of `outputs` outputs, MV vectors each, to y.
 template <bool halves, int MV, class Y>
 void write_outputs(const float* sums, int64_t outputs, int tokens, Y* y, int64_t ldy) {
-  constexpr int N = outputs_at_once;
+  constexpr int N = outputs_at_once<Y>;
   for (int v = 0; v * L < tokens; v++)  // a few rows of y at a time: many may lie in one set of the cache
     for (int64_t o = 0; o < outputs; o += N) {
       vf acc[N][1];
