@@ -19,11 +19,11 @@
 // is reused by each tile of a panel, x^T from L2, y goes out once. Nothing depends on the block size but the length of
 // the innermost loop, so fine blocks cost little.
 //
-// Tokens are cut into even tiles: a tile of one vector has too few sums to hide how long a multiply-add takes, so that 64
-// tokens are 32 + 32 and not 48 + 16, and 80 are 48 + 32, without a third vector of nothing. Few tiles are as many as a
-// multiple of the threads. Expected was .89 of the time for 64 and 128 tokens by counting multiply-adds, measured (one thread
-// of a Zen 5, bf16, 768 x 768, density .2) .92 to .99 and .90 to .95 with blocks of 8 and 32, .86 and .82 to .87 with blocks
-// of 4, .83 to .92 for 80; from 512 on .97 to 1.01.
+// Tokens are cut into even tiles: a tile of one vector has too few sums to hide how long a multiply-add takes, so that
+// 64 tokens are 32 + 32 and not 48 + 16, and 80 are 48 + 32, without a third vector of nothing. Few tiles are as many
+// as a multiple of the threads. Expected was .89 of the time for 64 and 128 tokens by counting multiply-adds, measured
+// (one thread of a Zen 5, bf16, 768 x 768, density .2) .92 to .99 and .90 to .95 with blocks of 8 and 32, .86 and .82
+// to .87 with blocks of 4, .83 to .92 for 80; from 512 on .97 to 1.01.
 //
 // Rows of y that stand a multiple of 4096 bytes apart share a set of the L1 cache, and what is written to the tokens of a
 // tile in pieces of 8 or 16 bytes misses it each time. Such pieces are collected in a stage of 32 outputs or more, and
