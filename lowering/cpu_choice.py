@@ -38,18 +38,17 @@ _MEASURED = 3  # of the numbers in Times, by cpu_times
 
 def of_product(product: Product) -> Times:
     """Seconds of a product, measured at the first call; without those of :func:`of_call`."""
-    return Times(*_products.of(product, _name_of_product(product), lambda one: cpu_times.measure(one)[:_MEASURED]))
+    return Times(*_products.of(product))
 
 
 def of_call(product: Product) -> float:
     """Seconds that a product costs more in a graph with sparse ones, measured at the first call."""
-    asked = cpu_call_times.asked(product)
-    return _calls.of(asked, f"call {_name_of_product(asked)}", lambda one: [cpu_call_times.measure(one)])[0]
+    return _calls.of(cpu_call_times.asked(product))[0]
 
 
 def of_attention(attention: CausalAttention) -> AttentionTimes:
     """Seconds of causal attention, measured at the first call."""
-    return AttentionTimes(*_attentions.of(attention, _name_of_attention(attention), cpu_attention_times.measure))
+    return AttentionTimes(*_attentions.of(attention))
 
 
 def is_attention_faster(heads: int, length: int, size: int, dtype: torch.dtype, trained: bool) -> bool:
@@ -98,28 +97,35 @@ class _Answers:
     Args:
         length: how many numbers an answer has.
         unknown: the answer where nothing can be measured that all ranks would agree on.
+        name: of a question, on disk. measure: what answers it.
     """
 
-    def __init__(self, length: int, unknown: Sequence[float]) -> None:
+    def __init__(
+        self,
+        length: int,
+        unknown: Sequence[float],
+        name: Callable[[Any], str],
+        measure: Callable[[Any], Sequence[float]],
+    ) -> None:
         self.kept = Measurements(lambda: _folder(), length, lambda error: _lost(error))
         self.known: dict[tuple[Hashable, int], Sequence[float]] = {}  # question, threads -> answer
-        self._unknown, self._lock = unknown, threading.RLock()
+        self._unknown, self._name, self._measure, self._lock = unknown, name, measure, threading.RLock()
 
-    def of(self, question: Any, name: str, measure: Callable[[Any], Sequence[float]]) -> Sequence[float]:
+    def of(self, question: Any) -> Sequence[float]:
         key = question, torch.get_num_threads()
         found = self.known.get(key)
         if found is None:
             with self._lock:
                 found = self.known.get(key)
                 if found is None:
-                    found = self.known[key] = self._agreed(question, name, measure)
+                    found = self.known[key] = self._agreed(question, self._name(question))
         return found
 
-    def _agreed(self, question: Any, name: str, measure: Callable[[Any], Sequence[float]]) -> Sequence[float]:
+    def _agreed(self, question: Any, name: str) -> Sequence[float]:
         def own() -> Sequence[float]:
             found = self.kept.find(name)
             if found is None:
-                found = tuple(measure(question))
+                found = tuple(self._measure(question))
                 self.kept.record(name, found)
             return found
 
@@ -127,11 +133,6 @@ class _Answers:
             return own()
         answer = first_answer(name, lambda: " ".join(map(repr, own())))
         return self._unknown if answer is None else [float(number) for number in answer.split()]
-
-
-_products = _Answers(_MEASURED, Times(0.8 / WORTH, 0.0, 1.0)[:_MEASURED])
-_calls = _Answers(1, [1e-9])
-_attentions = _Answers(len(AttentionTimes._fields), AttentionTimes(1.0, 1.0))
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -147,6 +148,24 @@ def _name_of_product(product: Product) -> str:
 def _name_of_attention(attention: CausalAttention) -> str:
     passes = "trained" if attention.trained else "forward"
     return f"attention {attention.heads} of {attention.length}x{attention.size} {_short(attention.dtype)} {passes}"
+
+
+# Measurements are asked for by name in their modules, so that others can take their place.
+_products = _Answers(
+    _MEASURED,
+    Times(0.8 / WORTH, 0.0, 1.0)[:_MEASURED],
+    _name_of_product,
+    lambda product: cpu_times.measure(product)[:_MEASURED],
+)
+_calls = _Answers(
+    1, [1e-9], lambda product: f"call {_name_of_product(product)}", lambda product: [cpu_call_times.measure(product)]
+)
+_attentions = _Answers(
+    len(AttentionTimes._fields),
+    AttentionTimes(1.0, 1.0),
+    _name_of_attention,
+    lambda attention: cpu_attention_times.measure(attention),
+)
 
 
 def _folder() -> Path:

@@ -1,7 +1,8 @@
 """Inductor lowerings of the ``mst::`` operators on the CPU.
 
 Forward and grad-input become calls of an extern kernel with an ``out`` argument: Inductor allocates and reuses their
-results like those of a matrix product. grad-weight and attention have several results and stay calls of the operators.
+results like those of a matrix product. grad-weight and attention have several results: they stay calls that allocate
+them, of attention of the operator, of grad-weight of the function behind it.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from mst_compile.ops.linear import DENSITY
 from . import cpu_linear, cpu_packed
 
 _FORWARD, _GRAD_INPUT, _PACKED = "mst_linear_out", "mst_linear_grad_input_out", "mst_packed_linear_out"
+_GRAD_WEIGHT = "mst_linear_grad_weight"
 
 # Generated wrappers call extern_kernels.mst_linear_out(...), also those that come out of Inductor's cache.
 setattr(extern_kernels, _FORWARD, cpu_linear.forward_out)
 setattr(extern_kernels, _GRAD_INPUT, cpu_linear.grad_input_out)
+setattr(extern_kernels, _GRAD_WEIGHT, cpu_linear.grad_weight_made)
 setattr(extern_kernels, _PACKED, cpu_packed.packed_linear_out)
 
 
@@ -72,6 +75,12 @@ def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool
     return _linear(grad, weight, None, index, block, not transposed, *tuning, kernel=_GRAD_INPUT)
 
 
+def _grad_weight(*args: Any) -> tuple[Any, ...]:
+    results: Any = ir.FallbackKernel.create(torch.ops.mst.linear_grad_weight.default, *args)
+    results[0].inputs[0].python_kernel_name = f"extern_kernels.{_GRAD_WEIGHT}"
+    return tuple(ir.TensorBox.create(result) for result in results)
+
+
 def _packed_linear(x: Any, values: Any, index: Any, bias: Any, outputs: int, block: int, version: int) -> Any:
     # A change of the call below is one of the version: caches of other backends' code have no hash of us in their keys.
     if cpu_packed.why_not(x.get_dtype(), block, None if bias is None else bias.get_dtype()) is not None:
@@ -82,5 +91,6 @@ def _packed_linear(x: Any, values: Any, index: Any, bias: Any, outputs: int, blo
 LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "linear": _linear,
     "linear_grad_input": _grad_input,
+    "linear_grad_weight": _grad_weight,
     "packed_linear": _packed_linear,
 }

@@ -125,8 +125,8 @@ class Attention(ctypes.Structure):
 def packer(structure: type[ctypes.Structure]) -> struct.Struct:
     """What makes the bytes of a struct out of its fields in order, in a fraction of the time that ctypes takes."""
     codes = {_P: "P", _L: "q", _I: "i", _F: "f"}
-    made = struct.Struct("@" + "".join(codes[kind] for _, kind, *_ in structure._fields_))
-    assert made.size == ctypes.sizeof(structure)  # or the struct's end is padded
+    made = struct.Struct(f"@{''.join(codes[kind] for _, kind, *_ in structure._fields_)}0P")  # padded as C++ does it
+    assert made.size == ctypes.sizeof(structure)
     return made
 
 

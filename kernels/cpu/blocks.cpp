@@ -5,7 +5,8 @@
 
 using namespace mst;
 
-constexpr int64_t run_width = 8;  // elements of a row, in runs so short that masking all of it takes less time than they do
+constexpr int64_t run_width = 8;   // elements: wider blocks leave no row with so many runs that it counts
+constexpr int64_t run_bytes = 96;  // of a row that are masked in the time of a run, on a Zen 5
 
 // Sets what lies between the active blocks of row r to zero, a run at a time.
 static void zero_runs(const MstZeroInactive& a, const Lists& lists, int64_t r) {
@@ -21,14 +22,15 @@ static void zero_runs(const MstZeroInactive& a, const Lists& lists, int64_t r) {
 }
 
 // The same of all rows of block row i, which share a mask: in whole vectors where there are so many runs that these, each
-// some nanoseconds and a branch that nobody foresees, would take longer. `Word` is as wide as an element.
+// some nanoseconds and a branch that nobody foresees, would take longer. `Word` is as wide as an element. Compilers leave
+// the loop over elements, which may be of any type, as it is: its vectors are written out.
+typedef int32_t Bits __attribute__((vector_size(4 * L)));
 template <class Word> static void zero_block_row(const MstZeroInactive& a, const Lists& lists, int64_t i) {
   typedef Word __attribute__((may_alias)) Element;
   static thread_local Scratch memory;
   const int64_t block = a.block, width = ceil_div(a.cols, block) * block, end = std::min(a.rows, (i + 1) * block);
-  const int64_t runs = lists.ptr[i + 1] - lists.ptr[i];
-  Word* keep = nullptr;
-  if (runs * run_width > a.cols) keep = reinterpret_cast<Word*>(memory.floats(ceil_div(width * sizeof(Word), 4)));
+  const int64_t runs = lists.ptr[i + 1] - lists.ptr[i], bytes = width * static_cast<int64_t>(sizeof(Word));
+  Word* keep = runs * run_bytes > bytes ? reinterpret_cast<Word*>(memory.floats(ceil_div(bytes, 4))) : nullptr;
   if (!keep) {
     for (int64_t r = i * block; r < end; r++) zero_runs(a, lists, r);
     return;
@@ -36,10 +38,18 @@ template <class Word> static void zero_block_row(const MstZeroInactive& a, const
   memset(keep, 0, width * sizeof(Word));
   for (int32_t p = lists.ptr[i]; p < lists.ptr[i + 1]; p++)
     for (int64_t c = 0; c < block; c++) keep[lists.idx[p] * block + c] = static_cast<Word>(-1);
+  constexpr int64_t lanes = 4 * L / sizeof(Word);
   for (int64_t r = i * block; r < end; r++) {
     Element* row = static_cast<Element*>(a.w) + r * a.ldw;
-#pragma GCC ivdep
-    for (int64_t c = 0; c < a.cols; c++) row[c] &= keep[c];
+    int64_t c = 0;
+    for (; c + lanes <= a.cols; c += lanes) {
+      Bits some, kept;
+      memcpy(&some, row + c, sizeof some);
+      memcpy(&kept, keep + c, sizeof kept);
+      some &= kept;
+      memcpy(row + c, &some, sizeof some);
+    }
+    for (; c < a.cols; c++) row[c] &= keep[c];
   }
   memory.trim();
 }

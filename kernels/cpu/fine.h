@@ -5,6 +5,13 @@
 // chunk of the lines that are loaded, transposed to [line][tokens of a tile], is as short as the lists of active blocks
 // allow, so that it stays in L1 or close to it. What is done once a list and chunk (reading and writing sums, a branch
 // that is seldom foreseen) sets the length of a list. The tile is narrow for the same reason.
+//
+// Where the time goes (768 x 768, 4096 tokens, bf16, B = 2, density .1, one thread of a Zen 5): of a product's 2.7 ms
+// the tiles took 1.5 (dot products alone would take .9), packing x and writing y .4 each, packing W .4; of the
+// gradient's 3.3 ms the rows 1.8, packing a and b 1.3. Since then W is copied without a rounding that changes nothing,
+// lines of x are asked for ahead (tokens.h), tokens are joined to pairs before they are transposed, not through memory
+// afterwards, and y is written by 32 bytes: .92 of the time in forward and grad-input, .84 in the gradient (.95 and .95
+// with B = 1; in float .97 and .93). What is left of packing is how fast x comes from L3 (about 15 GB/s a core).
 #pragma once
 #include <tuple>
 

@@ -19,7 +19,11 @@ from mst_compile.blocks.memory import is_plain
 from . import abi, build, table
 
 FINEST_BLOCK = min(table.BLOCKS)
-_PACKED = abi.packer(abi.Packed).pack
+# After a product, which sweeps the caches, what Python runs before the next one takes five times as long as when it is
+# called again and again: some hundred microseconds, so that the fields of a struct are not assigned one by one.
+_SPMM, _PACKED, _GRAD_WEIGHT, _ZERO_INACTIVE = (
+    abi.packer(struct).pack for struct in (abi.Spmm, abi.Packed, abi.GradWeight, abi.ZeroInactive)
+)
 
 
 class Library:
@@ -62,24 +66,24 @@ class Library:
         _check_index(index, rows, cols, block)
         if bias is not None and (bias.shape != (outputs,) or not bias.is_contiguous()):
             raise ValueError(f"spmm: bias must be contiguous with {outputs} elements")
-        arguments = abi.Spmm(
-            x=pointer(x2d),
-            ldx=x2d.stride(0),
-            w=pointer(w),
-            ldw=cols,
-            rows=rows,
-            cols=cols,
-            index=pointer(index),
-            bias=None if bias is None else pointer(bias),
-            y=pointer(out),
-            ldy=out.stride(0),
-            m=m,
-            x_dtype=code_of(x2d),
-            w_dtype=code_of(w),
-            bias_dtype=0 if bias is None else code_of(bias),
-            block=block,
-            outputs_are_rows=outputs_are_rows,
-            threads=torch.get_num_threads(),
+        arguments = _SPMM(
+            pointer(x2d),
+            x2d.stride(0),
+            pointer(w),
+            cols,
+            rows,
+            cols,
+            pointer(index),
+            0 if bias is None else pointer(bias),
+            pointer(out),
+            out.stride(0),
+            m,
+            code_of(x2d),
+            code_of(w),
+            0 if bias is None else code_of(bias),
+            block,
+            outputs_are_rows,
+            torch.get_num_threads(),
         )
         self.call("mst_spmm", arguments)
 
@@ -154,23 +158,23 @@ class Library:
             length = rows if colsum_of_a else cols
             if colsum.shape != (length,) or colsum.dtype != torch.float32 or not colsum.is_contiguous():
                 raise ValueError(f"grad_weight: colsum must be contiguous float32 with {length} elements")
-        arguments = abi.GradWeight(
-            a=pointer(a2d),
-            lda=a2d.stride(0),
-            b=pointer(b2d),
-            ldb=b2d.stride(0),
-            m=m,
-            rows=rows,
-            cols=cols,
-            index=pointer(index),
-            out=pointer(out),
-            ldo=out.stride(0),
-            colsum=None if colsum is None else pointer(colsum),
-            in_dtype=code_of(a2d),
-            out_dtype=code_of(out),
-            block=block,
-            colsum_of_a=colsum_of_a,
-            threads=torch.get_num_threads(),
+        arguments = _GRAD_WEIGHT(
+            pointer(a2d),
+            a2d.stride(0),
+            pointer(b2d),
+            b2d.stride(0),
+            m,
+            rows,
+            cols,
+            pointer(index),
+            pointer(out),
+            out.stride(0),
+            0 if colsum is None else pointer(colsum),
+            code_of(a2d),
+            code_of(out),
+            block,
+            colsum_of_a,
+            torch.get_num_threads(),
         )
         self.call("mst_grad_weight", arguments)
 
@@ -179,15 +183,15 @@ class Library:
         if not has_unit_stride(w):
             raise ValueError("zero_inactive_: the weight must be contiguous along its last dimension")
         _check_index(index, rows, cols, block)
-        arguments = abi.ZeroInactive(
-            w=pointer(w),
-            ldw=w.stride(0),
-            rows=rows,
-            cols=cols,
-            index=pointer(index),
-            element_size=w.element_size(),
-            block=block,
-            threads=torch.get_num_threads(),
+        arguments = _ZERO_INACTIVE(
+            pointer(w),
+            w.stride(0),
+            rows,
+            cols,
+            pointer(index),
+            w.element_size(),
+            block,
+            torch.get_num_threads(),
         )
         self.call("mst_zero_inactive", arguments)
 
@@ -232,6 +236,14 @@ def pointer(tensor: Tensor) -> int:
     if not (tensor.is_cpu and is_plain(tensor)):
         raise ValueError(f"CPU kernels take plain tensors on the CPU, not {type(tensor).__name__} on {tensor.device}")
     return tensor.data_ptr()
+
+
+def number_at(index: Tensor, at: int) -> int:
+    """A number of a packed index; raises ValueError if its values are not in this process's memory.
+
+    Asked of PyTorch, which makes a tensor of it first, it would take a third of what a call costs beside its kernel.
+    """
+    return ctypes.c_int32.from_address(pointer(index) + 4 * at * index.stride(0)).value
 
 
 def code_of(tensor: Tensor) -> int:

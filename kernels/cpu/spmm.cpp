@@ -19,11 +19,21 @@
 // is reused by each tile of a panel, x^T from L2, y goes out once. Nothing depends on the block size but the length of
 // the innermost loop, so fine blocks cost little.
 //
+// Tokens are cut into even tiles: a tile of one vector has too few sums to hide how long a multiply-add takes, so that
+// 64 tokens are 32 + 32 and not 48 + 16, and 80 are 48 + 32, without a third vector of nothing. Few tiles are as many
+// as a multiple of the threads. Expected was .89 of the time for 64 and 128 tokens by counting multiply-adds, measured
+// (one thread of a Zen 5, bf16, 768 x 768, density .2) .92 to .99 and .90 to .95 with blocks of 8 and 32, .86 and .82
+// to .87 with blocks of 4, .83 to .92 for 80; from 512 on .97 to 1.01.
+//
 // Rows of y that stand a multiple of 4096 bytes apart share a set of the L1 cache, and what is written to the tokens of a
 // tile in pieces of 8 or 16 bytes misses it each time. Such pieces are collected in a stage of 32 outputs or more, and
 // copied from there: with rows of 12288 bytes grad-input takes .4 to .5 of the time at blocks of 4, .73 to .88 in bf16 at
-// wider ones (density .1, Zen 5). Pieces of 32 bytes (float, 8 outputs) gain nothing, and lose a tenth where rows do not
-// collide, so they go to y; so do all where vectors are shorter, whose tiles have fewer tokens.
+// wider ones (density .1, Zen 5). Where rows do not collide (768 bf16: 8 sets hold the lines of a tile's 48 tokens) the
+// stage costs 4 to 10 % at blocks of 8 and 32, so that such pieces go to y. Pieces of 32 bytes (float, 8 outputs)
+// gain nothing, and lose a tenth where rows do not collide, so they go to y; so do all where vectors are shorter, whose
+// tiles have fewer tokens.
+#include <numeric>
+
 #include "spmm_plan.h"
 
 namespace mst {
@@ -31,6 +41,7 @@ namespace {
 
 constexpr int wide_outputs = L == 16 ? 8 : 4, wide_vectors = L == 16 ? 3 : 2, narrow_vectors = L == 16 ? 6 : 2;
 constexpr int64_t panel_bytes = 200 << 10;  // of x^T, if that holds a tile: stays in L2 beside W and y
+constexpr int64_t cache_sets = 64, cache_ways = 8;  // of L1, at least: lines 4096 bytes apart share a set
 constexpr int64_t chunk_bytes = 640 << 10;  // one tile of x^T; a longer reduction is cut
 
 // ---- the tile ------------------------------------------------------------------------------------------------------
@@ -94,12 +105,19 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
   int64_t ldx;
   X* y;
   int64_t ldy;
+  const bool staged;  // y of whole tiles too
 
   Kernel(const Problem& problem, const MstSpmm& a)
       : p(problem),
-        plan(make_plan(p, units() * p.block, MT, (chunk() * units() + L) * MT, chunk(), panel_bytes)),
-        x(static_cast<const X*>(a.x)), ldx(a.ldx), y(static_cast<X*>(a.y)), ldy(a.ldy) {}
+        plan(make_plan(p, units() * p.block, MT, (chunk() * units() + L) * MT, chunk(), panel_bytes, true)),
+        x(static_cast<const X*>(a.x)), ldx(a.ldx), y(static_cast<X*>(a.y)), ldy(a.ldy),
+        staged(small_pieces && rows_collide(a.ldy * static_cast<int64_t>(sizeof(X)))) {}
 
+  // Whether a tile's rows of y, so many bytes apart, have more lines in a set of the cache than it holds.
+  static bool rows_collide(int64_t bytes) {
+    if (bytes % 64) return false;  // they drift through the sets
+    return cache_sets / std::gcd(bytes / 64, cache_sets) * cache_ways < MT;
+  }
   int64_t units() const { return p.block / U::per_unit; }
   int64_t chunk() const {
     const int64_t tile_row = MT * 4 * units();  // bytes of x^T per reduction block
@@ -119,6 +137,21 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
   void pack(const Piece& piece, int64_t i0, int64_t i1) const {
     for (int64_t i = i0; i < i1; i++)
       pack_output_block<U, NR, X, W>(p, i, piece.w + (p.lists.ptr[i] - piece.w_base) * units() * p.block);
+  }
+
+  // The first token of a tile: all have about as many vectors.
+  int64_t begin(int64_t t) const {
+    return t == plan.tiles ? p.m : ceil_div(p.m, static_cast<int64_t>(L)) * t / plan.tiles * L;
+  }
+  // Calls body with the vectors that a tile is computed with.
+  template <class Body> void by_vectors(int64_t t, Body body) const {
+    const int64_t vectors = ceil_div(begin(t + 1) - begin(t), static_cast<int64_t>(L));
+    if (vectors == 1) return body(std::integral_constant<int, 1>{});
+    if constexpr (MV > 2)
+      if (vectors == 2) return body(std::integral_constant<int, 2>{});
+    if constexpr (MV > 4)
+      if (vectors <= 4) return body(std::integral_constant<int, 4>{});
+    body(std::integral_constant<int, MV>{});
   }
 
   // One chunk of the reduction for one tile of V vectors: all outputs of block i.
@@ -153,7 +186,7 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
                    X* stage, X* rows, int64_t tokens) const {
     const int64_t first = i * p.block, outs = std::min((end - i) * p.block, p.outputs - first), bytes = outs * sizeof(X);
     const bool last = c1 == p.red_blocks, whole = tokens == V * L && outs == (end - i) * p.block;
-    const bool direct = whole && !small_pieces;
+    const bool direct = whole && !staged;
     X* to = direct ? rows + first : stage;
     const int64_t apart = direct ? ldy : stage_width();
     if (last)  // the lines of y arrive while the results are computed
@@ -173,24 +206,20 @@ template <class U, int NR, int MV, class X, class W> struct Kernel {
     for (int64_t c0 = 0; c0 < p.red_blocks; c0 += plan.chunk) {
       const int64_t c1 = std::min(p.red_blocks, c0 + plan.chunk), k0 = c0 * p.block, n = (c1 - c0) * units();
       for (int64_t t = t0; t < t1; t++) {
-        const int64_t tokens = std::min(MT, p.m - t * MT);
         float* to = scratch + (t - t0) * plan.tile_size;
-        if (tokens > L)
-          pack_tile<U, MV>(x + t * MT * ldx, ldx, tokens, p.reduction, k0, n, to);
-        else
-          pack_tile<U, 1>(x + t * MT * ldx, ldx, tokens, p.reduction, k0, n, to);
+        by_vectors(t, [&](auto mv) {
+          pack_tile<U, mv>(x + begin(t) * ldx, ldx, begin(t + 1) - begin(t), p.reduction, k0, n, to);
+        });
       }
       const int64_t span = std::max(1, line_outputs / p.block);
       for (int64_t i = o0; i < o1; i += span)
         for (int64_t t = t0; t < t1; t++) {
-          const int64_t tokens = std::min(MT, p.m - t * MT), end = std::min(o1, i + span);
+          const int64_t end = std::min(o1, i + span);
           float* sums = partial ? partial + (t - t0) * outs * MT : nullptr;
           const float* xt = scratch + (t - t0) * plan.tile_size;
-          X* rows = y + t * MT * ldy;
-          if (tokens > L)
-            run_outputs<MV>(piece, i, end, xt, c0, c1, sums, stage, rows, tokens);
-          else
-            run_outputs<1>(piece, i, end, xt, c0, c1, sums, stage, rows, tokens);
+          by_vectors(t, [&](auto mv) {
+            run_outputs<mv>(piece, i, end, xt, c0, c1, sums, stage, y + begin(t) * ldy, begin(t + 1) - begin(t));
+          });
         }
     }
   }

@@ -33,13 +33,15 @@ struct Plan {
 };
 
 // Floats of a packed block, tokens and floats of a tile of x^T, reduction blocks per chunk (a multiple of L, or all), bytes
-// of x^T per panel.
+// of x^T per panel; whether tiles may be smaller, so that few of them keep all threads at work.
 Plan make_plan(const Problem& p, int64_t block_floats, int64_t MT, int64_t tile_size, int64_t chunk,
-               int64_t panel_bytes) {
+               int64_t panel_bytes, bool smaller) {
   Plan plan;
   plan.cuts = cut_pieces(p, block_floats);
   plan.chunk = chunk;
   plan.tiles = ceil_div(p.m, MT);
+  if (smaller && plan.tiles > p.threads && plan.tiles < 4 * p.threads)
+    plan.tiles = std::min(ceil_div(p.m, static_cast<int64_t>(L)), ceil_div(plan.tiles, p.threads) * p.threads);
   plan.tile_size = tile_size;
   // Even panels, as many as a multiple of the threads; with fewer tiles than threads, the outputs are split as well.
   const int64_t panels = ceil_div(plan.tiles, std::max<int64_t>(1, panel_bytes / 4 / plan.tile_size));

@@ -5,6 +5,11 @@
 namespace mst {
 namespace {
 
+// Rows are read side by side, a line of each at a time: more of them than a processor follows by itself. So lines are asked
+// for this many ahead, at the end of the rows those of the next ones: .95 to .97 of a product's time, .85 of the gradient's
+// with blocks of 2, of which half is packing.
+constexpr int64_t lines_ahead = 4;
+
 // xt[k][MV * L] = unit k0 + k of each token of a tile, zero beyond the reduction. Tokens past the last repeat it.
 template <class U, int MV, class X>
 void pack_tile(const X* x, int64_t ldx, int64_t tokens, int64_t reduction, int64_t k0, int64_t units, float* xt) {
@@ -14,6 +19,9 @@ void pack_tile(const X* x, int64_t ldx, int64_t tokens, int64_t reduction, int64
     const int64_t whole = std::min(units, (reduction - k0) / (L * U::per_unit) * L);
     int64_t k = 0;
     for (; k < whole; k += L) {
+      const int64_t ahead = (k + lines_ahead * L) * U::per_unit, width = units * U::per_unit;
+      const X* next = rows[0] + (ahead < width ? lines_ahead * L * U::per_unit : L * ldx + ahead - width - k * U::per_unit);
+      for (int i = 0; i < L; i++) prefetch(next + i * ldx);
       transpose_units<U>(rows, xt + (k * MV + v) * L, MV * L);
       for (int i = 0; i < L; i++) rows[i] += L * U::per_unit;
     }
@@ -31,6 +39,21 @@ void pack_tile(const X* x, int64_t ldx, int64_t tokens, int64_t reduction, int64
   }
 }
 
+#if defined(MST_BF16_PAIRS)
+// Of pack_lines: 2 L lines of 2 L tokens. Pairs are joined before they are transposed: elements 0-3 of every 8 first.
+template <int MV> MST_INLINE void pack_square(const bf16* x, int64_t ldx, float* to) {
+  MST_UNROLL for (int half = 0; half < 2; half++) {
+    __m512 r[L];
+    MST_UNROLL for (int t = 0; t < L; t++) {
+      const __m512i a = _mm512_loadu_si512(x + t * ldx), b = _mm512_loadu_si512(x + (L + t) * ldx);
+      r[t] = (__m512)(half ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b));
+    }
+    transpose16(r);
+    MST_UNROLL for (int k = 0; k < L; k++) store(to + (k / 4 * 8 + half * 4 + k % 4) * MV * L, (vf)r[k]);
+  }
+}
+#endif
+
 // Lines that a reduction takes apart from each other, two tokens a lane: to[k][MV * L] = element k0 + k of each token of a
 // tile, of a vector's 2 L tokens t in the low half of lane t and L + t in the high one. Zero beyond the width and past the
 // last token. Writes whole multiples of 2 L lines.
@@ -39,35 +62,23 @@ template <int MV> void pack_lines([[maybe_unused]] const bf16* x, [[maybe_unused
                                   [[maybe_unused]] float* to) {
 #if defined(MST_BF16_PAIRS)
   for (int v = 0; v < MV; v++) {
-    const bf16* rows[2][L];
-    __mmask32 has = 0;  // of the halves of lanes
-    for (int t = 0; t < 2 * L; t++) {
-      rows[t / L][t % L] = x + std::min<int64_t>(v * 2 * L + t, tokens - 1) * ldx + k0;
-      if (v * 2 * L + t < tokens) has |= __mmask32{1} << (2 * (t % L) + t / L);
-    }
+    const bf16* first = x + v * 2 * L * ldx + k0;
+    const int64_t here = std::clamp<int64_t>(tokens - v * 2 * L, 0, 2 * L);
     for (int64_t k = 0; k < lines; k += 2 * L) {
-      const int64_t left = width - k0 - k;
-      alignas(64) float part[2][L * L];
-      for (int h = 0; h < 2; h++) {
-        bf16 edge[L][2 * L];
-        const bf16* from[L];
-        for (int i = 0; i < L; i++) {
-          from[i] = rows[h][i] + k;
-          if (left >= 2 * L) continue;
-          memset(static_cast<void*>(edge[i]), 0, sizeof edge[i]);
-          if (left > 0) memcpy(static_cast<void*>(edge[i]), from[i], left * sizeof(bf16));
-          from[i] = edge[i];
-        }
-        transpose_units<Bf16Pair>(from, part[h], L);
+      const int64_t left = std::min<int64_t>(width - k0 - k, 2 * L);
+      float* line = to + (k * MV + v) * L;
+      if (here == 2 * L && left == 2 * L) {
+        const int64_t ahead = k + lines_ahead * 2 * L;
+        const bf16* next = first + (ahead < lines ? ahead : 2 * L * ldx + ahead - lines);
+        for (int64_t t = 0; t < 2 * L; t++) prefetch(next + t * ldx);
+        pack_square<MV>(first + k, ldx, line);
+        continue;
       }
-      for (int u = 0; u < L; u++) {
-        const __m512i a = (__m512i)load(part[0] + u * L), b = (__m512i)load(part[1] + u * L);
-        float* line = to + ((k + 2 * u) * MV + v) * L;
-        _mm512_storeu_si512(line, _mm512_maskz_mov_epi16(
-            has, _mm512_mask_blend_epi16(0xaaaaaaaa, a, _mm512_slli_epi32(b, 16))));
-        _mm512_storeu_si512(line + MV * L, _mm512_maskz_mov_epi16(
-            has, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(a, 16), b)));
-      }
+      bf16 edge[2 * L][2 * L] = {};
+      if (left > 0)
+        for (int64_t t = 0; t < here; t++)
+          memcpy(static_cast<void*>(edge[t]), first + t * ldx + k, left * sizeof(bf16));
+      pack_square<MV>(edge[0], 2 * L, line);
     }
   }
 #endif

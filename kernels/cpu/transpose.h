@@ -84,8 +84,20 @@ template <int NR> static MST_INLINE void store_transposed_bf16(const vf (&acc)[N
     MST_UNROLL for (int half = 0; half < 2; half++)
       four[h][half] = _mm512_permutex2var_epi16(ab, _mm512_load_si512(order[half]), cd);
   }
-  if constexpr (NR == 8) {
-    const __m512i lo = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), hi = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  const __m512i lo = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), hi = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  if constexpr (NR == 16) {
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    MST_UNROLL for (int q = 0; q < 4; q++) {  // of four tokens: outputs 0-7, 8-15
+      const __m512i a = _mm512_permutex2var_epi64(four[0][q / 2], q % 2 ? hi : lo, four[1][q / 2]);
+      const __m512i b = _mm512_permutex2var_epi64(four[2][q / 2], q % 2 ? hi : lo, four[3][q / 2]);
+      MST_UNROLL for (int h = 0; h < 2; h++) {
+        const __m512i two = _mm512_permutex2var_epi64(a, h ? last : first, b);
+        bf16* p = y + (4 * q + 2 * h) * ldy;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(two));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + ldy), _mm512_extracti64x4_epi64(two, 1));
+      }
+    }
+  } else if constexpr (NR == 8) {
     MST_UNROLL for (int q = 0; q < 4; q++) {
       const __m512i tokens = _mm512_permutex2var_epi64(four[0][q / 2], q % 2 ? hi : lo, four[1][q / 2]);
       bf16* p = y + 4 * q * ldy;

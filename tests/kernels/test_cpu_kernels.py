@@ -97,6 +97,16 @@ def test_large_layers(lib, rows, cols, m, block, dtype):
         check_grad_weight(lib, case, dtype, dtype, colsum_of)
 
 
+@pytest.mark.parametrize("block", [4, 8, 32])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_rows_that_share_a_set_of_the_cache(lib, block, dtype):
+    """Rows of y 8192 bytes apart or more, of tiles that are whole and that are not."""
+    case = Case(96, 64, 100, block, density=0.5, seed=2, pad=4096 - 64)
+    check_spmm(lib, case, (dtype, dtype), False, dtype)
+    case = Case(64, 96, 100, block, density=0.5, seed=3, pad=4096 - 64)
+    check_spmm(lib, case, (dtype, dtype), True, dtype)
+
+
 @settings(max_examples=40, deadline=None)
 @given(case=cases(), dtype=st.sampled_from([F32, BF16]), threads=st.sampled_from([1, 2]))
 def test_weight_passes(lib, case, dtype, threads):
@@ -271,6 +281,13 @@ def test_public_functions_use_the_best_library():
     energy = kept.double().square().sum()
     assert_within(cpu.block_sumsq(w, 8).sum(), energy, of_sum(64 + case.mask.numel()) * energy)
     assert len(cpu.source_hash()) == 64
+
+
+def test_a_number_of_an_index():
+    index = torch.arange(12, dtype=torch.int32)
+    assert [cpu.number_at(index, 3), cpu.number_at(index[4:], 1), cpu.number_at(index[::2], 3)] == [3, 5, 6]
+    with pytest.raises(ValueError, match="plain tensors"):
+        cpu.number_at(index.to("meta"), 0)
 
 
 def test_supports():
