@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from mst_compile.kernels import cpu as kernels
+from mst_compile.kernels.cpu.forks import Lock
 
 from mst_compile.errors import MSTWarning
 
@@ -103,7 +103,7 @@ class _Answers:
     def __init__(self, length: int, unknown: Sequence[float]) -> None:
         self.kept = Measurements(lambda: _folder(), length, lambda error: _lost(error))
         self.known: dict[tuple[Hashable, int], Sequence[float]] = {}  # question, threads -> answer
-        self._unknown, self._lock = unknown, threading.RLock()
+        self._unknown, self._lock = unknown, Lock()
 
     def of(self, question: Any, name: str, measure: Callable[[Any], Sequence[float]]) -> Sequence[float]:
         key = question, torch.get_num_threads()
