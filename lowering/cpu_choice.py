@@ -101,7 +101,7 @@ class _Answers:
     """
 
     def __init__(self, length: int, unknown: Sequence[float]) -> None:
-        self.kept = Measurements(lambda: _folder(), length, lambda error: _lost(error))
+        self.kept = Measurements(lambda: _folder(), length, lambda error: _lost(error), lambda file: _damaged(file))
         self.known: dict[tuple[Hashable, int], Sequence[float]] = {}  # question, threads -> answer
         self._unknown, self._lock = unknown, Lock()
 
@@ -159,6 +159,17 @@ def _lost(error: OSError) -> None:
     pinned = os.environ.get(_PINNED, "")
     if pinned:
         _say_lost(pinned, error.strerror or str(error))
+
+
+def _damaged(file: Path) -> None:
+    """What a cache lost is measured again; in a folder that somebody named it is a choice that others have made."""
+    if os.environ.get(_PINNED, ""):
+        warnings.warn(
+            f"{file} of {_PINNED} holds no times that can be read: they are measured anew, and this run may choose "
+            "otherwise than those before. Take the file from where the folder was made",
+            MSTWarning,
+            stacklevel=2,
+        )
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 Forward and grad-input become calls of an extern kernel with an ``out`` argument: Inductor allocates and reuses their
 results like those of a matrix product. grad-weight and attention have several results and stay calls of the operators.
+So does everything under ``cpp_wrapper``, whose code is C++ and calls no function of Python's but through an operator.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def _linear(
     reason = cpu_linear.why_unsupported(x.get_dtype(), weight.get_dtype(), block)
     if reason is not None or (bias is not None and cpu_linear.why_no_bias(bias.get_dtype()) is not None):
         return None
+    if V.graph.cpp_wrapper:
+        return None
     outputs = weight.get_size()[1 if transposed else 0]
     return _product(kernel, x, [weight, index], bias, outputs, block=block, transposed=transposed, choose=choose)
 
@@ -74,7 +77,8 @@ def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool
 
 def _packed_linear(x: Any, values: Any, index: Any, bias: Any, outputs: int, block: int, version: int) -> Any:
     # A change of the call below is one of the version: caches of other backends' code have no hash of us in their keys.
-    if cpu_packed.why_not(x.get_dtype(), block, None if bias is None else bias.get_dtype()) is not None:
+    reason = cpu_packed.why_not(x.get_dtype(), block, None if bias is None else bias.get_dtype())
+    if V.graph.cpp_wrapper or reason is not None:
         return None
     return _product(_PACKED, x, [values, index], bias, outputs, block=block)
 

@@ -28,7 +28,12 @@ class _Process:
     def __init__(self, command: Sequence[str]) -> None:
         self.command = command
         # A file and no pipe: a child that outlives the command would keep a pipe open, and its reader waiting.
-        self._written = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self._written = tempfile.TemporaryFile()  # noqa: SIM115
+        except OSError as error:
+            raise CommandError(
+                f"{shlex.join(command)}\nnot started, as what it says can be kept nowhere: {error}"
+            ) from error
         try:
             self._process = subprocess.Popen(
                 command,

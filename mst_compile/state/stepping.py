@@ -17,7 +17,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +128,9 @@ class Stepping:
         run.weights.rebind()
         run.meet(optimizer, own)
         if not step.nested:
-            scaled = scale_rates(optimizer, own)
+            scaled: list[tuple[dict[str, Any], dict[str, Any]]] = []
             step.at_end(lambda _: restore_rates(scaled))
+            scale_rates(optimizer, own, scaled)
         names = {weight.name for weight, _ in own}
         late = self._clock.turn(names, run.weights.with_gradients(), nested=step.nested)
         if self._clock.missed:

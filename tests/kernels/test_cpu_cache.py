@@ -383,6 +383,22 @@ def test_without_a_home_there_is_a_folder_of_temporary_files(
     assert folder.cache_dir() == home / ".cache" / "mst_compile"
 
 
+def test_without_a_folder_of_temporary_files_the_home_serves(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that is read-only but for its volumes."""
+
+    def none_usable() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(folder.tempfile, "gettempdir", none_usable)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    assert folder.open_cache_dir() == home / "mst_compile"
+    monkeypatch.setattr(folder, "_in_home", lambda: Path("~/.cache/mst_compile"))  # of a user who has no home
+    with pytest.raises(FileNotFoundError, match="set MST_COMPILE_CACHE_DIR"):
+        folder.open_cache_dir()
+
+
 def test_links_in_a_circle(home: Path) -> None:
     (home / "mst_compile").symlink_to("other")
     (home / "other").symlink_to("mst_compile")

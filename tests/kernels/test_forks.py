@@ -110,5 +110,7 @@ def test_workers_of_a_data_loader_call_the_model() -> None:
     model = sparsify(Blocks(), static())
     trained(model, model, 1)
     data = Numbers(model)
-    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
     assert [float(x) for x in loader] == pytest.approx([data[i] for i in range(4)])
