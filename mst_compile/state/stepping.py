@@ -319,8 +319,8 @@ def _warn_if_shared(own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
     if shared:
         warnings.warn(
             f"{', '.join(shared[:3])} lie in memory that processes share, as torch.multiprocessing hands a model over: "
-            "masks are each process's own, so one alone may train these weights, and the others' compiled models do "
-            "not see its topology events. To train here apart from them, train copy.deepcopy(model)",
+            "masks are each process's own, so one process alone may train these weights. To train here apart from the "
+            "others, train copy.deepcopy(model)",
             MSTWarning,
             stacklevel=6,
         )

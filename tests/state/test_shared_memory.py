@@ -52,8 +52,23 @@ def test_who_trains_shared_weights_is_told_what_that_means() -> None:
         other = handed_over(model)
         train(copy.deepcopy(other))
         train(model)
-    with pytest.warns(MSTWarning, match=r"processes share.*one alone may train.*copy\.deepcopy") as told:
+    with pytest.warns(MSTWarning, match=r"processes share.*one process alone may train.*copy\.deepcopy") as told:
         train(other)
     assert len([w for w in told if "processes share" in str(w.message)]) == 1
     for name, mask in element_masks(other).items():
         assert not other.get_parameter(name).detach()[~mask].any()
+
+
+def test_who_evaluates_sees_the_weights_and_masks_of_who_trains() -> None:
+    model = sparsify(Blocks(), SCHEDULE)
+    other = handed_over(model)
+    options = {"mst.inner": "aot_eager", "mst.dense_threshold": 1.0}
+    fast, x = torch.compile(other, backend="mst", options=options), torch.randn(4, 32)
+    with torch.no_grad():
+        fast(x)
+    before = {name: weight.mask.clone() for name, weight in sparsifier(model).weights.items()}
+    for _ in range(2):
+        train(model, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x))
+    assert any(not weight.mask.equal(before[name]) for name, weight in sparsifier(model).weights.items())
