@@ -126,7 +126,8 @@ def packer(structure: type[ctypes.Structure]) -> struct.Struct:
     """What makes the bytes of a struct out of its fields in order, in a fraction of the time that ctypes takes."""
     codes = {_P: "P", _L: "q", _I: "i", _F: "f"}
     made = struct.Struct("@" + "".join(codes[kind] for _, kind, *_ in structure._fields_))
-    assert made.size == ctypes.sizeof(structure)  # or the struct's end is padded
+    if made.size != ctypes.sizeof(structure):
+        raise TypeError(f"{structure.__name__} is padded at its end: put a field of 4 bytes there, or take one away")
     return made
 
 
