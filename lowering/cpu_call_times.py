@@ -17,6 +17,7 @@ from mst_compile.blocks.grid import BlockGrid
 from mst_compile.ops.linear import DENSITY
 
 from . import cpu_dense, cpu_times, tuning
+from .cpu_threads import one_thread
 from .cpu_times import COLS, GRAD_WEIGHT, Product
 
 _ROUNDS = 9
@@ -34,7 +35,7 @@ def asked(product: Product) -> Product:
 def measure(product: Product) -> float:
     """Seconds; takes some milliseconds. Leaves random states, modes and gradients alone."""
     threads = torch.get_num_threads()
-    with cpu_times.undisturbed(), cpu_times.one_thread():  # several wait for one that a busy machine has put aside
+    with cpu_times.undisturbed(), one_thread():  # several wait for one that a busy machine has put aside
         seconds = _least_difference(*_operator(product))
         if product.kind == GRAD_WEIGHT:
             seconds += _of_gradient(product) / threads

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import threading
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from mst_compile.kernels import cpu as kernels
+from mst_compile.kernels.cpu.forks import Lock
 
 from mst_compile.errors import MSTWarning
 
@@ -107,9 +107,9 @@ class _Answers:
         name: Callable[[Any], str],
         measure: Callable[[Any], Sequence[float]],
     ) -> None:
-        self.kept = Measurements(lambda: _folder(), length, lambda error: _lost(error))
+        self.kept = Measurements(lambda: _folder(), length, lambda error: _lost(error), lambda file: _damaged(file))
         self.known: dict[tuple[Hashable, int], Sequence[float]] = {}  # question, threads -> answer
-        self._unknown, self._name, self._measure, self._lock = unknown, name, measure, threading.RLock()
+        self._unknown, self._name, self._measure, self._lock = unknown, name, measure, Lock()
 
     def of(self, question: Any) -> Sequence[float]:
         key = question, torch.get_num_threads()
@@ -178,6 +178,17 @@ def _lost(error: OSError) -> None:
     pinned = os.environ.get(_PINNED, "")
     if pinned:
         _say_lost(pinned, error.strerror or str(error))
+
+
+def _damaged(file: Path) -> None:
+    """What a cache lost is measured again; in a folder that somebody named it is a choice that others have made."""
+    if os.environ.get(_PINNED, ""):
+        warnings.warn(
+            f"{file} of {_PINNED} holds no times that can be read: they are measured anew, and this run may choose "
+            "otherwise than those before. Take the file from where the folder was made",
+            MSTWarning,
+            stacklevel=2,
+        )
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 Forward and grad-input become calls of an extern kernel with an ``out`` argument: Inductor allocates and reuses their
 results like those of a matrix product. grad-weight and attention have several results: they stay calls that allocate
-them, of attention of the operator, of grad-weight of the function behind it.
+them, of attention of the operator, of grad-weight of the function behind it. Under ``cpp_wrapper`` everything stays a
+call of the operator: that code is C++ and calls no function of Python's but through one.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ def _linear(
     reason = cpu_linear.why_unsupported(x.get_dtype(), weight.get_dtype(), block)
     if reason is not None or (bias is not None and cpu_linear.why_no_bias(bias.get_dtype()) is not None):
         return None
+    if V.graph.cpp_wrapper:
+        return None
     outputs = weight.get_size()[1 if transposed else 0]
     return _product(kernel, x, [weight, index], bias, outputs, block=block, transposed=transposed, choose=choose)
 
@@ -75,7 +78,9 @@ def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool
     return _linear(grad, weight, None, index, block, not transposed, *tuning, kernel=_GRAD_INPUT)
 
 
-def _grad_weight(*args: Any) -> tuple[Any, ...]:
+def _grad_weight(*args: Any) -> tuple[Any, ...] | None:
+    if V.graph.cpp_wrapper:
+        return None
     results: Any = ir.FallbackKernel.create(torch.ops.mst.linear_grad_weight.default, *args)
     results[0].inputs[0].python_kernel_name = f"extern_kernels.{_GRAD_WEIGHT}"
     return tuple(ir.TensorBox.create(result) for result in results)
@@ -83,7 +88,8 @@ def _grad_weight(*args: Any) -> tuple[Any, ...]:
 
 def _packed_linear(x: Any, values: Any, index: Any, bias: Any, outputs: int, block: int, version: int) -> Any:
     # A change of the call below is one of the version: caches of other backends' code have no hash of us in their keys.
-    if cpu_packed.why_not(x.get_dtype(), block, None if bias is None else bias.get_dtype()) is not None:
+    reason = cpu_packed.why_not(x.get_dtype(), block, None if bias is None else bias.get_dtype())
+    if V.graph.cpp_wrapper or reason is not None:
         return None
     return _product(_PACKED, x, [values, index], bias, outputs, block=block)
 

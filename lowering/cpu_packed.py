@@ -11,6 +11,7 @@ from mst_compile.kernels import cpu as kernels
 from torch import Tensor
 from torch.autograd import profiler
 
+from mst_compile.ops.packed import VERSION, packed_linear_reference
 from mst_compile.ops.watching import counters, marked
 
 
@@ -57,7 +58,13 @@ def packed_linear_out(x: Tensor, values: Tensor, index: Tensor, *bias: Tensor, b
 def _run_compiled(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor) -> None:
     if values.dtype != x.dtype:  # as autocast, which casts a weight at every call
         values = values.to(x.dtype)
-    kernels.packed_as_laid_out(x, values, index, bias, block, out)
+    try:
+        kernels.packed_as_laid_out(x, values, index, bias, block, out)
+    except RuntimeError:
+        if kernels.available():
+            raise
+        # The code comes from a cache, of a process that had kernels. To ask before would cost every call.
+        out.copy_(packed_linear_reference(x, values, index, bias, out.shape[-1], block, VERSION))
 
 
 def _run(x: Tensor, values: Tensor, index: Tensor, bias: Tensor | None, block: int, out: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from mst_compile.blocks.grid import BlockGrid
 
 from . import cpu_dense, tuning
+from .cpu_threads import one_thread
 from .device import Times
 
 ROWS, COLS, GRAD_WEIGHT = "rows", "cols", "grad-weight"
@@ -185,16 +186,6 @@ def _seconds(side: Callable[[], object]) -> float:
     start = time.perf_counter()
     side()
     return time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

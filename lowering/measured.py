@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,15 +24,20 @@ class Measurements:
             lead to another folder: what stood in the old one would mislead.
         length: how many numbers make a measurement, all positive.
         lost: told why a measurement could not be written.
+        damaged: told of a file that is no measurement, or cannot be read.
 
     Attributes:
         own: what this process has measured, for a folder that cannot be written.
     """
 
     def __init__(
-        self, folder: Callable[[], Path], length: int, lost: Callable[[OSError], object] = lambda _: None
+        self,
+        folder: Callable[[], Path],
+        length: int,
+        lost: Callable[[OSError], object] = lambda _: None,
+        damaged: Callable[[Path], object] = lambda _: None,
     ) -> None:
-        self._folder, self._length, self._lost = folder, length, lost
+        self._folder, self._length, self._lost, self._damaged = folder, length, lost, damaged
         self.own: dict[str, tuple[float, ...]] = {}
 
     def record(self, name: str, numbers: Sequence[float]) -> None:
@@ -44,9 +49,12 @@ class Measurements:
         try:
             folder = self._folder()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft = folder / f"{name}.json.{os.getpid()}"
-            draft.write_text(json.dumps(values))
-            draft.replace(folder / f"{name}.json")
+            draft = folder / f"{name}.json.{uuid.uuid4().hex}"  # machines that share the folder have the same processes
+            try:
+                draft.write_text(json.dumps(values))
+                draft.replace(folder / f"{name}.json")
+            finally:
+                draft.unlink(missing_ok=True)
         except OSError as error:
             self._lost(error)
 
@@ -55,9 +63,14 @@ class Measurements:
         if name in self.own:
             return self.own[name]
         try:
-            return self._read(self._folder() / f"{name}.json")
+            file = self._folder() / f"{name}.json"
+            there = file.exists()
         except OSError:
             return None
+        found = self._read(file) if there else None
+        if there and found is None:
+            self._damaged(file)
+        return found
 
     def starting_with(self, prefix: str) -> list[tuple[float, ...]]:
         """All measurements whose names begin so; those on disk, where other processes add some, count."""
@@ -73,7 +86,7 @@ class Measurements:
         """The numbers in a file, or None if it holds anything else, as when it was cut off."""
         try:
             return self._checked(json.loads(file.read_text()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
     def _checked(self, numbers: object) -> tuple[float, ...] | None:
@@ -81,7 +94,7 @@ class Measurements:
             return None
         try:
             values = tuple(float(number) for number in numbers)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return None
         return values if all(math.isfinite(number) and number > 0 for number in values) else None
 

@@ -126,7 +126,8 @@ def packer(structure: type[ctypes.Structure]) -> struct.Struct:
     """What makes the bytes of a struct out of its fields in order, in a fraction of the time that ctypes takes."""
     codes = {_P: "P", _L: "q", _I: "i", _F: "f"}
     made = struct.Struct(f"@{''.join(codes[kind] for _, kind, *_ in structure._fields_)}0P")  # padded as C++ does it
-    assert made.size == ctypes.sizeof(structure)
+    if made.size != ctypes.sizeof(structure):
+        raise TypeError(f"{structure.__name__} takes {ctypes.sizeof(structure)} bytes and its fields {made.size}")
     return made
 
 

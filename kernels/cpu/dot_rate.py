@@ -91,7 +91,7 @@ def _read(file: Path) -> DotRate | None:
     try:
         rate = DotRate(**json.loads(file.read_text()))
         return rate if 0 < rate.dot < 1 and 0 < rate.fma < 1 else None
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

@@ -25,13 +25,22 @@ def cache_dir() -> Path:
 
     That is ``$MST_COMPILE_CACHE_DIR``, else ``mst_compile`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, else, for users
     who cannot write there, ``mst_compile_<user id>`` in the folder of temporary files.
+
+    Raises:
+        FileNotFoundError: there is none of these.
     """
     if os.environ.get(_VARIABLE):
         return Path(os.environ[_VARIABLE])
-    user = f"_{os.geteuid()}" if _HAS_USERS else ""
-    candidates = [folder for folder in (_in_home(),) if folder.is_absolute()]
-    candidates.append(Path(tempfile.gettempdir()) / f"mst_compile{user}")
-    return next((folder for folder in candidates if _exists_or_can_be_made(folder)), candidates[0])
+    home = _in_home()
+    if home.is_absolute() and _exists_or_can_be_made(home):
+        return home
+    try:
+        temporary = _in_temporary()
+    except FileNotFoundError:
+        if home.is_absolute():
+            return home
+        raise FileNotFoundError(f"neither a home nor a folder of temporary files is here: set {_VARIABLE}") from None
+    return home if home.is_absolute() and not _exists_or_can_be_made(temporary) else temporary
 
 
 def open_cache_dir() -> Path:
@@ -56,6 +65,11 @@ def open_cache_dir() -> Path:
 def _in_home() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))) / "mst_compile"
+
+
+def _in_temporary() -> Path:
+    user = f"_{os.geteuid()}" if _HAS_USERS else ""
+    return Path(tempfile.gettempdir()) / f"mst_compile{user}"
 
 
 def _exists_or_can_be_made(folder: Path) -> bool:

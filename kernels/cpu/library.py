@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.memory import is_plain
 
 from . import abi, build, table
+from .forks import Lock, survive_forks
 
 FINEST_BLOCK = min(table.BLOCKS)
 # After a product, which sweeps the caches, what Python runs before the next one takes five times as long as when it is
@@ -31,6 +31,7 @@ class Library:
 
     def __init__(self, isa: str | None = None) -> None:
         self._dll = _open(isa)
+        survive_forks(self._dll)
 
     def call(self, function: str, arguments: ctypes.Structure | bytes) -> None:
         """Runs a function of ``abi.h`` on its struct or the bytes of it; raises RuntimeError if it reports an error."""
@@ -267,7 +268,7 @@ def _check_index(index: Tensor, rows: int, cols: int, block: int) -> None:
 
 # ---- the library of this process -------------------------------------------------------------------------------------
 
-_lock = threading.Lock()
+_lock = Lock()
 
 
 @functools.cache

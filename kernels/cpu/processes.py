@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import os
 import shlex
@@ -28,7 +29,12 @@ class _Process:
     def __init__(self, command: Sequence[str]) -> None:
         self.command = command
         # A file and no pipe: a child that outlives the command would keep a pipe open, and its reader waiting.
-        self._written = tempfile.TemporaryFile()  # noqa: SIM115
+        try:
+            self._written = tempfile.TemporaryFile()  # noqa: SIM115
+        except OSError as error:
+            raise CommandError(
+                f"{shlex.join(command)}\nnot started, as what it says can be kept nowhere: {error}"
+            ) from error
         try:
             self._process = subprocess.Popen(
                 command,
@@ -78,11 +84,17 @@ def run_all(commands: Sequence[Sequence[str]], seconds: float) -> list[str]:
     waiting = list(reversed(commands))
     started: list[_Process] = []
     running: list[_Process] = []
+
+    def start(command: Sequence[str]) -> _Process:
+        started.append(_Process(command))
+        return started[-1]
+
+    # Interrupts come to the main thread: another one is not kept from noting whom it has just started.
+    starter = concurrent.futures.ThreadPoolExecutor(1)
     try:
         while waiting or running:
             while waiting and len(running) < (os.cpu_count() or 1):
-                started.append(_Process(waiting.pop()))
-                running.append(started[-1])
+                running.append(starter.submit(start, waiting.pop()).result())
             running = [process for process in running if not process.ended()]
             if running and time.monotonic() > end:
                 raise OutOfTimeError(f"{shlex.join(running[0].command)}\nnot finished after {seconds:g} seconds; ended")
@@ -90,5 +102,6 @@ def run_all(commands: Sequence[Sequence[str]], seconds: float) -> list[str]:
                 time.sleep(_POLL_SECONDS)
         return [process.output() for process in started]
     finally:
+        starter.shutdown()
         for process in started:
             process.close()

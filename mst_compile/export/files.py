@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import glob
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -42,7 +44,8 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
          "masks": {weight: {"block": edge, "blocks": [R, C], "active": base64 of zlib of bits}}}
 
     with a bit for each block, row by row, the first in the highest place of a byte. A block that holds values outside
-    the mask, as in an average over several topologies, counts as active.
+    the mask, as in an average over several topologies, counts as active. A file that is there stays until all of the
+    new one is written, whatever interrupts that.
 
     Args:
         metadata: more to write beside it, texts by name.
@@ -65,7 +68,15 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
             f"the masks take {len(text) >> 20} MB and a safetensors header has room for 100: sparsify with larger "
             "blocks, or save sparsifier(model).state_dict() with torch.save"
         )
-    files.save_file(tensors, fspath(path), {"format": "pt", **more, _KEY: text})
+    target = os.path.realpath(path)  # of a link, what it leads to
+    draft = f"{target}.tmp"
+    try:
+        files.save_file(tensors, draft, {"format": "pt", **more, _KEY: text})
+        os.replace(draft, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
 
 
 def load(model: nn.Module, path: str | PathLike[str]) -> nn.Module:

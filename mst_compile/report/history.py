@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mst_compile.errors import RecordError
 from mst_compile.rules.checks import shown
+from mst_compile.rules.schedule import Schedule
 
 from . import files
 
@@ -180,6 +181,14 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step is {shown(step)}")
     return found
+
+
+def described(schedule: Schedule) -> str:
+    """The schedule as a call, without arguments that have their defaults."""
+    if not is_dataclass(schedule):
+        return shown(schedule)
+    chosen = [f for f in fields(schedule) if getattr(schedule, f.name) != f.default]
+    return f"{type(schedule).__name__}({', '.join(f'{f.name}={shown(getattr(schedule, f.name))}' for f in chosen)})"
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import functools
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mst_compile.cost.flops import Meter
 from mst_compile.errors import ArgumentError, RecordError
 from mst_compile.rules.checks import as_number, check_flag, check_instance, check_model, check_whole, shown
-from mst_compile.rules.schedule import Schedule, sparsity_of
+from mst_compile.rules.schedule import sparsity_of
 from mst_compile.state.listeners import TopologyEvent
 from mst_compile.state.sparsifier import Part, parts_of
 
@@ -54,7 +54,8 @@ class Recorder:
     - ``masks.jsonl``: masks of a few weights at telling moments. ``run.json``: what was trained, how and where.
 
     Each record is with the operating system when :meth:`log` returns. ``python -m mst_compile report runs/mine`` makes
-    a page of it, :meth:`draw` figures. On several ranks rank 0 alone writes, and the others' recorders do nothing.
+    a page of it, :meth:`draw` figures. On several ranks rank 0 alone writes, and the others' recorders do nothing; nor
+    does that of a forked process write, whose training is not this run.
 
     Args:
         model: sparsified or plain; also what ``torch.compile`` or DDP made of it.
@@ -119,7 +120,7 @@ class Recorder:
         count = max((part.sparsifier.step_count for part in parts), default=0)
         self.step = count if step is None else check_whole("step", step, least=0, error=ArgumentError)
         self._writes = not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
-        self._clock, self._born = Clock(), time.perf_counter()
+        self._clock, self._born, self._process = Clock(), time.perf_counter(), os.getpid()
         self._handles: list[Any] = []
         self._rows, self._recorded, self._counted = 0, self.step, self.step
         self._flops = self._dense_flops = self._wall = 0.0
@@ -151,10 +152,11 @@ class Recorder:
 
         Raises:
             ArgumentError: a scalar is no number, or has the name of one that the recorder fills.
-            RecordError: the recorder was closed, or the number of steps has fallen.
+            RecordError: the recorder was closed or is another process's, or the number of steps has fallen.
         """
         if self._closed:
             raise RecordError("the recorder was closed; make a new one to go on")
+        self._check_process()
         taken = self._taken(step)
         recorded = taken // self._every > self.step // self._every or not self._rows
         given = {"loss": loss, **scalars} if recorded and self._writes else {}
@@ -193,8 +195,10 @@ class Recorder:
 
         Raises:
             ArgumentError: it is none.
+            RecordError: the recorder is another process's.
         """
         check_instance("text", text, str, "a text")
+        self._check_process()
         if self._writes:
             files.replace(self.folder / history.SAMPLE, text)
 
@@ -215,7 +219,7 @@ class Recorder:
         self._closed = True
         for handle in self._handles:
             handle.remove()
-        if self._writes:
+        if self._writes and not self._is_forked:
             self._snapshot()
             written: list[Any] = [self._scalars, self._table, self._events, self._masks]
             for each in [*written, *self._sinks]:
@@ -226,6 +230,18 @@ class Recorder:
 
     def __exit__(self, *args: object) -> None:
         self.close()
+
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is a copy in a process that was forked, where the run is not that of the files."""
+        return self._process != os.getpid()
+
+    def _check_process(self) -> None:
+        if self._is_forked:
+            raise RecordError(
+                f"the recorder of {str(self.folder)!r} belongs to the process that this one was forked from; to record "
+                "what is trained here make one with a folder of its own"
+            )
 
     # -- what is counted -----------------------------------------------------------------------------------------------
 
@@ -285,6 +301,8 @@ class Recorder:
 
     def _event(self, part: Part, event: TopologyEvent) -> None:
         """A topology event: counted, and written as it is."""
+        if self._is_forked:
+            return
         self._events_so_far["events"] += not event.skipped
         self._events_so_far["dropped"] += event.dropped
         self._events_so_far["grown"] += event.grown
@@ -335,7 +353,7 @@ class Recorder:
             "sparse": [
                 {"name": n, "shape": [w.grid.rows, w.grid.cols], "block": w.grid.block} for n, w in weights.items()
             ],
-            "schedule": "; ".join(_described(schedule) for schedule in schedules),
+            "schedule": "; ".join(history.described(schedule) for schedule in schedules),
             "first_masks": "; ".join(dict.fromkeys(part.sparsifier.first_masks for part in parts)),
             "total_steps": total,
             "phases": [list(phase) for phase in phases],
@@ -432,14 +450,6 @@ def _scalar(name: str, value: Any) -> float:
         return float(found)
     except OverflowError as error:
         raise ArgumentError(f"{name} is beyond all floats: {shown(value)}") from error
-
-
-def _described(schedule: Schedule) -> str:
-    """The schedule as a call, without arguments that have their defaults."""
-    if not dataclasses.is_dataclass(schedule):
-        return shown(schedule)
-    chosen = [f for f in dataclasses.fields(schedule) if getattr(schedule, f.name) != f.default]
-    return f"{type(schedule).__name__}({', '.join(f'{f.name}={shown(getattr(schedule, f.name))}' for f in chosen)})"
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

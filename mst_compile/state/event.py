@@ -91,15 +91,25 @@ def apply(
     *,
     rescale: bool = False,
 ) -> None:
-    """Let the masks of a plan take effect; with ``rescale`` the weights that stay grow by ``density ** -0.5``."""
+    """Let the masks of a plan take effect; with ``rescale`` the weights that stay grow by ``density ** -0.5``.
+
+    What is interrupted is brought to its end, and then raises: other masks than those of some weights, or values and
+    state outside of them, would stay for good.
+    """
     known = list(optimizers)
-    for weight, parameter in parameters:
-        if weight.name in plan.masks:
+    own = [(weight, parameter) for weight, parameter in parameters if weight.name in plan.masks]
+    try:
+        for weight, parameter in own:
             change_mask(weight, parameter, plan.masks[weight.name], known)
             if rescale:
                 with torch.no_grad():
                     parameter.mul_(weight.density**-0.5)
                 weight.note_clean(parameter)
+    except BaseException:  # an interrupt
+        if not rescale:  # of first masks, which are undone
+            for weight, parameter in own:
+                change_mask(weight, parameter, plan.masks[weight.name], known)
+        raise
 
 
 def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, optimizers: Iterable[Optimizer]) -> None:
@@ -116,14 +126,27 @@ def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, opt
         weight.grown = grown
     # Few blocks are visited alone, but only where nothing else can be wrong.
     few = int(dropped.count_nonzero()) < _FEW * dropped.numel() and weight.is_clean(parameter)
-    weight.set_mask(mask)
-    if bool(dropped.any()):
-        for tensor in [parameter, *([] if parameter.grad is None else [parameter.grad])]:
-            if few:
-                zero_blocks_(tensor, weight.grid, dropped)
-            else:
-                weight.zero_inactive_(tensor)
-        for optimizer in optimizers:
-            zero_state_(optimizer, weight, parameter, dropped if few else None)
+    known = list(optimizers)
+    try:
+        weight.set_mask(mask)
+        if bool(dropped.any()):
+            _cut(weight, parameter, known, dropped if few else None)
+    except BaseException:  # an interrupt, anywhere
+        weight.set_mask(mask)
+        _cut(weight, parameter, known, None)
+        raise
     if few or bool(dropped.any()) or weight.is_dense:
         weight.note_clean(parameter)
+
+
+def _cut(
+    weight: SparseWeight, parameter: nn.Parameter, optimizers: Iterable[Optimizer], dropped: Tensor | None
+) -> None:
+    """Make values, gradient and state 0 in the blocks ``dropped``, or in all that are not active."""
+    for tensor in [parameter, *([] if parameter.grad is None else [parameter.grad])]:
+        if dropped is not None:
+            zero_blocks_(tensor, weight.grid, dropped)
+        else:
+            weight.zero_inactive_(tensor)
+    for optimizer in optimizers:
+        zero_state_(optimizer, weight, parameter, dropped)

@@ -112,10 +112,14 @@ def _check_decay(name: str, law: object) -> Law:
 
 
 def scale_rates(
-    optimizer: optim.Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Let groups with a law step with their learning rate and weight decay scaled; returns what :func:`restore_rates`
-    needs.
+    optimizer: optim.Optimizer,
+    own: list[tuple[SparseWeight, nn.Parameter]],
+    before: list[tuple[dict[str, Any], dict[str, Any]]],
+) -> None:
+    """Let groups with a law step with their learning rate and weight decay scaled.
+
+    Args:
+        before: takes up what :func:`restore_rates` needs, before anything is scaled: an interrupt may come then.
 
     Raises:
         ArgumentError: the law of a group is none, or one of the user's returned no factor. Nothing has changed.
@@ -133,10 +137,9 @@ def scale_rates(
         if active:
             found.append((group, _scaled(optimizer, group, rate, decay, active / total)))
             _warn_of_sized_updates(optimizer, group, found[-1][1], active / total)
-    before = [(group, {key: group[key] for key in scaled}) for group, scaled in found]
+    before += [(group, {key: group[key] for key in scaled}) for group, scaled in found]
     for group, scaled in found:
         group.update(scaled)
-    return before
 
 
 def _laws_of(group: dict[str, Any]) -> tuple[Law, Law]:

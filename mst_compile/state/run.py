@@ -108,20 +108,27 @@ class Run:
         self.take_unclaimed()
 
     def complete_step(self) -> None:
-        """Count a training step, change the topology if the schedule says so, and prepare the next."""
+        """Count a training step, change the topology if the schedule says so, and prepare the next.
+
+        If anything is interrupted, the event is overdue or has happened, and the next step is prepared all the same.
+        """
+        self.overdue = bool(self.overdue or self.schedule.is_topology_event(self.step_count + 1))
         self.step_count += 1
-        own = list(self.weights.parameters())
-        for weight, parameter in own:
-            weight.moved |= parameter.grad is not None or weight.version not in (UNKNOWN, parameter._version)
-        happened = None
-        if self.overdue or self.schedule.is_topology_event(self.step_count):
-            happened = self._change_topology()
-        for weight, parameter in own:
-            weight.version = parameter._version
-        self._steps_here += 1
-        if self._steps_here == _PATIENCE:
-            warn_unseen([weight for weight, parameter in own if parameter.grad is not None])
-        self.prepare_next_step()
+        happened: TopologyEvent | None = None
+        own: list[tuple[SparseWeight, nn.Parameter]] = []
+        try:
+            own = list(self.weights.parameters())
+            for weight, parameter in own:
+                weight.moved |= parameter.grad is not None or weight.version not in (UNKNOWN, parameter._version)
+            if self.overdue:
+                happened = self._change_topology()
+            self._steps_here += 1
+            if self._steps_here == _PATIENCE:
+                warn_unseen([weight for weight, parameter in own if parameter.grad is not None])
+        finally:
+            for weight, parameter in own:
+                weight.version = parameter._version
+            self.prepare_next_step()
         if happened is not None:  # last: what a callback raises finds a step that is complete
             self.listeners.tell(happened)
 
@@ -164,7 +171,6 @@ class Run:
 
     def _change_topology(self) -> TopologyEvent | None:
         """Change masks; what happened, if anybody wants to know."""
-        self.overdue = False
         self._settle(self.weights.parameters(), look=True)
         plan = self.plan_event()
         before = {w.name: w.mask for w in self.weights if w.name in plan.masks}
@@ -174,9 +180,12 @@ class Run:
                 MSTWarning,
                 stacklevel=4,
             )
-        apply(plan, self.weights.parameters(), self.optimizers)
-        for weight in self.weights:
-            weight.scores, weight.moved = None, False
+        try:
+            apply(plan, self.weights.parameters(), self.optimizers)
+        finally:  # what was interrupted has been brought to its end, or had not begun
+            self.overdue = any(not w.mask.equal(plan.masks[w.name]) for w in self.weights if w.name in plan.masks)
+            for weight in self.weights if not self.overdue else ():
+                weight.scores, weight.moved = None, False
         if not self.listeners.wanted:
             return None
         phase, found = phase_of(self.schedule, self.step_count), changes(before, self.weights)

@@ -17,13 +17,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mst_compile.blocks.bulk import block_mean_square
+from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import is_sharded, lay_out_gradient
 from mst_compile.errors import MSTWarning
 
@@ -124,12 +125,14 @@ class Stepping:
         if not self._has_stepped:
             for watcher in _run_watchers:
                 watcher.first_step(run)
+            _warn_if_shared(own)
             self._has_stepped = True
         run.weights.rebind()
         run.meet(optimizer, own)
         if not step.nested:
-            scaled = scale_rates(optimizer, own)
+            scaled: list[tuple[dict[str, Any], dict[str, Any]]] = []
             step.at_end(lambda _: restore_rates(scaled))
+            scale_rates(optimizer, own, scaled)
         names = {weight.name for weight, _ in own}
         late = self._clock.turn(names, run.weights.with_gradients(), nested=step.nested)
         if self._clock.missed:
@@ -305,6 +308,22 @@ class Stepping:
             return False
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return any(id(parameter) in known for parameter in model.parameters())
+
+
+def _warn_if_shared(own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+    """Say what goes wrong where several processes train weights that they have in common: each has masks of its own,
+    and none sees the others' writes."""
+    shared = [
+        weight.name for weight, parameter in own if is_plain(parameter) and parameter.is_cpu and parameter.is_shared()
+    ]
+    if shared:
+        warnings.warn(
+            f"{', '.join(shared[:3])} lie in memory that processes share, as torch.multiprocessing hands a model over: "
+            "masks are each process's own, so one process alone may train these weights. To train here apart from the "
+            "others, train copy.deepcopy(model)",
+            MSTWarning,
+            stacklevel=6,
+        )
 
 
 def _harvest(

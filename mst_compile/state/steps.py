@@ -60,7 +60,11 @@ class Step:
 
     def end(self, failed: bool) -> None:
         while self._ends:
-            self._ends.pop()(failed)
+            try:
+                self._ends.pop()(failed)
+            except BaseException:
+                self.end(True)  # the others' turn, whatever one has raised
+                raise
 
 
 class StepWatcher(Protocol):
@@ -152,9 +156,6 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _enter(optimizer: Optimizer, guarded: bool) -> Step:
-    # An unguarded step that raised was never left: it is over once its optimizer steps again, and hides no other.
-    for step in [s for s in _running.steps if s.optimizer is optimizer and not s.guarded and guarded]:
-        _leave(step, failed=True)
     outer = next((s for s in reversed(_running.steps) if s.guarded or s.optimizer is optimizer), None)
     step = Step(optimizer, outer, guarded)
     _running.steps.append(step)
@@ -163,9 +164,21 @@ def _enter(optimizer: Optimizer, guarded: bool) -> Step:
 
 def _leave(step: Step, failed: bool) -> None:
     """End ``step`` and what was left behind within it."""
-    while step in _running.steps:
+    if step in _running.steps:
+        _leave_down_to(_running.steps.index(step), failed)
+
+
+def _leave_down_to(depth: int, failed: bool) -> None:
+    """End the steps that are beyond the first ``depth``, of which all but the outermost were left behind."""
+    while len(_running.steps) > depth:
         last = _running.steps.pop()
-        last.end(failed or last is not step)
+        last.end(failed or len(_running.steps) > depth)
+
+
+def _leave_unguarded(optimizer: Optimizer) -> None:
+    """An unguarded step that raised was never left: it is over once its optimizer steps again, and hides no other."""
+    for step in [s for s in _running.steps if s.optimizer is optimizer and not s.guarded]:
+        _leave(step, failed=True)
 
 
 def _guard(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,14 +186,15 @@ def _guard(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @skip  # Dynamo leaves this frame alone, as the hooks' are, and compiles what it calls
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        here = _enter(self, guarded=True)
-        failed = True
-        try:
+        _leave_unguarded(self)
+        depth, failed = len(_running.steps), True
+        try:  # what has been entered is left, even if an interrupt comes before anything else
+            _enter(self, guarded=True)
             result = original(self, *args, **kwargs)
             failed = False
             return result
         finally:
-            _leave(here, failed)
+            _leave_down_to(depth, failed)
 
     functools.update_wrapper(step, original)
     setattr(step, _GUARDED, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -29,6 +30,11 @@ def warn_unseen(weights: Sequence[SparseWeight]) -> None:
 
 
 def _why() -> str:
+    if torch._dynamo.config.disable or os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return (
+            "torch.compile is turned off in this process, by TORCHDYNAMO_DISABLE=1 or TORCH_COMPILE_DISABLE=1 in its "
+            "environment: unset them"
+        )
     if compiled_graphs() == 0:
         return (
             "The backend has compiled nothing in this process: the model runs in eager mode or under another backend. "

@@ -80,6 +80,12 @@ def test_what_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
     assert "doctor" in capsys.readouterr().err
 
 
+def test_a_stdout_that_was_closed_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As services close it, and ``>&-``: Python has none then."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["--help"]) == 0
+
+
 @HAS_KERNELS
 @pytest.mark.usefixtures("quick")
 def test_wrong_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

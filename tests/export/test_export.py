@@ -200,6 +200,27 @@ def test_metadata_that_cannot_be_written(metadata: Any, message: str, model: nn.
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_that_is_there_stays_until_the_new_one_is_whole(
+    error: BaseException, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, link = tmp_path / "model.safetensors", tmp_path / "latest"
+    link.symlink_to(file)
+    export.save(model, link)
+    assert link.is_symlink()
+    before = file.read_bytes()
+
+    def save_half(tensors: Any, filename: str, metadata: Any) -> None:
+        Path(filename).write_bytes(before[: len(before) // 2])
+        raise error
+
+    monkeypatch.setattr("safetensors.torch.save_file", save_half)
+    with pytest.raises(type(error)):
+        export.save(model, link)
+    assert file.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [link, file]
+
+
 def test_a_file_is_read_without_us(model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     export.save(model, path)

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,6 +174,29 @@ def test_a_build_that_was_killed_leaves_nothing(compiler: StubCompiler) -> None:
     assert time.monotonic() - begun < build._BUILD_SECONDS / 3, "nobody is waited for"
     assert kept(path) == [path.name]
     library.Library("baseline")
+
+
+def test_an_interrupted_build_ends_its_compilers_and_can_be_begun_again(compiler: StubCompiler, tmp_path: Path) -> None:
+    """Ctrl-C while the first step waits for the kernels."""
+    compiler.hangs()
+
+    def interrupt() -> None:
+        wait_for(lambda: bool(compiler.children()))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let what runs behind them ignore it
+    try:
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            build.build("baseline")
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
+    wait_for(lambda: all(map(gone, compiler.children())))
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["build.lock"]
+    compiler.works()
+    assert build.build("baseline").is_file()
 
 
 def test_a_compiler_that_still_writes_keeps_no_folder(compiler: StubCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,6 +405,22 @@ def test_without_a_home_there_is_a_folder_of_temporary_files(
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(home))
     assert folder.cache_dir() == home / ".cache" / "mst_compile"
+
+
+def test_without_a_folder_of_temporary_files_the_home_serves(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that is read-only but for its volumes."""
+
+    def none_usable() -> str:
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(folder.tempfile, "gettempdir", none_usable)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    assert folder.open_cache_dir() == home / "mst_compile"
+    monkeypatch.setattr(folder, "_in_home", lambda: Path("~/.cache/mst_compile"))  # of a user who has no home
+    with pytest.raises(FileNotFoundError, match="set MST_COMPILE_CACHE_DIR"):
+        folder.open_cache_dir()
 
 
 def test_links_in_a_circle(home: Path) -> None:

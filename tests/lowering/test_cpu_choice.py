@@ -141,6 +141,29 @@ def test_a_pinned_folder_that_cannot_be_written_is_told_once(
         cpu_choice.of_product(PRODUCT._replace(rows=32))  # the usual cache is missed by nobody
 
 
+def test_a_pinned_choice_that_is_lost_is_told(
+    measured: list[Product], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not what other runs have gone by; of the usual cache nobody expects that."""
+    monkeypatch.setenv("MST_COMPILE_TIMES", str(tmp_path))
+    cpu_choice.of_product(PRODUCT)
+    forget()
+    (file,) = tmp_path.glob("*.json")
+    file.write_text(file.read_text()[:-3])
+    with pytest.warns(MSTWarning, match=r"96.*\.json.*no times that can be read.*measured anew"):
+        assert cpu_choice.of_product(PRODUCT) == TIMES
+    forget()
+    with warnings.catch_warnings(action="error"):
+        assert cpu_choice.of_product(PRODUCT) == TIMES
+        monkeypatch.delenv("MST_COMPILE_TIMES")
+        monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(tmp_path / "cache"))
+        forget()
+        cpu_choice.of_product(PRODUCT)
+        forget()
+        next((tmp_path / "cache").rglob("*.json")).write_text("")
+        cpu_choice.of_product(PRODUCT)
+
+
 def test_a_choice_does_not_change_within_a_run(measured: list[Product], monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_choice.is_dense_faster(PRODUCT, 96)
     assert not cpu_choice.is_dense_faster(PRODUCT, 41)  # of 96, the crossover being .435

@@ -141,6 +141,28 @@ def test_the_kernel_runs_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [(F32, 8), (BF16, 128)]
 
 
+def test_compiled_code_of_a_cache_runs_where_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's cache may come from a process that had some; an error of a kernel that is there stays one."""
+    grid = BlockGrid(24, 32, 8)
+    weight, mask = torch.randn(24, 32), torch.rand(grid.shape) < 0.5
+    values, index = pack(weight, grid, mask)
+    x, bias = torch.randn(5, 32), torch.randn(24)
+
+    def unavailable(*args: object) -> None:
+        raise RuntimeError("the CPU kernels are not available")
+
+    monkeypatch.setattr(cpu_packed.kernels, "packed_as_laid_out", unavailable)
+    for available in (False, True):
+        monkeypatch.setattr(cpu_packed.kernels, "available", lambda available=available: available)
+        out = torch.full((5, 24), torch.nan)
+        if available:
+            with pytest.raises(RuntimeError, match="not available"):
+                cpu_packed.packed_linear_out(x, values, index, bias, block=8, out=out)
+        else:
+            cpu_packed.packed_linear_out(x, values, index, bias, block=8, out=out)
+            assert torch.equal(out, packed_linear_reference(x, values, index, bias, 24, 8, VERSION))
+
+
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_opcheck(dtype: torch.dtype) -> None:
     grid = BlockGrid(20, 30, 8)

@@ -174,3 +174,17 @@ def test_a_sparse_model_after_its_dense_twin() -> None:
     other = sparsify(Blocks(), static())
     same(other, compiled(other))
     assert all(row.kernel == "block-sparse" for row in explain(other))
+
+
+@pytest.mark.parametrize("how", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_a_torch_compile_that_is_turned_off_is_named(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is compiled as it should be: to compile it would be no advice."""
+    monkeypatch.setenv(how, "1")
+    monkeypatch.setattr(torch._dynamo.config, "disable", how == "TORCH_COMPILE_DISABLE")  # read at its import
+    model = sparsify(nn.Linear(32, 32), static())
+    run = torch.compile(model, backend="mst")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(MSTWarning, match=r"no graph compiled.*torch.compile is turned off.*TORCHDYNAMO_DISABLE.*unset"):
+        for _ in range(20):
+            run(torch.randn(4, 32)).sum().backward()
+            optimizer.step()
