@@ -296,14 +296,11 @@ class Run:
         self._complete()
 
     def _complete(self) -> None:
-        counted = any(p.grad is not None for p in self.simulation.parameters.values())
         for scheduler in [*self.sparse.schedulers, *self.schedulers]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 scheduler.step()
-        if counted or not self.simulation.sparse:
-            masks = mst_compile.sparsifier(self.sparse.model).masks if self.simulation.sparse else {}
-            self.simulation.complete(masks)
+        self.simulation.complete(mst_compile.sparsifier(self.sparse.model).masks if self.simulation.sparse else {})
 
     def _zero(self, to_none: bool) -> None:
         for optimizer in [*self.sparse.optimizers, *(part.optimizer for part in self.simulation.parts)]:

@@ -219,7 +219,7 @@ class Simulation:
         terms = fact.block**2 if fact.block >= 4 else p.numel()
         relative = of_sum(terms, beside=8) + of_rounding(p.dtype, times=4)
         state = part.optimizer.state[p]
-        near.exact = {k: state[k].double() for k in [*near.exact, "max_exp_avg_sq", "acc_delta"] if k in state}
+        near.exact = {k: state[k].double() for k in [*near.exact, "max_exp_avg_sq", "acc_delta", "momentum_buffer"] if k in state}
         near.allowed = {k: v.abs() * relative for k, v in near.exact.items()}
         near.exact[""] = p.detach().double()
         moved = (near.exact[""] - before.double()).abs()
