@@ -1,4 +1,4 @@
-"""Small models to draw: pieces with linear layers in all spellings, and what stands around such layers in real models."""
+"""Small models to draw: pieces with linear layers in all spellings, and what stands around them in real models."""
 
 from __future__ import annotations
 
@@ -249,7 +249,8 @@ class Model(nn.Module):
         if name == "shared":
             return self.shared
         if name == RANDOM:
-            return nn.Sequential(nn.Linear(self.net.width, self.net.hidden), nn.Dropout(0.3), Conv1D(self.net.width, self.net.hidden))  # fmt: skip
+            width, hidden = self.net.width, self.net.hidden
+            return nn.Sequential(nn.Linear(width, hidden), nn.Dropout(0.3), Conv1D(width, hidden))
         return PIECES[name](self.net.width, self.net.hidden)
 
     def forward(self, x: Tensor, more: Tensor) -> tuple[Tensor, ...]:

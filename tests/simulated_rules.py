@@ -153,6 +153,11 @@ class Fact:
     def shape(self) -> tuple[int, int]:
         return -(-self.rows // self.block), -(-self.cols // self.block)
 
+    def count(self, density: float) -> int:
+        """Number of active blocks, of which each row and column must have one where they are guarded."""
+        least = max(self.shape) if self.guard != "none" else 1
+        return min(self.shape[0] * self.shape[1], max(least, round(density * self.shape[0] * self.shape[1])))
+
     def expand(self, blocks: Tensor) -> Tensor:
         """Of blocks to elements."""
         ones = np.ones((self.block, self.block), dtype=blocks.numpy().dtype)
@@ -209,7 +214,7 @@ def check_event(
     """An event has turned the mask ``old`` into ``new``: by the numbers of the schedule, at the cost of the smallest
     blocks, in favour of those with the largest gradients."""
     blocks, active = old.numel(), int(old.sum())
-    count = min(blocks, max(max(fact.shape) if fact.guard != "none" else 1, round(density * blocks)))
+    count = fact.count(density)
     if count == blocks:
         assert new.all(), "everything grows"
         return

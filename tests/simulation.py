@@ -90,7 +90,9 @@ class Simulation:
 
     def begin(self, masks: Mapping[str, Tensor], rescale: bool) -> None:
         """The first masks; with ``rescale`` what stays grows by the square root of the density's inverse."""
+        densities = self.course.densities(0, self.weights)
         for name, mask in masks.items():
+            assert int(mask.sum()) == self.weights[name].count(densities[name]), f"{name}: blocks of the first mask"
             self.masks[name] = mask
             p = self.parameters[name]
             with torch.no_grad():
@@ -172,7 +174,7 @@ class Simulation:
         return found
 
     def _prepare(self, part: Part, name: str) -> None:
-        """Before the update: growth reads the gradient, which is then masked; second moments of regrown blocks begin."""
+        """Before the update: growth reads the gradient, which is then masked; regrown blocks' moments begin."""
         p, fact = self.parameters[name], self.weights[name]
         if p.grad is None:
             return
@@ -219,7 +221,9 @@ class Simulation:
         terms = fact.block**2 if fact.block >= 4 else p.numel()
         relative = of_sum(terms, beside=8) + of_rounding(p.dtype, times=4)
         state = part.optimizer.state[p]
-        near.exact = {k: state[k].double() for k in [*near.exact, "max_exp_avg_sq", "acc_delta", "momentum_buffer"] if k in state}
+        near.exact = {
+            k: state[k].double() for k in [*near.exact, "max_exp_avg_sq", "acc_delta", "momentum_buffer"] if k in state
+        }
         near.allowed = {k: v.abs() * relative for k, v in near.exact.items()}
         near.exact[""] = p.detach().double()
         moved = (near.exact[""] - before.double()).abs()
