@@ -344,6 +344,12 @@ class Run:
                 mst_compile.sparsifier(new.model).load_state_dict(state["sparsifier"])
         self.sparse = new
         self.average = None
+        self._reload()
+
+    def _reload(self) -> None:
+        """Loading is PyTorch's own affair, too: NAdam's product of momenta comes back in the Parameter's dtype."""
+        for part in self.simulation.parts:
+            part.optimizer.load_state_dict(part.optimizer.state_dict())
 
     def _written(self) -> bool:
         """Whether values stand outside the masks: where these are loaded, masks follow them, which is not simulated."""
@@ -363,6 +369,7 @@ class Run:
         for optimizer in self.sparse.optimizers:
             optimizer.load_state_dict(optimizer.state_dict())
         self.sparse.model.load_state_dict(self.sparse.model.state_dict())
+        self._reload()
 
     def copy(self) -> None:
         """Go on with a copy of the model and its optimizers; PyTorch copies no gradients of Parameters."""

@@ -160,6 +160,18 @@ def test_masks_follow_values_that_come_without_them() -> None:
         assert torch.equal(value, best[name]), "nothing was cut"
 
 
+def test_masks_do_not_follow_what_is_written_after_values_that_fit() -> None:
+    """A checkpoint of the very masks, and then noise on all weights: it is cut, and the masks stay."""
+    model, run, optimizer = start()
+    masks = sparsifier(model).masks
+    model.load_state_dict(model.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    _copy(model)
+    with pytest.warns(MSTWarning, match="outside the active blocks"):
+        train(run, optimizer)
+    assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier(model).masks.items())
+
+
 def test_a_dense_checkpoint_is_cut_when_it_is_trained_and_not_before() -> None:
     dense = Blocks()
     model, run, optimizer = start()
