@@ -153,10 +153,11 @@ class Fact:
     def shape(self) -> tuple[int, int]:
         return -(-self.rows // self.block), -(-self.cols // self.block)
 
-    def count(self, density: float) -> int:
-        """Number of active blocks, of which each row and column must have one where they are guarded."""
+    def counts(self, density: float) -> set[int]:
+        """Numbers of active blocks; each row and column must have one where they are guarded."""
+        blocks = self.shape[0] * self.shape[1]
         least = max(self.shape) if self.guard != "none" else 1
-        return min(self.shape[0] * self.shape[1], max(least, round(density * self.shape[0] * self.shape[1])))
+        return {min(blocks, max(least, n)) for n in rounded(density * blocks)}
 
     def expand(self, blocks: Tensor) -> Tensor:
         """Of blocks to elements."""
@@ -183,9 +184,18 @@ class Interval(NamedTuple):
     most: Tensor
 
 
-def _above(a: Tensor, b: Tensor, among: Tensor) -> Tensor:
-    """How many of ``b``'s blocks ``among`` are above each of ``a``'s."""
-    return (b[among][None, :] > a.flatten()[:, None]).sum(1).view(a.shape)
+def _count(a: Tensor, b: Tensor, among: Tensor, *, equal: bool = False) -> Tensor:
+    """How many of ``b``'s blocks ``among`` are above each of ``a``'s, or ``equal`` to it."""
+    compare = torch.ge if equal else torch.gt
+    return compare(b[among][None, :], a.flatten()[:, None]).sum(1).view(a.shape)
+
+
+def _largest_other(scores: Tensor, dim: int) -> Tensor:
+    """For each block the largest of the others in its line."""
+    top = scores.topk(min(2, scores.shape[dim]), dim).values
+    first, second = top.select(dim, 0), top.select(dim, -1) if top.shape[dim] == 2 else top.select(dim, 0) - torch.inf
+    is_first = torch.zeros_like(scores, dtype=torch.bool).scatter_(dim, scores.argmax(dim, keepdim=True), True)
+    return torch.where(is_first, second.unsqueeze(dim), first.unsqueeze(dim))
 
 
 def _guarded(fact: Fact, mask: Tensor, scores: Interval) -> tuple[Tensor, Tensor]:
@@ -198,33 +208,56 @@ def _guarded(fact: Fact, mask: Tensor, scores: Interval) -> tuple[Tensor, Tensor
         for i in range(max(rows, cols)):
             none[i % rows, i % cols] = True
         return none, none
-    surely, possibly = none.clone(), none.clone()
-    for r, c in mask.nonzero().tolist():
-        for line in (mask.nonzero()[:, 0] == r, mask.nonzero()[:, 1] == c):
-            others = [(i, j) for i, j in mask.nonzero()[line].tolist() if (i, j) != (r, c)]
-            surely[r, c] |= all(scores.most[i, j] < scores.least[r, c] for i, j in others)
-            possibly[r, c] |= not any(scores.least[i, j] > scores.most[r, c] for i, j in others)
-    return surely, possibly
+    least, most = (score.masked_fill(~mask, -torch.inf) for score in scores)
+    surely = (least > _largest_other(most, 0)) | (least > _largest_other(most, 1))
+    possibly = (most >= _largest_other(least, 0)) | (most >= _largest_other(least, 1))
+    return surely & mask, possibly & mask
 
 
-def check_event(
-    fact: Fact, course: Course, step: int, density: float, old: Tensor, new: Tensor, weight: Interval,
-    gradient: Interval | None,
-) -> None:  # fmt: skip
-    """An event has turned the mask ``old`` into ``new``: by the numbers of the schedule, at the cost of the smallest
-    blocks, in favour of those with the largest gradients."""
-    blocks, active = old.numel(), int(old.sum())
-    count = fact.count(density)
-    if count == blocks:
+def rounded(value: float) -> set[int]:
+    """The nearest whole number; both, where they are equally near up to the roundings of how ``value`` was computed."""
+    return {round(value * (1 - 1e-12)), round(value * (1 + 1e-12))}
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an event has to go by: the mask before it and after it, magnitudes, and growth scores if any were read."""
+
+    step: int
+    density: float
+    old: Tensor
+    new: Tensor
+    weight: Interval
+    gradient: Interval | None
+
+
+def check_event(fact: Fact, course: Course, event: Event) -> None:
+    """An event has turned one mask into another: by the numbers of the schedule, at the cost of the smallest blocks, in
+    favour of those with the largest gradients."""
+    active = int(event.old.sum())
+    share = course.drop_at(event.step) if event.density < 1 else 0.0
+    problems: list[AssertionError] = []
+    for count in fact.counts(event.density):
+        prunes = course.kind == "pruning" and count < active
+        for leave in rounded(active - count + share * count if prunes else share * active):
+            try:
+                _check_numbers(fact, course, event, share, count, leave)
+            except AssertionError as problem:
+                problems.append(problem)
+            else:
+                return
+    raise problems[0]
+
+
+def _check_numbers(fact: Fact, course: Course, event: Event, share: float, count: int, leave: int) -> None:
+    """As :func:`check_event`, with ``count`` blocks after it, of which ``leave`` active ones make way at least."""
+    old, new, weight, gradient = event.old, event.new, event.weight, event.gradient
+    active = int(old.sum())
+    if count == old.numel():
         assert new.all(), "everything grows"
         return
-    share = course.drop_at(step) if density < 1 else 0.0
-    leave = round(share * active)
-    if course.kind == "pruning" and count < active:
-        leave = round(active - count + share * count)
     if leave == 0 and count == active:
-        if share == 0:
-            assert torch.equal(old, new), "nothing moves"
+        assert torch.equal(old, new), "nothing moves"
         return
     surely, possibly = _guarded(fact, old, weight) if share > 0 or count < active else (old, old)
     if not torch.equal(surely, possibly):  # ties: which of two equal blocks stays is not said
@@ -233,10 +266,10 @@ def check_event(
     guarded = surely & old
     leave = min(max(leave, active - count), active - int(guarded.sum()))
     loose = old & ~guarded
-    smaller = _above(-weight.least, -weight.most, loose)  # of loose blocks, surely smaller
+    smaller = _count(-weight.least, -weight.most, loose)  # of loose blocks, surely smaller
     stays = guarded | (loose & (smaller >= leave))
     assert not (stays & ~new).any(), "a block was dropped of which others are smaller, or that is guarded"
-    rivals = _above(-weight.most - 1e-300, -weight.least, loose) - 1  # possibly as small or smaller, itself left out
+    rivals = _count(-weight.most, -weight.least, loose, equal=True) - 1  # possibly as small, itself left out
     leaves = loose & (rivals < leave)
     wanted = max(0, count - (active - leave))
     assert int(new.sum()) == active - leave + wanted, f"{int(new.sum())} blocks, wanted {active - leave + wanted}"
@@ -244,10 +277,10 @@ def check_event(
         return
     inactive = ~(old & ~leaves)
     by_gradient, grown = round(wanted * course.share), new & inactive
-    rivals = _above(gradient.least - 1e-300, gradient.most, inactive) - 1
+    rivals = _count(gradient.least, gradient.most, inactive, equal=True) - 1
     assert not (inactive & (rivals < by_gradient) & ~grown).any(), "growth has passed over a large gradient"
     if by_gradient == wanted:
-        larger = _above(gradient.most, gradient.least, inactive)
+        larger = _count(gradient.most, gradient.least, inactive)
         assert not (grown & (larger >= by_gradient)).any(), "growth has taken a small gradient"
 
 

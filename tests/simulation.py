@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from oracles import of_rounding, of_sum
-from simulated_rules import Course, Fact, Interval, Law, check_event, factor
+from simulated_rules import Course, Event, Fact, Interval, Law, check_event, factor
 from torch import Tensor, nn, optim
 
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
@@ -92,7 +92,7 @@ class Simulation:
         """The first masks; with ``rescale`` what stays grows by the square root of the density's inverse."""
         densities = self.course.densities(0, self.weights)
         for name, mask in masks.items():
-            assert int(mask.sum()) == self.weights[name].count(densities[name]), f"{name}: blocks of the first mask"
+            assert int(mask.sum()) in self.weights[name].counts(densities[name]), f"{name}: blocks of the first mask"
             self.masks[name] = mask
             p = self.parameters[name]
             with torch.no_grad():
@@ -199,7 +199,7 @@ class Simulation:
                 self.near.setdefault(name, Near(where)).exact[key] = torch.empty(0)
 
     def _finish(self, part: Part, name: str, before: Tensor) -> None:
-        """After the update: what regrown blocks have come to; masks once more, which changes nothing."""
+        """After the update: what regrown blocks have come to."""
         p, fact = self.parameters[name], self.weights[name]
         if p.grad is None:
             return
@@ -214,7 +214,6 @@ class Simulation:
         self.grown.pop(name, None)
         for place, block in self.blocks[name].items():
             self._step_block(part, name, place, block, before)
-        self._clean([p, *self._state(name)], name)
 
     def _bound_second_moments(self, part: Part, name: str, before: Tensor) -> None:
         p, near, fact = self.parameters[name], self.near[name], self.weights[name]
@@ -294,10 +293,9 @@ class Simulation:
         scores, off = (x, a) if l1 else (x.square(), 2 * x * a + a.square())
         mean, error = fact.means(scores), fact.means(off) + fact.error * fact.means(scores)
         gradient = self.scores.get(name)
-        check_event(
-            fact, self.course, self.count, density, self.masks[name], new, Interval(mean - error, mean + error),
-            None if gradient is None else Interval(gradient * (1 - fact.error), gradient * (1 + fact.error)),
-        )  # fmt: skip
+        magnitudes = Interval(mean - error, mean + error)
+        scores_ = None if gradient is None else Interval(gradient * (1 - fact.error), gradient * (1 + fact.error))
+        check_event(fact, self.course, Event(self.count, density, self.masks[name], new, magnitudes, scores_))
 
     def _change(self, name: str, new: Tensor) -> None:
         old, p = self.masks[name], self.parameters[name]

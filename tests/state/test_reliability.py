@@ -172,6 +172,23 @@ def test_masks_do_not_follow_what_is_written_after_values_that_fit() -> None:
     assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier(model).masks.items())
 
 
+def test_a_written_weight_that_is_frozen_with_its_gradient() -> None:
+    """The optimizer still steps it, by a gradient that is 0: what was written stays, and compiled calls see it."""
+    model, run, optimizer = start()
+    train(run, optimizer)
+    name, mask = next(iter(element_masks(model).items()))
+    loss_of(run, X).backward()
+    optimizer.zero_grad(set_to_none=False)
+    weight = model.get_parameter(name).requires_grad_(False)
+    _copy(model)
+    for _ in range(3):  # a new graph's first two calls look at the values
+        loss_of(run, X).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert weight.detach()[~mask].any()
+    assert_reordered(run(X).detach(), model(X).detach(), 512)
+
+
 def test_a_dense_checkpoint_is_cut_when_it_is_trained_and_not_before() -> None:
     dense = Blocks()
     model, run, optimizer = start()
