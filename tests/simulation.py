@@ -56,7 +56,6 @@ class Part:
     optimizer: optim.Optimizer
     make: Callable[[list[nn.Parameter]], optim.Optimizer]
     laws: list[tuple[Law, Law] | None]
-    met: bool = False
 
     def group_of(self, parameter: Tensor) -> dict[str, Any]:
         return next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
@@ -135,8 +134,7 @@ class Simulation:
         for name in self._own(part):
             if self.parameters[name].requires_grad:
                 self._clean([self.parameters[name]], name)
-            if not part.met:
-                self._clean(self._state(name), name)
+            self._clean(self._state(name), name)
 
     def step(self, part: Part) -> None:
         """One optimizer's step."""
@@ -155,7 +153,6 @@ class Simulation:
             self._finish(part, name, before[name])
         for group, values in zip(part.optimizer.param_groups, old, strict=True):
             group.update(values)
-        part.met = True
 
     def _scaled(self, part: Part) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []

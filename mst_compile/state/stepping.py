@@ -246,7 +246,9 @@ class Stepping:
                 continue  # it was not stepped
             weight.moved = True
             if weight.name in turn.written:
-                weight.forget()  # by a gradient from before it was frozen
+                # By a gradient from before it was frozen; with L2, decay has entered the optimizer's state.
+                weight.forget()
+                self._run.optimizers.discard(optimizer)
                 continue
             kept = weight.is_dense or gradient is None or weight.is_masked(gradient)
             kept = kept and id(parameter) not in divided

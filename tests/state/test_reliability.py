@@ -173,8 +173,10 @@ def test_masks_do_not_follow_what_is_written_after_values_that_fit() -> None:
 
 
 def test_a_written_weight_that_is_frozen_with_its_gradient() -> None:
-    """The optimizer still steps it, by a gradient that is 0: what was written stays, and compiled calls see it."""
-    model, run, optimizer = start()
+    """The optimizer still steps it, by a gradient that is 0: what was written stays, and compiled calls see it. None of
+    it stays in the optimizer's state when the weight is trained again."""
+    model, run, _ = start()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, weight_decay=0.1)
     train(run, optimizer)
     name, mask = next(iter(element_masks(model).items()))
     loss_of(run, X).backward()
@@ -187,6 +189,9 @@ def test_a_written_weight_that_is_frozen_with_its_gradient() -> None:
         optimizer.zero_grad(set_to_none=False)
     assert weight.detach()[~mask].any()
     assert_reordered(run(X).detach(), model(X).detach(), 512)
+    weight.requires_grad_(True)
+    train(run, optimizer)
+    assert_zero_outside(model, optimizer)
 
 
 def test_a_dense_checkpoint_is_cut_when_it_is_trained_and_not_before() -> None:
