@@ -15,13 +15,13 @@ from program_runs import check_program
 _EXAMPLES = settings.default.max_examples if settings.default else 60
 
 
-@settings(max_examples=_EXAMPLES)
+@settings(max_examples=2 * _EXAMPLES)
 @given(programs(("plain",)))
 def test_programs_in_eager_mode(program: Program) -> None:
     check_program(program)
 
 
-@settings(max_examples=_EXAMPLES // 10)
+@settings(max_examples=_EXAMPLES // 15)
 @given(programs(("eager",), most=10))
 def test_programs_in_compiled_mode(program: Program) -> None:
     check_program(program)
