@@ -119,7 +119,7 @@ others = st.one_of(
     st.tuples(st.just("freeze"), st.integers(0, 9), st.booleans()),
     st.tuples(st.just("resume"), st.sampled_from(ORDERS)),
     st.tuples(st.just("averaged"), batches),
-    *(st.tuples(st.just(name)) for name in ("turn", "write", "round_trip", "copy", "densify")),
+    *(st.tuples(st.just(name)) for name in ("turn", "rest", "write", "round_trip", "copy", "densify")),
 )
 
 

@@ -293,15 +293,24 @@ class Run:
         assert_all_as_good_as(*outputs, self.precision)
 
     def freeze(self, which: int, forget: bool) -> None:
-        """Freeze a weight, or train it again."""
+        """Freeze a parameter, or train it again."""
         names = [n for n, _ in self.sparse.model.named_parameters()]
-        name = names[which % len(names)]
-        self.frozen ^= {name}
+        self._freeze({names[which % len(names)]}, forget)
+
+    def rest(self) -> None:
+        """Freeze all sparse weights, or train them again."""
+        sparse = {id(p) for p in self.simulation.parameters.values()}
+        names = {n for n, p in self.simulation.model.named_parameters() if id(p) in sparse}
+        self._freeze(names & self.frozen if self.frozen >= names else names - self.frozen, True)
+
+    def _freeze(self, names: set[str], forget: bool) -> None:
+        self.frozen ^= names
         for model in (self.sparse.model, self.simulation.model):
-            p = model.get_parameter(name)
-            p.requires_grad_(name not in self.frozen)
-            if forget:
-                p.grad = None
+            for name in names:
+                p = model.get_parameter(name)
+                p.requires_grad_(name not in self.frozen)
+                if forget:
+                    p.grad = None
 
     def turn(self) -> None:
         """Experts change places."""

@@ -56,8 +56,10 @@ def unpack_progress(packed: Tensor) -> tuple[int, int]:
 
 
 def pack_words(words: Tensor) -> Tensor:
-    """The bytes of float32 or int32 ``[R, C]``: uint8 ``[4, R, C]``."""
-    return words.contiguous().view(torch.uint8).view(*words.shape, 4).movedim(-1, 0).contiguous()
+    """The bytes of float32 or int32 ``[R, C]``: uint8 ``[4, R, C]``, in memory of their own, also of one block:
+    ``torch.save`` refuses to write what two dtypes share."""
+    packed = words.contiguous().view(torch.uint8).view(*words.shape, 4).movedim(-1, 0)
+    return packed.clone(memory_format=torch.contiguous_format)
 
 
 def unpack_words(packed: Tensor, dtype: torch.dtype) -> Tensor:

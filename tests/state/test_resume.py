@@ -254,3 +254,15 @@ def test_plain_optimizers_say_what_they_always_said() -> None:
     with pytest.raises(ValueError, match="different number of parameter groups") as told:
         one.load_state_dict(two.state_dict())
     assert not isinstance(told.value, CheckpointError)
+
+
+def test_scores_of_one_block_are_saved_in_both_states() -> None:
+    """One file holds the optimizer's state and the sparsifier's: neither may be a view of the other's memory."""
+    model = sparsify(nn.Linear(8, 8), Constant(0.5, interval=4, gradient_steps=2), block=8, guard="none")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+    own = sparsifier(model)
+    assert own.weights["weight"].scores is not None
+    torch.save([optimizer.state_dict(), own.state_dict()], io.BytesIO())
