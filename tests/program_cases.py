@@ -12,6 +12,9 @@ from net_cases import Net, nets
 from simulated_rules import Course, Law
 from torch import optim
 
+import mst_compile
+from mst_compile.schedule import GradualPruning
+
 Maker = Callable[[Any], optim.Optimizer]
 OPTIMIZERS: dict[str, Maker] = {
     "sgd": lambda p: optim.SGD(p, 5e-2, weight_decay=0.1),
@@ -71,6 +74,23 @@ class Program:
     layout: str = "one"
     warm: bool = False
     ops: tuple[Op, ...] = ()
+
+
+def schedule_of(c: Course) -> mst_compile.Schedule:
+    """The library's schedule of the same numbers."""
+    common: dict[str, Any] = {
+        "interval": c.interval, "growth": c.growth, "drop_fraction": c.drop, "distribution": c.distribution,
+        "magnitude": c.magnitude, "regrown": c.regrown, "regrown_warmup": c.regrown_warmup,
+        "gradient_steps": c.gradient_steps,
+    }  # fmt: skip
+    if c.kind == "constant":
+        return mst_compile.Constant(c.sparsity, total_steps=c.total, **common)
+    assert c.total is not None
+    if c.kind == "pruning":
+        return GradualPruning(c.total, c.sparsity, c.initial, c.first, c.last, **common)
+    initial = c.initial if c.warmup else None
+    lengths = {"warmup": c.warmup, "restoration": c.restoration, "settle": c.settle, "ramp_interval": c.ramp}
+    return mst_compile.MixedSparsity(c.total, c.sparsity, initial_sparsity=initial, **lengths, **common)
 
 
 @st.composite

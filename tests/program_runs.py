@@ -15,8 +15,8 @@ from helpers import compiled
 from hypothesis import reject
 from net_cases import Experts, Model, loss_of
 from oracles import assert_all_as_good_as, assert_same_bits, assert_within
-from program_cases import LAWS, OPTIMIZERS, Batch, Maker, Program
-from simulated_rules import Course, Fact, Law
+from program_cases import LAWS, OPTIMIZERS, Batch, Maker, Program, schedule_of
+from simulated_rules import Fact, Law
 from simulation import Near, Part, Simulation
 from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,24 +24,6 @@ from torch.optim.swa_utils import AveragedModel
 
 import mst_compile
 from mst_compile.errors import BlockSizeError
-from mst_compile.schedule import GradualPruning
-
-
-def schedule_of(c: Course) -> mst_compile.Schedule:
-    """The library's schedule of the same numbers."""
-    common: dict[str, Any] = {
-        "interval": c.interval, "growth": c.growth, "drop_fraction": c.drop, "distribution": c.distribution,
-        "magnitude": c.magnitude, "regrown": c.regrown, "regrown_warmup": c.regrown_warmup,
-        "gradient_steps": c.gradient_steps,
-    }  # fmt: skip
-    if c.kind == "constant":
-        return mst_compile.Constant(c.sparsity, total_steps=c.total, **common)
-    assert c.total is not None
-    if c.kind == "pruning":
-        return GradualPruning(c.total, c.sparsity, c.initial, c.first, c.last, **common)
-    initial = c.initial if c.warmup else None
-    lengths = {"warmup": c.warmup, "restoration": c.restoration, "settle": c.settle, "ramp_interval": c.ramp}
-    return mst_compile.MixedSparsity(c.total, c.sparsity, initial_sparsity=initial, **lengths, **common)
 
 
 @dataclass
