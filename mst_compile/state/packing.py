@@ -64,7 +64,8 @@ def pack_words(words: Tensor) -> Tensor:
 
 def unpack_words(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`pack_words`, from any dtype and device."""
-    data = packed.detach().cpu().to(torch.uint8).movedim(0, -1).contiguous()
+    # A copy, as what has one row and column counts as contiguous whatever its strides are.
+    data = packed.detach().cpu().to(torch.uint8).movedim(0, -1).clone(memory_format=torch.contiguous_format)
     return data.view(dtype).squeeze(-1)
 
 

@@ -263,6 +263,9 @@ def test_scores_of_one_block_are_saved_in_both_states() -> None:
     for _ in range(3):
         model(torch.ones(2, 8)).square().sum().backward()
         optimizer.step()
-    own = sparsifier(model)
-    assert own.weights["weight"].scores is not None
-    torch.save([optimizer.state_dict(), own.state_dict()], io.BytesIO())
+    scores, buffer = sparsifier(model).weights["weight"].scores, io.BytesIO()
+    assert scores is not None
+    torch.save([optimizer.state_dict(), sparsifier(model).state_dict()], buffer)
+    buffer.seek(0)
+    optimizer.load_state_dict(torch.load(buffer)[0])
+    assert torch.equal(sparsifier(model).weights["weight"].scores, scores)
