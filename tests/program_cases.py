@@ -144,7 +144,7 @@ others = st.one_of(
 
 
 @st.composite
-def programs(draw: st.DrawFn, modes: tuple[str, ...], most: int = 16) -> Program:
+def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int = 16) -> Program:
     mode = draw(st.sampled_from(modes))
     dtypes = (torch.float32, torch.float32, torch.float64, torch.bfloat16)
     net = draw(nets(random=mode == "plain", dtypes=dtypes))
@@ -162,5 +162,5 @@ def programs(draw: st.DrawFn, modes: tuple[str, ...], most: int = 16) -> Program
         draw(st.sampled_from(sorted(OPTIMIZERS))),
         draw(st.sampled_from(LAYOUTS)),
         draw(st.booleans()),
-        tuple(draw(st.lists(st.one_of(steps, steps, steps, others), min_size=3, max_size=most))),
+        tuple(draw(st.lists(st.one_of(steps, steps, steps, others), min_size=least, max_size=most))),
     )

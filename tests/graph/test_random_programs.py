@@ -16,7 +16,7 @@ _EXAMPLES = settings.default.max_examples if settings.default else 60
 
 
 @settings(max_examples=2 * _EXAMPLES)
-@given(programs(("plain",)))
+@given(programs(("plain",), least=10))
 def test_programs_in_eager_mode(program: Program) -> None:
     check_program(program)
 
