@@ -17,6 +17,7 @@ class StepClock:
     def __init__(self) -> None:
         self._stepped: set[str] = set()  # since the last complete training step
         self._late: set[str] = set()  # not stepped, though the training step was counted
+        self._idle: set[str] = set()  # stepped in an iteration that was counted with no gradient anywhere
         self._unowned: set[str] = set()  # with gradients that no optimizer steps, as far as is known
         self.missed = False
 
@@ -35,12 +36,18 @@ class StepClock:
         self._unowned -= names
         late = self._late & names
         self._late -= late
+        # Where all sparse weights are frozen nobody is waited for: the first optimizer's step was counted for all.
+        if not pending and self._idle and bool(names & self._idle) == nested:
+            self._idle |= names
+            return late
+        self._idle.clear()
         self._stepped |= names - late
         return late
 
     def failed(self, names: set[str], late: set[str]) -> None:
         """The step that :meth:`turn` announced has raised."""
         self._stepped -= names
+        self._idle -= names
         self._late |= late
 
     def waiting(self, pending: set[str]) -> set[str]:
@@ -55,5 +62,7 @@ class StepClock:
         """The training step is counted; returns the weights whose optimizer has not stepped yet."""
         found = pending - self._stepped
         self._late |= found
+        if not pending:
+            self._idle |= self._stepped
         self._stepped.clear()
         return found

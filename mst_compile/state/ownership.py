@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from mst_compile.blocks.shards import is_sharded
+
 from .weight import UNKNOWN, SparseWeight, bind
 
 _OWNED = "_mst_owned_weights"
@@ -45,3 +47,5 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
             bind(parameter, weight)
             weight.forget()
             weight.version, weight.follows = UNKNOWN, True
+            if not is_sharded(parameter) and not parameter.is_meta:
+                weight.look(parameter)  # values that fit the masks have none to bring: what is written later is no news

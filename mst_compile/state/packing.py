@@ -56,13 +56,16 @@ def unpack_progress(packed: Tensor) -> tuple[int, int]:
 
 
 def pack_words(words: Tensor) -> Tensor:
-    """The bytes of float32 or int32 ``[R, C]``: uint8 ``[4, R, C]``."""
-    return words.contiguous().view(torch.uint8).view(*words.shape, 4).movedim(-1, 0).contiguous()
+    """The bytes of float32 or int32 ``[R, C]``: uint8 ``[4, R, C]``, in memory of their own, also of one block:
+    ``torch.save`` refuses to write what two dtypes share."""
+    packed = words.contiguous().view(torch.uint8).view(*words.shape, 4).movedim(-1, 0)
+    return packed.clone(memory_format=torch.contiguous_format)
 
 
 def unpack_words(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`pack_words`, from any dtype and device."""
-    data = packed.detach().cpu().to(torch.uint8).movedim(0, -1).contiguous()
+    # A copy, as what has one row and column counts as contiguous whatever its strides are.
+    data = packed.detach().cpu().to(torch.uint8).movedim(0, -1).clone(memory_format=torch.contiguous_format)
     return data.view(dtype).squeeze(-1)
 
 

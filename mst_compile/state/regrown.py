@@ -103,7 +103,7 @@ def _write(
         if corrects:
             new = own_steps.stepped(optimizer, group, parameter, grid, young, old)
         if warms:
-            share = ((young.steps + 1) / length).clamp(max=1.0)
+            share = ((young.steps + 1).double() / length).clamp(max=1.0)
             new = old + young.spread(share, parameter, grid) * (new - old)
         young.put(parameter, grid, new)
     young.steps += 1

@@ -48,6 +48,7 @@ class _Turn:
         versions: of the Parameters, by name.
         first: whether the optimizer had no state of them.
         young: values of young blocks before it, by name.
+        written: frozen weights with values outside the active blocks, which stay, by name.
         told: whether its end has been seen.
     """
 
@@ -56,6 +57,7 @@ class _Turn:
     versions: dict[str, int]
     first: bool
     young: dict[str, Tensor]
+    written: set[str]
     told: bool = False
 
 
@@ -140,7 +142,8 @@ class Stepping:
         scores, versions = {w.name: w.scores for w, _ in own}, {w.name: p._version for w, p in own}
         first = not any(optimizer.state.get(p) for _, p in own)
         young = regrown.values_before(run.schedule, own)
-        turn = self._turns[step] = _Turn(late, scores, versions, first, young)
+        written = {w.name for w, p in own if not p.requires_grad and not (w.is_clean(p) or w.look(p))}
+        turn = self._turns[step] = _Turn(late, scores, versions, first, young, written)
         step.at_end(lambda failed: self._end(step, turn, failed))
         self._take_gradients(step, own)
 
@@ -245,6 +248,11 @@ class Stepping:
             if told and parameter._version == turn.versions.get(weight.name) and not is_sharded(parameter):
                 continue  # it was not stepped
             weight.moved = True
+            if weight.name in turn.written:
+                # By a gradient from before it was frozen; with L2, decay has entered the optimizer's state.
+                weight.forget()
+                self._run.optimizers.discard(optimizer)
+                continue
             kept = weight.is_dense or gradient is None or weight.is_masked(gradient)
             kept = kept and id(parameter) not in divided
             if not (known and kept):

@@ -304,3 +304,9 @@ def test_attention_is_a_value_too() -> None:
 def test_attention_is_said_once(more: dict[str, Any]) -> None:
     with pytest.raises(ScheduleError, match=next(iter(more))):
         MixedSparsity(100, attention=Attention("local"), **more)
+
+
+def test_gradient_steps_of_a_growth_that_reads_none() -> None:
+    """It was refused as more than the one step between events, whatever the interval."""
+    schedule = Constant(0.5, growth="random", gradient_steps=2, interval=2)
+    assert as_schedule(schedule) is schedule

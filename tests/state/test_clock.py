@@ -51,6 +51,20 @@ def test_a_step_counted_early_leaves_the_other_late() -> None:
     assert not clock.is_complete(ALL), "it did not begin another one"
 
 
+def test_optimizers_of_frozen_weights_complete_one_step_together() -> None:
+    clock = StepClock()
+    for _ in range(3):
+        clock.turn(A, set(), nested=False)
+        assert clock.is_complete(set())
+        clock.complete(set())
+        clock.turn(B, set(), nested=False)
+        assert not clock.is_complete(set()), "counted with the other's"
+    clock.turn(A, ALL, nested=False)
+    assert not clock.is_complete(ALL), "they train again"
+    clock.turn(B, ALL, nested=False)
+    assert clock.is_complete(ALL)
+
+
 def test_a_nested_step_is_no_second_turn() -> None:
     clock = StepClock()
     clock.turn(ALL, ALL, nested=False)

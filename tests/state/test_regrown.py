@@ -104,6 +104,20 @@ def test_adam_moves_by_its_learning_rate_from_the_first_step_on(warmup: int, blo
     assert own.step_count == 69
 
 
+def test_a_warm_up_in_float64_has_its_digits() -> None:
+    """A third of an update, not what float32 makes of a third."""
+    model = single(often(growth="random", interval=2, regrown="first estimate", regrown_warmup=3), dtype=torch.float64)
+    optimizer, first = torch.optim.SGD(model.parameters(), 1.0), element_masks(model)["weight"]
+    for step in range(3):
+        mask = element_masks(model)["weight"]
+        model.weight.grad = gradient_of(model, step)
+        optimizer.step()
+    grown = mask & ~first
+    exact = -model.weight.grad[grown] / 3
+    assert grown.any()
+    assert_within(model.weight.detach()[grown], exact, of_rounding(torch.float64, times=4) * exact.abs())
+
+
 class Lion(torch.optim.Optimizer):
     """No bias correction, and unknown: its update is a sign."""
 

@@ -160,6 +160,40 @@ def test_masks_follow_values_that_come_without_them() -> None:
         assert torch.equal(value, best[name]), "nothing was cut"
 
 
+def test_masks_do_not_follow_what_is_written_after_values_that_fit() -> None:
+    """A checkpoint of the very masks, and then noise on all weights: it is cut, and the masks stay."""
+    model, run, optimizer = start()
+    masks = sparsifier(model).masks
+    model.load_state_dict(model.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    _copy(model)
+    with pytest.warns(MSTWarning, match="outside the active blocks"):
+        train(run, optimizer)
+    assert all(torch.equal(mask, masks[name]) for name, mask in sparsifier(model).masks.items())
+
+
+def test_a_written_weight_that_is_frozen_with_its_gradient() -> None:
+    """The optimizer still steps it, by a gradient that is 0: what was written stays, and compiled calls see it. None of
+    it stays in the optimizer's state when the weight is trained again."""
+    model, run, _ = start()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2, weight_decay=0.1)
+    train(run, optimizer)
+    name, mask = next(iter(element_masks(model).items()))
+    loss_of(run, X).backward()
+    optimizer.zero_grad(set_to_none=False)
+    weight = model.get_parameter(name).requires_grad_(False)
+    _copy(model)
+    for _ in range(3):  # a new graph's first two calls look at the values
+        loss_of(run, X).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+    assert weight.detach()[~mask].any()
+    assert_reordered(run(X).detach(), model(X).detach(), 512)
+    weight.requires_grad_(True)
+    train(run, optimizer)
+    assert_zero_outside(model, optimizer)
+
+
 def test_a_dense_checkpoint_is_cut_when_it_is_trained_and_not_before() -> None:
     dense = Blocks()
     model, run, optimizer = start()

@@ -254,3 +254,18 @@ def test_plain_optimizers_say_what_they_always_said() -> None:
     with pytest.raises(ValueError, match="different number of parameter groups") as told:
         one.load_state_dict(two.state_dict())
     assert not isinstance(told.value, CheckpointError)
+
+
+def test_scores_of_one_block_are_saved_in_both_states() -> None:
+    """One file holds the optimizer's state and the sparsifier's: neither may be a view of the other's memory."""
+    model = sparsify(nn.Linear(8, 8), Constant(0.5, interval=4, gradient_steps=2), block=8, guard="none")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+    scores, buffer = sparsifier(model).weights["weight"].scores, io.BytesIO()
+    assert scores is not None
+    torch.save([optimizer.state_dict(), sparsifier(model).state_dict()], buffer)
+    buffer.seek(0)
+    optimizer.load_state_dict(torch.load(buffer)[0])
+    assert torch.equal(sparsifier(model).weights["weight"].scores, scores)

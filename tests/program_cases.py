@@ -1,0 +1,166 @@
+"""Training programs to draw: a model, a schedule, an optimizer, and what happens in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from net_cases import Net, nets
+from simulated_rules import Course, Law
+from torch import optim
+
+import mst_compile
+from mst_compile.schedule import GradualPruning
+
+Maker = Callable[[Any], optim.Optimizer]
+OPTIMIZERS: dict[str, Maker] = {
+    "sgd": lambda p: optim.SGD(p, 5e-2, weight_decay=0.1),
+    "momentum": lambda p: optim.SGD(p, 2e-2, momentum=0.9, weight_decay=0.1, foreach=True),
+    "nesterov": lambda p: optim.SGD(p, 2e-2, momentum=0.9, nesterov=True),
+    "adamw": lambda p: optim.AdamW(p, 1e-2, weight_decay=0.1, foreach=False),
+    "adamw foreach": lambda p: optim.AdamW(p, 1e-2, betas=(0.8, 0.95), foreach=True),
+    "adamw fused": lambda p: optim.AdamW(p, 1e-2, fused=True),
+    "adam amsgrad": lambda p: optim.Adam(p, 1e-2, amsgrad=True, weight_decay=0.1),
+    "adam maximize": lambda p: optim.Adam(p, 1e-2, maximize=True, weight_decay=0.1, decoupled_weight_decay=True),
+    "nadam": lambda p: optim.NAdam(p, 1e-2, weight_decay=0.1, decoupled_weight_decay=True),
+    "radam": lambda p: optim.RAdam(p, 1e-2, weight_decay=0.1),
+    "adamax": lambda p: optim.Adamax(p, 1e-2, weight_decay=0.1),
+    "adagrad": lambda p: optim.Adagrad(p, 1e-2, initial_accumulator_value=0.1, weight_decay=0.1),
+    "adadelta": lambda p: optim.Adadelta(p, 1.0, weight_decay=0.1),
+    "rmsprop": lambda p: optim.RMSprop(p, 1e-2, momentum=0.5, centered=True, weight_decay=0.1),
+}
+LAWS: dict[str, tuple[Law, Law]] = {
+    "none": ("none", "none"),
+    "default": (1.0, "independent"),
+    "root": (0.5, "independent"),
+    "graphcore": ("graphcore", "none"),
+    "function": (lambda d: 1 + d, 0.25),
+}
+LAYOUTS = ["one", "halves", "two optimizers", "param_groups", *(f"halves: {law}" for law in LAWS)]
+ORDERS = [  # in which the parts of a checkpoint are loaded
+    ("model", "optimizer"),
+    ("optimizer", "model"),
+    ("sparsifier", "optimizer", "model"),
+    ("model", "sparsifier", "optimizer"),
+    ("optimizer", "optimizer", "model", "sparsifier"),
+]
+Batch = tuple[int, int, int]  # seed, batch, length
+Op = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is trained, by which schedule and optimizer, in which mode, and what happens in turn.
+
+    Attributes:
+        mode: ``"plain"`` for eager mode, else what the compiled graph runs on: ``"eager"``, ``"aot_eager"``.
+        first: first masks, as ``sparsify`` has ``masks``.
+        own: sparsity and block of the first piece, if they are its own.
+        ops: names of :class:`Run`'s methods and their arguments.
+    """
+
+    net: Net
+    course: Course
+    mode: str = "plain"
+    block: int = 4
+    guard: str = "coverage"
+    first: str | None = "random"
+    rescale: bool = True
+    own: tuple[float | None, int | None] | None = None
+    optimizer: str = "adamw"
+    layout: str = "one"
+    warm: bool = False
+    ops: tuple[Op, ...] = ()
+
+
+def schedule_of(c: Course) -> mst_compile.Schedule:
+    """The library's schedule of the same numbers."""
+    common: dict[str, Any] = {
+        "interval": c.interval, "growth": c.growth, "drop_fraction": c.drop, "distribution": c.distribution,
+        "magnitude": c.magnitude, "regrown": c.regrown, "regrown_warmup": c.regrown_warmup,
+        "gradient_steps": c.gradient_steps,
+    }  # fmt: skip
+    if c.kind == "constant":
+        return mst_compile.Constant(c.sparsity, total_steps=c.total, **common)
+    assert c.total is not None
+    if c.kind == "pruning":
+        return GradualPruning(c.total, c.sparsity, c.initial, c.first, c.last, **common)
+    initial = c.initial if c.warmup else None
+    lengths = {"warmup": c.warmup, "restoration": c.restoration, "settle": c.settle, "ramp_interval": c.ramp}
+    return mst_compile.MixedSparsity(c.total, c.sparsity, initial_sparsity=initial, **lengths, **common)
+
+
+@st.composite
+def courses(draw: st.DrawFn) -> Course:
+    kind = draw(st.sampled_from(["constant", "constant", "mixed", "pruning"]))
+    interval = draw(st.integers(1, 3))
+    common: dict[str, Any] = {
+        "sparsity": draw(st.sampled_from([0.5, 0.7, 0.85])),
+        "interval": interval,
+        "growth": draw(st.sampled_from(["mixed", "gradient", "random", "none"])),
+        "gradient_steps": draw(st.integers(1, interval)),
+        "drop": draw(st.sampled_from([0.2, 0.4])),
+        "distribution": draw(st.sampled_from(["erdos-renyi", "uniform"])),
+        "magnitude": draw(st.sampled_from(["l2", "l2", "l1"])),
+        "regrown": draw(st.sampled_from(["first estimate", "own steps"])),
+        "regrown_warmup": draw(st.sampled_from([0, 0, 3])),
+    }
+    total = draw(st.integers(8, 14))
+    if kind == "constant":
+        return Course(kind, total=draw(st.sampled_from([None, total])), **common)
+    if kind == "pruning":
+        first = draw(st.integers(0, 2))
+        common |= {
+            "first": first,
+            "last": first + draw(st.integers(1, 4)),
+            "initial": draw(st.sampled_from([0.0, 0.4])),
+        }
+        return Course(kind, total=total, **common)
+    common |= {"warmup": draw(st.integers(0, 2)), "restoration": draw(st.integers(0, 3))}
+    common |= {"settle": draw(st.integers(0, 2)), "ramp": draw(st.integers(1, 2))}
+    return Course(kind, total=total, **common)
+
+
+# Sizes of 1 are graphs of their own, of which Dynamo makes eight at most.
+batches = st.tuples(st.integers(0, 99), st.sampled_from([2, 3, 3, 1]), st.sampled_from([3, 4, 4, 1]))
+steps = st.tuples(
+    st.just("step"),
+    st.lists(batches, min_size=1, max_size=2).map(tuple),
+    st.sampled_from(["", "", "norm", "value"]),
+    st.sampled_from(["none", "none", "zero", "keep"]),
+)
+others = st.one_of(
+    st.tuples(st.just("closure"), batches),
+    st.tuples(st.just("skip"), batches),
+    st.tuples(st.just("evaluate"), batches, st.booleans()),
+    st.tuples(st.just("freeze"), st.integers(0, 9), st.booleans()),
+    st.tuples(st.just("resume"), st.sampled_from(ORDERS)),
+    st.tuples(st.just("averaged"), batches),
+    *(st.tuples(st.just(name)) for name in ("turn", "rest", "write", "round_trip", "copy", "densify")),
+)
+
+
+@st.composite
+def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int = 16) -> Program:
+    mode = draw(st.sampled_from(modes))
+    dtypes = (torch.float32, torch.float32, torch.float64, torch.bfloat16)
+    net = draw(nets(random=mode == "plain", dtypes=dtypes))
+    return Program(
+        net,
+        draw(courses()),
+        mode,
+        draw(st.sampled_from([1, 2, 4, 8, 16, 32])),
+        draw(st.sampled_from(["coverage", "coverage", "backbone", "none"])),
+        draw(st.sampled_from(["random", "magnitude"])),
+        draw(st.booleans()),
+        draw(st.sampled_from([None, None, (0.3, None), (0.8, 2), (None, 4)]))
+        if net.every and net.pieces[0] != "shared"
+        else None,
+        draw(st.sampled_from(sorted(OPTIMIZERS))),
+        draw(st.sampled_from(LAYOUTS)),
+        draw(st.booleans()),
+        tuple(draw(st.lists(st.one_of(steps, steps, steps, others), min_size=least, max_size=most))),
+    )

@@ -1,0 +1,295 @@
+"""What docs/guide.md says of schedules, densities over layers, events and laws of the rate, written down once more.
+
+Nothing of the library is imported; :mod:`simulation` says what that is for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from oracles import block_sums, of_sum
+from torch import Tensor
+
+Law = float | str | Callable[[float], float]
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Course:
+    """A schedule, by its numbers: ``"constant"``, ``"mixed"`` (warm-up, plateau, restoration) or ``"pruning"``.
+
+    Attributes:
+        total: steps of the run; of a constant one None, or three quarters of it have events.
+        first, last: steps at which pruning begins and ends.
+    """
+
+    kind: str = "constant"
+    sparsity: float = 0.6
+    interval: int = 3
+    growth: str = "mixed"
+    gradient_steps: int = 1
+    drop: float = 0.3
+    total: int | None = None
+    warmup: int = 0
+    restoration: int = 0
+    settle: int = 0
+    ramp: int = 1
+    initial: float = 0.0
+    first: int = 0
+    last: int = 1
+    distribution: str = "erdos-renyi"
+    magnitude: str = "l2"
+    regrown: str = "first estimate"
+    regrown_warmup: int = 0
+
+    @property
+    def moves(self) -> bool:
+        return self.growth != "none"
+
+    @property
+    def share(self) -> float:
+        """Of growth by gradient."""
+        return {"mixed": 0.75, "gradient": 1.0}.get(self.growth, 0.0)
+
+    def sparsity_at(self, step: int) -> float:
+        if self.kind == "constant":
+            return self.sparsity
+        assert self.total is not None
+        if self.kind == "pruning":
+            left = min(1.0, max(0.0, 1 - (step - self.first) / (self.last - self.first)))
+            return self.sparsity - (self.sparsity - self.initial) * left**3
+        end = self.total - self.settle
+        if step >= end:
+            return 0.0
+        if step > end - self.restoration:
+            return self.sparsity * (1 - ((step - end + self.restoration) / self.restoration) ** 3)
+        if step >= self.warmup:
+            return self.sparsity
+        return self.sparsity - (self.sparsity - self.initial) * (1 - step / self.warmup) ** 3
+
+    def is_event(self, step: int) -> bool:
+        if step < 1:
+            return False
+        if self.kind == "constant":
+            until = math.inf if self.total is None else int(0.75 * self.total)
+            return self.moves and step <= until and step % self.interval == 0
+        assert self.total is not None
+        if self.kind == "pruning":
+            regular = step >= self.first and (step - self.first) % self.interval == 0
+            if step > self.last:
+                return self.moves and regular and step < self.total
+            return step == self.last or regular
+        end = self.total - self.settle
+        if step > end or step in (self.warmup, end):
+            return step <= end
+        if step < self.warmup:
+            return step % self.ramp == 0
+        if step > end - self.restoration:
+            return (end - step) % self.ramp == 0
+        return self.moves and (step - self.warmup) % self.interval == 0
+
+    def drop_at(self, step: int) -> float:
+        if not self.moves:
+            return 0.0
+        if self.kind == "constant":
+            end = None if self.total is None else int(0.75 * self.total)
+        else:
+            assert self.total is not None
+            end = self.total if self.kind == "pruning" else self.total - self.settle - self.restoration
+        if end is None:
+            return self.drop
+        return 0.0 if step >= end else self.drop * math.cos(math.pi * step / max(1, end) / 2) ** 2
+
+    def dense_after(self, step: int) -> bool:
+        """Whether the step that follows ``step`` others computes gradients that an event will grow by."""
+        if self.share == 0.0:
+            return False
+        ahead = range(step + 1, step + 1 + self.gradient_steps)
+        return any(self.is_event(s) and self.sparsity_at(s) > 0 for s in ahead)
+
+    def densities(self, step: int, weights: Mapping[str, Fact]) -> dict[str, float]:
+        """Of each weight: the schedule's over those without a sparsity of their own, by their elements."""
+        sparsity = self.sparsity_at(step)
+        highest = self.sparsity
+        found = {
+            n: 1 - w.sparsity * (sparsity / highest if highest else 0.0)
+            for n, w in weights.items()
+            if w.sparsity is not None
+        }
+        free = {n: w for n, w in weights.items() if n not in found}
+        if self.distribution == "uniform":
+            return found | dict.fromkeys(free, 1 - sparsity)
+        raw = {n: (w.rows + w.cols) / (w.rows * w.cols) for n, w in free.items()}
+        size = {n: w.rows * w.cols for n, w in free.items()}
+
+        def spent(scale: float) -> float:
+            return sum(min(1.0, scale * raw[n]) * size[n] for n in free)
+
+        low, high, wanted = 0.0, 1 / min(raw.values(), default=1.0), (1 - sparsity) * sum(size.values())
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if spent(middle) < wanted else (low, middle)
+        return found | {n: min(1.0, high * raw[n]) for n in free}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One sparse weight, as the run has it: its shape, the edge of its blocks, its own sparsity, what guards it."""
+
+    rows: int
+    cols: int
+    block: int
+    sparsity: float | None = None
+    guard: str = "coverage"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return -(-self.rows // self.block), -(-self.cols // self.block)
+
+    def counts(self, density: float) -> set[int]:
+        """Numbers of active blocks; each row and column must have one where they are guarded."""
+        blocks = self.shape[0] * self.shape[1]
+        least = max(self.shape) if self.guard != "none" else 1
+        return {min(blocks, max(least, n)) for n in rounded(density * blocks)}
+
+    def expand(self, blocks: Tensor) -> Tensor:
+        """Of blocks to elements."""
+        ones = np.ones((self.block, self.block), dtype=blocks.numpy().dtype)
+        return torch.from_numpy(np.kron(blocks.numpy(), ones)[: self.rows, : self.cols].copy())
+
+    def means(self, elements: Tensor) -> Tensor:
+        """Mean of the elements of each block, float64."""
+        return block_sums(elements, self.block) / block_sums(torch.ones(self.rows, self.cols), self.block)
+
+    @property
+    def error(self) -> float:
+        """Relative, of the sum over a block in float32."""
+        return of_sum(self.block**2, beside=8)
+
+
+# -- what an event may do ----------------------------------------------------------------------------------------------
+
+
+class Interval(NamedTuple):
+    """Scores of blocks, and how far others' may be from them."""
+
+    least: Tensor
+    most: Tensor
+
+
+def _count(a: Tensor, b: Tensor, among: Tensor, *, equal: bool = False) -> Tensor:
+    """How many of ``b``'s blocks ``among`` are above each of ``a``'s, or ``equal`` to it."""
+    compare = torch.ge if equal else torch.gt
+    return compare(b[among][None, :], a.flatten()[:, None]).sum(1).view(a.shape)
+
+
+def _largest_other(scores: Tensor, dim: int) -> Tensor:
+    """For each block the largest of the others in its line."""
+    top = scores.topk(min(2, scores.shape[dim]), dim).values
+    first, second = top.select(dim, 0), top.select(dim, -1) if top.shape[dim] == 2 else top.select(dim, 0) - torch.inf
+    is_first = torch.zeros_like(scores, dtype=torch.bool).scatter_(dim, scores.argmax(dim, keepdim=True), True)
+    return torch.where(is_first, second.unsqueeze(dim), first.unsqueeze(dim))
+
+
+def _guarded(fact: Fact, mask: Tensor, scores: Interval) -> tuple[Tensor, Tensor]:
+    """The blocks that may not be dropped, surely and possibly."""
+    rows, cols = fact.shape
+    none = torch.zeros(fact.shape, dtype=torch.bool)
+    if fact.guard == "none":
+        return none, none
+    if fact.guard == "backbone":
+        for i in range(max(rows, cols)):
+            none[i % rows, i % cols] = True
+        return none, none
+    least, most = (score.masked_fill(~mask, -torch.inf) for score in scores)
+    surely = (least > _largest_other(most, 0)) | (least > _largest_other(most, 1))
+    possibly = (most >= _largest_other(least, 0)) | (most >= _largest_other(least, 1))
+    return surely & mask, possibly & mask
+
+
+def rounded(value: float) -> set[int]:
+    """The nearest whole number; both, where they are equally near up to the roundings of how ``value`` was computed."""
+    return {round(value * (1 - 1e-12)), round(value * (1 + 1e-12))}
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an event has to go by: the mask before it and after it, magnitudes, and growth scores if any were read."""
+
+    step: int
+    density: float
+    old: Tensor
+    new: Tensor
+    weight: Interval
+    gradient: Interval | None
+
+
+def check_event(fact: Fact, course: Course, event: Event) -> None:
+    """An event has turned one mask into another: by the numbers of the schedule, at the cost of the smallest blocks, in
+    favour of those with the largest gradients."""
+    active = int(event.old.sum())
+    share = course.drop_at(event.step) if event.density < 1 else 0.0
+    problems: list[AssertionError] = []
+    for count in fact.counts(event.density):
+        prunes = course.kind == "pruning" and count < active
+        for leave in rounded(active - count + share * count if prunes else share * active):
+            try:
+                _check_numbers(fact, course, event, share, count, leave)
+            except AssertionError as problem:
+                problems.append(problem)
+            else:
+                return
+    raise problems[0]
+
+
+def _check_numbers(fact: Fact, course: Course, event: Event, share: float, count: int, leave: int) -> None:
+    """As :func:`check_event`, with ``count`` blocks after it, of which ``leave`` active ones make way at least."""
+    old, new, weight, gradient = event.old, event.new, event.weight, event.gradient
+    active = int(old.sum())
+    if count == old.numel():
+        assert new.all(), "everything grows"
+        return
+    if leave == 0 and count == active:
+        assert torch.equal(old, new), "nothing moves"
+        return
+    surely, possibly = _guarded(fact, old, weight) if share > 0 or count < active else (old, old)
+    if not torch.equal(surely, possibly):  # ties: which of two equal blocks stays is not said
+        assert count <= int(new.sum()) <= max(count, active)
+        return
+    guarded = surely & old
+    leave = min(max(leave, active - count), active - int(guarded.sum()))
+    loose = old & ~guarded
+    smaller = _count(-weight.least, -weight.most, loose)  # of loose blocks, surely smaller
+    stays = guarded | (loose & (smaller >= leave))
+    assert not (stays & ~new).any(), "a block was dropped of which others are smaller, or that is guarded"
+    rivals = _count(-weight.most, -weight.least, loose, equal=True) - 1  # possibly as small, itself left out
+    leaves = loose & (rivals < leave)
+    wanted = max(0, count - (active - leave))
+    assert int(new.sum()) == active - leave + wanted, f"{int(new.sum())} blocks, wanted {active - leave + wanted}"
+    if int(leaves.sum()) != leave or gradient is None:
+        return
+    inactive = ~(old & ~leaves)
+    by_gradient, grown = round(wanted * course.share), new & inactive
+    rivals = _count(gradient.least, gradient.most, inactive, equal=True) - 1
+    assert not (inactive & (rivals < by_gradient) & ~grown).any(), "growth has passed over a large gradient"
+    if by_gradient == wanted:
+        larger = _count(gradient.most, gradient.least, inactive)
+        assert not (grown & (larger >= by_gradient)).any(), "growth has taken a small gradient"
+
+
+# -- laws --------------------------------------------------------------------------------------------------------------
+
+
+def factor(law: Law, density: float) -> float:
+    if callable(law):
+        return law(density)
+    if law == "graphcore":
+        return math.exp(1.969 * (1 - density) ** 2 + 0.2905 * (1 - density))
+    return 1.0 if law == "none" else density ** -float(law)

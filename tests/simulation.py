@@ -1,0 +1,309 @@
+"""Masked training in plain PyTorch, written from the documentation: what a sparse run must come to, step by step.
+
+A :class:`Simulation` trains an ordinary dense model with PyTorch's own optimizers and multiplies by masks where
+docs/guide.md says that something is 0. It imports nothing of the library: no masks, grids, schedules, laws, hooks,
+state or operators of it. Schedules, densities over layers, what an event may do, the beginning of second moments, steps
+of blocks of their own and the laws of rate and decay are written down here once more, the plainest way. From the run
+that it is held against it takes what the documentation leaves open: the edge of each weight's blocks, and the masks
+themselves, each of which is checked against the rules before it is taken over.
+
+Both do the same arithmetic in the same dtype, so they are the same bit for bit, with one exception: values of blocks
+that have just regrown, for which the library has arithmetic of its own. These are :class:`Near`: computed here in
+float64, compared by a bound, and then taken over, so that all that follows is exact again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from oracles import of_rounding, of_sum
+from simulated_rules import Course, Event, Fact, Interval, Law, check_event, factor
+from torch import Tensor, nn, optim
+
+SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
+OWN_COUNTS = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax)
+NORMALISED = (optim.Adam, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.RMSprop)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Near:
+    """Elements of a weight and of its state that are known by a bound: exact values, and how far others may be off."""
+
+    where: Tensor
+    exact: dict[str, Tensor] = field(default_factory=dict)
+    allowed: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Block:
+    """A block that has regrown, as a Parameter of its own."""
+
+    parameter: nn.Parameter
+    optimizer: optim.Optimizer | None
+    steps: int = 0
+
+
+@dataclass
+class Part:
+    """An optimizer of the run: PyTorch's own on the plain model, what makes another, and the laws of its groups."""
+
+    optimizer: optim.Optimizer
+    make: Callable[[list[nn.Parameter]], optim.Optimizer]
+    laws: list[tuple[Law, Law] | None]
+
+    def group_of(self, parameter: Tensor) -> dict[str, Any]:
+        return next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+
+class Simulation:
+    """Trains ``model``, a plain one, as a sparse model of the same values must train.
+
+    Attributes:
+        near: what the last step has left that is known by a bound, by weight.
+    """
+
+    def __init__(self, model: nn.Module, course: Course, weights: dict[str, Fact], parts: list[Part]) -> None:
+        self.model, self.course, self.weights, self.parts = model, course, weights, parts
+        named = dict(model.named_parameters(remove_duplicate=False))
+        self.parameters = {name: named[name] for name in weights}
+        self.masks = {name: torch.ones(w.shape, dtype=torch.bool) for name, w in weights.items()}
+        self.count, self.sparse = 0, True
+        self.grown: dict[str, Tensor] = {}
+        self.blocks: dict[str, dict[tuple[int, int], Block]] = {name: {} for name in weights}
+        self.scores: dict[str, Tensor] = {}
+        self.trained: set[str] = set()
+        self.near: dict[str, Near] = {}
+        self.dense = course.dense_after(0)
+        self._masked: dict[str, tuple[Tensor, int]] = {}
+
+    # -- masks --
+
+    def outside(self, name: str) -> Tensor:
+        return self.weights[name].expand(~self.masks[name])
+
+    def begin(self, masks: Mapping[str, Tensor], rescale: bool) -> None:
+        """The first masks; with ``rescale`` what stays grows by the square root of the density's inverse."""
+        densities = self.course.densities(0, self.weights)
+        for name, mask in masks.items():
+            assert int(mask.sum()) in self.weights[name].counts(densities[name]), f"{name}: blocks of the first mask"
+            self.masks[name] = mask
+            p = self.parameters[name]
+            with torch.no_grad():
+                p.masked_fill_(self.outside(name), 0.0)
+                if rescale:
+                    p.mul_(self.density([name]) ** -0.5)
+
+    def density(self, names: Iterable[str]) -> float:
+        inside = [(int((~self.outside(n)).sum()), self.outside(n).numel()) for n in names]
+        return sum(a for a, _ in inside) / sum(b for _, b in inside)
+
+    def mask_gradients(self) -> None:
+        """After a backward pass."""
+        for name, p in self.parameters.items():
+            if self.sparse and not self.dense and p.grad is not None:
+                self._mask(name, p)
+
+    def _mask(self, name: str, p: nn.Parameter) -> None:
+        assert p.grad is not None
+        p.grad.masked_fill_(self.outside(name), 0.0)
+        self._masked[name] = p.grad, p.grad._version
+
+    def _clean(self, tensors: Iterable[Tensor], name: str) -> None:
+        for tensor in tensors:
+            if tensor.shape == self.parameters[name].shape:
+                tensor.detach().masked_fill_(self.outside(name), 0.0)
+
+    def _state(self, name: str) -> list[Tensor]:
+        p = self.parameters[name]
+        return [t for part in self.parts for t in part.optimizer.state.get(p, {}).values() if isinstance(t, Tensor)]
+
+    # -- steps --
+
+    def _own(self, part: Part) -> list[str]:
+        known = {id(p) for group in part.optimizer.param_groups for p in group["params"]}
+        return [n for n, p in self.parameters.items() if id(p) in known] if self.sparse else []
+
+    def settle(self, part: Part) -> None:
+        """An optimizer begins to step: what was written outside the masks is cut, and what it remembers there."""
+        for name in self._own(part):
+            if self.parameters[name].requires_grad:
+                self._clean([self.parameters[name]], name)
+            self._clean(self._state(name), name)
+
+    def step(self, part: Part) -> None:
+        """One optimizer's step."""
+        self.settle(part)
+        own, before = self._own(part), {}
+        self.near = {n: near for n, near in self.near.items() if n not in own}
+        for name in own:
+            self._prepare(part, name)
+            before[name] = self.parameters[name].detach().clone()
+        scaled = self._scaled(part)
+        old = [{key: g[key] for key in s} for g, s in zip(part.optimizer.param_groups, scaled, strict=True)]
+        for group, new in zip(part.optimizer.param_groups, scaled, strict=True):
+            group.update(new)
+        part.optimizer.step()
+        for name in own:
+            self._finish(part, name, before[name])
+        for group, values in zip(part.optimizer.param_groups, old, strict=True):
+            group.update(values)
+
+    def _scaled(self, part: Part) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for group, laws in zip(part.optimizer.param_groups, part.laws, strict=True):
+            inside = [n for n, p in self.parameters.items() if any(p is q for q in group["params"])]
+            if not self.sparse or laws is None or not inside:
+                found.append({})
+                continue
+            density = self.density(inside)
+            rate = factor(laws[0], density)
+            by_rate = group.get("decoupled_weight_decay")
+            if by_rate is None:
+                by_rate = not isinstance(part.optimizer, NORMALISED)
+            decay = (1 / rate if by_rate else 1.0) if laws[1] == "independent" else factor(laws[1], density)
+            found.append({"lr": group["lr"] * rate, "weight_decay": group["weight_decay"] * decay})
+        return found
+
+    def _prepare(self, part: Part, name: str) -> None:
+        """Before the update: growth reads the gradient, which is then masked; regrown blocks' moments begin."""
+        p, fact = self.parameters[name], self.weights[name]
+        if p.grad is None:
+            return
+        known = self._masked.get(name)
+        if self.dense and not (known is not None and known[0] is p.grad and known[1] == p.grad._version):
+            score = fact.means(p.grad.double().square())
+            self.scores[name] = self.scores.get(name, 0) + score  # type: ignore[operator]
+        self._mask(name, p)
+        if name not in self.grown or (self.course.regrown == "own steps" and type(part.optimizer) in OWN_COUNTS):
+            return
+        square = p.grad.double().square()
+        grown = self.grown[name]
+        means = fact.means(square)
+        if fact.block < 4:
+            means = torch.full_like(means, float(means[grown].mean()))
+        state, where, group = part.optimizer.state.get(p, {}), fact.expand(grown), part.group_of(p)
+        for key in SECOND_MOMENTS:
+            if key in state:
+                share = 1 - float(group["betas"][1]) ** (float(state["step"]) + 1) if "betas" in group else 1.0
+                begun = torch.maximum(square, fact.expand(means)) * share
+                state[key].copy_(torch.where(where, begun, state[key].double()))
+                self.near.setdefault(name, Near(where)).exact[key] = torch.empty(0)
+
+    def _finish(self, part: Part, name: str, before: Tensor) -> None:
+        """After the update: what regrown blocks have come to."""
+        p, fact = self.parameters[name], self.weights[name]
+        if p.grad is None:
+            return
+        self.trained.add(name)
+        if name in self.near:
+            self._bound_second_moments(part, name, before)
+        for place in self.grown.pop(name, torch.zeros(0, 2)).nonzero().tolist() if p.requires_grad else ():
+            own = self.course.regrown == "own steps" and type(part.optimizer) in OWN_COUNTS
+            r, c = (slice(i * fact.block, (i + 1) * fact.block) for i in place)
+            mine = nn.Parameter(before[r, c].double().clone())
+            self.blocks[name][place[0], place[1]] = Block(mine, part.make([mine]) if own else None)
+        self.grown.pop(name, None)
+        for place, block in self.blocks[name].items():
+            self._step_block(part, name, place, block, before)
+
+    def _bound_second_moments(self, part: Part, name: str, before: Tensor) -> None:
+        p, near, fact = self.parameters[name], self.near[name], self.weights[name]
+        terms = fact.block**2 if fact.block >= 4 else p.numel()
+        relative = of_sum(terms, beside=8) + of_rounding(p.dtype, times=4)
+        state = part.optimizer.state[p]
+        near.exact = {
+            k: state[k].double() for k in [*near.exact, "max_exp_avg_sq", "acc_delta", "momentum_buffer"] if k in state
+        }
+        near.allowed = {k: v.abs() * relative for k, v in near.exact.items()}
+        near.exact[""] = p.detach().double()
+        moved = (near.exact[""] - before.double()).abs()
+        near.allowed[""] = moved * relative + of_rounding(p.dtype, times=4) * (near.exact[""].abs() + moved)
+
+    def _step_block(self, part: Part, name: str, place: tuple[int, int], block: Block, before: Tensor) -> None:
+        p, fact, length = self.parameters[name], self.weights[name], self.course.regrown_warmup
+        r, c = (slice(i * fact.block, (i + 1) * fact.block) for i in place)
+        block.steps += 1
+        old, assumed = before[r, c].double(), p.detach()[r, c].double()
+        if block.optimizer is not None:
+            assert p.grad is not None
+            group = part.group_of(p)
+            block.optimizer.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
+            block.parameter.data.copy_(old)
+            block.parameter.grad = p.grad[r, c].double().clone()
+            block.optimizer.step()
+            assumed = block.parameter.detach().clone()
+        warms = length > 1 and block.steps < length
+        if block.optimizer is None and not warms:
+            return
+        size = float((assumed - old).abs().max()) + float(old.abs().max())
+        new = old + (block.steps / length if warms else 1.0) * (assumed - old)
+        near = self.near.setdefault(name, Near(torch.zeros(p.shape, dtype=torch.bool)))
+        if "" not in near.exact:
+            near.exact[""], near.allowed[""] = p.detach().double(), torch.zeros(p.shape, dtype=torch.float64)
+        known = near.allowed[""][r, c] if block.optimizer is None else 0.0
+        near.where = near.where.clone()
+        near.where[r, c] = True
+        near.exact[""][r, c] = new
+        near.allowed[""][r, c] = known + of_rounding(p.dtype, times=16 * (block.steps + 1)) * (size + 1e-6)
+        p.data[r, c] = new.to(p.dtype)
+
+    # -- a training step is complete --
+
+    def complete(self, masks: Mapping[str, Tensor]) -> None:
+        """All optimizers have stepped; ``masks`` are the run's now."""
+        self.trained |= {n for n, p in self.parameters.items() if p.grad is not None}
+        if not self.sparse:
+            return
+        self.count += 1
+        event = self.course.is_event(self.count)
+        densities = self.course.densities(self.count, self.weights)
+        for name in self.weights:
+            frozen = not self.parameters[name].requires_grad
+            idle = bool(self.trained) and name not in self.trained
+            if not event or frozen or idle:
+                assert torch.equal(masks[name], self.masks[name]), f"{name}: masks stay at step {self.count}"
+                continue
+            self._clean([self.parameters[name]], name)
+            try:
+                self._check(name, densities[name], masks[name])
+            except AssertionError as error:
+                raise AssertionError(f"{name}, event at step {self.count}: {error}") from error
+            self._change(name, masks[name].clone())
+        if event:
+            self.scores, self.trained = {}, set()
+        self.dense = self.course.dense_after(self.count)
+
+    def _check(self, name: str, density: float, new: Tensor) -> None:
+        fact, p = self.weights[name], self.parameters[name]
+        near = self.near.get(name)
+        a = torch.zeros(p.shape, dtype=torch.float64)
+        if near is not None and "" in near.allowed:
+            a = torch.where(near.where, near.allowed[""], a)
+        x = p.detach().double().abs()
+        l1 = self.course.magnitude == "l1"
+        scores, off = (x, a) if l1 else (x.square(), 2 * x * a + a.square())
+        mean, error = fact.means(scores), fact.means(off) + fact.error * fact.means(scores)
+        gradient = self.scores.get(name)
+        magnitudes = Interval(mean - error, mean + error)
+        scores_ = None if gradient is None else Interval(gradient * (1 - fact.error), gradient * (1 + fact.error))
+        check_event(fact, self.course, Event(self.count, density, self.masks[name], new, magnitudes, scores_))
+
+    def _change(self, name: str, new: Tensor) -> None:
+        old, p = self.masks[name], self.parameters[name]
+        grown = (new & ~old) | (self.grown.get(name, torch.zeros_like(new)) & new)
+        self.masks[name] = new
+        if grown.any():
+            self.grown[name] = grown
+        self.blocks[name] = {place: b for place, b in self.blocks[name].items() if new[place]}
+        if not torch.equal(old, new):
+            self._clean([p, *([] if p.grad is None else [p.grad]), *self._state(name)], name)
+
+    def densify(self) -> None:
+        """The model is an ordinary one from now on."""
+        self.sparse, self.dense, self.near = False, False, {}
