@@ -134,6 +134,8 @@ def _replaced(part: Part, name: str, weight: SparseWeight, parameter: nn.Paramet
         except AttributeError:
             return _dense(name, None, "-", f"gone from the model; {was}")
         value, kind = _weight_in(there, weight.name.rpartition(".")[2]), type(there).__name__
+        if value is not None and of(value) is weight:
+            return None  # another module, as for quantization-aware training, that holds the same Parameter
         if is_quantised(value):
             return _dense(name, value, "quantised", f"replaced by {kind} ({_kind(value)}): dense products, zeros kept")
         return _dense(name, value, "dense", f"replaced by a module {kind}, not a sparse one; {was}: {advice}")

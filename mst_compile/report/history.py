@@ -197,7 +197,7 @@ def telling(shapes: Mapping[str, Sequence[int]]) -> list[str]:
 
 def pack(snapshot: Snapshot) -> dict[str, Any]:
     """A record of masks: eight blocks a byte, the first in the lowest bit, in base64."""
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128])
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device="cpu")
     masks = {}
     for name, mask in snapshot.masks.items():
         bits = torch.nn.functional.pad(mask.flatten().long(), (0, -mask.numel() % 8)).view(-1, 8)
@@ -211,7 +211,7 @@ def unpack(record: Mapping[str, Any]) -> Snapshot:
     masks = {}
     for name, found in record["masks"].items():
         rows, cols = found["shape"]
-        data = torch.tensor(list(base64.b64decode(found["bits"])), dtype=torch.long)
-        bits = (data[:, None] >> torch.arange(8)) & 1
+        data = torch.tensor(list(base64.b64decode(found["bits"])), dtype=torch.long, device="cpu")
+        bits = (data[:, None] >> torch.arange(8, device="cpu")) & 1
         masks[name] = bits.flatten()[: rows * cols].view(rows, cols).bool()
     return Snapshot(int(record["step"]), str(record["phase"]), masks)

@@ -23,6 +23,7 @@ from mst_compile.state.listeners import TopologyEvent
 from mst_compile.state.sparsifier import Part, parts_of
 
 from . import files, history, sinks
+from .claim import Claim
 from .clock import Clock
 from .history import Snapshot
 from .machine import machine
@@ -77,7 +78,8 @@ class Recorder:
         ForecastError: so is one for the meter.
         ModelError: ``model`` is no module.
         RecordError: ``folder`` holds a run, and this one is at step 0, or of a model of another size; or what is there
-            cannot be read.
+            cannot be read; or a Recorder of another process is writing there. One of this process that was not closed
+            hands the folder over, and raises this error when it is used again.
         MissingPackageError: ``tensorboard`` or ``wandb`` was asked for and is not installed.
     """
 
@@ -155,6 +157,8 @@ class Recorder:
         """
         if self._closed:
             raise RecordError("the recorder was closed; make a new one to go on")
+        if self._writes:
+            self._claim.check()
         taken = self._taken(step)
         recorded = taken // self._every > self.step // self._every or not self._rows
         given = {"loss": loss, **scalars} if recorded and self._writes else {}
@@ -196,6 +200,7 @@ class Recorder:
         """
         check_instance("text", text, str, "a text")
         if self._writes:
+            self._claim.check()
             files.replace(self.folder / history.SAMPLE, text)
 
     def draw(self) -> list[Path]:
@@ -217,6 +222,7 @@ class Recorder:
             handle.remove()
         if self._writes:
             self._snapshot()
+            self._claim.release()
             written: list[Any] = [self._scalars, self._table, self._events, self._masks]
             for each in [*written, *self._sinks]:
                 each.close()
@@ -323,7 +329,7 @@ class Recorder:
         total = total or max(known, default=None)
         phases = schedules[0].phases(total) if len(schedules) == 1 and total else []
         self._moments = {edge for _, a, b in phases for edge in (a + (b - a) * 3 // 4, b)}
-        first = next(self._model.parameters(), torch.empty(0))
+        first = next(self._model.parameters(), torch.empty(0, device="cpu"))
         plain = getattr(self._model, "_orig_mod", self._model)
         about = {
             "format": history.FORMAT,
@@ -381,6 +387,12 @@ class Recorder:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArgumentError(f"folder {str(self.folder)!r} cannot be made: {error.strerror or error}") from error
+        try:
+            self._claim = Claim(self.folder)
+        except RecordError:
+            for sink in found:
+                sink.close()
+            raise
         for name in FILES if not before else ():
             (self.folder / name).unlink(missing_ok=True)
         self._about_now = about | ({"wandb": identity} if identity else {})

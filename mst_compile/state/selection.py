@@ -181,13 +181,21 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
         names.setdefault(id(parameter), []).append(name)
     hit: set[str] = set()
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.UninitializedParameter):
-            raise WeightError(f"{name} is not initialised yet (lazy module): run one forward pass before sparsify")
         aliases = names[id(parameter)]
         for pattern in (include or []) + (exclude or []):
             if any(_matches(alias, [pattern]) for alias in aliases):
                 hit.add(pattern)
         named = include is not None and any(_matches(alias, include) for alias in aliases)
+        if isinstance(parameter, nn.UninitializedParameter):
+            wanted = named if include is not None else id(parameter) in linear
+            if wanted and not any(_matches(alias, exclude or []) for alias in aliases):
+                raise WeightError(
+                    f"{name} is not initialised yet (lazy module): run one forward pass before sparsify, or leave it "
+                    "dense with exclude"
+                )
+            if id(parameter) in linear:
+                selection.skipped[name] = "in exclude" if wanted else "not in include"
+            continue
         if not (named if include is not None else id(parameter) in linear) or parameter.dim() != 2:
             if id(parameter) in linear:
                 selection.skipped[name] = "not in include"
