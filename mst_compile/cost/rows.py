@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_compile.blocks.shards import is_sharded
@@ -55,7 +56,7 @@ def rows_of(part: Part) -> Iterator[Row]:
 
 def _skipped(part: Part) -> Iterator[Row]:
     """The linear weights of a sparsified module that stay dense."""
-    parameters = dict(part.module.named_parameters())
+    parameters = {name: p for name, p in part.module.named_parameters() if not is_lazy(p)}
     for name, reason in part.sparsifier.skipped.items():
         parameter = parameters.get(name)
         if of(parameter) is not None:

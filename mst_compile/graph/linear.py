@@ -106,8 +106,8 @@ def match(node: fx.Node) -> Match | None:
     return next((found for found in (form(node) for form in FORMS) if found is not None), None)
 
 
-# What may use a weight that is served. Compiled autograd hands over backward passes: in them are products of graphs that
-# were compiled before, and gradients are added up.
+# What may use a weight that is served. In backward passes, as compiled autograd hands them over, are the products of
+# graphs that were compiled before, and gradients are added up.
 SERVED = {torch.ops.mst.linear.default, torch.ops.mst.linear_grad_input.default, spread.linear, CHECKPOINT}
 _ACCUMULATE = "AccumulateGrad"
 

@@ -7,7 +7,7 @@ import datetime
 import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -360,16 +360,19 @@ class Recorder:
 
     def _open(self, about: dict[str, Any], tensorboard: bool, wandb: bool | Mapping[str, Any], overwrite: bool) -> None:
         """Read what is there, refuse or cut it, and open all for writing."""
-        rows = [] if overwrite and self.step == 0 else files.read(self.folder / history.SCALARS)
-        if rows and self.step == 0:
+        last = None if overwrite or self.step else _last(files.each(self.folder / history.SCALARS))[0]
+        if last is not None:
             raise RecordError(
-                f"{str(self.folder)!r} holds a run of {rows[-1].get('step')} steps, and the model is at step 0: name "
+                f"{str(self.folder)!r} holds a run of {last.get('step')} steps, and the model is at step 0: name "
                 "another folder or pass overwrite=True. To go on with that run, load its checkpoint before the "
                 "Recorder is made, and for a dense model pass step="
             )
-        kept = {name: self._kept(name) for name in (history.SCALARS, history.EVENTS, history.MASKS)}
-        before = history.read(self.folder).about if kept[history.SCALARS] else {}
-        if before:
+        before: dict[str, Any] = {}
+        if self.step:
+            history.check(self.folder)
+        rows, masks = _last(self._kept(history.SCALARS)), _last(self._kept(history.MASKS))
+        if rows[0] is not None:
+            before = history.about_of(self.folder)
             history.check_same(self.folder, before, about)
             about |= {"started": before["started"], "resumed": [*before["resumed"], self.step]}
         identity = str(before.get("wandb", ""))
@@ -381,7 +384,7 @@ class Recorder:
             self._wandb = sinks.WeightsAndBiases(self.folder, identity, {} if wandb is True else wandb, about)
             found.append(self._wandb)
         self._sinks = found
-        self._take_up(kept[history.SCALARS], kept[history.MASKS])
+        self._take_up(*rows, masks[0])
         # Nothing has been written up to here.
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -393,23 +396,23 @@ class Recorder:
             for sink in found:
                 sink.close()
             raise
-        for name in FILES if not before else ():
+        for name in (history.ABOUT, history.TABLE, history.SAMPLE) if not before else ():
             (self.folder / name).unlink(missing_ok=True)
         self._about_now = about | ({"wandb": identity} if identity else {})
         self._write_about()
-        self._scalars = files.Lines(self.folder / history.SCALARS, kept[history.SCALARS])
+        self._scalars = files.Lines(self.folder / history.SCALARS, self._kept(history.SCALARS))
         self._table = files.Table(self.folder / history.TABLE, self.folder / history.SCALARS)
-        self._events = files.Lines(self.folder / history.EVENTS, kept[history.EVENTS])
-        self._masks = files.Lines(self.folder / history.MASKS, kept[history.MASKS])
+        self._events = files.Lines(self.folder / history.EVENTS, self._kept(history.EVENTS))
+        self._masks = files.Lines(self.folder / history.MASKS, self._kept(history.MASKS))
 
-    def _kept(self, name: str) -> list[files.Record]:
+    def _kept(self, name: str) -> Iterator[files.Record]:
         """The records of a file up to the step that the run is at."""
-        return [r for r in files.read(self.folder / name) if r["step"] <= self.step] if self.step else []
+        return (r for r in files.each(self.folder / name) if r["step"] <= self.step) if self.step else iter(())
 
-    def _take_up(self, rows: list[files.Record], masks: list[files.Record]) -> None:
-        """Go on counting from the last record."""
-        last = rows[-1] if rows else {}
-        self._rows = len(rows)
+    def _take_up(self, row: files.Record | None, count: int, masks: files.Record | None) -> None:
+        """Go on counting from the last record, of so many."""
+        last = row or {}
+        self._rows = count
         self._flops = float(last.get("flops") or 0.0)
         share = last.get("flops_of_dense")
         # Dense FLOPs are not recorded: they are the same at every step.
@@ -420,7 +423,7 @@ class Recorder:
         self._clock.compile_seconds = float(last.get("compile_seconds", 0.0))
         self._wall = float(last.get("wall_seconds", 0.0))
         self._events_so_far = {name: int(last.get(name, 0)) for name in ("events", "dropped", "grown")}
-        self._last_masks = history.unpack(masks[-1]).masks if masks else {}
+        self._last_masks = history.unpack(masks).masks if masks else {}
         self._state = self._describe()
 
     def _write_about(self) -> None:
@@ -431,6 +434,14 @@ class Recorder:
         if self._wandb is not None and self._about_now.get("wandb") != self._wandb.identity:
             self._about_now["wandb"] = self._wandb.identity
             self._write_about()
+
+
+def _last(records: Iterable[files.Record]) -> tuple[files.Record | None, int]:
+    """The last record, None if there is none, and how many there are."""
+    last, count = None, 0
+    for record in records:
+        last, count = record, count + 1
+    return last, count
 
 
 def _scalar(name: str, value: Any) -> float:

@@ -59,6 +59,11 @@ class Run:
         self._sizes: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # how many each trains
         self.listeners = Listeners()
         self.first_masks = FirstMasks()
+        self._drive()
+
+    def _drive(self) -> None:
+        for weight in self.weights:
+            weight.driver = weakref.ref(self)
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("optimizers", "_sizes", "root", "listeners")
@@ -68,6 +73,7 @@ class Run:
         # A copy knows none yet.
         self.__dict__.update(state, optimizers=weakref.WeakSet(), root=_unknown, listeners=Listeners())
         self._sizes = weakref.WeakKeyDictionary()
+        self._drive()
 
     @property
     def progress(self) -> Progress:
