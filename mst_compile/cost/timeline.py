@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -78,9 +79,8 @@ def timeline(own: Sparsifier, steps: int) -> Timeline:
         stretches += [(first, dense, found[target], found[target])] if dense > first else []
         stretches += [(dense, end, found[target], total)] if end > dense else []
     start, stop, active, gradient = zip(*stretches, strict=True)
-    numbers = [torch.tensor(column, dtype=torch.int64, device="cpu") for column in (start, stop)]
-    values = [torch.tensor(column, dtype=torch.float64, device="cpu") for column in (active, gradient)]
-    return Timeline(*numbers, *values, events, schedule)
+    whole, real = (functools.partial(torch.tensor, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float64))
+    return Timeline(whole(start), whole(stop), real(active), real(gradient), events, schedule)
 
 
 def _active_at(own: Sparsifier, sparsities: set[float]) -> dict[float, float]:

@@ -31,7 +31,9 @@ class Claim:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._lock = folder.resolve(), None
+        self._folder = folder.resolve()
+        self._lock: IO[str] | None = None
+        self._taken_over = False
         before = _claims.get(self._folder)
         if before is None:
             self._lock = _locked(self._folder)
@@ -39,8 +41,6 @@ class Claim:
             self._lock, before._lock = before._lock, None
             before._taken_over = True
         _claims[self._folder] = self
-
-        self._taken_over = False
 
     def check(self) -> None:
         """Raise :class:`RecordError` if a newer Recorder has taken the folder over."""
