@@ -175,8 +175,9 @@ def forecast(
     """Training FLOPs, and if it can run the model the time, of a whole run by phase. Nothing is changed.
 
     Counted are matrix products, forward and backward, 2 FLOPs a multiply-add: exactly, block by block and event by
-    event, for sparse weights (only ragged edges are taken at their mean, and a guard may keep some blocks more on grids
-    too coarse for the density), each used once a token; for the rest what
+    event, for sparse weights (of more than 2**15 events some, equally far apart, stand for all; only ragged edges are
+    taken at their mean, and a guard may keep some blocks more on grids too coarse for the density), each used once a
+    token; for the rest what
     ``torch.utils.flop_counter`` counts in one dense pass of ``loss``, or without ``loss`` the other linear layers
     alone. Attention counts as if no pair of query and key were masked; one that the schedule gives a pattern as the
     share of the causal pairs that it keeps, where ``loss`` runs the compiled model and so shows which ones the graph

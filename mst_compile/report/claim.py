@@ -55,6 +55,8 @@ class Claim:
         if _claims.get(self._folder) is self:
             del _claims[self._folder]
         if self._lock is not None:
+            with contextlib.suppress(OSError):  # the folder may be gone
+                (self._folder / FILE).unlink(missing_ok=True)
             self._lock.close()
             self._lock = None
 

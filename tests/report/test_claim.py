@@ -14,7 +14,7 @@ from torch import nn
 
 from mst_compile.errors import RecordError
 from mst_compile.report import Recorder, files, history
-from mst_compile.report.claim import fcntl
+from mst_compile.report.claim import FILE, fcntl
 
 ANOTHER = (
     "import sys, torch, mst_compile; mst_compile.report.Recorder(torch.nn.Linear(8, 8), sys.argv[1], overwrite=True)"
@@ -55,6 +55,7 @@ def test_a_recorder_of_another_process(tmp_path: Path) -> None:
     assert "RecordError: a Recorder of another process is writing" in refused.stderr
     assert len(history.read(tmp_path).rows) == 1
     taken_over.close()
+    assert not (tmp_path / FILE).exists()
     assert another().returncode == 0
     assert history.read(tmp_path).rows == []
 
