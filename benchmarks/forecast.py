@@ -119,11 +119,13 @@ def train(
 def robust_sum(model: nn.Module, expected: mst_compile.Forecast, seconds: list[float]) -> float:
     """Seconds of all steps, each taken at the median of its kind: alike in density, gradients and events."""
     line = timeline(mst_compile.sparsifier(model), len(seconds))
+    active, gradient = (values.repeat_interleave(line.stop - line.start) for values in (line.active, line.gradient))
+    events = set(line.events)
     kinds: dict[tuple[object, ...], list[float]] = {}
     for phase in expected.phases:
         for step in range(phase.start, min(phase.stop, len(seconds))):
-            dense_grad = bool(line.gradient[step] > line.active[step])
-            key = (phase.name, round(float(line.active[step])), dense_grad, bool(line.event[step]))
+            dense_grad = bool(gradient[step] > active[step])
+            key = (phase.name, round(float(active[step])), dense_grad, step + 1 in events)
             kinds.setdefault(key, []).append(seconds[step])
     return sum(statistics.median(found) * len(found) for found in kinds.values())
 

@@ -61,7 +61,7 @@ def _bfloat16() -> Fact:
 
 def _product_seconds(dtype: torch.dtype) -> float:
     """The shortest time of a product of 512 x 512 matrices, of some."""
-    a = torch.ones(512, 512, dtype=dtype)
+    a = torch.ones(512, 512, dtype=dtype, device="cpu")
     torch.mm(a, a)
     seconds = []
     for _ in range(5):

@@ -14,8 +14,8 @@ from mst_compile.blocks.index import new_index, write_index
 
 def realistic_index(grid: BlockGrid, density: float, device: torch.device | str) -> Tensor:
     """An index of a random mask, int32 ``[grid.index_length]``."""
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(grid.shape, generator=generator) < density
+    generator = torch.Generator("cpu").manual_seed(0)
+    mask = torch.rand(grid.shape, generator=generator, device="cpu") < density
     index = new_index(grid)
     write_index(index, grid, mask)
     return index.to(device)

@@ -20,6 +20,7 @@ from mst_compile.rules.checks import check_choice, check_flag, check_model, chec
 from mst_compile.rules.guard import GUARDS, Guard
 from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.state import weight as weights
+from mst_compile.state.ownership import forget_owner
 from mst_compile.state.selection import Override, check_memory, select
 from mst_compile.state.sparsifier import Sparsifier, attach, detach, parts_of, some_parts_of, sparsifier
 from mst_compile.state.uses import forget_compiled, is_compiled
@@ -143,12 +144,21 @@ def densify(model: nn.Module) -> nn.Module:
 
     Weights that are zero stay zero until the optimizer moves them.
 
+    A part of a sparse model that lives on without it, as what ``merge_and_unload`` returns of a model with adapters, is
+    made ordinary too.
+
     Raises:
         NotSparseError: the model is not sparse.
         ModelError: it is no model.
     """
     check_model("densify", model)
-    for part in some_parts_of(model):
+    orphans = {id(p): p for p in model.parameters() if (weight := weights.of(p)) is not None and weight.is_orphan}
+    for parameter in orphans.values():
+        weights.unbind(parameter)
+    for module in model.modules():
+        if orphans.keys() & {id(p) for p in module._parameters.values()}:
+            forget_owner(module)
+    for part in parts_of(model) if orphans else some_parts_of(model):
         part.sparsifier.release()
     detach(model)
     return model

@@ -101,13 +101,13 @@ def program_map(shapes: Sequence[tuple[int, int]], block: int) -> list[list[int]
 @functools.lru_cache(maxsize=1024)
 def _table(places: tuple[Place, ...], device: torch.device) -> Tensor:
     rows = [[p.address, p.mask, p.rows, p.cols, p.stride, p.block_cols] for p in places]
-    return _upload(torch.tensor(rows), device)
+    return _upload(torch.tensor(rows, device="cpu"), device)
 
 
 @functools.lru_cache(maxsize=1024)
 def _programs(shapes: tuple[tuple[int, int], ...], block: int, device: torch.device) -> Tensor:
     """Of GPT-2 small 15000, which take the host longer than a step may wait: they outlive the addresses."""
-    return _upload(torch.tensor(program_map(shapes, block), dtype=torch.int32), device)
+    return _upload(torch.tensor(program_map(shapes, block), dtype=torch.int32, device="cpu"), device)
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -62,7 +62,7 @@ def why_no_packed(values: Tensor, index: Tensor, grid: BlockGrid) -> str | None:
         return f"its block rows do not hold the {columns.numel()} blocks of its index"
     if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= cols):
         return f"blocks lie in columns {int(columns.min())} to {int(columns.max())} of {cols}"
-    starts = torch.zeros(columns.numel() + 1, dtype=torch.bool)
+    starts = torch.zeros(columns.numel() + 1, dtype=torch.bool, device="cpu")
     starts[pointers] = True
     if bool((columns.diff() <= 0)[~starts[1:-1]].any()):
         return "the columns of a block row do not ascend"

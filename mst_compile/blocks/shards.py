@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mst_compile.blocks.layout import Part, part_of
-from mst_compile.errors import ParallelismError
+from mst_compile.errors import ParallelismError, WeightError
 
 if TYPE_CHECKING or torch.distributed.is_available():
     import torch.distributed as dist
@@ -181,11 +181,32 @@ def parameter_of(name: str, module: nn.Module, attribute: str) -> nn.Parameter:
 
     Raises:
         ParallelismError: it is there no more.
+        WeightError: neither is it, as the module computes it now.
     """
     parameter = held_parameter(module, attribute)
     if parameter is None:
+        computed = _computed_from(module, attribute)
+        if computed:
+            raise WeightError(
+                f"the Parameter {name} that was made sparse is gone from its {type(module).__name__}, which computes "
+                f"it of {' and '.join(computed)} since, as after torch.nn.utils.prune, weight_norm or spectral_norm. "
+                "Apply them before sparsify, which then leaves the layer dense, or take them off again "
+                "(prune.remove, remove_parametrizations)"
+            )
         raise _flattened(name, f"gone from its {type(module).__name__}")
     return parameter
+
+
+def _computed_from(module: nn.Module, attribute: str) -> list[str]:
+    """Names of the Parameters that ``module`` computes ``attribute`` of: those of a parametrization of it with several
+    originals, or of what torch.nn.utils.prune, weight_norm and spectral_norm put in its place."""
+    parametrizations = module._modules.get("parametrizations")
+    inside = parametrizations._modules.get(attribute) if parametrizations is not None else None
+    if inside is not None:
+        return [f"parametrizations.{attribute}.{name}" for name in inside._parameters]
+    if not isinstance(getattr(module, attribute, None), Tensor):
+        return []
+    return [name for name in module._parameters if name.startswith(f"{attribute}_")]
 
 
 def held_parameter(module: nn.Module, attribute: str) -> nn.Parameter | None:
@@ -211,7 +232,7 @@ def _flattened(name: str, what: str) -> ParallelismError:
     return ParallelismError(
         f"the Parameter {name} that was made sparse is {what}. FSDP1 (FullyShardedDataParallel) flattens Parameters, "
         "DistributedDataParallel over tensor parallelism takes them out of their modules, neither is supported. Use "
-        f"torch.distributed.fsdp.fully_shard. {FOR_DATA}. Apply parametrizations before sparsify"
+        f"torch.distributed.fsdp.fully_shard. {FOR_DATA}"
     )
 
 

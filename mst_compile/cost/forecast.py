@@ -175,8 +175,9 @@ def forecast(
     """Training FLOPs, and if it can run the model the time, of a whole run by phase. Nothing is changed.
 
     Counted are matrix products, forward and backward, 2 FLOPs a multiply-add: exactly, block by block and event by
-    event, for sparse weights (only ragged edges are taken at their mean, and a guard may keep some blocks more on grids
-    too coarse for the density), each used once a token; for the rest what
+    event, for sparse weights (of more than 2**15 events some, equally far apart, stand for all; only ragged edges are
+    taken at their mean, and a guard may keep some blocks more on grids too coarse for the density), each used once a
+    token; for the rest what
     ``torch.utils.flop_counter`` counts in one dense pass of ``loss``, or without ``loss`` the other linear layers
     alone. Attention counts as if no pair of query and key were masked; one that the schedule gives a pattern as the
     share of the causal pairs that it keeps, where ``loss`` runs the compiled model and so shows which ones the graph
@@ -376,9 +377,9 @@ def _phase(
     move: tuple[float, float] = (0.0, 0.0),
 ) -> Phase:
     """Sums and means over the steps of a phase."""
-    steps, part = stop - start, slice(start, stop)
+    steps, share = stop - start, line.share(start, stop)
     total = sum(w.numel for w in own.weights.values())
-    active, gradient = line.active[part], line.gradient[part]
+    active, gradient = line.active, line.gradient
     sparse = active < (1.0 if rates is None else rates.threshold) * total
     values = {
         STEPS: float(steps),
@@ -386,14 +387,14 @@ def _phase(
         REST: rest,
         ATTENTION_SAVED: 0.0 if rates is None else rates.attention_flops,
         ELEMENTS: float(total),
-        ACTIVE: _mean(active),
-        GRADIENT: _mean(gradient),
-        SPARSE: float(sparse.sum()),
-        DENSE: float((~sparse).sum()),
-        SPARSE_ACTIVE: _mean(active[sparse]),
-        SPARSE_MORE: _mean((gradient - active)[sparse]),
-        EVENTS: float(line.event[part].sum()),
-        PATTERN: float(line.pattern[part].sum()),
+        ACTIVE: _mean(active, share),
+        GRADIENT: _mean(gradient, share),
+        SPARSE: float(share[sparse].sum()),
+        DENSE: float(share[~sparse].sum()),
+        SPARSE_ACTIVE: _mean(active, share * sparse),
+        SPARSE_MORE: _mean(gradient - active, share * sparse),
+        EVENTS: float(line.events_in(start, stop)),
+        PATTERN: float(line.patterned(start, stop)) if own.attention.sparse != "full" else 0.0,
     }
     if rates is not None:
         values |= {
@@ -411,8 +412,10 @@ def _phase(
     return Phase(name, start, stop, values, steps * (6.0 * tokens * total + rest))
 
 
-def _mean(values: Tensor) -> float:
-    return float(values.mean()) if len(values) else 0.0
+def _mean(values: Tensor, share: Tensor) -> float:
+    """Mean of values that stand for so many steps each."""
+    steps = float(share.sum())
+    return float((values * share).sum()) / steps if steps else 0.0
 
 
 def _decide(found: Forecast) -> Decision:

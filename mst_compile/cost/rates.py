@@ -21,6 +21,7 @@ from mst_compile.cost.flops import attention_saving
 from mst_compile.errors import ForecastError, MSTError
 from mst_compile.rules.checks import shown
 from mst_compile.rules.masks import generator, random_mask
+from mst_compile.rules.schedule import events_of
 from mst_compile.state.event import plan_event
 from mst_compile.state.sparsifier import Sparsifier, sparsifier, sparsifier_of
 from mst_compile.state.steps import refusing_steps
@@ -292,11 +293,11 @@ def _median(values: list[float]) -> float:
 def _event(model: nn.Module, rounds: int, steps: int) -> float:
     """Median seconds of the plan of a topology event, the schedule's middle one, and of the indices that it writes."""
     own, found = sparsifier(model), []
-    events = [0, *(t for t in range(1, steps + 1) if own.schedule.is_topology_event(t))]
-    if len(events) == 1:
+    events = events_of(own.schedule, steps)
+    if not events:
         return 0.0
-    middle = len(events) // 2  # stands for all of them
-    before, step = events[middle - 1 : middle + 1]
+    middle = (len(events) - 1) // 2  # stands for all of them
+    before, step = events[middle - 1] if middle else 0, events[middle]
     _set_masks(model, own.schedule.sparsity_at(before), False)
     scores = {name: weight.scores for name, weight in own.weights.items()}
     try:

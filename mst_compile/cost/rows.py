@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_compile.blocks.shards import is_sharded
@@ -55,7 +56,7 @@ def rows_of(part: Part) -> Iterator[Row]:
 
 def _skipped(part: Part) -> Iterator[Row]:
     """The linear weights of a sparsified module that stay dense."""
-    parameters = dict(part.module.named_parameters())
+    parameters = {name: p for name, p in part.module.named_parameters() if not is_lazy(p)}
     for name, reason in part.sparsifier.skipped.items():
         parameter = parameters.get(name)
         if of(parameter) is not None:
@@ -134,6 +135,8 @@ def _replaced(part: Part, name: str, weight: SparseWeight, parameter: nn.Paramet
         except AttributeError:
             return _dense(name, None, "-", f"gone from the model; {was}")
         value, kind = _weight_in(there, weight.name.rpartition(".")[2]), type(there).__name__
+        if value is not None and of(value) is weight:
+            return None  # another module, as for quantization-aware training, that holds the same Parameter
         if is_quantised(value):
             return _dense(name, value, "quantised", f"replaced by {kind} ({_kind(value)}): dense products, zeros kept")
         return _dense(name, value, "dense", f"replaced by a module {kind}, not a sparse one; {was}: {advice}")

@@ -1,4 +1,4 @@
-"""What a run will do step by step, before it happens."""
+"""What a run will do, before it happens: in stretches of steps that are alike, however many there are."""
 
 from __future__ import annotations
 
@@ -9,49 +9,78 @@ import torch
 from torch import Tensor
 
 from mst_compile.rules.density import active_count
+from mst_compile.rules.events import Events
+from mst_compile.rules.schedule import Schedule, events_of
 from mst_compile.state.sparsifier import Sparsifier
+
+_MOST = 1 << 15  # of the stretches between events that are looked at; of more, equally many apart
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A run step by step, before it happens; one entry a training step in each tensor, on the CPU.
+    """A run before it happens, in stretches of alike steps; one entry a stretch in each tensor, on the CPU.
 
     Attributes:
-        active: elements of all sparse weights in active blocks, float64 ``[steps]``.
-        gradient: elements of their gradients that are computed, float64 ``[steps]``.
-        event: whether a topology event follows, bool ``[steps]``.
-        pattern: whether attention has a pattern, bool ``[steps]``.
+        start, stop: first step, and first step after it, int64 ``[n]``. They fill the run without gaps, unless it has
+            so many events that stretches are left out, which are like their neighbours.
+        active: elements of all sparse weights in active blocks, float64 ``[n]``.
+        gradient: elements of their gradients that are computed, float64 ``[n]``.
+        events: steps after which the topology changes; up to the last that the run looks ahead to.
+        schedule: that of the run.
     """
 
+    start: Tensor
+    stop: Tensor
     active: Tensor
     gradient: Tensor
-    event: Tensor
-    pattern: Tensor
+    events: Events
+    schedule: Schedule
+
+    def share(self, start: int, stop: int) -> Tensor:
+        """How many of the steps from ``start`` to ``stop`` each stretch stands for, float64 ``[n]``."""
+        inside = (self.stop.clamp(max=stop) - self.start.clamp(min=start)).clamp(min=0).double()
+        seen = float(inside.sum())
+        if not seen and stop > start:  # less than lies between two stretches: the one before stands for it
+            inside[max(0, int(torch.searchsorted(self.start, start, right=True)) - 1)] = seen = 1.0
+        return inside * ((stop - start) / seen) if seen else inside
+
+    def events_in(self, start: int, stop: int) -> int:
+        """How many of the steps from ``start`` to ``stop`` a topology event follows."""
+        return self.events.until(stop) - self.events.until(start)
+
+    def patterned(self, start: int, stop: int) -> int:
+        """In how many of the steps from ``start`` to ``stop`` attention has a pattern."""
+        schedule = self.schedule
+        if schedule.attention_value.name == "full":
+            return 0
+        if getattr(schedule.attention_at, "__func__", None) is not Schedule.attention_at:
+            return sum(schedule.attention_at(step) != "full" for step in range(start, stop))
+        first, end = schedule.attention_steps()
+        return max(0, min(end, stop) - max(first, start))
 
 
 def timeline(own: Sparsifier, steps: int) -> Timeline:
     """The first ``steps`` training steps under the schedule of ``own``; its own step count does not matter.
 
-    The schedule is asked once for each step, what costs more only where something changes.
+    The schedule is asked where something changes, at up to ``2**15`` events.
     """
     schedule, total = own.schedule, float(sum(w.numel for w in own.weights.values()))
-    reach = max(1, schedule.growth_rule.gradient_steps)
-    events = [t for t in range(1, steps + reach) if schedule.is_topology_event(t)]
-    changes = [0, *(t for t in events if t < steps)]
-    targets = [schedule.sparsity_at(t) for t in changes]
+    events = events_of(schedule, steps + max(1, schedule.growth_rule.gradient_steps) - 1)
+    inside = events.until(steps - 1)
+    gaps = range(0, inside + 1, 1 + inside // _MOST)  # number i begins with event i - 1, the first with the run
+    edges = [(events[i - 1] if i else 0, events[i] if i < inside else steps) for i in gaps]
+    targets = [schedule.sparsity_at(first) for first, _ in edges]
     found = _active_at(own, set(targets))
-    cpu = functools.partial(torch.tensor, device="cpu")
-    lengths = cpu([*changes[1:], steps]) - cpu(changes)
-    active = cpu([found[s] for s in targets], dtype=torch.float64).repeat_interleave(lengths)
-    before = {s for t in events for s in range(max(0, t - reach), min(t, steps))}
-    dense = [s for s in before if schedule.wants_gradient_after(s)]
-    gradient = active.clone()
-    gradient[dense] = total
-    event, pattern = (torch.zeros(steps, dtype=torch.bool, device="cpu") for _ in range(2))
-    event[[t - 1 for t in events if t <= steps]] = True
-    if own.attention.sparse != "full":
-        pattern = cpu([schedule.attention_at(s) != "full" for s in range(steps)])
-    return Timeline(active, gradient, event, pattern)
+    stretches: list[tuple[int, int, float, float]] = []
+    for (first, end), target in zip(edges, targets, strict=True):
+        dense = end
+        while dense > first and schedule.wants_gradient_after(dense - 1):
+            dense -= 1
+        stretches += [(first, dense, found[target], found[target])] if dense > first else []
+        stretches += [(dense, end, found[target], total)] if end > dense else []
+    start, stop, active, gradient = zip(*stretches, strict=True)
+    whole, real = (functools.partial(torch.tensor, dtype=dtype, device="cpu") for dtype in (torch.int64, torch.float64))
+    return Timeline(whole(start), whole(stop), real(active), real(gradient), events, schedule)
 
 
 def _active_at(own: Sparsifier, sparsities: set[float]) -> dict[float, float]:

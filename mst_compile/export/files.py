@@ -205,7 +205,7 @@ def _check_same(model: nn.Module, masks: Mapping[str, tuple[int, ...]], path: An
 def _written(weight: SparseWeight, mask: Tensor) -> dict[str, Any]:
     bits = mask.flatten().to("cpu", torch.uint8)
     bits = torch.nn.functional.pad(bits, (0, -len(bits) % 8)).view(-1, 8)
-    packed = (bits << torch.arange(7, -1, -1, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    packed = (bits << torch.arange(7, -1, -1, dtype=torch.uint8, device="cpu")).sum(1, dtype=torch.uint8)
     text = base64.b64encode(zlib.compress(bytes(packed.tolist()))).decode()
     return {"block": weight.grid.block, "blocks": list(weight.grid.shape), "active": text}
 
@@ -226,8 +226,8 @@ def _read_mask(name: str, entry: Any, tensors: Mapping[str, Tensor]) -> tuple[Te
             raise ValueError(f"{entry['blocks']} blocks of {block} do not make up {tuple(tensors[name].shape)}")
     except (KeyError, TypeError, ValueError, zlib.error, binascii.Error) as error:
         raise MaskError(f"the mask of {name} in the file cannot be read: {error!r}; save the model again") from error
-    packed = torch.tensor(list(data), dtype=torch.uint8)[:, None]
-    bits = (packed >> torch.arange(7, -1, -1, dtype=torch.uint8)) & 1
+    packed = torch.tensor(list(data), dtype=torch.uint8, device="cpu")[:, None]
+    bits = (packed >> torch.arange(7, -1, -1, dtype=torch.uint8, device="cpu")) & 1
     return bits.flatten()[:count].bool().view(grid.shape), block
 
 

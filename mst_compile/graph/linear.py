@@ -38,6 +38,7 @@ from mst_compile.graph.fx import (
     holds,
     is_one_cast,
     keeps_gradient,
+    name,
     placeholders,
     same_size,
     storage,
@@ -105,7 +106,10 @@ def match(node: fx.Node) -> Match | None:
     return next((found for found in (form(node) for form in FORMS) if found is not None), None)
 
 
-SERVED = {torch.ops.mst.linear.default, spread.linear, CHECKPOINT}  # what may use a weight that is served
+# What may use a weight that is served. In backward passes, as compiled autograd hands them over, are the products of
+# graphs that were compiled before, and gradients are added up.
+SERVED = {torch.ops.mst.linear.default, torch.ops.mst.linear_grad_input.default, spread.linear, CHECKPOINT}
+_ACCUMULATE = "AccumulateGrad"
 
 
 # ---- the pass --------------------------------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ class _Rewrite:
         for region, node in walk(graph_module):
             key = self._keys.get(region.origin(before_local(node) or node))
             for user in node.users if key is not None else ():
-                if user.target not in SERVED and before_local(user) is None:
+                if user.target not in SERVED and name(user) != _ACCUMULATE and before_local(user) is None:
                     self._context.unmatched.setdefault(key, [f"used by {describe(user)}"])  # type: ignore[arg-type]
 
 

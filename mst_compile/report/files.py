@@ -1,4 +1,7 @@
-"""Files of records: one JSON object a line, written so that a crash loses at most the line being written."""
+"""Files of records: one JSON object a line, written so that a crash loses at most the line being written.
+
+A run may have a million of them: whoever can do with one after the other takes :func:`each`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,17 +44,21 @@ def read(file: Path) -> list[Record]:
     Raises:
         RecordError: a line that is followed by others is no JSON object.
     """
+    return list(each(file))
+
+
+def each(file: Path) -> Iterator[Record]:
+    """As :func:`read`, one after the other."""
     if not file.exists():
-        return []
-    found: list[Record] = []
-    *lines, rest = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    for i, line in enumerate(lines, 1):
-        record = _parsed(line)
-        if record is None:
-            raise RecordError(f"{file}, line {i} is no record: {line[:80]!r}; remove the line, or the file")
-        found.append(record)
-    last = _parsed(rest)  # a whole record whose end of line was not written counts
-    return found if last is None else [*found, last]
+        return
+    with open(file, encoding="utf-8", errors="replace", newline="\n") as lines:
+        for i, line in enumerate(lines, 1):
+            record = _parsed(line)  # a whole record whose end of line was not written counts
+            if record is not None:
+                yield record
+            elif line.endswith("\n"):
+                said = line.rstrip("\n")[:80]
+                raise RecordError(f"{file}, line {i} is no record: {said!r}; remove the line, or the file")
 
 
 def _parsed(line: str) -> Record | None:
@@ -62,14 +69,16 @@ def _parsed(line: str) -> Record | None:
     return record if isinstance(record, dict) else None
 
 
-def replace(file: Path, content: str | bytes) -> None:
+def replace(file: Path, content: str | bytes | Iterable[str]) -> None:
     """Write a file so that it holds either what it held or all of ``content``, whenever the process dies or the disk is
-    full. A text is written in UTF-8, what cannot be (of a name that the system could not read) as escapes."""
-    data = content.encode("utf-8", errors="backslashreplace") if isinstance(content, str) else content
+    full. Texts are written in UTF-8, what cannot be (of a name that the system could not read) as escapes; several one
+    behind the other, and they may be made of the file as it was."""
+    parts: Iterable[str | bytes] = [content] if isinstance(content, str | bytes) else content
     temporary = file.with_name(f"{file.name}.tmp")
     try:
         with open(temporary, "wb") as out:
-            out.write(data)
+            for part in parts:
+                out.write(part.encode("utf-8", errors="backslashreplace") if isinstance(part, str) else part)
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, file)
@@ -84,8 +93,8 @@ class Lines:
     """A file of records that grows."""
 
     def __init__(self, file: Path, kept: Iterable[Record] = ()) -> None:
-        """Begin with the records in ``kept``; what else the file holds is gone."""
-        replace(file, "".join(f"{dumps(record)}\n" for record in kept))
+        """Begin with the records in ``kept``, which may come from the file; what else it holds is gone."""
+        replace(file, (f"{dumps(record)}\n" for record in kept))
         self._out: IO[str] = open(file, "a", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115  (closed by close)
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -117,15 +126,20 @@ class Table:
 
     def _begin(self) -> None:
         self.close()
-        rows = read(self._source)
-        self._columns = list(dict.fromkeys(name for row in rows for name in row))
+        self._columns: list[str] = list(dict.fromkeys(name for row in each(self._source) for name in row))
+        replace(self._file, self._lines() if self._columns else "")
+        self._out = open(self._file, "a", encoding="utf-8", newline="")  # noqa: SIM115  (closed by close)
+
+    def _lines(self) -> Iterator[str]:
+        """The lines of the file, of all records of the source."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self._columns)
-        if self._columns:
-            writer.writeheader()
-            writer.writerows(rows)
-        replace(self._file, text.getvalue())
-        self._out = open(self._file, "a", encoding="utf-8", newline="")  # noqa: SIM115  (closed by close)
+        writer.writeheader()
+        for row in each(self._source):
+            writer.writerow(row)
+            yield text.getvalue()
+            text.seek(0)
+            text.truncate()
 
     def close(self) -> None:
         if self._out is not None:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -84,11 +85,7 @@ def read(folder: str | Path) -> History:
     """
     folder = Path(folder)
     file = folder / ABOUT
-    if not file.is_file():
-        inside = sorted(str(found.parent) for found in folder.glob(f"*/{ABOUT}"))
-        advice = f"Runs are in {', '.join(inside[:5])}" if inside else "Name a folder that a Recorder wrote"
-        raise RecordError(f"there is no recorded run in {str(folder)!r}: it has no {ABOUT}. {advice}")
-    about = _about(file)
+    about = about_of(folder)
     sample = folder / SAMPLE
     with _damaged(file):
         found = History(
@@ -100,12 +97,34 @@ def read(folder: str | Path) -> History:
             sample=sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else "",
         )
     with _damaged(folder / SCALARS):
-        found.rows = [_numbers(row) for row in files.read(folder / SCALARS)]
+        found.rows = [_numbers(row) for row in files.each(folder / SCALARS)]
     with _damaged(folder / EVENTS):
-        found.events = [_event(record) for record in files.read(folder / EVENTS)]
+        found.events = [_event(record) for record in files.each(folder / EVENTS)]
     with _damaged(folder / MASKS):
-        found.snapshots = [unpack(record) for record in files.read(folder / MASKS)]
+        found.snapshots = [unpack(record) for record in files.each(folder / MASKS)]
     return found
+
+
+def about_of(folder: Path) -> dict[str, Any]:
+    """What ``run.json`` says.
+
+    Raises:
+        RecordError: there is none, or it was damaged.
+    """
+    file = folder / ABOUT
+    if not file.is_file():
+        inside = sorted(str(found.parent) for found in folder.glob(f"*/{ABOUT}"))
+        advice = f"Runs are in {', '.join(inside[:5])}" if inside else "Name a folder that a Recorder wrote"
+        raise RecordError(f"there is no recorded run in {str(folder)!r}: it has no {ABOUT}. {advice}")
+    return _about(file)
+
+
+def check(folder: Path) -> None:
+    """Raise as :func:`read` does if the records of a run were damaged; none of them is kept."""
+    for name, made in ((SCALARS, _numbers), (EVENTS, _event), (MASKS, unpack)):
+        with _damaged(folder / name):
+            for record in files.each(folder / name):
+                made(record)
 
 
 @contextlib.contextmanager
@@ -176,7 +195,9 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
         number = files.number(value)
         if number is None and value is not None and name != "phase":
             raise ValueError(f"{name} is {shown(value)}")
-        found[name] = value if number is None or name == "step" else number
+        # Names and phases are the same in a million records, and held once.
+        value = sys.intern(value) if type(value) is str and number is None else value
+        found[sys.intern(name)] = value if number is None or name == "step" else number
     step = found["step"]
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"step is {shown(step)}")
@@ -206,7 +227,7 @@ def telling(shapes: Mapping[str, Sequence[int]]) -> list[str]:
 
 def pack(snapshot: Snapshot) -> dict[str, Any]:
     """A record of masks: eight blocks a byte, the first in the lowest bit, in base64."""
-    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128])
+    powers = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], device="cpu")
     masks = {}
     for name, mask in snapshot.masks.items():
         bits = torch.nn.functional.pad(mask.flatten().long(), (0, -mask.numel() % 8)).view(-1, 8)
@@ -220,7 +241,7 @@ def unpack(record: Mapping[str, Any]) -> Snapshot:
     masks = {}
     for name, found in record["masks"].items():
         rows, cols = found["shape"]
-        data = torch.tensor(list(base64.b64decode(found["bits"])), dtype=torch.long)
-        bits = (data[:, None] >> torch.arange(8)) & 1
+        data = torch.tensor(list(base64.b64decode(found["bits"])), dtype=torch.long, device="cpu")
+        bits = (data[:, None] >> torch.arange(8, device="cpu")) & 1
         masks[name] = bits.flatten()[: rows * cols].view(rows, cols).bool()
     return Snapshot(int(record["step"]), str(record["phase"]), masks)

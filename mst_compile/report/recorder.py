@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mst_compile.state.listeners import TopologyEvent
 from mst_compile.state.sparsifier import Part, parts_of
 
 from . import files, history, sinks
+from .claim import Claim
 from .clock import Clock
 from .history import Snapshot
 from .machine import machine
@@ -78,7 +79,8 @@ class Recorder:
         ForecastError: so is one for the meter.
         ModelError: ``model`` is no module.
         RecordError: ``folder`` holds a run, and this one is at step 0, or of a model of another size; or what is there
-            cannot be read.
+            cannot be read; or a Recorder of another process is writing there. One of this process that was not closed
+            hands the folder over, and raises this error when it is used again.
         MissingPackageError: ``tensorboard`` or ``wandb`` was asked for and is not installed.
     """
 
@@ -157,6 +159,8 @@ class Recorder:
         if self._closed:
             raise RecordError("the recorder was closed; make a new one to go on")
         self._check_process()
+        if self._writes:
+            self._claim.check()
         taken = self._taken(step)
         recorded = taken // self._every > self.step // self._every or not self._rows
         given = {"loss": loss, **scalars} if recorded and self._writes else {}
@@ -200,6 +204,7 @@ class Recorder:
         check_instance("text", text, str, "a text")
         self._check_process()
         if self._writes:
+            self._claim.check()
             files.replace(self.folder / history.SAMPLE, text)
 
     def draw(self) -> list[Path]:
@@ -221,6 +226,7 @@ class Recorder:
             handle.remove()
         if self._writes and not self._is_forked:
             self._snapshot()
+            self._claim.release()
             written: list[Any] = [self._scalars, self._table, self._events, self._masks]
             for each in [*written, *self._sinks]:
                 each.close()
@@ -341,7 +347,7 @@ class Recorder:
         total = total or max(known, default=None)
         phases = schedules[0].phases(total) if len(schedules) == 1 and total else []
         self._moments = {edge for _, a, b in phases for edge in (a + (b - a) * 3 // 4, b)}
-        first = next(self._model.parameters(), torch.empty(0))
+        first = next(self._model.parameters(), torch.empty(0, device="cpu"))
         plain = getattr(self._model, "_orig_mod", self._model)
         about = {
             "format": history.FORMAT,
@@ -372,16 +378,19 @@ class Recorder:
 
     def _open(self, about: dict[str, Any], tensorboard: bool, wandb: bool | Mapping[str, Any], overwrite: bool) -> None:
         """Read what is there, refuse or cut it, and open all for writing."""
-        rows = [] if overwrite and self.step == 0 else files.read(self.folder / history.SCALARS)
-        if rows and self.step == 0:
+        last = None if overwrite or self.step else _last(files.each(self.folder / history.SCALARS))[0]
+        if last is not None:
             raise RecordError(
-                f"{str(self.folder)!r} holds a run of {rows[-1].get('step')} steps, and the model is at step 0: name "
+                f"{str(self.folder)!r} holds a run of {last.get('step')} steps, and the model is at step 0: name "
                 "another folder or pass overwrite=True. To go on with that run, load its checkpoint before the "
                 "Recorder is made, and for a dense model pass step="
             )
-        kept = {name: self._kept(name) for name in (history.SCALARS, history.EVENTS, history.MASKS)}
-        before = history.read(self.folder).about if kept[history.SCALARS] else {}
-        if before:
+        before: dict[str, Any] = {}
+        if self.step:
+            history.check(self.folder)
+        rows, masks = _last(self._kept(history.SCALARS)), _last(self._kept(history.MASKS))
+        if rows[0] is not None:
+            before = history.about_of(self.folder)
             history.check_same(self.folder, before, about)
             about |= {"started": before["started"], "resumed": [*before["resumed"], self.step]}
         identity = str(before.get("wandb", ""))
@@ -393,29 +402,35 @@ class Recorder:
             self._wandb = sinks.WeightsAndBiases(self.folder, identity, {} if wandb is True else wandb, about)
             found.append(self._wandb)
         self._sinks = found
-        self._take_up(kept[history.SCALARS], kept[history.MASKS])
+        self._take_up(*rows, masks[0])
         # Nothing has been written up to here.
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArgumentError(f"folder {str(self.folder)!r} cannot be made: {error.strerror or error}") from error
-        for name in FILES if not before else ():
+        try:
+            self._claim = Claim(self.folder)
+        except RecordError:
+            for sink in found:
+                sink.close()
+            raise
+        for name in (history.ABOUT, history.TABLE, history.SAMPLE) if not before else ():
             (self.folder / name).unlink(missing_ok=True)
         self._about_now = about | ({"wandb": identity} if identity else {})
         self._write_about()
-        self._scalars = files.Lines(self.folder / history.SCALARS, kept[history.SCALARS])
+        self._scalars = files.Lines(self.folder / history.SCALARS, self._kept(history.SCALARS))
         self._table = files.Table(self.folder / history.TABLE, self.folder / history.SCALARS)
-        self._events = files.Lines(self.folder / history.EVENTS, kept[history.EVENTS])
-        self._masks = files.Lines(self.folder / history.MASKS, kept[history.MASKS])
+        self._events = files.Lines(self.folder / history.EVENTS, self._kept(history.EVENTS))
+        self._masks = files.Lines(self.folder / history.MASKS, self._kept(history.MASKS))
 
-    def _kept(self, name: str) -> list[files.Record]:
+    def _kept(self, name: str) -> Iterator[files.Record]:
         """The records of a file up to the step that the run is at."""
-        return [r for r in files.read(self.folder / name) if r["step"] <= self.step] if self.step else []
+        return (r for r in files.each(self.folder / name) if r["step"] <= self.step) if self.step else iter(())
 
-    def _take_up(self, rows: list[files.Record], masks: list[files.Record]) -> None:
-        """Go on counting from the last record."""
-        last = rows[-1] if rows else {}
-        self._rows = len(rows)
+    def _take_up(self, row: files.Record | None, count: int, masks: files.Record | None) -> None:
+        """Go on counting from the last record, of so many."""
+        last = row or {}
+        self._rows = count
         self._flops = float(last.get("flops") or 0.0)
         share = last.get("flops_of_dense")
         # Dense FLOPs are not recorded: they are the same at every step.
@@ -426,7 +441,7 @@ class Recorder:
         self._clock.compile_seconds = float(last.get("compile_seconds", 0.0))
         self._wall = float(last.get("wall_seconds", 0.0))
         self._events_so_far = {name: int(last.get(name, 0)) for name in ("events", "dropped", "grown")}
-        self._last_masks = history.unpack(masks[-1]).masks if masks else {}
+        self._last_masks = history.unpack(masks).masks if masks else {}
         self._state = self._describe()
 
     def _write_about(self) -> None:
@@ -437,6 +452,14 @@ class Recorder:
         if self._wandb is not None and self._about_now.get("wandb") != self._wandb.identity:
             self._about_now["wandb"] = self._wandb.identity
             self._write_about()
+
+
+def _last(records: Iterable[files.Record]) -> tuple[files.Record | None, int]:
+    """The last record, None if there is none, and how many there are."""
+    last, count = None, 0
+    for record in records:
+        last, count = record, count + 1
+    return last, count
 
 
 def _scalar(name: str, value: Any) -> float:

@@ -123,6 +123,17 @@ class Constant(Schedule):
             return self.drop_fraction
         return cosine(self.drop_fraction, step, max(1, self.last_event))
 
+    def event_ranges(self, end: int) -> list[range]:
+        """As :meth:`is_topology_event`, all at once."""
+        stop = check_step(end) + 1
+        last = stop - 1 if self.last_event is None else min(stop - 1, self.last_event)
+        if not self.growth_rule.moves:
+            return []
+        if self.events is None or self.last_event is None:
+            return [range(self.interval, last + 1, self.interval)]
+        steps = (i * self.last_event // self.events for i in range(1, self.events + 1))
+        return [range(t, t + 1) for t in steps if t <= last and t != self.total_steps]
+
     def is_topology_event(self, step: int) -> bool:
         """Whether the topology changes after the ``step``-th optimizer step."""
         step, last = check_step(step), self.last_event

@@ -119,6 +119,16 @@ class GradualPruning(Schedule):
             return True
         return (step < self.end_step or self.growth_rule.moves) and (step - self.start_step) % self.interval_steps == 0
 
+    def event_ranges(self, end: int) -> list[range]:
+        """As :meth:`is_topology_event`, all at once."""
+        stop, every, last = check_step(end) + 1, self.interval_steps, self.end_step
+        first = self.start_step if self.start_step > 0 else every
+        pruning = range(first, min(last, self.total_steps, stop), every)
+        if not self.growth_rule.moves:
+            return [pruning, range(last, min(last + 1, stop))]
+        after = last + 1 + (self.start_step - last - 1) % every
+        return [pruning, range(last, min(last + 1, stop)), range(after, min(self.total_steps, stop), every)]
+
     def phases(self, steps: int) -> list[tuple[str, int, int]]:
         """Before the pruning, the pruning, and after it, without those that have no steps, cut at ``steps``."""
         steps = check_step(steps)

@@ -224,6 +224,18 @@ class MixedSparsity(Schedule):
             return (self.restoration_end - step) % self.ramp_interval_steps == 0
         return self.growth_rule.moves and (step - self.warmup_steps) % self.plateau_interval == 0
 
+    def event_ranges(self, end: int) -> list[range]:
+        """As :meth:`is_topology_event`, all at once."""
+        stop, ramp = min(check_step(end), self.restoration_end) + 1, self.ramp_interval_steps
+        start, last = self.warmup_steps, self.restoration_end
+        found = [range(ramp, min(start, stop), ramp), range(max(1, start), min(start + 1, stop))]
+        if self.growth_rule.moves:
+            every = self.plateau_interval
+            found.append(range(start + every, min(self.restoration_start + 1, last, stop), every))
+        rising = max(self.restoration_start, start) + 1
+        found.append(range(rising + (last - rising) % ramp, min(last, stop), ramp))
+        return [*found, range(last, stop)]
+
     def phases(self, steps: int) -> list[tuple[str, int, int]]:
         """Warm-up, plateau, restoration and settle, without those that have no steps, cut at ``steps``."""
         steps = check_step(steps)

@@ -25,6 +25,7 @@ from .checks import (
     shown,
 )
 from .density import DISTRIBUTIONS
+from .events import Events
 from .growth import Growth, as_growth
 from .patterns import Pattern
 
@@ -97,6 +98,14 @@ class Schedule:
             raise ScheduleError(f"attention_window must be two numbers of steps, got {(value.start, value.end)!r}")
         return value.start or 0, _NEVER if value.end is None else value.end
 
+    def event_ranges(self, end: int) -> list[range]:
+        """The steps from 1 to ``end`` after which the topology changes, ascending.
+
+        A class that has its own :meth:`is_topology_event` may say them at once beside it, for forecasts of long runs;
+        otherwise every step is asked.
+        """
+        return [range(t, t + 1) for t in range(1, check_step(end) + 1) if self.is_topology_event(t)]
+
     def phases(self, steps: int) -> list[tuple[str, int, int]]:
         """Name, first step and end of each phase of a run of ``steps`` steps that has any."""
         steps = check_step(steps)
@@ -121,6 +130,15 @@ class Schedule:
         """Whether a topology event after ``step`` steps reads gradients: at sparsity 0 all grows, with no choice."""
         step = check_step(step)
         return self.growth_rule.gradient_steps > 0 and self.is_topology_event(step) and sparsity_of(self, step) > 0
+
+
+def events_of(schedule: Schedule, end: int) -> Events:
+    """The topology events of ``schedule`` from step 1 to step ``end``."""
+    classes = type(schedule).__mro__
+    first = next(cls for cls in classes if {"is_topology_event", "event_ranges"} & vars(cls).keys())
+    # What a class inherits is not of the events that it says itself.
+    said = "event_ranges" in vars(first) and "is_topology_event" not in getattr(schedule, "__dict__", {})
+    return Events(schedule.event_ranges(end) if said else Schedule.event_ranges(schedule, end))
 
 
 def sparsity_of(schedule: Schedule, step: int) -> float:

@@ -56,15 +56,24 @@ class Run:
         self.root: Callable[[], nn.Module | None] = _unknown
         self._steps_here = 0  # in this process, until weights that no graph takes were looked for
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._sizes: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # how many each trains
         self.listeners = Listeners()
         self.first_masks = FirstMasks()
+        self._drive()
+
+    def _drive(self) -> None:
+        for weight in self.weights:
+            weight.driver = weakref.ref(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("optimizers", "root", "listeners")}
+        own = ("optimizers", "_sizes", "root", "listeners")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy knows none yet.
         self.__dict__.update(state, optimizers=weakref.WeakSet(), root=_unknown, listeners=Listeners())
+        self._sizes = weakref.WeakKeyDictionary()
+        self._drive()
 
     @property
     def progress(self) -> Progress:
@@ -142,8 +151,10 @@ class Run:
 
         It may have a past, from before the model was made sparse or from a checkpoint.
         """
-        if optimizer not in self.optimizers:
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        if optimizer not in self.optimizers or self._sizes.get(optimizer) != size:
             self.weights.check_replaced(self.root())
+            self._sizes[optimizer] = size
         self._settle(own)
         if optimizer not in self.optimizers:
             for weight, parameter in own:

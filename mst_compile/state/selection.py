@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_compile.blocks.grid import BlockGrid
@@ -181,13 +182,21 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
         names.setdefault(id(parameter), []).append(name)
     hit: set[str] = set()
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.UninitializedParameter):
-            raise WeightError(f"{name} is not initialised yet (lazy module): run one forward pass before sparsify")
         aliases = names[id(parameter)]
         for pattern in (include or []) + (exclude or []):
             if any(_matches(alias, [pattern]) for alias in aliases):
                 hit.add(pattern)
         named = include is not None and any(_matches(alias, include) for alias in aliases)
+        if is_lazy(parameter):
+            wanted = named if include is not None else id(parameter) in linear
+            if wanted and not any(_matches(alias, exclude or []) for alias in aliases):
+                raise WeightError(
+                    f"{name} is not initialised yet (lazy module): run one forward pass before sparsify, or leave it "
+                    "dense with exclude"
+                )
+            if id(parameter) in linear:
+                selection.skipped[name] = "in exclude" if wanted else "not in include"
+            continue
         if not (named if include is not None else id(parameter) in linear) or parameter.dim() != 2:
             if id(parameter) in linear:
                 selection.skipped[name] = "not in include"
@@ -210,7 +219,7 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
         if lost:
             raise SelectionError(
                 f"{argument}: {', '.join(map(repr, lost))} match no parameter; names look like "
-                f"{', '.join(repr(n) for n, p in model.named_parameters() if p.dim() == 2)[:200]}"
+                f"{', '.join(repr(n) for n, p in model.named_parameters() if not is_lazy(p) and p.dim() == 2)[:200]}"
             )
     if not selection.candidates:
         raise SelectionError(
@@ -306,6 +315,8 @@ def check_memory(candidates: Iterable[Candidate], others: Iterable[tuple[str, Te
 
 
 def _in_memory(tensor: Tensor) -> bool:
+    if is_lazy(tensor):
+        return False  # it has no shape yet
     plain = not is_sharded(tensor) and not is_traceable_wrapper_subclass(tensor) and not is_fake(tensor)
     return plain and tensor.layout == torch.strided and not tensor.is_meta and tensor.numel() > 0
 

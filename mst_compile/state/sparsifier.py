@@ -27,6 +27,7 @@ from .run import Run
 from .selection import Candidate
 from .stepping import Stepping
 from .steps import watch_steps
+from .uses import ORPHANED
 from .weight import SparseWeight, of
 from .weights import Weights
 
@@ -313,12 +314,12 @@ def some_parts_of(model: nn.Module) -> list[Part]:
     parts = parts_of(model)
     if parts:
         return parts
-    inside = next((weight.name for p in model.parameters() if (weight := of(p)) is not None), None)
+    inside = next((weight for p in model.parameters() if (weight := of(p)) is not None), None)
     if inside is not None:
-        raise NotSparseError(
-            f"the module is a part of one that was sparsified, where a weight of it is called {inside!r}; pass that "
-            "module, the one given to mst_compile.sparsify"
-        )
+        whole = f"the module is a part of one that was sparsified, where a weight of it is called {inside.name!r}"
+        if inside.is_orphan:
+            raise NotSparseError(f"{whole}, and that one is gone, as after merge_and_unload of adapters: {ORPHANED}")
+        raise NotSparseError(f"{whole}; pass that module, the one given to mst_compile.sparsify")
     raise NotSparseError("the model is not sparse; call mst_compile.sparsify(model, schedule) first")
 
 

@@ -97,6 +97,7 @@ class Stepping:
         self._turns: dict[Step, _Turn] = {}  # steps under way
         self._deferred = False  # a step within the backward pass waits for its end
         self._making_state = False  # the optimizer that steps now only makes its state
+        self._masked: list[object] = []  # what was known of gradients at the last such step
         self._foreign_steps = 0  # of optimizers without sparse weights; -1: warned
         self._has_stepped = False
         for weight in run.weights:
@@ -187,12 +188,13 @@ class Stepping:
         if not self._auto_step:
             return
         if own:
+            self._foreign_steps = min(self._foreign_steps, 0)
             if _in_backward():
                 self._step_after_backward()
             elif self._clock.is_complete(run.weights.with_gradients()):
                 self.step()  # of several optimizers the last one completes the step
-        elif run.active and run.step_count == 0:
-            self._warn_if_never_stepped(optimizer)
+        elif run.active:
+            self._warn_if_not_stepped(optimizer)
 
     def _write_young(self, step: Step, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Let young blocks step as the schedule says: once, whoever steps around the one that has moved them."""
@@ -281,15 +283,18 @@ class Stepping:
                 stacklevel=6,
             )
 
-    def _warn_if_never_stepped(self, optimizer: Optimizer) -> None:
+    def _warn_if_not_stepped(self, optimizer: Optimizer) -> None:
         if self._foreign_steps < 0:
             return
+        if self._run.step_count > 0 and not self._had_backward():
+            return  # gradients that were left over: the model is not trained any more
         if self._run.weights.with_gradients():
             what = (
-                "owns none of the sparse weights. Build the optimizer from model.parameters() of the sparsified model, "
-                "or pass auto_step=False to sparsify and call sparsifier(model).step() yourself"
+                "owns none of the sparse weights. Build the optimizer from model.parameters() of the sparsified model "
+                "as it is now (load_state_dict(assign=True), for one, makes other Parameters), or pass auto_step=False "
+                "to sparsify and call sparsifier(model).step() yourself"
             )
-        elif self._trains_around(optimizer):
+        elif self._run.step_count == 0 and self._trains_around(optimizer):
             what = (
                 "trains other Parameters of the model while all sparse weights are frozen, which keep their values and "
                 "masks. That is right for adapters on a sparse base; else unfreeze them, or densify(model) and train "
@@ -308,6 +313,11 @@ class Stepping:
                 MSTWarning,
                 stacklevel=4,
             )
+
+    def _had_backward(self) -> bool:
+        """Whether gradients have been computed since this was asked last."""
+        before, self._masked = self._masked, [weight.masked for weight in self._run.weights]
+        return len(before) == len(self._masked) and any(a is not b for a, b in zip(before, self._masked, strict=True))
 
     def _trains_around(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer trains Parameters of the model, whose sparse weights are all frozen."""

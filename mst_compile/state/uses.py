@@ -1,8 +1,10 @@
 """What compiled graphs do with a weight: written by the graph passes and the dispatch, read by ``explain``; which
-Parameters they have taken; and whether they shall run as if nothing were sparse."""
+Parameters they have taken; and whether they shall run as if nothing were sparse. Of weights that nobody drives any more
+the user is told here."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,8 +12,25 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mst_compile.errors import MSTWarning
+
 _compiled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # sparse Parameter that a graph takes -> True
 _graphs = 0
+
+ORPHANED = (
+    "its schedule has ended with it, and masks stay as they are. Keep that model as long as its parts train, sparsify "
+    "the module that stays instead, or call densify on it and train it as an ordinary one"
+)
+
+
+def warn_orphaned(name: str) -> None:
+    """Say that the weight ``name`` trains and its run is gone."""
+    warnings.warn(
+        f"{name} is trained, and the model that was given to sparsify, which it is of, is gone, as after "
+        f"merge_and_unload of a model with adapters: {ORPHANED}",
+        MSTWarning,
+        stacklevel=3,
+    )
 
 
 def note_compiled(parameters: Iterable[Tensor]) -> None:

@@ -37,7 +37,7 @@ from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
 from mst_compile.state.attention import AttentionState
 from mst_compile.state.selection import Candidate
-from mst_compile.state.uses import Baseline, Uses
+from mst_compile.state.uses import Baseline, Uses, warn_orphaned
 from mst_compile.state.young import Young
 
 _ATTRIBUTE = "_mst_weight"
@@ -92,6 +92,9 @@ class SparseWeight:
         moved: whether the weight has been trained since the last topology event.
         version: version of the Parameter after the last training step.
         masked: the gradient that was last masked, its version then, and ``changes`` then.
+        driver: leads to the run that drives it as long as that is there: it goes with the model that was made sparse,
+            while a module of it may live on.
+        orphaned: the user was told that the run is gone.
         adopted: whether a run drives it. None drives what came along when a Parameter or a module was copied out of its
             model: these are dense, with the values that they were given.
     """
@@ -124,6 +127,8 @@ class SparseWeight:
     moved: bool = False
     version: int = UNKNOWN
     masked: tuple[TensorWeakRef, int, int] | None = None
+    driver: Callable[[], object] | None = None
+    orphaned: bool = False
     adopted: bool = True
     attention: AttentionState = field(default_factory=AttentionState)
     uses: Uses = field(default_factory=Uses)
@@ -155,6 +160,11 @@ class SparseWeight:
     def density(self) -> float:
         """Share of the elements that lie in active blocks."""
         return self.active / self.numel
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the run that drove it is gone: nobody will ever change its mask."""
+        return self.driver is not None and self.driver() is None
 
     @property
     def can_be_sparse(self) -> bool:
@@ -337,7 +347,7 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked"))
+        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "driver"))
         return self.__dict__ | nothing | {"clean": UNKNOWN, "version": UNKNOWN, "adopted": False}
 
 
@@ -401,6 +411,9 @@ def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
     if parameter.grad is not None and not weight.dense_grad:
         weight.mask_gradient(parameter.grad)
+    if weight.is_orphan and not weight.orphaned:
+        weight.orphaned = True
+        warn_orphaned(weight.name)
     told = first_gradients.pop(weight, None) if first_gradients else None
     tell = None if told is None else told()
     if tell is not None:

@@ -115,9 +115,17 @@ class Weights:
 
         Raises:
             ParallelismError: one is spread over ranks in a way that is not served.
-            WeightError: modules that shared one hold two since they were made tensor-parallel one by one.
+            WeightError: modules that shared one hold two since they were made tensor-parallel one by one, or modules
+                that had one each share one since.
         """
+        known: dict[int, str] = {}
         for weight, parameter in self.parameters():
+            first = known.setdefault(id(parameter), weight.name)
+            if first is not weight.name:
+                raise WeightError(
+                    f"{first} and {weight.name} were made sparse with masks of their own and are one Parameter now: "
+                    "tie weights before sparsify (densify(model) first, if it is sparse already)"
+                )
             check_placement(weight.name, parameter)
             self._check_tied(weight.name, parameter)
             if bind(parameter, weight):

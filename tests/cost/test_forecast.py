@@ -439,6 +439,7 @@ def test_the_users_threshold_is_forecast(given: float) -> None:
     assert found.rates is not None
     assert found.rates.threshold == given
     total = sum(w.numel for w in sparsifier(model).weights.values())
-    expected = int((timeline(sparsifier(model), STEPS).active < given * total).sum())
+    line = timeline(sparsifier(model), STEPS)
+    expected = int(line.share(0, STEPS)[line.active < given * total].sum())
     assert sum(p.values[SPARSE] for p in found.phases) == expected
     assert given in (0.0, 1.0) or 0 < expected < STEPS

@@ -100,7 +100,7 @@ def _scale(
         evaluator.use(sizes)
         tries = ["all"] if product is None else ["all", "large scores"]
         for kind in tries if pad is None else (*tries, "zero or one", "zero or one", "any"):
-            generator = torch.Generator().manual_seed(len(scales))
+            generator = torch.Generator("cpu").manual_seed(len(scales))
             given, keys = _draw(evaluator, pad, hides, kind, generator)
             scores = None
             if product is not None:
@@ -136,11 +136,16 @@ def _draw(
     example = value(pad)
     shape = evaluator.concrete(tuple(example.shape))
     seen = kind in ("all", "large scores")
-    drawn = torch.full(shape, int(not hides)) if seen else torch.randint(0, 2, shape, generator=generator)
+    drawn = torch.full(shape, int(not hides), device="cpu") if seen else _whole(0, 2, shape, generator)
     if kind == "any":
-        drawn = torch.randint(1, 1000, shape, generator=generator) * drawn
+        drawn = _whole(1, 1000, shape, generator) * drawn
     drawn = drawn.to(example.dtype)
     return {pad: drawn}, drawn.bool() != hides
+
+
+def _whole(least: int, end: int, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Whole numbers below ``end``, on the CPU."""
+    return torch.randint(least, end, shape, generator=generator, device="cpu")
 
 
 def _probe(evaluator: Evaluator, product: Product, generator: torch.Generator, scale: float | None = None) -> Tensor:
@@ -154,9 +159,9 @@ def _probe(evaluator: Evaluator, product: Product, generator: torch.Generator, s
         shape = torch.Size([1] * (len(shape) - 2) + list(shape[-2:]))
     if shape.numel() > MAX_ELEMENTS:
         raise UnknownError("its scores are too large to try out")
-    sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    sign = _whole(0, 2, shape, generator) * 2 - 1
     most = 3 if scale is None else max(3, int(math.log2(_largest_score(value(product.node).dtype) / scale)))
-    probe = sign * torch.exp2(torch.randint(-2, most + 1, shape, generator=generator).double())
+    probe = sign * torch.exp2(_whole(-2, most + 1, shape, generator).double())
     if scale is not None:  # of the shortest sequence too there is one of either sign, where every mask keeps it
         own = probe.diagonal(dim1=-2, dim2=-1)
         own.fill_(2.0**most)
@@ -193,7 +198,7 @@ def _read(mask: Tensor, scores: Tensor | None, dtype: torch.dtype) -> tuple[Tens
 def _check_causal(keep: Tensor, keys: Tensor | None) -> None:
     """Raise unless ``keep`` is the causal mask on ``keys``; queries that see no key at all may see anything."""
     size = keep.shape[-1]
-    want = torch.ones(size, size, dtype=torch.bool).tril()
+    want = torch.ones(size, size, dtype=torch.bool, device="cpu").tril()
     if keys is not None:
         if keys.shape[-1] != size or keep.shape[0] not in (1, keys.shape[0]):
             raise UnknownError("its mask and its padding differ in shape")
@@ -205,7 +210,7 @@ def _check_causal(keep: Tensor, keys: Tensor | None) -> None:
 
 def _describe(keep: Tensor, keys: Tensor | None) -> str:
     size = keep.shape[-1]
-    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    causal = torch.ones(size, size, dtype=torch.bool, device="cpu").tril()
     if keys is not None and not bool(keys.all()):
         return "its mask is not a causal one and a padding"
     if bool((keep & ~causal).any()):

@@ -209,7 +209,7 @@ class Evaluator:
             self.relied[node] = buffer
             return buffer.detach().cpu().clone()
         if is_padding(node):
-            return torch.ones(self.concrete(tuple(example.shape)), dtype=example.dtype)
+            return torch.ones(self.concrete(tuple(example.shape)), dtype=example.dtype, device="cpu")
         return _NO_VALUE
 
 
@@ -264,7 +264,7 @@ class _Slice(fx.Interpreter):
 
     def _stand_in(self, node: fx.Node) -> Tensor:
         example = value(node)
-        return torch.empty(self._concrete(tuple(example.shape)), dtype=example.dtype)
+        return torch.empty(self._concrete(tuple(example.shape)), dtype=example.dtype, device="cpu")
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "placeholder":

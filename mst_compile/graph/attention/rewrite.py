@@ -180,7 +180,7 @@ def _repeats(source: fx.Node, node: fx.Node, times: int, evaluator: Evaluator) -
         for sizes in evaluator.sizes():
             evaluator.use(sizes)
             shape = evaluator.concrete(tuple(value(source).shape))
-            numbered = torch.arange(shape.numel()).view(shape)
+            numbered = torch.arange(shape.numel(), device="cpu").view(shape)
             if not torch.equal(evaluator.evaluate(node, {source: numbered}), numbered.repeat_interleave(times, 1)):
                 return False
     except UnknownError:
