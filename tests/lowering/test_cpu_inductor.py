@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import static
+from mst_compile.lowering import cpu_linear
 from oracles import assert_reordered
 from torch import Tensor, nn
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 from mst_compile import sparsifier, sparsify
-from mst_compile.lowering import cpu_linear
 
 
 @pytest.fixture
