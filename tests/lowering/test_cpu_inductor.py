@@ -22,7 +22,8 @@ def layer() -> nn.Linear:
 def grads(layer: nn.Linear, run: nn.Module, x: Tensor) -> list[Tensor]:
     layer.zero_grad()
     run(x).square().sum().backward()
-    assert layer.weight.grad is not None and layer.bias.grad is not None
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is not None
     return [layer.weight.grad.clone(), layer.bias.grad.clone()]
 
 
