@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import static
+from mst_compile.lowering import cpu_linear
 from oracles import assert_reordered
 from torch import Tensor, nn
 from torch._inductor.utils import run_fw_bw_and_get_code
 
 from mst_compile import sparsifier, sparsify
-from mst_compile.lowering import cpu_linear
 
 
 @pytest.fixture
@@ -22,7 +22,8 @@ def layer() -> nn.Linear:
 def grads(layer: nn.Linear, run: nn.Module, x: Tensor) -> list[Tensor]:
     layer.zero_grad()
     run(x).square().sum().backward()
-    assert layer.weight.grad is not None and layer.bias.grad is not None
+    assert layer.weight.grad is not None
+    assert layer.bias.grad is not None
     return [layer.weight.grad.clone(), layer.bias.grad.clone()]
 
 
