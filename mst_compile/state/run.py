@@ -121,8 +121,10 @@ class Run:
 
         If anything is interrupted, the event is overdue or has happened, and the next step is prepared all the same.
         """
-        self.overdue = bool(self.overdue or self.schedule.is_topology_event(self.step_count + 1))
-        self.step_count += 1
+        try:
+            self.overdue = bool(self.overdue or self.schedule.is_topology_event(self.step_count + 1))
+        finally:
+            self.step_count += 1
         happened: TopologyEvent | None = None
         own: list[tuple[SparseWeight, nn.Parameter]] = []
         try:
@@ -130,7 +132,11 @@ class Run:
             for weight, parameter in own:
                 weight.moved |= parameter.grad is not None or weight.version not in (UNKNOWN, parameter._version)
             if self.overdue:
-                happened = self._change_topology()
+                try:
+                    happened = self._change_topology()
+                except Exception:  # an event that cannot be is left out; one that was interrupted is made up for
+                    self.overdue = False
+                    raise
             self._steps_here += 1
             if self._steps_here == _PATIENCE:
                 warn_unseen([weight for weight, parameter in own if parameter.grad is not None])
