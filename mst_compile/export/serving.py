@@ -92,12 +92,7 @@ class PackedWeight(nn.Module):
         held: dict[str, Any] = self._buffers
         values, index, kind = held["values"], held["index"], x.device.type
         # No autocast on meta, and Dynamo of torch 2.11 knows no torch.amp.is_autocast_available to be asked.
-        if (
-            kind != "meta"
-            and torch.is_autocast_enabled(kind)
-            and x.is_floating_point()
-            and x.dtype != torch.float64
-        ):
+        if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(kind))
         elif x.dtype != values.dtype:
             raise ArgumentError(

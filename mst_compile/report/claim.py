@@ -9,6 +9,7 @@ says so when it is used.
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from pathlib import Path
 from typing import IO
@@ -31,7 +32,7 @@ class Claim:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder.resolve()
+        self._folder, self._process = folder.resolve(), os.getpid()
         self._lock: IO[str] | None = None
         self._taken_over = False
         before = _claims.get(self._folder)
@@ -42,8 +43,18 @@ class Claim:
             before._taken_over = True
         _claims[self._folder] = self
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this process made it: a forked one has a copy, and trains what is not the run of the files."""
+        return self._process == os.getpid()
+
     def check(self) -> None:
-        """Raise :class:`RecordError` if a newer Recorder has taken the folder over."""
+        """Raise :class:`RecordError` if the folder is another process's, or a newer Recorder has taken it over."""
+        if not self.is_ours:
+            raise RecordError(
+                f"the recorder of {str(self._folder)!r} belongs to the process that this one was forked from; to "
+                "record what is trained here make one with a folder of its own"
+            )
         if self._taken_over:
             raise RecordError(
                 f"a newer Recorder has taken over {str(self._folder)!r}, and what this one writes would be lost: give "

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -23,10 +20,10 @@ from mst_compile.state.listeners import TopologyEvent
 from mst_compile.state.sparsifier import Part, parts_of
 
 from . import files, history, sinks
+from .about import about_run
 from .claim import Claim
 from .clock import Clock
 from .history import Snapshot
-from .machine import machine
 
 _RESERVED = sinks.OWN | {"step", "phase"}
 FILES = (history.ABOUT, history.SCALARS, history.TABLE, history.EVENTS, history.MASKS, history.SAMPLE)
@@ -122,7 +119,7 @@ class Recorder:
         count = max((part.sparsifier.step_count for part in parts), default=0)
         self.step = count if step is None else check_whole("step", step, least=0, error=ArgumentError)
         self._writes = not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
-        self._clock, self._born, self._process = Clock(), time.perf_counter(), os.getpid()
+        self._clock, self._born = Clock(), time.perf_counter()
         self._handles: list[Any] = []
         self._rows, self._recorded, self._counted = 0, self.step, self.step
         self._flops = self._dense_flops = self._wall = 0.0
@@ -130,7 +127,11 @@ class Recorder:
         self._last_masks: dict[str, Tensor] = {}
         self._sinks: list[sinks.Sink] = []
         self._closed = False
-        about = self._about(parts, total_steps, label, notes)
+        check_instance("label", label, str | None, "a text")
+        named, meter = label or self.folder.resolve().name, self._meter if self._counts_tokens else None
+        about = about_run(model, parts, named, total_steps, meter, notes)
+        self._moments = {edge for _, a, b in about["phases"] for edge in (a + (b - a) * 3 // 4, b)}
+        self._telling = history.telling({each["name"]: [*each["shape"], each["block"]] for each in about["sparse"]})
         asked_for = (check_flag("tensorboard", tensorboard), wandb, check_flag("overwrite", overwrite))
         check_instance("wandb", wandb, bool | Mapping, "True, False or arguments of wandb.init")
         if self._writes:
@@ -158,7 +159,6 @@ class Recorder:
         """
         if self._closed:
             raise RecordError("the recorder was closed; make a new one to go on")
-        self._check_process()
         if self._writes:
             self._claim.check()
         taken = self._taken(step)
@@ -202,7 +202,6 @@ class Recorder:
             RecordError: the recorder is another process's.
         """
         check_instance("text", text, str, "a text")
-        self._check_process()
         if self._writes:
             self._claim.check()
             files.replace(self.folder / history.SAMPLE, text)
@@ -224,7 +223,7 @@ class Recorder:
         self._closed = True
         for handle in self._handles:
             handle.remove()
-        if self._writes and not self._is_forked:
+        if self._writes and self._claim.is_ours:
             self._snapshot()
             self._claim.release()
             written: list[Any] = [self._scalars, self._table, self._events, self._masks]
@@ -236,18 +235,6 @@ class Recorder:
 
     def __exit__(self, *args: object) -> None:
         self.close()
-
-    @property
-    def _is_forked(self) -> bool:
-        """Whether this is a copy in a process that was forked, where the run is not that of the files."""
-        return self._process != os.getpid()
-
-    def _check_process(self) -> None:
-        if self._is_forked:
-            raise RecordError(
-                f"the recorder of {str(self.folder)!r} belongs to the process that this one was forked from; to record "
-                "what is trained here make one with a folder of its own"
-            )
 
     # -- what is counted -----------------------------------------------------------------------------------------------
 
@@ -307,7 +294,7 @@ class Recorder:
 
     def _event(self, part: Part, event: TopologyEvent) -> None:
         """A topology event: counted, and written as it is."""
-        if self._is_forked:
+        if not self._claim.is_ours:
             return
         self._events_so_far["events"] += not event.skipped
         self._events_so_far["dropped"] += event.dropped
@@ -333,48 +320,6 @@ class Recorder:
         self._last_masks = chosen
 
     # -- beginning -----------------------------------------------------------------------------------------------------
-
-    def _about(
-        self, parts: list[Part], total: int | None, label: str | None, notes: Mapping[str, Any] | None
-    ) -> dict[str, Any]:
-        """What ``run.json`` holds."""
-        check_instance("label", label, str | None, "a text")
-        check_instance("notes", notes, Mapping | None, "a mapping of names to values that JSON can hold")
-        weights = {part.full(name): w for part in parts for name, w in part.sparsifier.weights.items()}
-        self._telling = history.telling({name: w.grid.shape for name, w in weights.items()})
-        schedules = list({id(part.sparsifier.schedule): part.sparsifier.schedule for part in parts}.values())
-        known = [t for s in schedules if isinstance(t := getattr(s, "total_steps", None), int)]
-        total = total or max(known, default=None)
-        phases = schedules[0].phases(total) if len(schedules) == 1 and total else []
-        self._moments = {edge for _, a, b in phases for edge in (a + (b - a) * 3 // 4, b)}
-        first = next(self._model.parameters(), torch.empty(0, device="cpu"))
-        plain = getattr(self._model, "_orig_mod", self._model)
-        about = {
-            "format": history.FORMAT,
-            "label": label or self.folder.resolve().name,
-            "model": type(plain).__name__,
-            "parameters": sum(p.numel() for p in self._model.parameters()),
-            "dtype": str(first.dtype).removeprefix("torch."),
-            "device": str(first.device),
-            "sparse": [
-                {"name": n, "shape": [w.grid.rows, w.grid.cols], "block": w.grid.block} for n, w in weights.items()
-            ],
-            "schedule": "; ".join(history.described(schedule) for schedule in schedules),
-            "first_masks": "; ".join(dict.fromkeys(part.sparsifier.first_masks for part in parts)),
-            "total_steps": total,
-            "phases": [list(phase) for phase in phases],
-            "tokens_per_step": self._meter.tokens_per_step if self._counts_tokens else None,
-            "dense_flops_per_step": self._meter.dense if self._counts_tokens else None,
-            "machine": machine(first.device),
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "resumed": [],
-            "notes": {str(name): value for name, value in (notes or {}).items()},
-        }
-        try:
-            json.dumps(about, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ArgumentError(f"notes must hold what JSON can, got {shown(notes)} ({error})") from error
-        return about
 
     def _open(self, about: dict[str, Any], tensorboard: bool, wandb: bool | Mapping[str, Any], overwrite: bool) -> None:
         """Read what is there, refuse or cut it, and open all for writing."""
