@@ -15,6 +15,7 @@ import networkx
 import torch
 from torch import Tensor, fx
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -340,6 +341,8 @@ class Emitter:
         values, named = fx.node.map_arg(args, value), fx.node.map_arg(kwargs, value)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._mode or contextlib.nullcontext())
+            # As Dynamo does: what is made of other operators turns symbolic sizes into numbers in C++, in Python not.
+            stack.enter_context(enable_python_dispatcher())
             stack.enter_context(torch.no_grad())
             for device, dtype, enabled, cache in self._autocast:
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from mst_compile.graph.attention.evaluate import VARIES, Evaluator, UnknownError
 from mst_compile.graph.attention.found import Attention
@@ -135,7 +136,7 @@ def _cast(emit: Emitter, node: fx.Node, out: fx.Node) -> fx.Node:
 
 def _views_fit(node: fx.Node, tensor: Tensor) -> bool:
     """Whether views of a node, which the model wrote for another layout in memory, can be made of ``tensor``."""
-    with tensor.fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+    with tensor.fake_mode, enable_python_dispatcher(), torch.no_grad():  # type: ignore[attr-defined]
         for user in node.users:
             if user.op != "call_method" or user.target not in _LAYOUT or user.args[0] is not node:
                 continue
