@@ -19,7 +19,7 @@ from mst_compile.parallel import (
 from mst_compile.rules.checks import check_choice, check_flag, check_model, check_seed
 from mst_compile.rules.guard import GUARDS, Guard
 from mst_compile.rules.schedule import Schedule, as_schedule
-from mst_compile.state import weight as weights
+from mst_compile.state import binding
 from mst_compile.state.ownership import forget_owner
 from mst_compile.state.selection import Override, check_memory, select
 from mst_compile.state.sparsifier import Sparsifier, attach, detach, parts_of, some_parts_of, sparsifier
@@ -104,7 +104,7 @@ def sparsify(
     rescale, auto_step = check_flag("rescale", rescale), check_flag("auto_step", auto_step)
     with torch.inference_mode(False):  # what is made here is written again at every event
         selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
-        check_memory(selection.candidates, [*model.named_parameters(), *weights.bound()])
+        check_memory(selection.candidates, [*model.named_parameters(), *binding.bound()])
         fsdp.adopt(model)
         for candidate in selection.candidates:
             check_placement(candidate.name, candidate.parameter)
@@ -128,7 +128,7 @@ def sparsify(
 
 def _check_plain(model: nn.Module) -> None:
     """Raise :class:`AlreadySparseError` if a weight of ``model`` is sparse, here or as that of another module."""
-    found = [(name, weight) for name, p in model.named_parameters() if (weight := weights.of(p)) is not None]
+    found = [(name, weight) for name, p in model.named_parameters() if (weight := binding.of(p)) is not None]
     if parts_of(model) or found:
         which = f": {found[0][0]} is, under the name {found[0][1].name}" if found else ""
         raise AlreadySparseError(
@@ -152,9 +152,9 @@ def densify(model: nn.Module) -> nn.Module:
         ModelError: it is no model.
     """
     check_model("densify", model)
-    orphans = {id(p): p for p in model.parameters() if (weight := weights.of(p)) is not None and weight.is_orphan}
+    orphans = {id(p): p for p in model.parameters() if (weight := binding.of(p)) is not None and weight.is_orphan}
     for parameter in orphans.values():
-        weights.unbind(parameter)
+        binding.unbind(parameter)
     for module in model.modules():
         if orphans.keys() & {id(p) for p in module._parameters.values()}:
             forget_owner(module)

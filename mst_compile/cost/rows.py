@@ -15,8 +15,9 @@ from mst_compile.blocks.shards import is_sharded
 from mst_compile.cost.flops import linear_training
 from mst_compile.graph.skipped import skipped
 from mst_compile.lowering import device
+from mst_compile.state.binding import of
 from mst_compile.state.sparsifier import Part
-from mst_compile.state.weight import SparseWeight, of
+from mst_compile.state.weight import SparseWeight
 
 
 @dataclass(frozen=True)

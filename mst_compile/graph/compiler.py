@@ -23,7 +23,7 @@ from mst_compile.graph.linear import fake_index
 from mst_compile.graph.notes import note_attention, warn_unmatched
 from mst_compile.graph.passes import Stage
 from mst_compile.lowering import device
-from mst_compile.state import weight as weights
+from mst_compile.state import binding
 from mst_compile.state.weight import SparseWeight
 
 _MANY_TOKENS = 1 << 16
@@ -67,7 +67,7 @@ def given_inputs(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) ->
 
 def find_weights(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, SparseWeight]:
     """Position of each input that is a sparse parameter -> its state."""
-    states = (weights.of(given) for given in given_inputs(graph_module, example_inputs))
+    states = (binding.of(given) for given in given_inputs(graph_module, example_inputs))
     return {i: weight for i, weight in enumerate(states) if weight is not None}
 
 

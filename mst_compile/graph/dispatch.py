@@ -22,8 +22,9 @@ from mst_compile.graph.linear import fake_index
 from mst_compile.graph.notes import warn_written
 from mst_compile.lowering import device
 from mst_compile.lowering.device import Layer
+from mst_compile.state.binding import of
 from mst_compile.state.uses import Baseline
-from mst_compile.state.weight import SparseWeight, epoch, of
+from mst_compile.state.weight import SparseWeight, epoch
 
 _MOST_SIZES = 64  # that a graph keeps its products' times for, as of batches of several lengths
 _FIRST_CALLS = 2  # at which the values of weights are looked at

@@ -15,8 +15,9 @@ from torch import fx
 from mst_compile.graph.compiler import CompileFn, compiling_late, given_inputs, late_examples
 from mst_compile.graph.dispatch import Dispatch
 from mst_compile.graph.fx import clone
-from mst_compile.state import weight as weights
+from mst_compile.state import binding
 from mst_compile.state.uses import note_compiled
+from mst_compile.state.weight import epoch
 
 
 class Late:
@@ -40,18 +41,18 @@ class Late:
         self._tracing = torch._guards.TracingContext.try_get()
         self._context = torch._guards.CompileContext.try_get()
         self._examples = late_examples(self._tracing, example_inputs) if self._parameters else []
-        self._epoch = weights.epoch.value
+        self._epoch = epoch.value
         self._run = compile_fn(graph_module, example_inputs)
 
     def __call__(self, *args: Any) -> Any:
-        if self._epoch != weights.epoch.value and self._graph is not None:
-            self._epoch = weights.epoch.value
+        if self._epoch != epoch.value and self._graph is not None:
+            self._epoch = epoch.value
             self._look(self._graph, args)
         return self._run(*args)
 
     def _look(self, graph_module: fx.GraphModule, args: Sequence[Any]) -> None:
         """Make way for a :class:`Dispatch` if a sparse parameter has come in."""
-        states = ((i, weights.of(args[i])) for i in self._parameters)
+        states = ((i, binding.of(args[i])) for i in self._parameters)
         found = {i: weight for i, weight in states if weight is not None}
         if found:
             note_compiled(args[i] for i in found)

@@ -16,7 +16,7 @@ from mst_compile.blocks.grid import BlockGrid
 from mst_compile.errors import ModelError, RankMismatchError
 from mst_compile.parallel.description import digest
 from mst_compile.rules.checks import check_instance, shown
-from mst_compile.state import weight as weights
+from mst_compile.state import binding
 from mst_compile.state.weight import SparseWeight
 
 
@@ -117,7 +117,7 @@ class ActiveBlocks:
 
     def _digest(self, parameter: Tensor) -> str:
         """Name, mask, and whether the gradient moves whole; of a parameter that is not sparse nothing."""
-        weight = weights.of(parameter)
+        weight = binding.of(parameter)
         if weight is None:
             return "dense"
         changes, mask = self._digests.get(weight, (-1, ""))
@@ -140,7 +140,7 @@ class ActiveBlocks:
 
     def _blocks_of(self, parameter: Tensor) -> "_Blocks | None":
         """The blocks to move of the gradient of ``parameter``, or None if it moves whole."""
-        weight = weights.of(parameter)
+        weight = binding.of(parameter)
         if weight is None or weight.is_dense or weight.dense_grad:
             return None
         blocks = self._blocks.get(weight)

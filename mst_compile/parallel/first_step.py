@@ -28,7 +28,7 @@ from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import FOR_DATA, is_sharded
 from mst_compile.errors import ParallelismError, RankMismatchError
 from mst_compile.parallel.description import describe, difference
-from mst_compile.state import weight as weights
+from mst_compile.state import binding
 from mst_compile.state.run import Run
 from mst_compile.state.stepping import watch_runs
 from mst_compile.state.weight import SparseWeight
@@ -172,7 +172,7 @@ def _fingerprint(gradient: Tensor | None) -> int:
 
 def _check_not_spread(module: object) -> None:
     for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
-        if weights.of(parameter) is not None and is_sharded(parameter):
+        if binding.of(parameter) is not None and is_sharded(parameter):
             raise ParallelismError(
                 f"{name} is sparse and a DTensor, spread over the ranks of {parameter.device_mesh}; "  # type: ignore[attr-defined]
                 f"DistributedDataParallel would train local tensors in its place. {FOR_DATA}"

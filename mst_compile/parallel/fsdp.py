@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mst_compile.blocks import shards
-from mst_compile.state.weight import carry
+from mst_compile.state.binding import carry
 
 if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mst_compile.blocks.shards import check_placement, is_sharded
+from mst_compile.state.binding import bind
 from mst_compile.state.ownership import owned
-from mst_compile.state.weight import bind
 
 
 def _registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

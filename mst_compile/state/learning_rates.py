@@ -13,7 +13,8 @@ from mst_compile.errors import ArgumentError, MSTWarning
 from mst_compile.rules.checks import as_number, check_model, check_number, shown
 from mst_compile.rules.laws import Law, check_law, factor
 
-from .weight import SparseWeight, of
+from .binding import of
+from .weight import SparseWeight
 
 DENSITY_RATE = "density_rate"
 DENSITY_DECAY = "density_decay"

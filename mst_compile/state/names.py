@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mst_compile.ops import watching
 
-from .weight import bound, epoch, of
+from .binding import bound, of
+from .weight import epoch
 
 
 class _Names:

@@ -8,7 +8,8 @@ from torch import nn
 
 from mst_compile.blocks.shards import is_sharded
 
-from .weight import UNKNOWN, SparseWeight, bind
+from .binding import bind
+from .weight import UNKNOWN, SparseWeight
 
 _OWNED = "_mst_owned_weights"
 

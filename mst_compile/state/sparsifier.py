@@ -18,6 +18,7 @@ from mst_compile.rules.schedule import Schedule, phase_of
 
 from . import packing, resume
 from .attention import AttentionState
+from .binding import of
 from .checkpoint_hooks import watch_checkpoints
 from .checkpoints import OptimizerCheckpoints
 from .event import Plan
@@ -28,7 +29,7 @@ from .selection import Candidate
 from .stepping import Stepping
 from .steps import watch_steps
 from .uses import ORPHANED
-from .weight import SparseWeight, of
+from .weight import SparseWeight
 from .weights import Weights
 
 _ATTRIBUTE = "_mst_sparsifier"

@@ -29,11 +29,12 @@ from mst_compile.blocks.shards import is_sharded, lay_out_gradient
 from mst_compile.errors import MSTWarning
 
 from . import optimizers, regrown
+from .binding import first_gradients
 from .clock import StepClock
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
 from .steps import Step
-from .weight import SparseWeight, first_gradients, mask_gradients
+from .weight import SparseWeight, mask_gradients
 
 _PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
 

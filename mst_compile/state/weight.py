@@ -1,13 +1,7 @@
-"""The sparse state of one weight, and how to get from a Parameter to it.
-
-The state hangs on the Parameter object itself, because that is what a compiled graph receives at every call: one
-compiled graph then serves all layers that Dynamo shares it among.
-"""
+"""The sparse state of one weight."""
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -16,20 +10,17 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 from mst_compile.blocks.bulk import block_mean_square, zero_all_inactive_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, new_index, write_index
 from mst_compile.blocks.layout import Part, reaching
 from mst_compile.blocks.shards import (
-    check_placement,
     gathered,
-    holder_of,
     is_sharded,
     local_part,
     part_multiplied,
-    stored,
 )
 from mst_compile.lowering import device as devices
 from mst_compile.rules.density import active_count
@@ -37,11 +28,9 @@ from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
 from mst_compile.state.attention import AttentionState
 from mst_compile.state.selection import Candidate
-from mst_compile.state.uses import Baseline, Uses, warn_orphaned
+from mst_compile.state.uses import Baseline, Uses
 from mst_compile.state.young import Young
 
-_ATTRIBUTE = "_mst_weight"
-_hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> handle of its gradient hook
 UNKNOWN = -1  # no version of a tensor
 
 
@@ -53,10 +42,6 @@ class _Epoch:
 
 
 epoch = _Epoch()
-# Who is told, once, that a weight has got its first gradient. Weak methods, as they lead back to the weight.
-first_gradients: weakref.WeakKeyDictionary[SparseWeight, weakref.WeakMethod[Callable[[SparseWeight, Tensor], None]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 @dataclass(eq=False)
@@ -369,57 +354,6 @@ def _new_index(grid: BlockGrid, device: torch.device) -> Tensor | None:
     return new_index(grid, device) if _has_index(grid, device) else None
 
 
-def bind(parameter: Tensor, weight: SparseWeight) -> bool:
-    """Make ``weight`` the sparse state of ``parameter`` and have its gradients masked; returns whether that is new.
-
-    Safe to call again, and on frozen parameters.
-    """
-    changed = of(parameter) is not weight
-    if changed:
-        _remove_hook(parameter)
-        setattr(parameter, _ATTRIBUTE, weight)
-        epoch.value += 1
-    # FSDP2 may keep shards on the host, and gathers what it has cut: the index is of what products are computed with.
-    if holder_of(parameter) is None or gathered(parameter):
-        weight.follow(parameter)
-    if parameter not in _hooks:
-        # The hook holds no more than the weight's state: one that led back to the parameter would never be freed.
-        hook = torch._dynamo.disable(functools.partial(_mask_gradient, weight))
-        frozen = not parameter.requires_grad  # it may be unfrozen later, and a hook is only taken by one that is not
-        _hooks[parameter] = parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
-        parameter.requires_grad_(not frozen)
-        changed = True
-    return changed
-
-
-def unbind(parameter: Tensor) -> None:
-    """Remove the sparse state of ``parameter`` and its hook; also where FSDP2 would carry it here from again."""
-    for holder in (parameter, stored(parameter)):
-        _remove_hook(holder)
-        if hasattr(holder, _ATTRIBUTE):
-            delattr(holder, _ATTRIBUTE)
-    epoch.value += 1
-
-
-def _remove_hook(parameter: Tensor) -> None:
-    handle = _hooks.pop(parameter, None)
-    if handle is not None:
-        handle.remove()
-
-
-def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
-    """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
-    if parameter.grad is not None and not weight.dense_grad:
-        weight.mask_gradient(parameter.grad)
-    if weight.is_orphan and not weight.orphaned:
-        weight.orphaned = True
-        warn_orphaned(weight.name)
-    told = first_gradients.pop(weight, None) if first_gradients else None
-    tell = None if told is None else told()
-    if tell is not None:
-        tell(weight, parameter)
-
-
 def _address(parameter: Tensor) -> int:
     """Where the elements are; 0 of tensors that wrap others."""
     return parameter.data_ptr() if type(parameter) in (Parameter, Tensor) else 0
@@ -434,30 +368,3 @@ def _written_at(parameter: Tensor) -> tuple[int, int]:
         return parameter._version, _address(parameter)
     local = parameter._local_tensor  # type: ignore[attr-defined]
     return parameter._version + local._version, _address(local)
-
-
-def of(parameter: object) -> SparseWeight | None:
-    """The sparse state of ``parameter``, or ``None``."""
-    weight: SparseWeight | None = getattr(parameter, _ATTRIBUTE, None)
-    return weight if weight is not None and weight.adopted else None
-
-
-def bound() -> list[tuple[str, Tensor]]:
-    """Names and Parameters of all sparse weights of this process that are alive."""
-    return [(weight.name, p) for p in _hooks if (weight := of(p)) is not None]
-
-
-def carry(old: Tensor, new: Tensor) -> None:
-    """Let a Parameter that takes another's place, as FSDP2's do, have the other's sparse state, also if it has none.
-
-    Raises:
-        ParallelismError: it is spread over ranks in a way that is not served.
-    """
-    weight = of(old)
-    if weight is of(new):
-        return
-    if weight is None:
-        unbind(new)
-        return
-    check_placement(weight.name, new)
-    bind(new, weight)

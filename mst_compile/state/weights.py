@@ -22,9 +22,10 @@ from mst_compile.rules.schedule import Schedule
 
 from . import names  # noqa: F401  (tells the profiler)
 from .attention import AttentionState
+from .binding import bind, of, unbind
 from .ownership import forget_owner, remember_owner
 from .selection import Candidate
-from .weight import SparseWeight, bind, of, unbind
+from .weight import SparseWeight
 
 
 class Weights:

@@ -25,7 +25,7 @@ from mst_compile.blocks.shards import check_placement, local_part, stored
 from mst_compile.errors import MaskError, ParallelismError, RankMismatchError
 from mst_compile.parallel.ranks import check_ranks
 from mst_compile.rules.schedule import Schedule
-from mst_compile.state import weight as weights
+from mst_compile.state import binding
 
 mse = nn.functional.mse_loss
 
@@ -303,7 +303,7 @@ def follows_parameters() -> None:
     """The state of a weight is on whatever Parameter stands for it, and leaves it with densify."""
     model = sharded_net(SCHEDULES[0], before=True)
     sharded = model.head.weight
-    weight = weights.of(sharded)
+    weight = binding.of(sharded)
     assert weight is sparsifier(model).weights["head.weight"]
     x, y = next(batches())
     with torch.no_grad():
@@ -311,7 +311,7 @@ def follows_parameters() -> None:
     standing_in = model.head.weight  # the root stays unsharded after forward
     assert standing_in is not sharded
     assert not isinstance(standing_in, DTensor)
-    assert weights.of(standing_in) is weight
+    assert binding.of(standing_in) is weight
     assert stored(standing_in) is sharded
     assert stored(sharded) is sharded
     # What is zeroed in the shards is zeroed in the copy that the next forward pass uses.
@@ -321,9 +321,9 @@ def follows_parameters() -> None:
     assert not standing_in.any()
     sparsifier(model).release()
     mse(model(mine(x)), mine(y)).backward()
-    assert weights.of(model.head.weight) is None
+    assert binding.of(model.head.weight) is None
     model.unshard()
-    assert weights.of(model.head.weight) is None
+    assert binding.of(model.head.weight) is None
     model.reshard()
     plain = net()
     assert stored(plain.head.weight) is plain.head.weight

@@ -17,7 +17,7 @@ from torch import nn
 
 from mst_compile import Constant, MixedSparsity, sparsifier, sparsify
 from mst_compile.errors import CheckpointError, ScheduleError
-from mst_compile.state.weight import of
+from mst_compile.state.binding import of
 
 
 def round_trip(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from training import assert_zero_outside
 
 from mst_compile import MSTWarning, densify, explain, sparsifier, sparsify
 from mst_compile.errors import NotSparseError, WeightError
-from mst_compile.state.weight import of
+from mst_compile.state.binding import of
 
 
 def test_weights_that_are_tied_later_are_refused() -> None:
