@@ -9,6 +9,24 @@ import sys
 import traceback
 from collections.abc import Callable
 
+import pytest
+import torch
+
+
+def skip_if_autograd_refuses() -> None:
+    """PyTorch refuses every backward pass in a child, with an error of its own, once one in the parent has used threads
+    for other devices, as in its CUDA builds: https://github.com/pytorch/pytorch/wiki/Autograd-and-Fork."""
+
+    def refused() -> bool:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+        except RuntimeError as error:
+            return "Autograd-and-Fork" in str(error)
+        return False
+
+    if in_child(refused) == "True":
+        pytest.skip("PyTorch's autograd was used for other devices before, and refuses to run in forked processes")
+
 
 def in_child(function: Callable[[], object], seconds: float = 30.0) -> str:
     """What ``function`` returns in a child, as a text; AssertionError where it raises, or does not return in time."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from forks import in_child
+from forks import in_child, skip_if_autograd_refuses
 from helpers import Blocks, compiled, static
 from mst_compile.kernels import cpu as kernels
 from mst_compile.kernels.cpu import library
@@ -55,6 +55,7 @@ def test_a_forked_child_trains_as_its_parent_does(mode: str) -> None:
         trained(model, run)
     else:
         torch.randn(512, 512) @ torch.randn(512, 512)
+    skip_if_autograd_refuses()
     child = in_child(lambda: (trained(model, run), str(mst_compile.sparsifier(model)), torch.get_num_threads()))
     assert child == str((trained(model, run), str(mst_compile.sparsifier(model)), 2))
 
