@@ -78,3 +78,12 @@ def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
     torch.backends.cuda.matmul.allow_tf32 = request.param
     yield request.param
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Products run on two threads; where tests run side by side, their processes begin with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

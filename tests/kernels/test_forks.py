@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,17 +19,10 @@ import mst_compile
 from mst_compile import Constant, sparsify
 
 pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system"),
     pytest.mark.skipif(not kernels.available(), reason=f"CPU kernels: {kernels.why_unavailable()}"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def trained(model: nn.Module, run: nn.Module, steps: int = 4) -> list[float]:
