@@ -8,6 +8,7 @@ import contextlib
 import glob
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Mapping
 from os import PathLike, fspath
@@ -69,7 +70,7 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
             "blocks, or save sparsifier(model).state_dict() with torch.save"
         )
     target = os.path.realpath(path)  # of a link, what it leads to
-    draft = f"{target}.tmp"
+    draft = f"{target}.{uuid.uuid4().hex}.tmp"  # a name that no file of the user's has, nor another process's draft
     try:
         files.save_file(tensors, draft, {"format": "pt", **more, _KEY: text})
         os.replace(draft, target)

@@ -206,6 +206,8 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(
 ) -> None:
     file, link = tmp_path / "model.safetensors", tmp_path / "latest"
     link.symlink_to(file)
+    other = tmp_path / "model.safetensors.tmp"
+    other.write_text("somebody's")
     export.save(model, link)
     assert link.is_symlink()
     before = file.read_bytes()
@@ -218,7 +220,8 @@ def test_a_file_that_is_there_stays_until_the_new_one_is_whole(
     with pytest.raises(type(error)):
         export.save(model, link)
     assert file.read_bytes() == before
-    assert sorted(tmp_path.iterdir()) == [link, file]
+    assert sorted(tmp_path.iterdir()) == [link, file, other]
+    assert other.read_text() == "somebody's"
 
 
 def test_a_file_is_read_without_us(model: nn.Module, tmp_path: Path) -> None:
