@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import check_model, statuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from net_cases import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -27,13 +28,12 @@ class Weighted(nn.Module):
         return self.rule(x, self.w)
 
 
-class Residual(nn.Module):
+class Residual(Mlp):
     def __init__(self, width: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width, bias=False)
+        super().__init__(width, 2 * width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(x)))
+        return x + super().forward(x)
 
 
 class Twice(nn.Module):
