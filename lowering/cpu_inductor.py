@@ -78,9 +78,7 @@ def _grad_input(grad: Any, weight: Any, index: Any, block: int, transposed: bool
     return _linear(grad, weight, None, index, block, not transposed, *tuning, kernel=_GRAD_INPUT)
 
 
-def _grad_weight(*args: Any) -> tuple[Any, ...] | None:
-    if V.graph.cpp_wrapper:
-        return None
+def _grad_weight(*args: Any) -> tuple[Any, ...]:
     results: Any = ir.FallbackKernel.create(torch.ops.mst.linear_grad_weight.default, *args)
     results[0].inputs[0].python_kernel_name = f"extern_kernels.{_GRAD_WEIGHT}"
     return tuple(ir.TensorBox.create(result) for result in results)
