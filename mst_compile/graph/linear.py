@@ -10,7 +10,7 @@ A linear layer that is written in a new way needs a function in :data:`FORMS`, a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,6 +240,20 @@ class _Rewrite:
             for user in node.users if key is not None else ():
                 if user.target not in SERVED and name(user) != _ACCUMULATE and before_local(user) is None:
                     self._context.unmatched.setdefault(key, [f"used by {describe(user)}"])  # type: ignore[arg-type]
+
+
+def multiplied_alone(graph_module: fx.GraphModule, keys: Mapping[fx.Node, int]) -> set[int]:
+    """Of a rewritten graph: keys of the weights that nothing but ``mst::linear`` takes, as its weight. Their gradients
+    are sums of what ``mst::linear_grad_weight`` returns, 0 outside the active blocks."""
+    found = set(keys.values())
+    for region, node in walk(graph_module):
+        key = keys.get(region.origin(node))
+        for user in node.users if key is not None else ():
+            takes = calls(user, {torch.ops.mst.linear.default}) and user.args[1] is node
+            others = [user.args[0], *user.args[2:]] if takes else []
+            if not (takes and node not in others) and not calls(user, {CHECKPOINT}):
+                found.discard(key)
+    return found
 
 
 def _bias(found: Match) -> Any:

@@ -77,6 +77,8 @@ class SparseWeight:
         moved: whether the weight has been trained since the last topology event.
         version: version of the Parameter after the last training step.
         masked: the gradient that was last masked, its version then, and ``changes`` then.
+        computed: the memory of a gradient that a backward pass has just computed with zeros outside the active blocks,
+            its version and ``changes`` then; until it has arrived.
         driver: leads to the run that drives it as long as that is there: it goes with the model that was made sparse,
             while a module of it may live on.
         orphaned: the user was told that the run is gone.
@@ -112,6 +114,7 @@ class SparseWeight:
     moved: bool = False
     version: int = UNKNOWN
     masked: tuple[TensorWeakRef, int, int] | None = None
+    computed: tuple[StorageWeakRef, int, int] | None = None
     driver: Callable[[], object] | None = None
     orphaned: bool = False
     adopted: bool = True
@@ -326,13 +329,31 @@ class SparseWeight:
         reference, version, changes = self.masked
         return changes == self.changes and version == gradient._version and reference() is gradient
 
+    def note_computed(self, gradient: Tensor) -> None:
+        """A backward pass has computed this of the gradient, with zeros outside the active blocks."""
+        reference = StorageWeakRef(gradient.untyped_storage())
+        self.computed = None if self.dense_grad else (reference, gradient._version, self.changes)
+
+    def take_computed(self, gradient: Tensor) -> None:
+        """A gradient has arrived: where it is the one that was computed with zeros, and nobody has added to it or
+        written to it on its way, it is masked.
+
+        The same memory is meant, not the same address: what is referred to, if weakly, is not another's.
+        """
+        computed, self.computed = self.computed, None
+        if computed is not None:
+            reference, version, changes = computed
+            same = reference.cdata == gradient.untyped_storage()._cdata and version == gradient._version
+            if same and changes == self.changes:
+                self.note_masked(gradient)
+
     def mask_gradient(self, gradient: Tensor) -> None:
         """Set a gradient to 0 outside the active blocks unless it is known to be."""
         mask_gradients([(self, gradient)])
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "driver"))
+        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "computed", "driver"))
         return self.__dict__ | nothing | {"clean": UNKNOWN, "version": UNKNOWN, "adopted": False}
 
 
