@@ -137,6 +137,7 @@ device.register(
         # H100, 1/1.24 with 32 (docs/gpu.md).
         default_block=64,
         finest_block=TILE_BLOCK,  # a coarse grid costs density, a finer one all that could be saved
+        rounds_weights=True,  # tensor cores take two operands of one dtype
         bulk=_Bulk(),
         lowerings=_lowerings,
         why_absent=_why_absent,

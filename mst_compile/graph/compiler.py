@@ -162,6 +162,7 @@ class Compiler:
             why_unsupported=lambda where, *operands: device.of(where).why_unsupported(*operands),
             why_no_attention=lambda where, *operands: device.of(where).why_no_attention(*operands),
             attention_pays=lambda where, *shape: device.of(where).attention_pays(*shape, torch.is_grad_enabled()),
+            rounds_weights=lambda where: device.of(where).rounds_weights,
             choose=choose,
         )
         self._inputs = [value(n) for n in placeholders(graph_module.graph)]
