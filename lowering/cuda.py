@@ -98,6 +98,8 @@ def _facts() -> list[device.Fact]:
 class _Bulk:
     """Passes over whole weights, see :mod:`mst_compile.blocks.bulk`."""
 
+    launches = True
+
     def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
         """A CUDA graph's capture cannot take the upload of a table, which has no address yet when it is replayed."""
         if not grid.tiled or tensor.stride(-1) != 1 or tensor.element_size() > _WIDEST:

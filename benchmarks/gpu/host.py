@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--block", type=int, default=64, help="as in python -m benchmarks.gpu --model-block")
     p.add_argument("--steps", type=int, default=30, help="that are timed, of each side in turn; 0: counts alone")
     p.add_argument("--mode", help="of torch.compile")
+    p.add_argument("--no-event", action="store_true", help="leave the step with a topology event out")
     p.add_argument("--json", type=Path, help="a file for all that was counted")
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return p
@@ -288,10 +289,11 @@ def work(args: argparse.Namespace) -> int:
             _print_times(sides, args.steps)
         found = {name: _account(side, args.steps) for name, side in sides.items()}
         sides.clear()
-        event = _find_event(args, idle)
-        _print_counts("mst, a step with a topology event", event.event)
-        _print_waits(event.event)
-        found["event"] = _account(event, 0)
+        if not args.no_event:
+            event = _find_event(args, idle)
+            _print_counts("mst, a step with a topology event", event.event)
+            _print_waits(event.event)
+            found["event"] = _account(event, 0)
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1))
     return 0

@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 from mst_compile.blocks.bulk import block_mean_square, zero_all_inactive_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.index import DENSE_GRAD, new_index, write_index
+from mst_compile.blocks.index import DENSE_GRAD, new_index, read_mask, write_index
 from mst_compile.blocks.layout import Part, reaching
 from mst_compile.blocks.shards import (
     gathered,
@@ -200,19 +200,25 @@ class SparseWeight:
     def _write_index(self) -> None:
         if self.index is not None:
             mask = self.mask if self.part is None else reaching(self.mask, self.part, self.grid.block)
-            write_index(self.index, self.multiplied, mask, dense_grad=self.dense_grad)
+            write_index(self.index, self.multiplied, mask, dense_grad=self.dense_grad, changes=self.changes)
 
     def set_dense_grad(self, wanted: bool) -> None:
         """Ask kernels for the gradient on all blocks (growth reads it), or on the active ones alone."""
         if wanted != self.dense_grad:
             self.dense_grad = wanted
             if self.index is not None:
-                self.index[DENSE_GRAD] = int(wanted)
+                self.index[DENSE_GRAD].fill_(int(wanted))  # an assignment would copy a number from the host
 
     def zero_inactive_(self, tensor: Tensor) -> None:
         """Set a tensor of the weight's shape to 0 outside the active blocks, in place."""
         if not self.is_dense:
             zero_inactive_(tensor, self.grid, self.mask, self.index_of_whole)
+
+    def _mask_on(self, device: torch.device) -> Tensor:
+        """The mask there; an index that is there holds it."""
+        index = self.index_of_whole
+        held = index is not None and self.grid.tiled and index.device == device
+        return read_mask(index, self.grid) if held else self.mask.to(device)  # type: ignore[arg-type]
 
     @property
     def index_of_whole(self) -> Tensor | None:
@@ -293,7 +299,7 @@ class SparseWeight:
         with unset_fake_temporarily():
             local, part = local_part(parameter.detach())
             found = not self.is_dense and bool(
-                ((local != 0) & part.of(self.grid.expand(~self.mask.to(local.device)))).any()
+                ((local != 0) & part.of(self.grid.expand(~self._mask_on(local.device)))).any()
             )
         if is_sharded(parameter):
             self.dirty, self.clean_here = (_written_at(parameter), None) if found else (None, _written_at(parameter))

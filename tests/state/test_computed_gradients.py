@@ -103,6 +103,16 @@ def test_a_hook_on_the_way(hook: Any, zeroed: Zeroed) -> None:
     assert_zero_outside(model)
 
 
+def test_a_hook_behind(zeroed: Zeroed) -> None:
+    """One that was there before the model was made sparse sees the gradient first."""
+    torch.manual_seed(0)
+    model = Layers()
+    model.first.weight.register_post_accumulate_grad_hook(lambda p: p.grad.add_(1.0))  # type: ignore[union-attr]
+    run = compiled(sparsify(model, static(0.6), block=8))
+    assert zeroed.by(lambda: run(X).backward()) == 1
+    assert_zero_outside(model)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_another_term_outside_of_the_graph(first: bool, zeroed: Zeroed) -> None:
     """Autograd adds it up with the graph's, into the memory of one of them or into new memory."""
@@ -144,6 +154,7 @@ def test_gradients_on_all_blocks_are_not_taken_for_masked(zeroed: Zeroed) -> Non
         run(X).backward()
         state = binding.of(model.first.weight)
         assert state is not None
+        assert state.computed is None
         outside = ~element_masks(model)["first.weight"]
         assert bool(model.first.weight.grad[outside].any()) is state.dense_grad  # type: ignore[index]
         dense += state.dense_grad

@@ -343,6 +343,16 @@ void run(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* 
   const bool given = returns_what_it_was_given(schema);
   const auto results = given ? given_results(schema, arguments) : std::vector<c10::IValue>();
   bool on_host = executes || by_values;
+  // Of lists nobody above counts the writes: the kernels do.
+  const bool list = name.rfind("aten::_foreach_", 0) == 0;
+  for (size_t i = 0; list && i < arguments.size(); ++i) {
+    const auto* alias = schema.arguments()[i].alias_info();
+    if (alias != nullptr && alias->isWrite() && arguments[i].isTensorList()) {
+      for (const Tensor& x : arguments[i].toTensorVector()) {
+        x.unsafeGetTensorImpl()->bump_version();
+      }
+    }
+  }
   if (given && !on_host && has_room(results)) {
     stack->insert(stack->end(), results.begin(), results.end());
     return;
