@@ -139,9 +139,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, index, ctx.block, ctx.transposed, *rest = inputs
     ctx.rest, rounded = rest[:2], rest[2] if len(rest) > 2 else None
     needs_x, needs_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(
-        x if needs_weight else None, weight if needs_x else None, index, rounded if needs_x else None
-    )
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, index, rounded if needs_x else None)
     ctx.weight_dtype = weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 

@@ -126,7 +126,9 @@ def test_another_term_outside_of_the_graph(first: bool, zeroed: Zeroed) -> None:
     assert_zero_outside(model)
 
 
-@pytest.mark.parametrize("more", [torch.sum, lambda w: (X @ (w + 1.0)).sum(), lambda w: nn.functional.linear(w, w).sum()])
+@pytest.mark.parametrize(
+    "more", [torch.sum, lambda w: (X @ (w + 1.0)).sum(), lambda w: nn.functional.linear(w, w).sum()]
+)
 def test_another_use_in_the_graph(more: Callable[[Tensor], Tensor], zeroed: Zeroed) -> None:
     model, run = trained(more)
     assert zeroed.by(lambda: run(X).backward()) == 1

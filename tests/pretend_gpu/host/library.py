@@ -41,7 +41,15 @@ def build(folder: Path | None = None) -> Path:
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False) as file:
         made = Path(file.name)
     command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC", f"-I{root / 'include'}"]
-    command += [str(_SOURCE), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}", "-o", str(made)]
+    command += [
+        str(_SOURCE),
+        f"-L{root / 'lib'}",
+        "-lc10",
+        "-ltorch_cpu",
+        f"-Wl,-rpath,{root / 'lib'}",
+        "-o",
+        str(made),
+    ]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
