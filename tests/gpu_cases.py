@@ -62,6 +62,7 @@ class Product:
         rounded = self.rounded
 
         def run(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
+            x = x.view(x.shape)  # is the graph's first input, and its gradient the first output
             more = [0.2, False, weight.detach().to(x.dtype)] if rounded else []
             return after(torch.ops.mst.linear(x, weight, bias, index, block, transposed, *more))
 

@@ -5,9 +5,9 @@
     python -m benchmarks.gpu.host --model tiny --steps 5    # tests the program
     python -m benchmarks.gpu.host --json host.json          # and keep it
 
-The models of ``python -m benchmarks.gpu`` are compiled as for an H100 and trained on a device that takes every launch and
-does nothing (tests/pretend_gpu/host): Dynamo, AOTAutograd and Inductor, our dispatch, autograd with its thread for the
-device, hooks, clipping, fused AdamW and the schedule run as on a card. Counted: launches, allocations, operators
+The models of ``python -m benchmarks.gpu`` are compiled as for an H100 and trained on a device that takes every launch
+and does nothing (tests/pretend_gpu/host): Dynamo, AOTAutograd and Inductor, our dispatch, autograd with its thread for
+the device, hooks, clipping, fused AdamW and the schedule run as on a card. Counted: launches, allocations, operators
 outside of generated kernels, and every place where the host would wait for the device, in a step and in a step with a
 topology event. Timed: microseconds of this CPU, without what a launch itself takes in Inductor's launcher and the
 driver, which is a few microseconds for each of those counted. Needs a C++ compiler and a PyTorch without CUDA.
@@ -165,7 +165,6 @@ def _llama(cell: plan.ModelCell) -> Any:
 def prepare(name: str, args: argparse.Namespace, idle: Any) -> Side:
     """A side that has compiled and is warm: ``"inductor"``, ``"mst"`` with one mask, or ``"event"`` with a schedule."""
     import torch
-
     from mst_compile.lowering import cuda
 
     import mst_compile
@@ -178,7 +177,7 @@ def prepare(name: str, args: argparse.Namespace, idle: Any) -> Side:
     model = (_llama(cell) if args.model == "llama" else models.GPT(cell)).to("cuda")
     if name != "inductor":
         every = {"growth": "none"} if name == "mst" else {"growth": "gradient", "interval": _EVENT}
-        with idle.computing(), mock.patch.object(cuda._Bulk, "takes", lambda *_: False):  # kernels would not zero
+        with idle.computing(), mock.patch.object(cuda._Bulk, "takes", return_value=False):  # kernels would not zero
             mst_compile.sparsify(model, mst_compile.Constant(models.SPARSITY, **every), block=args.block)
     run = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
     ids = torch.randint(0, cell.vocab, (cell.batch, cell.context + 1), device="cpu").to("cuda")

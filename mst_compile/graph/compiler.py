@@ -139,8 +139,8 @@ class Compiler:
     Attributes:
         slots: positions of the sparse parameters whose index a variant with sparse products takes, in this order.
         products: position of a sparse parameter -> the products with it that can be sparse.
-        masked: positions of those of them whose gradients a variant with sparse products computes with zeros outside the
-            active blocks.
+        masked: positions of those of them whose gradients a variant with sparse products computes with zeros outside
+            the active blocks.
         varying: positions of the inputs whose sizes say how many tokens are multiplied, where that may differ from
             call to call. A cache of keys and values that grows says nothing of it.
     """

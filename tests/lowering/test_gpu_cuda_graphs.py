@@ -1,4 +1,4 @@
-"""``mode="reduce-overhead"``: nothing of ours keeps Inductor from recording a graph, and index tensors stay where they are.
+"""``mode="reduce-overhead"``: nothing of ours keeps Inductor from recording a graph, and index tensors do not move.
 
 What a recorded graph does is not seen here: the recorder is replaced by one that notes what it is given.
 """

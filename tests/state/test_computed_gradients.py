@@ -107,7 +107,12 @@ def test_a_hook_behind(zeroed: Zeroed) -> None:
     """One that was there before the model was made sparse sees the gradient first."""
     torch.manual_seed(0)
     model = Layers()
-    model.first.weight.register_post_accumulate_grad_hook(lambda p: p.grad.add_(1.0))  # type: ignore[union-attr]
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.add_(1.0)
+
+    model.first.weight.register_post_accumulate_grad_hook(add)
     run = compiled(sparsify(model, static(0.6), block=8))
     assert zeroed.by(lambda: run(X).backward()) == 1
     assert_zero_outside(model)

@@ -170,6 +170,7 @@ def idle_h100() -> Iterator[Idle]:
 
         patch(torch._C, "_cuda_getCurrentRawStream", lambda index: 0)
         patch(torch._C._dynamo.guards, "_empty_strided_cuda", _empty_strided)
+        patch(torch._C, "_cuda_cudaCachingAllocator_is_enabled", lambda: True)
         patch(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch(AsyncCompile, "triton", lambda self, name, source, device_str="cuda": _Launcher(name, idle))
         for name, value in _triton_launches(idle, type(driver.active)).items():
