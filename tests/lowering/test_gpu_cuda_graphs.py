@@ -37,7 +37,8 @@ with idle_h100() as idle:
     with idle.computing():
         model = sparsify(nn.Sequential(*layers).to("cuda"), Constant(0.5, growth="random", interval=3), block=32)
     adam = torch.optim.AdamW(model.parameters(), fused=True)
-    run = torch.compile(lambda x: model(x).sum(), backend=lambda g, e: mst(g, e, mode="reduce-overhead"))
+    mode = {{"mode": "reduce-overhead", "options": {{"mst.dense_threshold": 1.0}}}}
+    run = torch.compile(lambda x: model(x).sum(), backend=lambda g, e: mst(g, e, **mode))
     x, weights = torch.ones(64, 256, device="cuda"), [of(layer.weight) for layer in (layers[0], layers[2])]
     where, masks, graphs = [], [], []
     for step in range(7):
