@@ -31,6 +31,8 @@ def _why_not_compiled() -> str | None:
 class _Bulk:
     """Passes over a whole weight, see :mod:`mst_compile.blocks.bulk`."""
 
+    launches = False
+
     def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
         supported = kernels.supports(grid.block, tensor.dtype, tensor.dtype) and tensor.stride(-1) == 1
         return supported and kernels.available()

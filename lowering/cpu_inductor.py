@@ -47,6 +47,7 @@ def _linear(
     transposed: bool,
     density: float = DENSITY,
     choose: bool = False,
+    rounded: Any = None,
     *,
     kernel: str = _FORWARD,
 ) -> Any:

@@ -59,8 +59,9 @@ def linear(
     transposed: bool,
     density: float = 0.0,
     choose: bool = False,
+    rounded: Tensor | None = None,
 ) -> Tensor | None:
-    """``mst::linear``; None where there is no kernel."""
+    """``mst::linear``; None where there is no kernel. The weight is read as it is, where it is not 0."""
     bias_fits = bias is None or (bias.device.type == "cpu" and why_no_bias(bias.dtype) is None)
     if not _supported(block, x, weight.dtype, weight, index) or not bias_fits:
         return None

@@ -98,6 +98,8 @@ def _facts() -> list[device.Fact]:
 class _Bulk:
     """Passes over whole weights, see :mod:`mst_compile.blocks.bulk`."""
 
+    launches = True
+
     def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
         """A CUDA graph's capture cannot take the upload of a table, which has no address yet when it is replayed."""
         if not grid.tiled or tensor.stride(-1) != 1 or tensor.element_size() > _WIDEST:
@@ -137,6 +139,7 @@ device.register(
         # H100, 1/1.24 with 32 (docs/gpu.md).
         default_block=64,
         finest_block=TILE_BLOCK,  # a coarse grid costs density, a finer one all that could be saved
+        rounds_weights=True,  # tensor cores take two operands of one dtype
         bulk=_Bulk(),
         lowerings=_lowerings,
         why_absent=_why_absent,

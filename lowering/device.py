@@ -111,6 +111,8 @@ class Device:
         default_block: block of weights for which the user names none.
         finest_block: finest block with kernels; a weight that the default suits badly gets no finer one (nor one below
             ``FINEST_BLOCK``), and a weight of one below both keeps no index.
+        rounds_weights: whether its products read weights in the activations' dtype: they are rounded once for the
+            product and the gradient of its input then, where others read them as they are.
         implementations: operator (``"linear"``, ...) -> what computes it; it may decline, see
             :func:`mst_compile.ops.library.implement`.
         bulk: passes over whole weights, where the device has something better than PyTorch.
@@ -133,6 +135,7 @@ class Device:
     chooses: bool = False
     default_block: int = _BLOCK
     finest_block: int = FINEST_BLOCK
+    rounds_weights: bool = False
     implementations: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     bulk: Kernels | None = None
     lowerings: Callable[[], Mapping[str, Callable[..., Any]]] = dict

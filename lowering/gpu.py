@@ -123,12 +123,16 @@ def _dense_grad_weight(
 ) -> Tensor:
     """The dense product as the first of the partials. The caller adds up the bias gradient itself."""
     a, b = (dy, x) if out_first else (x, dy)
-    a = a[:, :rows]  # it may be padded, as the columns of b and with them those of the partials
+    if a.shape[1] > rows:
+        a = a[:, :rows]  # it may be padded, as the columns of b and with them those of the partials
+    first = out
+    if out.shape[0] > rows:  # partials of a tile's, of which there may be more
+        first = out[:rows]
+        out[rows:].zero_()
     if a.dtype != out.dtype and a.is_cuda:
-        torch.mm(a.t(), b, out_dtype=out.dtype, out=out[:rows])
+        torch.mm(a.t(), b, out_dtype=out.dtype, out=first)
     else:  # other devices have no product of half precision into single
-        torch.mm(a.t().to(out.dtype), b.to(out.dtype), out=out[:rows])
-    out[rows:].zero_()
+        torch.mm(a.t().to(out.dtype), b.to(out.dtype), out=first)
     return out
 
 
@@ -184,7 +188,7 @@ def _partials(
     layout = ir.FixedLayout(device, torch.float32, [split * grid.rows, x_width if out_first else dy_width])
     inputs = [x, grad, index]
     sums = None
-    if bias:
+    if bias and tiles:  # beside the dense product nothing fills them
         sums = empty_strided([split * out_features], None, dtype=torch.float32, device=device)
         sums.realize()
         inputs.append(sums)
@@ -194,7 +198,7 @@ def _partials(
             choices,
             input_nodes=tuple(inputs),
             layout=layout,
-            mutated_inputs=[sums] if bias else None,
+            mutated_inputs=None if sums is None else [sums],
             num_warps=tile.warps,
             num_stages=tile.stages,
             GATHER=tile.gather,

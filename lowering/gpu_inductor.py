@@ -22,11 +22,19 @@ def _takes(x: Any, weight_dtype: torch.dtype, block: int, out_features: Any) -> 
 
 
 def _linear(
-    x: Any, weight: Any, bias: Any, index: Any, block: int, transposed: bool, density: float = DENSITY, *_: Any
+    x: Any,
+    weight: Any,
+    bias: Any,
+    index: Any,
+    block: int,
+    transposed: bool,
+    density: float = DENSITY,
+    choose: bool = False,
+    rounded: Any = None,
 ) -> Any:
     if not _takes(x, weight.get_dtype(), block, weight.get_size()[1 if transposed else 0]):
         return None
-    out = gpu.linear(x, weight, index, block, not transposed, density)
+    out = gpu.linear(x, weight if rounded is None else rounded, index, block, not transposed, density)
     # Inductor fuses the bias into the store of the kernel, with whatever pointwise follows.
     return out if bias is None else lowerings[torch.ops.aten.add.Tensor](out, to_dtype(bias, out.get_dtype()))
 

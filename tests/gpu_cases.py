@@ -27,7 +27,8 @@ EPILOGUES: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
 
 @dataclass
 class Product:
-    """``epilogue(mst::linear(x, weight, bias))``; the weight is stored ``[in, out]`` if ``transposed``."""
+    """``epilogue(mst::linear(x, weight, bias))``; the weight is stored ``[in, out]`` if ``transposed``. If ``rounded``
+    the operator is given a copy in ``x``'s dtype too."""
 
     x: Tensor
     weight: Tensor
@@ -37,6 +38,7 @@ class Product:
     transposed: bool
     epilogue: str = "none"
     dense_grad: bool = False
+    rounded: bool = False
 
     def to(self, device: torch.device) -> Product:
         """The same product with its operands there; the mask stays on the CPU."""
@@ -57,9 +59,12 @@ class Product:
 
     def function(self) -> Callable[..., Tensor]:
         after, block, transposed = EPILOGUES[self.epilogue][0], self.block, self.transposed
+        rounded = self.rounded
 
         def run(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
-            return after(torch.ops.mst.linear(x, weight, bias, index, block, transposed))
+            x = x.view(x.shape)  # is the graph's first input, and its gradient the first output
+            more = [0.2, False, weight.detach().to(x.dtype)] if rounded else []
+            return after(torch.ops.mst.linear(x, weight, bias, index, block, transposed, *more))
 
         return run
 

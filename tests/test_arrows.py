@@ -18,7 +18,7 @@ ORDER = (
     "report", "tryout", "doctor", "integrations", "package",
 )  # fmt: skip
 DOORS = ("schedule", "flops", "communication", "recipes", "__main__")  # the package's own: public names, commands
-PRETEND = ("compat", "device", "codegen", "machine", "interpreter", "package")
+PRETEND = ("compat", "device", "codegen", "machine", "interpreter", "host", "package")
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.index import upload_
 
 _ELEMENTS = 8192  # of a program's tile, 64 a thread
 _INTEGERS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # zero is zero bits in every dtype
@@ -111,8 +112,9 @@ def _programs(shapes: tuple[tuple[int, int], ...], block: int, device: torch.dev
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """From pinned memory, which PyTorch keeps until the copy is made: a copy from other memory waits for the device."""
-    return tensor.pin_memory().to(device, non_blocking=True)
+    there = torch.empty_like(tensor, device=device)
+    upload_(there, tensor)
+    return there
 
 
 def zero_inactive_(tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: Sequence[BlockGrid]) -> None:

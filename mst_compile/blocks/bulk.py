@@ -7,9 +7,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.index import read_mask
+from mst_compile.blocks.index import read_mask, upload_
 from mst_compile.blocks.layout import Part
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import is_sharded, local_part, sum_over_shards, unsharded
@@ -21,6 +22,8 @@ class Kernels(Protocol):
     def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
         """Whether there are kernels for this tensor, ``[rows, cols]``, under this grid; asked of plain ones."""
 
+    launches: bool  # whether the host only begins a pass, which takes it as long for few blocks as for all
+
     def zero_inactive_(self, tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: Sequence[BlockGrid]) -> None:
         """Zero what lies outside the active blocks of each of the tensors, which are of one device, in place."""
 
@@ -29,6 +32,7 @@ class Kernels(Protocol):
 
 
 _kernels: dict[str, Kernels] = {}
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> its version, and its copy on a device
 
 
 def register(device_type: str, kernels: Kernels) -> None:
@@ -47,6 +51,24 @@ def _native(tensor: Tensor, grid: BlockGrid, *more: Tensor) -> Kernels | None:
         if other.device != here or not is_plain(other):
             return None
     return kernels if kernels.takes(tensor, grid) else None
+
+
+def begins_a_pass(tensor: Tensor, grid: BlockGrid, index: Tensor | None) -> bool:
+    """Whether zeroing all inactive blocks of ``tensor`` costs the host no more than zeroing some of them."""
+    kernels = None if index is None or is_sharded(tensor) else _native(tensor, grid, index)
+    return kernels is not None and kernels.launches
+
+
+def _there(mask: Tensor, device: torch.device) -> Tensor:
+    """A mask on a device, copied there once: gradients are masked at every step, and a copy waits for a GPU."""
+    if mask.device == device:
+        return mask
+    version, copy = _copies.get(mask, (None, None))
+    if copy is None or version != mask._version or copy.device != device:
+        copy = torch.empty_like(mask, device=device)
+        upload_(copy, mask)
+        _copies[mask] = mask._version, copy
+    return copy
 
 
 def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor | None) -> None:
@@ -75,7 +97,7 @@ def zero_all_inactive_(whole: Sequence[tuple[Tensor, BlockGrid, Tensor, Tensor |
         else:
             # On a GPU the index already holds the mask: copying the host's would wait for the device.
             here = index is not None and grid.tiled and index.device == tensor.device
-            blocks = read_mask(index, grid) if here else mask.to(tensor.device)  # type: ignore[arg-type]
+            blocks = read_mask(index, grid) if here else _there(mask, tensor.device)  # type: ignore[arg-type]
             _fill_(tensor, Part(0, 0, grid.rows, grid.cols), grid.block, ~blocks)
     for device, items in taken.items():
         tensors, indexes, grids = zip(*items, strict=True)

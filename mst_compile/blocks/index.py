@@ -29,28 +29,45 @@ def new_index(grid: BlockGrid, device: torch.device | str = "cpu") -> Tensor:
 
 
 @torch.no_grad()
-def write_index(index: Tensor, grid: BlockGrid, mask: Tensor, *, dense_grad: bool = False) -> None:
+def write_index(
+    index: Tensor, grid: BlockGrid, mask: Tensor, *, dense_grad: bool = False, changes: int | None = None
+) -> None:
     """Pack ``mask`` (bool ``[R, C]``; on the CPU is cheapest) into ``index`` (any device) in place.
 
     Autograd's version counter goes up by one: a change between forward and backward is then an error.
+
+    Args:
+        changes: how many there were with this one; None: one more than the index says, which a GPU is waited for.
     """
     if not grid.tiled and index.device == mask.device:  # no copy: that of fine blocks would be larger than the weight
         words = index.data  # has a version of its own
-        words[CHANGES] += 1
+        words[CHANGES] = int(words[CHANGES]) + 1 if changes is None else changes
         words[DENSE_GRAD] = int(dense_grad)
         _write_compressed(words, grid, mask, int(words[NNZ]))
         torch.autograd.graph.increment_version(index)
         return
     new = torch.zeros(grid.index_length, dtype=torch.int32, device=mask.device)
     new[DENSE_GRAD] = int(dense_grad)
-    new[CHANGES] = int(index[CHANGES]) + 1
+    new[CHANGES] = int(index[CHANGES]) + 1 if changes is None else changes
     _write_compressed(new, grid, mask, 0)
     if grid.tiled:
         new[grid.active : grid.active + grid.blocks] = mask.flatten()
     if grid.union > 1:
         _write_lines(new, grid.lines(True, union=True), _united(mask, grid.union))
         _write_lines(new, grid.lines(False, union=True), _united(mask.t(), grid.union))
-    index.copy_(new)
+    upload_(index, new)
+
+
+def upload_(to: Tensor, host: Tensor) -> None:
+    """Copy a tensor of the host's to one of its shape and dtype on any device.
+
+    To a GPU out of pinned memory, which PyTorch keeps until the copy is made: for one out of other memory the host
+    waits until the device has come to it.
+    """
+    if to.is_cuda and host.device.type == "cpu":
+        to.copy_(host.pin_memory(), non_blocking=True)
+    else:
+        to.copy_(host)
 
 
 def _write_compressed(index: Tensor, grid: BlockGrid, mask: Tensor, before: int) -> None:

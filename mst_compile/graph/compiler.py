@@ -19,7 +19,7 @@ from mst_compile.graph import passes
 from mst_compile.graph.attention.constant import Constant
 from mst_compile.graph.context import Context, Product, Site
 from mst_compile.graph.fx import clone, placeholders, value
-from mst_compile.graph.linear import fake_index
+from mst_compile.graph.linear import fake_index, multiplied_alone
 from mst_compile.graph.notes import note_attention, warn_unmatched
 from mst_compile.graph.passes import Stage
 from mst_compile.lowering import device
@@ -139,6 +139,8 @@ class Compiler:
     Attributes:
         slots: positions of the sparse parameters whose index a variant with sparse products takes, in this order.
         products: position of a sparse parameter -> the products with it that can be sparse.
+        masked: positions of those of them whose gradients a variant with sparse products computes with zeros outside
+            the active blocks.
         varying: positions of the inputs whose sizes say how many tokens are multiplied, where that may differ from
             call to call. A cache of keys and values that grows says nothing of it.
     """
@@ -160,6 +162,7 @@ class Compiler:
             why_unsupported=lambda where, *operands: device.of(where).why_unsupported(*operands),
             why_no_attention=lambda where, *operands: device.of(where).why_no_attention(*operands),
             attention_pays=lambda where, *shape: device.of(where).attention_pays(*shape, torch.is_grad_enabled()),
+            rounds_weights=lambda where: device.of(where).rounds_weights,
             choose=choose,
         )
         self._inputs = [value(n) for n in placeholders(graph_module.graph)]
@@ -169,6 +172,8 @@ class Compiler:
         passes.apply(passes.of(Stage.PRODUCTS), sparse, self._context)
         self.slots = list(self._context.indices)
         self.products = self._context.products
+        inputs = placeholders(sparse.graph)
+        self.masked = sorted(multiplied_alone(sparse, {inputs[i]: i for i in self.slots}))
         tokens = _symbols(size for products in self.products.values() for p in products for size in p.shape[:-1])
         sizes = [x.shape if isinstance(x, Tensor) else [x] for x in self._inputs]
         self.varying = [i for i, own in enumerate(sizes) if _symbols(own) & tokens]

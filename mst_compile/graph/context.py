@@ -73,6 +73,7 @@ class Context:
         why_no_attention: the same of attention, given a device type, its dtype and head size.
         attention_pays: given a device type, how many heads causal attention has in all sequences of the batch, its
             length, head size and dtype, whether the operator is faster than the model's own.
+        rounds_weights: given a device type, whether its products read weights in the activations' dtype.
         choose: whether products may run dense where that is faster.
 
         indices: keys of ``weights`` whose index became an input of the graph, after all others and in this order.
@@ -89,6 +90,7 @@ class Context:
     why_unsupported: Callable[[str, torch.dtype, torch.dtype, int], str | None] = _nothing_against
     why_no_attention: Callable[[str, torch.dtype, int], str | None] = _nothing_against
     attention_pays: Callable[[str, int, int, int, torch.dtype], bool] = _never
+    rounds_weights: Callable[[str], bool] = _never
     choose: bool = False
 
     indices: list[int] = field(default_factory=list)

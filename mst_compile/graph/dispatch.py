@@ -100,7 +100,7 @@ class Dispatch:
             variant = self._variants.get(kind) or self._make(kind, inputs)
         out = variant.run(*inputs)
         if torch.is_grad_enabled():
-            self._guard_backward(args, out)
+            self._guard_backward(args, out, sparse=kind[0])
             self._note_queries(args, variant)
         return out
 
@@ -247,8 +247,9 @@ class Dispatch:
             return False
         return weight.attention.pattern != "full"
 
-    def _guard_backward(self, args: Sequence[Any], out: Any) -> None:
-        """Turn a topology change between this forward pass and its backward pass into a clear error."""
+    def _guard_backward(self, args: Sequence[Any], out: Any, sparse: bool) -> None:
+        """Turn a topology change between this forward pass and its backward pass into a clear error; and tell weights
+        which gradients are 0 outside the active blocks, as sparse products compute them."""
         for output in out if isinstance(out, list | tuple) else (out,):
             node = output.grad_fn if isinstance(output, Tensor) else None
             if node is not None:
@@ -272,6 +273,26 @@ class Dispatch:
                 )
 
         node.register_prehook(check)
+        if sparse and self._compiler.masked:
+            self._tell_of_gradients(args, node)
+
+    def _tell_of_gradients(self, args: Sequence[Any], node: Any) -> None:
+        """Once the backward pass has computed them, and before anything else can have become of them."""
+        wanted = {id(args[i]): weight for i in self._compiler.masked if (weight := of(args[i])) is not None}
+        # A node of parameters' own holds the parameter; the places of others are not known.
+        targets = [
+            (place, weight)
+            for place, (after, _) in enumerate(node.next_functions)
+            if (weight := wanted.get(id(getattr(after, "variable", None)))) is not None
+        ]
+
+        def note(gradients: tuple[Tensor | None, ...], _: Any) -> None:
+            for place, weight in targets:
+                gradient = gradients[place]
+                if type(gradient) is Tensor and gradient.layout == torch.strided:
+                    weight.note_computed(gradient)
+
+        node.register_hook(note)
 
     def _note_queries(self, args: Sequence[Any], variant: Variant) -> None:
         """Note the attentions of this pass that have a pattern, if someone counts."""

@@ -10,7 +10,7 @@ A linear layer that is written in a new way needs a function in :data:`FORMS`, a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,7 @@ def match(node: fx.Node) -> Match | None:
 # graphs that were compiled before, and gradients are added up.
 SERVED = {torch.ops.mst.linear.default, torch.ops.mst.linear_grad_input.default, spread.linear, CHECKPOINT}
 _ACCUMULATE = "AccumulateGrad"
+_ROUNDS = "mst_rounds"  # in the meta of what makes a weight's copy in the activations' dtype
 
 
 # ---- the pass --------------------------------------------------------------------------------------------------------
@@ -131,6 +132,7 @@ class _Rewrite:
     def __init__(self, keys: dict[fx.Node, int], context: Context, mode: Any) -> None:
         self._keys, self._context, self._mode = keys, context, mode
         self._indices: dict[int, fx.Node] = {}
+        self._rounded: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}  # weight, dtype -> its copy
         self._writers: dict[int | None, fx.Node] = {}  # memory that nodes so far have written to -> the last
 
     def visit(self, region: Region, node: fx.Node) -> None:
@@ -222,7 +224,7 @@ class _Rewrite:
             new = emit(spread.linear, *given, [int(along) for along in divided])
             here = here.to_local()
         else:
-            new = emit(torch.ops.mst.linear.default, *given)
+            new = emit(torch.ops.mst.linear.default, *given, *self._copy(emit, base, out))
         product = Product(tuple(here.shape), out.dtype, transposed, bias is not None)
         self._context.products.setdefault(key, []).append(product)
         if extra is not None:
@@ -233,13 +235,40 @@ class _Rewrite:
         node.graph.erase_node(node)
         _erase_dead(found.weight)
 
+    def _copy(self, emit: Emitter, weight: fx.Node, out: torch.Tensor) -> list[fx.Node]:
+        """The weight in the activations' dtype, made once for all products, if the device wants it so."""
+        if value(weight).dtype == out.dtype or not self._context.rounds_weights(out.device.type):
+            return []
+        key = weight, out.dtype
+        if key not in self._rounded:
+            detached = emit("detach", weight)
+            detached.meta[_ROUNDS] = True
+            self._rounded[key] = emit("to", detached, out.dtype)
+        return [self._rounded[key]]
+
     def report(self, graph_module: fx.GraphModule) -> None:
         """Note every use of a sparse weight that stays dense."""
         for region, node in walk(graph_module):
             key = self._keys.get(region.origin(before_local(node) or node))
             for user in node.users if key is not None else ():
-                if user.target not in SERVED and name(user) != _ACCUMULATE and before_local(user) is None:
+                served = user.target in SERVED or user.meta.get(_ROUNDS)
+                if not served and name(user) != _ACCUMULATE and before_local(user) is None:
                     self._context.unmatched.setdefault(key, [f"used by {describe(user)}"])  # type: ignore[arg-type]
+
+
+def multiplied_alone(graph_module: fx.GraphModule, keys: Mapping[fx.Node, int]) -> set[int]:
+    """Of a rewritten graph: keys of the weights that nothing but ``mst::linear`` takes, as its weight. Their gradients
+    are sums of what ``mst::linear_grad_weight`` returns, 0 outside the active blocks."""
+    found = set(keys.values())
+    for region, node in walk(graph_module):
+        key = keys.get(region.origin(node))
+        for user in node.users if key is not None else ():
+            takes = calls(user, {torch.ops.mst.linear.default}) and user.args[1] is node
+            others = [user.args[0], *user.args[2:]] if takes else []
+            passes = calls(user, {CHECKPOINT}) or user.meta.get(_ROUNDS)
+            if not passes and not (takes and node not in others):
+                found.discard(key)
+    return found
 
 
 def _bias(found: Match) -> Any:

@@ -5,7 +5,8 @@
 A weight is exactly 0 outside its active blocks, as the sparsifier keeps it: a kernel may skip those zeros or not.
 ``density`` is the share of active blocks that kernels are tuned for; no result depends on it. It is an argument so that
 it belongs to the product: compiled code of another density is another graph, in every cache too. ``choose`` allows a
-device to run a dense product where that was measured to be faster.
+device to run a dense product where that was measured to be faster. ``rounded`` is the weight in ``x``'s dtype where
+somebody has it, for the product and for the gradient of ``x``; no gradient passes it.
 
 The reference below is plain PyTorch on the masked dense weight. It is the oracle of all kernels, and what runs on a
 device, dtype or block that has none.
@@ -45,9 +46,10 @@ def linear_reference(
     transposed: bool,
     density: float = DENSITY,
     choose: bool = False,
+    rounded: Tensor | None = None,
 ) -> Tensor:
     """``y[..., out] = x[..., in] W + bias`` on the active blocks of ``weight``, in ``x``'s dtype."""
-    w = masked(weight, index, block).to(x.dtype)
+    w = masked(weight if rounded is None else rounded, index, block).to(x.dtype)
     x = x.contiguous()  # PyTorch's bfloat16 product reads past the rows of strided ones on CPUs with AMX
     return torch.nn.functional.linear(x, w.t() if transposed else w, None if bias is None else bias.to(x.dtype))
 
@@ -92,7 +94,7 @@ def grad_weight_reference(
 
 define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor index, int block, bool transposed,"
-    " float density=0.2, bool choose=False) -> Tensor",
+    " float density=0.2, bool choose=False, Tensor? rounded=None) -> Tensor",
     linear_reference,
 )
 define(
@@ -134,18 +136,21 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, index, ctx.block, ctx.transposed, *ctx.rest = inputs
+    x, weight, bias, index, ctx.block, ctx.transposed, *rest = inputs
+    ctx.rest, rounded = rest[:2], rest[2] if len(rest) > 2 else None
     needs_x, needs_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, index)
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, index, rounded if needs_x else None)
     ctx.weight_dtype = weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, index = ctx.saved_tensors
+    x, weight, index, rounded = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_x = grad_w = grad_b = None
     if needs_x:
+        if rounded is not None and not torch.is_grad_enabled():  # else there may be a gradient of this one's weight
+            weight = rounded
         grad_x = torch.ops.mst.linear_grad_input(grad, weight, index, ctx.block, ctx.transposed, *ctx.rest)
     if needs_weight:
         grad_w, fused = torch.ops.mst.linear_grad_weight(
@@ -154,7 +159,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_b = fused.to(ctx.bias_dtype) if needs_bias else None
     elif needs_bias:
         grad_b = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
-    return grad_x, grad_w, grad_b, None, None, None, None, None
+    return grad_x, grad_w, grad_b, None, None, None, None, None, None
 
 
 torch.library.register_autograd(_LINEAR, _backward, setup_context=_save)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import check_placement, gathered, holder_of, stored
 
 from .uses import warn_orphaned
@@ -73,8 +74,12 @@ def _remove_hook(parameter: Tensor) -> None:
 
 def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
-    if parameter.grad is not None and not weight.dense_grad:
-        weight.mask_gradient(parameter.grad)
+    gradient = parameter.grad
+    if gradient is not None and not weight.dense_grad:
+        # A hook on the way may have written without a trace.
+        if weight.computed is not None and not parameter._backward_hooks and is_plain(gradient):
+            weight.take_computed(gradient)
+        weight.mask_gradient(gradient)
     if weight.is_orphan and not weight.orphaned:
         weight.orphaned = True
         warn_orphaned(weight.name)

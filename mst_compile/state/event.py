@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.bulk import block_mean_abs, block_mean_square, zero_blocks_
+from mst_compile.blocks.bulk import begins_a_pass, block_mean_abs, block_mean_square, zero_blocks_
 from mst_compile.rules.checks import check_share
 from mst_compile.rules.masks import generator, update_mask
 from mst_compile.rules.schedule import Schedule
@@ -126,11 +126,12 @@ def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, opt
         weight.grown = grown
     # Few blocks are visited alone, but only where nothing else can be wrong.
     few = int(dropped.count_nonzero()) < _FEW * dropped.numel() and weight.is_clean(parameter)
+    alone = few and not begins_a_pass(parameter, weight.grid, weight.index_of_whole)
     known = list(optimizers)
     try:
         weight.set_mask(mask)
         if bool(dropped.any()):
-            _cut(weight, parameter, known, dropped if few else None)
+            _cut(weight, parameter, known, dropped if alone else None)
     except BaseException:  # an interrupt, anywhere
         weight.set_mask(mask)
         _cut(weight, parameter, known, None)

@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 from mst_compile.blocks.bulk import block_mean_square, zero_all_inactive_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.index import DENSE_GRAD, new_index, write_index
+from mst_compile.blocks.index import DENSE_GRAD, new_index, read_mask, write_index
 from mst_compile.blocks.layout import Part, reaching
 from mst_compile.blocks.shards import (
     gathered,
@@ -77,6 +77,8 @@ class SparseWeight:
         moved: whether the weight has been trained since the last topology event.
         version: version of the Parameter after the last training step.
         masked: the gradient that was last masked, its version then, and ``changes`` then.
+        computed: the memory of a gradient that a backward pass has just computed with zeros outside the active blocks,
+            its version and ``changes`` then; until it has arrived.
         driver: leads to the run that drives it as long as that is there: it goes with the model that was made sparse,
             while a module of it may live on.
         orphaned: the user was told that the run is gone.
@@ -112,6 +114,7 @@ class SparseWeight:
     moved: bool = False
     version: int = UNKNOWN
     masked: tuple[TensorWeakRef, int, int] | None = None
+    computed: tuple[StorageWeakRef, int, int] | None = None
     driver: Callable[[], object] | None = None
     orphaned: bool = False
     adopted: bool = True
@@ -197,19 +200,25 @@ class SparseWeight:
     def _write_index(self) -> None:
         if self.index is not None:
             mask = self.mask if self.part is None else reaching(self.mask, self.part, self.grid.block)
-            write_index(self.index, self.multiplied, mask, dense_grad=self.dense_grad)
+            write_index(self.index, self.multiplied, mask, dense_grad=self.dense_grad, changes=self.changes)
 
     def set_dense_grad(self, wanted: bool) -> None:
         """Ask kernels for the gradient on all blocks (growth reads it), or on the active ones alone."""
         if wanted != self.dense_grad:
             self.dense_grad = wanted
             if self.index is not None:
-                self.index[DENSE_GRAD] = int(wanted)
+                self.index[DENSE_GRAD].fill_(int(wanted))  # an assignment would copy a number from the host
 
     def zero_inactive_(self, tensor: Tensor) -> None:
         """Set a tensor of the weight's shape to 0 outside the active blocks, in place."""
         if not self.is_dense:
             zero_inactive_(tensor, self.grid, self.mask, self.index_of_whole)
+
+    def _mask_on(self, device: torch.device) -> Tensor:
+        """The mask there; an index that is there holds it."""
+        index = self.index_of_whole
+        held = index is not None and self.grid.tiled and index.device == device
+        return read_mask(index, self.grid) if held else self.mask.to(device)  # type: ignore[arg-type]
 
     @property
     def index_of_whole(self) -> Tensor | None:
@@ -290,7 +299,7 @@ class SparseWeight:
         with unset_fake_temporarily():
             local, part = local_part(parameter.detach())
             found = not self.is_dense and bool(
-                ((local != 0) & part.of(self.grid.expand(~self.mask.to(local.device)))).any()
+                ((local != 0) & part.of(self.grid.expand(~self._mask_on(local.device)))).any()
             )
         if is_sharded(parameter):
             self.dirty, self.clean_here = (_written_at(parameter), None) if found else (None, _written_at(parameter))
@@ -326,13 +335,31 @@ class SparseWeight:
         reference, version, changes = self.masked
         return changes == self.changes and version == gradient._version and reference() is gradient
 
+    def note_computed(self, gradient: Tensor) -> None:
+        """A backward pass has computed this of the gradient, with zeros outside the active blocks."""
+        reference = StorageWeakRef(gradient.untyped_storage())
+        self.computed = None if self.dense_grad else (reference, gradient._version, self.changes)
+
+    def take_computed(self, gradient: Tensor) -> None:
+        """A gradient has arrived: where it is the one that was computed with zeros, and nobody has added to it or
+        written to it on its way, it is masked.
+
+        The same memory is meant, not the same address: what is referred to, if weakly, is not another's.
+        """
+        computed, self.computed = self.computed, None
+        if computed is not None:
+            reference, version, changes = computed
+            same = reference.cdata == gradient.untyped_storage()._cdata and version == gradient._version
+            if same and changes == self.changes:
+                self.note_masked(gradient)
+
     def mask_gradient(self, gradient: Tensor) -> None:
         """Set a gradient to 0 outside the active blocks unless it is known to be."""
         mask_gradients([(self, gradient)])
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "driver"))
+        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "computed", "driver"))
         return self.__dict__ | nothing | {"clean": UNKNOWN, "version": UNKNOWN, "adopted": False}
 
 

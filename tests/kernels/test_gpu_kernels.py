@@ -3,6 +3,7 @@ and run by Triton's interpreter against float64."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -261,6 +262,21 @@ def test_numbers_of_generated_code(block: int, interpreter: Interpreter, data: s
     made, _ = generated(case, data.draw(st.integers(0, 7)), dynamic=dynamic or None)
     check_forward(case, interpreter.run(made.forward))
     check_backward(case, interpreter.run(made.backward), upstream(case, made))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_is_rounded_once(transposed: bool, interpreter: Interpreter) -> None:
+    """The backward pass reads the copy that the forward pass has made; without one it makes its own."""
+    mask = random_mask(160, 96, 32, transposed)
+    case = product(70, 160, 96, mask, 32, weight_dtype=F32, transposed=transposed, bias=False)
+    launches = []
+    for rounded in (False, True):
+        one = dataclasses.replace(case, rounded=rounded)
+        made, _ = generated(one)
+        launches.append([graph.source.count(".run(") for graph in (made.forward, made.backward)])
+        check_forward(one, interpreter.run(made.forward))
+        check_backward(one, interpreter.run(made.backward), upstream(one, made))
+    assert launches == [[2, 4], [2, 3]]
 
 
 LOADS = [

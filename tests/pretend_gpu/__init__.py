@@ -31,7 +31,12 @@ one element that a graph closes over stay on the CPU and are refused by Inductor
 worker imports what it is told to (`preload`). Needed besides torch and triton: numpy, and a C++ compiler where torch is
 built without CUDA (see device/device_guard.cpp).
 
-Rooms, each of which imports from those before it alone: `compat`, `device`, `codegen`, `machine` and `interpreter`.
+`pretend_gpu.host` has another device, on which whole programs run and no kernel does: real tensors, PyTorch's operators
+and autograd's threads, generated wrappers with launches that return at once. It counts launches, allocations and what
+the host waits for, and needs a process that has loaded it before torch (`host.library.environment`).
+
+Rooms, each of which imports from those before it alone: `compat`, `device`, `codegen`, `machine`, `interpreter` and
+`host`.
 """
 
 from .codegen.generate import generate

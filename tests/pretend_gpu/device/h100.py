@@ -173,17 +173,21 @@ def _forget_what_is_known() -> None:
 
 
 @contextlib.contextmanager
-def pretend_h100() -> Iterator[None]:
+def pretend_h100(*, guard: bool = True) -> Iterator[None]:
     """Make torch, Inductor and triton believe in one idle H100 (sm_90, 132 multiprocessors, 227 KiB shared memory).
 
     Only questions are answered: tensors on "cuda" must be fake ones, and nothing can be launched. On leaving, the
     process believes what it believed before.
+
+    Args:
+        guard: Register a device guard; False where the process has one.
     """
     from torch._dynamo import device_interface
     from torch._inductor.runtime import triton_helpers
     from triton.runtime.driver import driver
 
-    _register_device_guard()
+    if guard:
+        _register_device_guard()
     with contextlib.ExitStack() as stack:
 
         def patch(where: Any, name: str, value: Any) -> None:

@@ -1,0 +1,53 @@
+"""What the host does in a step on a GPU, counted: no more launches than the dense model's, and no waiting."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import host
+
+
+@pytest.fixture(scope="module")
+def account(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("host") / "host.json"
+    assert host.main(["--model", "tiny", "--steps", "1", "--json", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def _kernels(step: dict[str, Any], part: str) -> int:
+    return sum(count for name, count in step["kernels"].items() if part in name)
+
+
+def test_a_step_waits_for_nothing(account: dict[str, Any]) -> None:
+    for side in ("inductor", "mst"):
+        assert account[side]["step"]["waits"] == []
+        assert account[side]["step"]["new memory"] <= 1
+    assert "upload" not in account["mst"]["step"]["operators"]
+
+
+def test_a_step_launches_no_more_than_the_dense_one(account: dict[str, Any]) -> None:
+    step, dense = account["mst"]["step"], account["inductor"]["step"]
+    assert step["launches"] <= dense["launches"]
+    assert step["allocations"] <= dense["allocations"]
+    # Four layers and the tied head: each weight is rounded once, forward.
+    products = _kernels(step, "tem") - 5
+    assert products == 10  # forward and grad-input; grad-weight is dense in blocks of 32, its sums are templates
+    assert step["operators"]["mm.dtype_out"] == 5
+    assert "zero_" not in step["operators"]
+    # One for the embedding, whose gradient is not the product's alone, one for all that clipping has changed.
+    assert step["kernels"]["zero_inactive"] == 2
+
+
+def test_an_event_waits_thrice_a_weight(account: dict[str, Any]) -> None:
+    """For the scores, for the magnitudes, and for whether values stand outside the masks."""
+    waits = [wait[0] for wait in account["event"]["event"]["waits"]]
+    assert sorted(waits) == ["aten::_local_scalar_dense"] * 5 + ["download"] * 10
+
+
+def test_times_are_told_by_source(account: dict[str, Any]) -> None:
+    assert len(account["mst"]["microseconds"]) == 1
+    assert {"dispatch", "gradient hooks", "PyTorch: generated code"} <= account["mst"]["sources"].keys()
+    assert "dispatch" not in account["inductor"]["sources"]

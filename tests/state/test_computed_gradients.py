@@ -1,0 +1,179 @@
+"""Gradients that sparse products have computed hold zeros already: they are masked again only where somebody may have
+changed that on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import compiled, static
+from mask_cases import element_masks
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mst_compile import Constant, sparsify
+from mst_compile.state import binding
+from mst_compile.state import weight as weights
+
+X = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Layers(nn.Module):
+    """Two layers; ``more`` is one more use of the first one's weight in the graph."""
+
+    def __init__(self, more: Callable[[Tensor], Tensor] | None = None, again: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.more, self.again = more, again
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.first, x, use_reentrant=False) if self.again else self.first(x)
+        y = self.second(torch.relu(x)).square().mean()
+        return y if self.more is None else y + self.more(self.first.weight)
+
+
+class Zeroed:
+    """How many gradients have been written zeros to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        original = weights.zero_all_inactive_
+
+        def zero(whole: Any) -> None:
+            self.count += len(whole)
+            original(whole)
+
+        monkeypatch.setattr(weights, "zero_all_inactive_", zero)
+
+    def by(self, run: Callable[[], object]) -> int:
+        before = self.count
+        run()
+        return self.count - before
+
+
+@pytest.fixture
+def zeroed(monkeypatch: pytest.MonkeyPatch) -> Zeroed:
+    return Zeroed(monkeypatch)
+
+
+def trained(more: Callable[[Tensor], Tensor] | None = None, schedule: Any = None, **kwargs: Any) -> tuple[Layers, Any]:
+    torch.manual_seed(0)
+    model = sparsify(Layers(more, **kwargs), schedule or static(0.6), block=8)
+    return model, compiled(model)
+
+
+def assert_zero_outside(model: nn.Module) -> None:
+    for name, mask in element_masks(model).items():
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        assert not gradient[~mask].any(), name
+        assert gradient[mask].all(), name
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["plain", "activation checkpoint"])
+def test_nothing_is_written_to_what_products_computed(again: bool, zeroed: Zeroed) -> None:
+    model, run = trained(again=again)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(3):
+        assert zeroed.by(lambda: run(X).backward()) == 0
+        assert_zero_outside(model)
+        assert zeroed.by(optimizer.step) == 0
+        optimizer.zero_grad()
+
+
+def _noise(gradient: Tensor) -> Tensor:
+    return gradient + 1.0
+
+
+def _noise_in_place(gradient: Tensor) -> None:
+    gradient.add_(1.0)
+
+
+def _noise_without_a_trace(gradient: Tensor) -> None:
+    gradient.data.add_(1.0)
+
+
+@pytest.mark.parametrize("hook", [_noise, _noise_in_place, _noise_without_a_trace])
+def test_a_hook_on_the_way(hook: Any, zeroed: Zeroed) -> None:
+    model, run = trained()
+    model.first.weight.register_hook(hook)
+    assert zeroed.by(lambda: run(X).backward()) == 1
+    assert_zero_outside(model)
+
+
+def test_a_hook_behind(zeroed: Zeroed) -> None:
+    """One that was there before the model was made sparse sees the gradient first."""
+    torch.manual_seed(0)
+    model = Layers()
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad.add_(1.0)
+
+    model.first.weight.register_post_accumulate_grad_hook(add)
+    run = compiled(sparsify(model, static(0.6), block=8))
+    assert zeroed.by(lambda: run(X).backward()) == 1
+    assert_zero_outside(model)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_another_term_outside_of_the_graph(first: bool, zeroed: Zeroed) -> None:
+    """Autograd adds it up with the graph's, into the memory of one of them or into new memory."""
+    model, run = trained()
+
+    def backward() -> None:
+        own = model.first.weight.sum()
+        (own + run(X) if first else run(X) + own).backward()
+
+    assert zeroed.by(backward) == 1
+    assert_zero_outside(model)
+
+
+@pytest.mark.parametrize(
+    "more", [torch.sum, lambda w: (X @ (w + 1.0)).sum(), lambda w: nn.functional.linear(w, w).sum()]
+)
+def test_another_use_in_the_graph(more: Callable[[Tensor], Tensor], zeroed: Zeroed) -> None:
+    model, run = trained(more)
+    assert zeroed.by(lambda: run(X).backward()) == 1
+    assert_zero_outside(model)
+
+
+def test_gradients_that_are_added_up(zeroed: Zeroed) -> None:
+    model, run = trained()
+    assert zeroed.by(lambda: run(X).backward()) == 0
+    assert zeroed.by(lambda: run(X).backward()) == 2
+    assert_zero_outside(model)
+
+
+def test_dense_products(zeroed: Zeroed) -> None:
+    model, _ = trained()
+    run = torch.compile(model, backend="mst", options={"mst.inner": "aot_eager", "mst.dense_threshold": 0.0})
+    assert zeroed.by(lambda: run(X).backward()) == 2
+    assert_zero_outside(model)
+
+
+def test_gradients_on_all_blocks_are_not_taken_for_masked(zeroed: Zeroed) -> None:
+    model, run = trained(schedule=Constant(0.6, growth="gradient", interval=2, drop_fraction=0.5))
+    optimizer, dense = torch.optim.SGD(model.parameters(), 0.1), 0
+    for _ in range(6):
+        run(X).backward()
+        state = binding.of(model.first.weight)
+        assert state is not None
+        assert state.computed is None
+        outside = ~element_masks(model)["first.weight"]
+        assert bool(model.first.weight.grad[outside].any()) is state.dense_grad  # type: ignore[index]
+        dense += state.dense_grad
+        optimizer.step()
+        optimizer.zero_grad()
+    assert dense == 3
+
+
+def test_a_record_that_nobody_took_is_of_no_other_memory(zeroed: Zeroed) -> None:
+    """``autograd.grad`` computes gradients that do not arrive."""
+    model, run = trained()
+    torch.autograd.grad(run(X), list(model.parameters()))
+    loss = sum(p.sum() for p in model.parameters())
+    assert zeroed.by(loss.backward) == 2  # type: ignore[union-attr]
+    assert_zero_outside(model)
