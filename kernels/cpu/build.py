@@ -249,7 +249,9 @@ def _has_openmp(compiler: tuple[str, ...], work: Path, seconds: float) -> bool:
     probe = work / "openmp.cc"
     probe.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
     try:
-        run_all([[*compiler, _OPENMP, "-fPIC", "-shared", str(probe), "-o", str(probe.with_suffix(".so"))]], seconds, work)
+        run_all(
+            [[*compiler, _OPENMP, "-fPIC", "-shared", str(probe), "-o", str(probe.with_suffix(".so"))]], seconds, work
+        )
     except OutOfTimeError:
         raise
     except CommandError:
