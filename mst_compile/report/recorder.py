@@ -62,9 +62,9 @@ class Recorder:
     - ``masks.jsonl``: masks of a few weights at telling moments. ``run.json``: what was trained, how and where.
 
     Each record is with the operating system when :meth:`log` returns. If it cannot be, as on a full disk, training
-    goes on: that is said once, and the record is written when there is room again. ``python -m mst_compile report runs/mine`` makes
-    a page of it, :meth:`draw` figures. On several ranks rank 0 alone writes, and the others' recorders do nothing; nor
-    does that of a forked process write, whose training is not this run.
+    goes on: that is said once, and the record is written when there is room again. ``python -m mst_compile report
+    runs/mine`` makes a page of it, :meth:`draw` figures. On several ranks rank 0 alone writes, and the others'
+    recorders do nothing; nor does that of a forked process write, whose training is not this run.
 
     Args:
         model: sparsified or plain; also what ``torch.compile`` or DDP made of it.
