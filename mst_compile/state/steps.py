@@ -27,7 +27,7 @@ from torch.optim.optimizer import (
 )
 
 _GUARDED = "_mst_guarded"
-_MOST_INTERRUPTS = 20  # of what ends a step; then the next step ends it
+_MOST_INTERRUPTS = 20  # of what ends a step: beyond them it raises them itself
 
 
 class Step:
@@ -83,10 +83,8 @@ class Step:
                 self._ends.pop()
             except BaseException as error:
                 raised, failed = raised or error, True
-                interrupts += not isinstance(error, Exception)
-                if interrupts > _MOST_INTERRUPTS:
-                    raise
-                if isinstance(error, Exception):
+                interrupts += 1
+                if isinstance(error, Exception) or interrupts > _MOST_INTERRUPTS:
                     self._ends.pop()
         if raised is not None:
             raise raised
