@@ -30,7 +30,7 @@ from .agreement import first_answer, several_ranks
 from .cpu_attention_times import AttentionTimes, CausalAttention
 from .cpu_times import Product
 from .device import WORTH, Layer, LayerTimes, Times
-from .measured import Measurements, cache_folder
+from .measured import Measurements, cache_folder, say_not_kept
 
 _PINNED = "MST_COMPILE_TIMES"
 _MEASURED = 3  # of the numbers in Times, by cpu_times
@@ -178,6 +178,8 @@ def _lost(error: OSError) -> None:
     pinned = os.environ.get(_PINNED, "")
     if pinned:
         _say_lost(pinned, error.strerror or str(error))
+    else:
+        say_not_kept(error)
 
 
 def _damaged(file: Path) -> None:

@@ -1,19 +1,23 @@
 """Measurements on disk: a few numbers each, under a name.
 
 A file a measurement: processes that measure at the same time lose nothing of each other's, without a lock. A folder
-that cannot be written costs no more than measuring again in the next process.
+that cannot be written costs no more than measuring again in the next process, which is said.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mst_compile.kernels.cpu.folder import open_cache_dir
+from mst_compile.kernels.cpu.folder import cache_dir, open_cache_dir
+
+from mst_compile.errors import MSTWarning
 
 
 class Measurements:
@@ -97,6 +101,24 @@ class Measurements:
         except (TypeError, ValueError, OverflowError):
             return None
         return values if all(math.isfinite(number) and number > 0 for number in values) else None
+
+
+def say_not_kept(error: OSError) -> None:
+    """Warn, once in a process, that the user's cache takes no measurements."""
+    try:
+        _say_not_kept(str(cache_dir()), error.strerror or str(error))
+    except OSError as there_is_none:
+        _say_not_kept("a cache", str(there_is_none))
+
+
+@functools.cache
+def _say_not_kept(folder: str, reason: str) -> None:
+    warnings.warn(
+        f"what was measured cannot be kept in {folder} ({reason}): it counts for this process, and the next one "
+        "measures anew. Set MST_COMPILE_CACHE_DIR to a folder that can be written",
+        MSTWarning,
+        stacklevel=3,
+    )
 
 
 def cache_folder(kind: str) -> Path:

@@ -92,6 +92,13 @@ class DataError(MSTError, ValueError):
     """Text to train on is missing, empty, no text, or too short."""
 
 
+class WriteError(MSTError, OSError):
+    """A file that was asked for cannot be written, as on a disk that is full; what was there before is as it was.
+
+    ``errno`` is the system's.
+    """
+
+
 class MissingPackageError(MSTError, ImportError):
     """Something was asked for that needs a package which is not installed."""
 

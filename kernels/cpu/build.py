@@ -35,6 +35,7 @@ from torch._inductor.custom_graph_pass import get_hash_for_files
 from . import abi, processor, table
 from .dot_rate import dot_rate
 from .folder import UntrustedFolderError, cache_dir, open_cache_dir
+from .private import check_room, private_folder, reason, say_why
 from .processes import CommandError, OutOfTimeError, run_all
 
 HERE = Path(__file__).parent
@@ -248,10 +249,13 @@ def _has_openmp(compiler: tuple[str, ...], work: Path, seconds: float) -> bool:
     probe = work / "openmp.cc"
     probe.write_text("#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n")
     try:
-        run_all([[*compiler, _OPENMP, "-fPIC", "-shared", str(probe), "-o", str(probe.with_suffix(".so"))]], seconds)
+        run_all(
+            [[*compiler, _OPENMP, "-fPIC", "-shared", str(probe), "-o", str(probe.with_suffix(".so"))]], seconds, work
+        )
     except OutOfTimeError:
         raise
     except CommandError:
+        check_room(work)  # else it says nothing of OpenMP
         return False
     return True
 
@@ -267,8 +271,8 @@ def _compile(compiler: tuple[str, ...], flags: list[str], isa: table.Isa, work: 
     ]
     target = work / "library.so"
     end = time.monotonic() + seconds
-    run_all(commands, seconds)
-    run_all([[*compiler, *flags, "-shared", *objects, "-o", str(target)]], max(1.0, end - time.monotonic()))
+    run_all(commands, seconds, work)
+    run_all([[*compiler, *flags, "-shared", *objects, "-o", str(target)]], max(1.0, end - time.monotonic()), work)
     return target
 
 
@@ -337,25 +341,57 @@ def build(isa: str | None = None, *, rejected: Path | None = None) -> Path:
     except UntrustedFolderError as error:
         raise BuildError(str(error)) from error
     except OSError as error:
+        return _build_for_this_process(chosen, rejected, error)
+
+
+def _build_for_this_process(isa: table.Isa, rejected: Path | None, error: OSError) -> Path:
+    """A library that is kept nowhere, as the cache cannot be written, or has no room."""
+    try:
+        folder = private_folder()
+        kept = next((found for stem in _stems(isa) if (found := _cached(folder, stem, rejected))), None)
+        built = kept or _build(isa, folder, rejected)
+    except OSError as other:
         raise BuildError(
-            f"cannot keep the compiled kernels in {cache_dir()}: {error}; set MST_COMPILE_CACHE_DIR to a folder in "
-            "which you can write"
+            f"cannot keep the compiled kernels in {_shown_cache_dir()} ({reason(error)}), nor for this process alone "
+            f"({reason(other)}); set MST_COMPILE_CACHE_DIR to a folder in which you can write and that has room"
         ) from error
+    if kept is None:
+        say_why(_shown_cache_dir(), error)
+    return built
+
+
+def _shown_cache_dir() -> Path:
+    try:
+        return cache_dir()
+    except OSError:
+        return Path("~/.cache/mst_compile")
+
+
+def _stems(isa: table.Isa) -> list[str]:
+    """Of libraries with OpenMP, and without."""
+    return [_stem(isa, openmp) for openmp in (True, False)]
 
 
 def _build(isa: table.Isa, folder: Path, rejected: Path | None) -> Path:
-    """Make what the cache lacks, a library with OpenMP, or one without where the compiler knows none."""
-    stems = {openmp: _stem(isa, openmp) for openmp in (True, False)}
-    single = _cached(folder, stems[False], rejected)
+    """Make what the cache lacks, a library with OpenMP, or one without where the compiler knows none.
+
+    Raises:
+        OSError: the folder cannot be written, or has no room.
+    """
+    with_openmp, without = _stems(isa)
+    single = _cached(folder, without, rejected)
     try:
         compiler, seconds = find_compiler(), _time_limit()
         with _turn(folder, seconds), _workspace(folder) as work:
             openmp = _has_openmp(compiler, work, min(seconds, _ANSWER_SECONDS))
+            stem = with_openmp if openmp else without
             # Another process may have been faster.
-            return _cached(folder, stems[openmp], rejected) or _keep(
-                _compile(compiler, _flags(isa, openmp), isa, work, seconds), folder, stems[openmp]
+            return _cached(folder, stem, rejected) or _keep(
+                _compile(compiler, _flags(isa, openmp), isa, work, seconds), folder, stem
             )
     except CommandError as error:
+        if not isinstance(error, OutOfTimeError):
+            check_room(folder)  # compilers say it in many ways
         raise BuildError(f"the kernels could not be compiled: {error}\n{_INSTALL}") from error
     except (NoCompilerError, OSError):
         if single is None:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from . import processor
 from .folder import open_cache_dir
+from .private import has_room
 from .processes import run_all
 
 # Multiply-adds by pairs may take this much longer than float32's: packed operands are half as large.
@@ -77,7 +78,7 @@ def dot_rate(compiler: Callable[[], tuple[str, ...]]) -> DotRate | None:
     try:
         file = open_cache_dir() / f"dot_rate_{_key()}.json"
     except OSError:
-        return None
+        return _make(None, compiler)
     return _read(file) or _make(file, compiler)
 
 
@@ -95,23 +96,33 @@ def _read(file: Path) -> DotRate | None:
         return None
 
 
-def _make(file: Path, compiler: Callable[[], tuple[str, ...]]) -> DotRate | None:
-    try:
-        with tempfile.TemporaryDirectory(prefix="rate-", dir=file.parent, ignore_cleanup_errors=True) as work:
-            rate = _measure(Path(work), compiler())
-            new = Path(work) / "rate.json"
-            new.write_text(json.dumps(rate._asdict()))
-            with contextlib.suppress(OSError):
-                os.replace(new, file)
-            return rate
-    except (OSError, RuntimeError, AttributeError):  # of compilers: RuntimeError
-        return None
+def _make(file: Path | None, compiler: Callable[[], tuple[str, ...]]) -> DotRate | None:
+    """Measure, beside the file, or where there is room if there is none there; and keep it if it can be kept."""
+    for place in (None if file is None else file.parent, None):
+        try:
+            with tempfile.TemporaryDirectory(prefix="rate-", dir=place, ignore_cleanup_errors=True) as work:
+                rate = _measure(Path(work), compiler())
+                if file is not None:
+                    _keep(rate, Path(work) / "rate.json", file)
+                return rate
+        except OSError:
+            continue
+        except (RuntimeError, AttributeError):  # of compilers: RuntimeError
+            if place is None or has_room(place):
+                return None
+    return None
+
+
+def _keep(rate: DotRate, draft: Path, file: Path) -> None:
+    with contextlib.suppress(OSError):
+        draft.write_text(json.dumps(rate._asdict()))
+        os.replace(draft, file)
 
 
 def _measure(work: Path, compiler: tuple[str, ...]) -> DotRate:
     source, library = work / "rate.cc", work / "rate.so"
     source.write_text(_PROGRAM)
-    run_all([[*compiler, *_FLAGS.split(), str(source), "-o", str(library)]], _SECONDS)
+    run_all([[*compiler, *_FLAGS.split(), str(source), "-o", str(library)]], _SECONDS, work)
     dot, fma = ctypes.c_double(), ctypes.c_double()
     ctypes.CDLL(str(library)).dot_rate(ctypes.byref(dot), ctypes.byref(fma))
     return DotRate(dot.value, fma.value)

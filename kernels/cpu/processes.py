@@ -11,6 +11,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
 
 _POLL_SECONDS = 0.01
 
@@ -23,14 +25,22 @@ class OutOfTimeError(CommandError):
     """A command did not end in time."""
 
 
+def _memory_file() -> IO[bytes] | None:
+    """A file that is on no disk, where the system has such: folders of temporary files may be full or read-only."""
+    try:
+        return open(os.memfd_create("mst_compile"), "w+b")
+    except (AttributeError, OSError):
+        return None
+
+
 class _Process:
     """A command that runs in a process group of its own, so that it can be ended with its children."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], scratch: Path | None) -> None:
         self.command = command
         # A file and no pipe: a child that outlives the command would keep a pipe open, and its reader waiting.
         try:
-            self._written = tempfile.TemporaryFile()  # noqa: SIM115
+            self._written = _memory_file() or tempfile.TemporaryFile()  # noqa: SIM115
         except OSError as error:
             raise CommandError(
                 f"{shlex.join(command)}\nnot started, as what it says can be kept nowhere: {error}"
@@ -42,6 +52,7 @@ class _Process:
                 stdout=self._written,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                env=None if scratch is None else os.environ | dict.fromkeys(("TMPDIR", "TMP", "TEMP"), str(scratch)),
             )
         except OSError as error:
             self._written.close()
@@ -67,11 +78,12 @@ class _Process:
         self._written.close()
 
 
-def run_all(commands: Sequence[Sequence[str]], seconds: float) -> list[str]:
+def run_all(commands: Sequence[Sequence[str]], seconds: float, scratch: Path | None = None) -> list[str]:
     """Run commands, as many at a time as there are cores.
 
     Args:
         seconds: how long all of them may take together.
+        scratch: a folder for temporary files of theirs; default the system's, which may be full or not there.
 
     Returns:
         What each has written.
@@ -86,7 +98,7 @@ def run_all(commands: Sequence[Sequence[str]], seconds: float) -> list[str]:
     running: list[_Process] = []
 
     def start(command: Sequence[str]) -> _Process:
-        started.append(_Process(command))
+        started.append(_Process(command, scratch))
         return started[-1]
 
     # Interrupts come to the main thread: another one is not kept from noting whom it has just started.

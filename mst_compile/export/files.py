@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import errno
 import glob
 import json
 import os
+import re
 import uuid
 import zlib
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from mst_compile.api import sparsify
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.errors import ArgumentError, CheckpointError, MaskError, MissingPackageError
+from mst_compile.errors import ArgumentError, CheckpointError, MaskError, MissingPackageError, WriteError
 from mst_compile.rules.checks import check_instance, check_model, shown
 from mst_compile.rules.constant import Constant
 from mst_compile.state.selection import Override
@@ -55,6 +57,7 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
         ArgumentError: ``metadata`` is no mapping of texts, or has the name ``"mst_compile"`` itself.
         NotSparseError: the model is not sparse.
         CheckpointError: it holds something that is no tensor, or more masks than the format has room for.
+        WriteError: the file cannot be written.
         MissingPackageError: safetensors is not installed.
     """
     check_model("save", model)
@@ -74,9 +77,11 @@ def save(model: nn.Module, path: str | PathLike[str], metadata: Mapping[str, str
     try:
         files.save_file(tensors, draft, {"format": "pt", **more, _KEY: text})
         os.replace(draft, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(draft)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise _unwritten(target, error) from error
         raise
 
 
@@ -118,6 +123,14 @@ def load(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
         root.load_state_dict(before)
         raise
     return model
+
+
+def _unwritten(target: str, error: Exception) -> WriteError:
+    """The error of a file that the system does not take; safetensors tells what that said as a text."""
+    told = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else errno.EIO
+    reason = os.strerror(number) if number else error
+    return WriteError(number, f"{target!r} cannot be written, and is as it was: {reason}")
 
 
 def _sparsify(model: nn.Module, masks: Mapping[str, tuple[Tensor, int]]) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mst_compile.errors import ArgumentError, MSTError
+from mst_compile.errors import ArgumentError, MSTError, WriteError
 
 from .history import read
 
@@ -51,7 +51,7 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
 
     try:
         page.write(histories, file)
-    except OSError as error:
-        why = error.strerror or error
+    except WriteError as error:
+        why = getattr(error.__cause__, "strerror", None) or error
         raise ArgumentError(f"--out must name a file that can be written, and {str(file)!r} is none: {why}") from error
     return file

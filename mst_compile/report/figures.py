@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import files
 from .history import History, Snapshot
 from .sinks import need
 
@@ -92,8 +93,10 @@ def draw(histories: Sequence[History], folder: Path) -> list[Path]:
     written = []
     for name, figure in figures(histories):
         written.append(folder / f"{name}.png")
+        drawn = io.BytesIO()
         with rc_context(STYLE):
-            figure.savefig(written[-1], dpi=150)
+            figure.savefig(drawn, format="png", dpi=150)
+        files.replace(written[-1], drawn.getvalue())
     return written
 
 

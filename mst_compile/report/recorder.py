@@ -7,13 +7,13 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mst_compile.cost.flops import Meter
-from mst_compile.errors import ArgumentError, RecordError
+from mst_compile.errors import ArgumentError, RecordError, WriteError
 from mst_compile.rules.checks import as_number, check_flag, check_instance, check_model, check_whole, shown
 from mst_compile.rules.schedule import sparsity_of
 from mst_compile.state.listeners import TopologyEvent
@@ -24,9 +24,19 @@ from .about import about_run
 from .claim import Claim
 from .clock import Clock
 from .history import Snapshot
+from .writing import Records
 
 _RESERVED = sinks.OWN | {"step", "phase"}
+_OF_EVENTS = ("events", "dropped", "grown")
 FILES = (history.ABOUT, history.SCALARS, history.TABLE, history.EVENTS, history.MASKS, history.SAMPLE)
+
+
+class _Counts(NamedTuple):
+    """So far, and of a dense model; one value, so that no interrupt parts them."""
+
+    steps: int
+    flops: float
+    dense: float
 
 
 class Recorder:
@@ -51,9 +61,10 @@ class Recorder:
     - ``events.jsonl``: a record a topology event, with each weight that changed.
     - ``masks.jsonl``: masks of a few weights at telling moments. ``run.json``: what was trained, how and where.
 
-    Each record is with the operating system when :meth:`log` returns. ``python -m mst_compile report runs/mine`` makes
-    a page of it, :meth:`draw` figures. On several ranks rank 0 alone writes, and the others' recorders do nothing; nor
-    does that of a forked process write, whose training is not this run.
+    Each record is with the operating system when :meth:`log` returns. If it cannot be, as on a full disk, training
+    goes on: that is said once, and the record is written when there is room again. ``python -m mst_compile report
+    runs/mine`` makes a page of it, :meth:`draw` figures. On several ranks rank 0 alone writes, and the others'
+    recorders do nothing; nor does that of a forked process write, whose training is not this run.
 
     Args:
         model: sparsified or plain; also what ``torch.compile`` or DDP made of it.
@@ -78,6 +89,7 @@ class Recorder:
         RecordError: ``folder`` holds a run, and this one is at step 0, or of a model of another size; or what is there
             cannot be read; or a Recorder of another process is writing there. One of this process that was not closed
             hands the folder over, and raises this error when it is used again.
+        WriteError: the files that a run begins with cannot be written.
         MissingPackageError: ``tensorboard`` or ``wandb`` was asked for and is not installed.
     """
 
@@ -121,11 +133,10 @@ class Recorder:
         self._writes = not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
         self._clock, self._born = Clock(), time.perf_counter()
         self._handles: list[Any] = []
-        self._rows, self._recorded, self._counted = 0, self.step, self.step
-        self._flops = self._dense_flops = self._wall = 0.0
-        self._events_so_far = {"events": 0, "dropped": 0, "grown": 0}
+        self._rows, self._recorded, self._wall = 0, self.step, 0.0
+        self._counts = _Counts(self.step, 0.0, 0.0)
+        self._events_so_far = dict.fromkeys(_OF_EVENTS, 0)
         self._last_masks: dict[str, Tensor] = {}
-        self._sinks: list[sinks.Sink] = []
         self._closed = False
         check_instance("label", label, str | None, "a text")
         named, meter = label or self.folder.resolve().name, self._meter if self._counts_tokens else None
@@ -171,10 +182,7 @@ class Recorder:
             self._look()
             return None
         row = {"step": taken, **values, **self._own(taken)}
-        self._scalars.add(row)
-        self._table.add(row)
-        for sink in self._sinks:
-            sink.add(taken, sinks.named(row))
+        self._records.add_row(row)
         if taken in self._moments or not self._rows:
             self._snapshot()
         self._rows += 1
@@ -200,6 +208,7 @@ class Recorder:
         Raises:
             ArgumentError: it is none.
             RecordError: the recorder is another process's.
+            WriteError: it cannot be written.
         """
         check_instance("text", text, str, "a text")
         if self._writes:
@@ -211,6 +220,7 @@ class Recorder:
 
         Raises:
             MissingPackageError: matplotlib is not installed.
+            WriteError: they cannot be written.
         """
         from .figures import draw
 
@@ -225,10 +235,8 @@ class Recorder:
             handle.remove()
         if self._writes and self._claim.is_ours:
             self._snapshot()
+            self._records.close()
             self._claim.release()
-            written: list[Any] = [self._scalars, self._table, self._events, self._masks]
-            for each in [*written, *self._sinks]:
-                each.close()
 
     def __enter__(self) -> Recorder:
         return self
@@ -254,9 +262,9 @@ class Recorder:
 
     def _count(self, taken: int) -> None:
         """Count the steps that have been taken since the last ones that were."""
-        steps, self._counted = taken - self._counted, taken
-        self._flops += steps * self._coming
-        self._dense_flops += steps * self._meter.dense
+        so_far = self._counts
+        steps = taken - so_far.steps
+        self._counts = _Counts(taken, so_far.flops + steps * self._coming, so_far.dense + steps * self._meter.dense)
         if steps:
             self._state = self._coming_state
 
@@ -282,11 +290,11 @@ class Recorder:
         self._count(taken)
         found = dict(self._state)
         if self._counts_tokens:
-            found["flops"] = self._flops
+            found["flops"] = self._counts.flops
             steps = taken - self._recorded
             if steps and elapsed > 0:
                 found["tokens_per_s"] = steps * self._meter.tokens_per_step / elapsed
-        found["flops_of_dense"] = self._flops / self._dense_flops if self._dense_flops else 1.0
+        found["flops_of_dense"] = self._counts.flops / self._counts.dense if self._counts.dense else 1.0
         found |= {"seconds": self._clock.seconds, "compile_seconds": self._clock.compile_seconds}
         found["wall_seconds"] = self._wall + time.perf_counter() - self._born
         self._recorded = taken
@@ -296,17 +304,15 @@ class Recorder:
         """A topology event: counted, and written as it is."""
         if not self._claim.is_ours:
             return
-        self._events_so_far["events"] += not event.skipped
-        self._events_so_far["dropped"] += event.dropped
-        self._events_so_far["grown"] += event.grown
+        so_far, new = self._events_so_far, (not event.skipped, event.dropped, event.grown)
+        self._events_so_far = {name: so_far[name] + n for name, n in zip(_OF_EVENTS, new, strict=True)}
         weights = {
             part.full(name): {"density": c.density, "dropped": c.dropped, "grown": c.grown, "block": c.block}
             for name, c in event.weights.items()
         }
         record = {"step": event.step, "phase": event.phase, "density": event.density, "skipped": event.skipped}
-        self._events.add(record | {"dropped": event.dropped, "grown": event.grown, "weights": weights})
-        for sink in self._sinks:
-            sink.add(event.step, {f"mst_density/{name}": change["density"] for name, change in weights.items()})
+        self._records.add_event(record | {"dropped": event.dropped, "grown": event.grown, "weights": weights})
+        self._records.tell(event.step, {f"mst_density/{name}": c["density"] for name, c in weights.items()})
 
     def _snapshot(self) -> None:
         """Keep masks of a few weights, unless they are those of the last time."""
@@ -316,7 +322,7 @@ class Recorder:
         if not chosen or (self._last_masks.keys() == chosen.keys() and _equal(self._last_masks, chosen)):
             return
         phase = str(self._state["phase"])
-        self._masks.add(history.pack(Snapshot(self.step, phase, chosen)))
+        self._records.add_masks(history.pack(Snapshot(self.step, phase, chosen)))
         self._last_masks = chosen
 
     # -- beginning -----------------------------------------------------------------------------------------------------
@@ -346,7 +352,6 @@ class Recorder:
         if wandb is not False:
             self._wandb = sinks.WeightsAndBiases(self.folder, identity, {} if wandb is True else wandb, about)
             found.append(self._wandb)
-        self._sinks = found
         self._take_up(*rows, masks[0])
         # Nothing has been written up to here.
         try:
@@ -355,18 +360,22 @@ class Recorder:
             raise ArgumentError(f"folder {str(self.folder)!r} cannot be made: {error.strerror or error}") from error
         try:
             self._claim = Claim(self.folder)
-        except RecordError:
+            self._begin(about | ({"wandb": identity} if identity else {}), found, anew=not before)
+        except (RecordError, WriteError):
             for sink in found:
                 sink.close()
+            if hasattr(self, "_claim"):
+                self._claim.release()
             raise
-        for name in (history.ABOUT, history.TABLE, history.SAMPLE) if not before else ():
+
+    def _begin(self, about: dict[str, Any], found: list[sinks.Sink], anew: bool) -> None:
+        """Write all that a run begins with; of one that is gone on with what it had up to this step."""
+        for name in (history.ABOUT, history.TABLE, history.SAMPLE) if anew else ():
             (self.folder / name).unlink(missing_ok=True)
-        self._about_now = about | ({"wandb": identity} if identity else {})
+        self._about_now = about
         self._write_about()
-        self._scalars = files.Lines(self.folder / history.SCALARS, self._kept(history.SCALARS))
-        self._table = files.Table(self.folder / history.TABLE, self.folder / history.SCALARS)
-        self._events = files.Lines(self.folder / history.EVENTS, self._kept(history.EVENTS))
-        self._masks = files.Lines(self.folder / history.MASKS, self._kept(history.MASKS))
+        kept = {name: self._kept(name) for name in (history.SCALARS, history.EVENTS, history.MASKS)}
+        self._records = Records(self.folder, kept, found)
 
     def _kept(self, name: str) -> Iterator[files.Record]:
         """The records of a file up to the step that the run is at."""
@@ -376,16 +385,16 @@ class Recorder:
         """Go on counting from the last record, of so many."""
         last = row or {}
         self._rows = count
-        self._flops = float(last.get("flops") or 0.0)
-        share = last.get("flops_of_dense")
+        flops, share = float(last.get("flops") or 0.0), last.get("flops_of_dense")
         # Dense FLOPs are not recorded: they are the same at every step.
-        self._dense_flops = int(last.get("step", 0)) * self._meter.dense
+        dense = int(last.get("step", 0)) * self._meter.dense
         if not self._counts_tokens and share is not None:
-            self._flops = share * self._dense_flops
+            flops = share * dense
+        self._counts = _Counts(self.step, flops, dense)
         self._clock.seconds = float(last.get("seconds", 0.0))
         self._clock.compile_seconds = float(last.get("compile_seconds", 0.0))
         self._wall = float(last.get("wall_seconds", 0.0))
-        self._events_so_far = {name: int(last.get(name, 0)) for name in ("events", "dropped", "grown")}
+        self._events_so_far = {name: int(last.get(name, 0)) for name in _OF_EVENTS}
         self._last_masks = history.unpack(masks).masks if masks else {}
         self._state = self._describe()
 
@@ -396,7 +405,8 @@ class Recorder:
         """Keep the identity of a run at Weights & Biases, so that it can be resumed."""
         if self._wandb is not None and self._about_now.get("wandb") != self._wandb.identity:
             self._about_now["wandb"] = self._wandb.identity
-            self._write_about()
+            with self._records.going_on():
+                self._write_about()
 
 
 def _last(records: Iterable[files.Record]) -> tuple[files.Record | None, int]:

@@ -23,6 +23,7 @@ from mst_compile.errors import CheckpointError
 
 from .learning_rates import pack_laws, unpack_laws
 from .packing import PROGRESS, TOPOLOGY_KEYS
+from .steps import end_left
 
 
 class CheckpointWatcher(Protocol):
@@ -75,6 +76,7 @@ def _wrap_state_dict() -> None:
 
     @functools.wraps(original)
     def state_dict(self: Optimizer, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        end_left()
         found = original(self, *args, **kwargs)
         pack_laws(found.get("param_groups", []))
         entries: dict[int, dict[str, Any]] = {}

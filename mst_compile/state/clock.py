@@ -6,20 +6,36 @@ weights have gradients has stepped, so that magnitudes are compared after the sa
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+
+class _State(NamedTuple):
+    """One value, replaced as a whole: no interrupt leaves a part of it as it was."""
+
+    stepped: frozenset[str] = frozenset()  # since the last complete training step
+    late: frozenset[str] = frozenset()  # not stepped, though the training step was counted
+    idle: frozenset[str] = frozenset()  # stepped in an iteration that was counted with no gradient anywhere
+    unowned: frozenset[str] = frozenset()  # with gradients that no optimizer steps, as far as is known
+    missed: bool = False
+    completed: tuple[frozenset[str], int] | None = None
+
 
 class StepClock:
-    """Knows of each sparse weight, by name, whether its optimizer has stepped in this iteration.
-
-    Attributes:
-        missed: whether the last :meth:`turn` began a new iteration while the one before was still incomplete.
-    """
+    """Knows of each sparse weight, by name, whether its optimizer has stepped in this iteration."""
 
     def __init__(self) -> None:
-        self._stepped: set[str] = set()  # since the last complete training step
-        self._late: set[str] = set()  # not stepped, though the training step was counted
-        self._idle: set[str] = set()  # stepped in an iteration that was counted with no gradient anywhere
-        self._unowned: set[str] = set()  # with gradients that no optimizer steps, as far as is known
-        self.missed = False
+        self._state = _State()
+
+    @property
+    def missed(self) -> bool:
+        """Whether the last :meth:`turn` began a new iteration while the one before was still incomplete."""
+        return self._state.missed
+
+    @property
+    def completed(self) -> tuple[frozenset[str], int] | None:
+        """Of a training step that :meth:`complete` has counted, the weights whose optimizer has not stepped yet and the
+        number that it was given, until :meth:`done`: what follows may be interrupted."""
+        return self._state.completed
 
     def turn(self, names: set[str], pending: set[str], *, nested: bool) -> set[str]:
         """An optimizer with the weights ``names`` begins to step; returns those of them whose training step was
@@ -29,40 +45,42 @@ class StepClock:
             pending: all weights that have gradients.
             nested: the step is part of another one.
         """
-        self.missed = not nested and bool(names & self._stepped)
-        if self.missed:  # a weight's second turn: whoever was waited for does not step in every iteration
-            self._unowned |= self.waiting(pending)
-            self._stepped.clear()
-        self._unowned -= names
-        late = self._late & names
-        self._late -= late
+        now = self._state
+        missed = not nested and bool(names & now.stepped)
+        stepped, unowned, idle = now.stepped, now.unowned, now.idle
+        if missed:  # a weight's second turn: whoever was waited for does not step in every iteration
+            unowned |= self.waiting(pending)
+            stepped = frozenset()
+        late = now.late & names
         # Where all sparse weights are frozen nobody is waited for: the first optimizer's step was counted for all.
-        if not pending and self._idle and bool(names & self._idle) == nested:
-            self._idle |= names
-            return late
-        self._idle.clear()
-        self._stepped |= names - late
-        return late
+        if not pending and idle and bool(names & idle) == nested:
+            idle |= names
+        else:
+            idle, stepped = frozenset(), stepped | (names - late)
+        self._state = _State(stepped, now.late - late, idle, unowned - names, missed, now.completed)
+        return set(late)
 
     def failed(self, names: set[str], late: set[str]) -> None:
         """The step that :meth:`turn` announced has raised."""
-        self._stepped -= names
-        self._idle -= names
-        self._late |= late
+        now = self._state
+        self._state = now._replace(stepped=now.stepped - names, idle=now.idle - names, late=now.late | late)
 
     def waiting(self, pending: set[str]) -> set[str]:
         """Weights with gradients whose optimizer is still to step in this iteration."""
-        return pending - self._stepped - self._unowned
+        return pending - self._state.stepped - self._state.unowned
 
     def is_complete(self, pending: set[str]) -> bool:
         """Whether all optimizers of this iteration have stepped."""
-        return bool(self._stepped) and not self.waiting(pending)
+        return bool(self._state.stepped) and not self.waiting(pending)
 
-    def complete(self, pending: set[str]) -> set[str]:
-        """The training step is counted; returns the weights whose optimizer has not stepped yet."""
-        found = pending - self._stepped
-        self._late |= found
-        if not pending:
-            self._idle |= self._stepped
-        self._stepped.clear()
-        return found
+    def complete(self, pending: set[str], number: int = 0) -> set[str]:
+        """The training step is counted, as ``number``; returns the weights whose optimizer has not stepped yet."""
+        now = self._state
+        found = frozenset(pending - now.stepped)
+        idle = now.idle if pending else now.idle | now.stepped
+        self._state = _State(frozenset(), now.late | found, idle, now.unowned, now.missed, (found, number))
+        return set(found)
+
+    def done(self) -> None:
+        """All that follows from the training step has happened."""
+        self._state = self._state._replace(completed=None)

@@ -112,32 +112,69 @@ def apply(
         raise
 
 
-def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, optimizers: Iterable[Optimizer]) -> None:
-    """Take over a mask: dropped weights, their gradient and all their state in ``optimizers`` become exactly 0.
+@dataclass(frozen=True)
+class Change:
+    """What another mask means for one weight: as it is before anything has changed, so that it can be done again.
 
-    Outside the active blocks weights and optimizer state are 0 already, so grown blocks start at 0.
+    Attributes:
+        dropped: blocks that were active and will not be, bool ``[R, C]``.
+        grown: blocks that have not been stepped since they grew, likewise; None if there are none.
+        few: whether so few blocks are dropped that visiting them alone may beat a pass over the weight, outside of which
+            nothing can be wrong.
     """
+
+    mask: Tensor
+    dropped: Tensor
+    grown: Tensor | None
+    few: bool
+
+
+def change_to(weight: SparseWeight, parameter: Tensor, mask: Tensor) -> Change | None:
+    """What a mask would change; None if it is the weight's."""
     if torch.equal(weight.mask, mask):
-        return
+        return None
     dropped, grown = weight.mask & ~mask, mask & ~weight.mask
     if weight.grown is not None:
         grown |= weight.grown & mask
-    if bool(grown.any()):
-        weight.grown = grown
-    # Few blocks are visited alone, but only where nothing else can be wrong.
     few = int(dropped.count_nonzero()) < _FEW * dropped.numel() and weight.is_clean(parameter)
-    alone = few and not begins_a_pass(parameter, weight.grid, weight.index_of_whole)
-    known = list(optimizers)
-    try:
-        weight.set_mask(mask)
-        if bool(dropped.any()):
-            _cut(weight, parameter, known, dropped if alone else None)
-    except BaseException:  # an interrupt, anywhere
-        weight.set_mask(mask)
-        _cut(weight, parameter, known, None)
-        raise
-    if few or bool(dropped.any()) or weight.is_dense:
+    return Change(mask, dropped, grown if bool(grown.any()) else weight.grown, few)
+
+
+def carry_out(
+    change: Change,
+    weight: SparseWeight,
+    parameter: nn.Parameter,
+    optimizers: Iterable[Optimizer],
+    *,
+    again: bool = False,
+) -> None:
+    """Take over a mask: dropped weights, their gradient and all their state in ``optimizers`` become exactly 0.
+
+    Outside the active blocks weights and optimizer state are 0 already, so grown blocks start at 0.
+
+    Args:
+        again: an earlier call may have been interrupted, anywhere.
+    """
+    weight.grown = change.grown
+    weight.set_mask(change.mask)
+    drops = bool(change.dropped.any())
+    if drops or again:
+        alone = change.few and not again and not begins_a_pass(parameter, weight.grid, weight.index_of_whole)
+        _cut(weight, parameter, optimizers, change.dropped if alone else None)
+    if change.few or drops or again or weight.is_dense:
         weight.note_clean(parameter)
+
+
+def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, optimizers: Iterable[Optimizer]) -> None:
+    """:func:`carry_out` what a mask changes; what is interrupted is brought to its end, and then raises."""
+    change, known = change_to(weight, parameter, mask), list(optimizers)
+    if change is None:
+        return
+    try:
+        carry_out(change, weight, parameter, known)
+    except BaseException:  # an interrupt, anywhere
+        carry_out(change, weight, parameter, known, again=True)
+        raise
 
 
 def _cut(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,30 +62,47 @@ def values_before(schedule: Schedule, own: Own) -> dict[str, Tensor]:
     return found
 
 
+class Stepped(NamedTuple):
+    """What the young blocks of one weight are after a step.
+
+    Attributes:
+        written: those that were, and their elements; None where they are as the optimizer has left them.
+        young: those that are young still.
+    """
+
+    written: tuple[Young, Tensor] | None
+    young: Young | None
+
+
 @torch.no_grad()
-def after_step(schedule: Schedule, optimizer: Optimizer, own: Own, before: dict[str, Tensor]) -> set[str]:
+def after_step(
+    schedule: Schedule, optimizer: Optimizer, own: Own, before: dict[str, Tensor], stepped: dict[str, Stepped]
+) -> set[str]:
     """After a step: write the young blocks of the weights that took it, and count the step for them.
 
     Args:
         before: what :func:`values_before` returned.
+        stepped: takes up what is written before it is: a call that was interrupted can be made again.
 
     Returns:
         Names of these weights.
     """
-    done: set[str] = set()
-    if not before:
-        return done
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for weight, parameter in own:
-        old, young = before.get(weight.name), weight.young
-        if old is None or young is None or parameter.grad is None:
+        name, young = weight.name, weight.young
+        if parameter.grad is None or name not in before:
             continue
-        weight.young = _write(schedule, optimizer, groups[id(parameter)], parameter, weight, young, old)
-        done.add(weight.name)
-    return done
+        if name not in stepped and young is not None:
+            stepped[name] = _stepped(schedule, optimizer, groups[id(parameter)], parameter, weight, young, before[name])
+        if name in stepped:
+            written, left = stepped[name]
+            if written is not None:
+                written[0].put(parameter, weight.grid, written[1])
+            weight.young = left
+    return set(stepped)
 
 
-def _write(
+def _stepped(
     schedule: Schedule,
     optimizer: Optimizer,
     group: dict[str, Any],
@@ -93,11 +110,12 @@ def _write(
     weight: SparseWeight,
     young: Young,
     old: Tensor,
-) -> Young | None:
-    """Write the young blocks of one weight; those that are young still."""
+) -> Stepped:
+    """What the young blocks of one weight become, from what they were and what the optimizer has made of them."""
     grid, length = weight.grid, schedule.regrown_warmup
     corrects = schedule.regrown == "own steps" and _can_correct(optimizer)
     warms = length > 1 and bool((young.steps + 1 < length).any()) and _can_warm_up(optimizer, length)
+    new = None
     if corrects or warms:
         new = young.take(parameter, grid)
         if corrects:
@@ -105,10 +123,8 @@ def _write(
         if warms:
             share = ((young.steps + 1).double() / length).clamp(max=1.0)
             new = old + young.spread(share, parameter, grid) * (new - old)
-        young.put(parameter, grid, new)
-    young.steps += 1
     last = max(length - 1, own_steps.young_for(optimizer, group) if corrects else 0)
-    return young.where(young.steps < last)
+    return Stepped(None if new is None else (young, new), young.older().where(young.steps + 1 < last))
 
 
 def _can_correct(optimizer: Optimizer) -> bool:

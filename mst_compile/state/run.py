@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from mst_compile.rules.schedule import Schedule, attention_of, phase_of, sparsit
 
 from .attention import AttentionState
 from .checkpoint_hooks import take_unclaimed
-from .event import Plan, apply, change_mask, plan_event
+from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_event
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
 from .listeners import Listeners, TopologyEvent, changes
 from .optimizers import zero_state_
@@ -32,6 +33,31 @@ _PATIENCE = 10  # steps after which weights that no compiled graph has taken are
 
 def _unknown() -> None:
     """The model of a copy."""
+
+
+@dataclass
+class Completion:
+    """How far the completion of a training step has come.
+
+    Attributes:
+        number: of the step.
+        due: whether a topology event belongs to it.
+        seen: whether it is known which weights have moved.
+        changes: of the event, by names of weights; None before they are planned.
+        before: the masks that they had, likewise.
+        skipped: why the event is none.
+        begun: whether a change may have been made.
+        event: what listeners will be told.
+    """
+
+    number: int
+    due: bool
+    seen: bool = False
+    changes: dict[str, Change] | None = None
+    before: dict[str, Tensor] = field(default_factory=dict)
+    skipped: str = ""
+    begun: bool = False
+    event: TopologyEvent | None = None
 
 
 class Run:
@@ -53,6 +79,7 @@ class Run:
         self.step_count = 0
         self.active = True
         self.overdue = False
+        self._completion: Completion | None = None  # of a step, while it is under way or after an interrupt
         self.root: Callable[[], nn.Module | None] = _unknown
         self._steps_here = 0  # in this process, until weights that no graph takes were looked for
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -71,13 +98,16 @@ class Run:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy knows none yet.
-        self.__dict__.update(state, optimizers=weakref.WeakSet(), root=_unknown, listeners=Listeners())
+        self.__dict__.update(
+            {"_completion": None} | state, optimizers=weakref.WeakSet(), root=_unknown, listeners=Listeners()
+        )
         self._sizes = weakref.WeakKeyDictionary()
         self._drive()
 
     @property
     def progress(self) -> Progress:
         """What a checkpoint holds beside the topology."""
+        self.finish()
         return Progress(self.step_count, self.seed)
 
     @property
@@ -119,36 +149,65 @@ class Run:
     def complete_step(self) -> None:
         """Count a training step, change the topology if the schedule says so, and prepare the next.
 
-        If anything is interrupted, the event is overdue or has happened, and the next step is prepared all the same.
+        If anything is interrupted, however often, the rest is done at the next step or when a checkpoint is written,
+        unless it could be done at once.
         """
+        self.finish()
+        number = self.step_count + 1
         try:
-            self.overdue = bool(self.overdue or self.schedule.is_topology_event(self.step_count + 1))
-        finally:
-            self.step_count += 1
-        happened: TopologyEvent | None = None
-        own: list[tuple[SparseWeight, nn.Parameter]] = []
+            due = bool(self.overdue or self.schedule.is_topology_event(number))
+        except Exception:
+            self._completion = Completion(number, False)
+            self.finish()
+            raise
+        self._completion = Completion(number, due)
+        self.finish()
+
+    def finish(self) -> None:
+        """Bring the completion of a step to its end, if it was interrupted."""
+        if self._completion is None:
+            return
         try:
-            own = list(self.weights.parameters())
+            self._go_on_completing()
+        except BaseException:
+            try:
+                self._go_on_completing()
+            except Exception:  # what cannot be is left out; what was interrupted is made up for
+                self._completion, self.overdue = None, False
+                self._note_versions()
+                self.prepare_next_step()
+            raise
+
+    def _go_on_completing(self) -> None:
+        """Do what is left to be done; each part can be done again."""
+        now = self._completion
+        if now is None:
+            return
+        self.step_count = now.number
+        own = list(self.weights.parameters())
+        if not now.seen:
             for weight, parameter in own:
                 weight.moved |= parameter.grad is not None or weight.version not in (UNKNOWN, parameter._version)
-            if self.overdue:
-                try:
-                    happened = self._change_topology()
-                except Exception:  # an event that cannot be is left out; one that was interrupted is made up for
-                    self.overdue = False
-                    raise
             self._steps_here += 1
-            if self._steps_here == _PATIENCE:
-                warn_unseen([weight for weight, parameter in own if parameter.grad is not None])
-        finally:
-            for weight, parameter in own:
-                weight.version = parameter._version
-            self.prepare_next_step()
-        if happened is not None:  # last: what a callback raises finds a step that is complete
-            self.listeners.tell(happened)
+            now.seen = True
+            self.overdue = now.due
+        if self.overdue:
+            self._change_topology(now, own)
+        self._note_versions()
+        self.prepare_next_step()
+        event, self._completion = now.event, None
+        if self._steps_here == _PATIENCE:
+            warn_unseen([weight for weight, parameter in own if parameter.grad is not None])
+        if event is not None:  # last: what a callback raises finds a step that is complete
+            self.listeners.tell(event)
+
+    def _note_versions(self) -> None:
+        for weight, parameter in self.weights.parameters():
+            weight.version = parameter._version
 
     def skip_step(self) -> None:
         """Count a training step that was over before it was known to be one: too late for its topology event."""
+        self.finish()
         self.step_count += 1
         self.overdue |= self.schedule.is_topology_event(self.step_count)
 
@@ -186,27 +245,39 @@ class Run:
         if settle(own, look=look):
             self.optimizers.clear()
 
-    def _change_topology(self) -> TopologyEvent | None:
-        """Change masks; what happened, if anybody wants to know."""
-        self._settle(self.weights.parameters(), look=True)
+    def _change_topology(self, now: Completion, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Change masks, or go on with it, and note what happens, if anybody wants to know."""
+        if now.changes is None:
+            try:
+                self._plan(now, own)
+            except Exception:
+                self.overdue = False
+                raise
+        again, now.begun = now.begun, True
+        for weight, parameter in own:
+            change = (now.changes or {}).get(weight.name)
+            if change is not None:
+                carry_out(change, weight, parameter, self.optimizers, again=again)
+        if self.listeners.wanted and now.event is None:
+            phase, found = phase_of(self.schedule, self.step_count), changes(now.before, self.weights)
+            now.event = TopologyEvent(self.step_count, phase, self.density, now.skipped, found)
+        for weight in self.weights:
+            weight.scores, weight.moved = None, False
+        self.overdue = False
+
+    def _plan(self, now: Completion, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Find out what shall change, and change nothing but values that stand outside the active blocks."""
+        self._settle(own, look=True)
         plan = self.plan_event()
-        before = {w.name: w.mask for w in self.weights if w.name in plan.masks}
+        now.skipped, now.before = plan.skipped, {w.name: w.mask for w in self.weights if w.name in plan.masks}
+        found = {w.name: change_to(w, p, plan.masks[w.name]) for w, p in own if w.name in plan.masks}
+        now.changes = {name: change for name, change in found.items() if change is not None}
         if plan.skipped:
             warnings.warn(
                 f"topology event at step {self.step_count} skipped: {plan.skipped}. Masks stay until the next one",
                 MSTWarning,
-                stacklevel=4,
+                stacklevel=6,
             )
-        try:
-            apply(plan, self.weights.parameters(), self.optimizers)
-        finally:  # what was interrupted has been brought to its end, or had not begun
-            self.overdue = any(not w.mask.equal(plan.masks[w.name]) for w in self.weights if w.name in plan.masks)
-            for weight in self.weights if not self.overdue else ():
-                weight.scores, weight.moved = None, False
-        if not self.listeners.wanted:
-            return None
-        phase, found = phase_of(self.schedule, self.step_count), changes(before, self.weights)
-        return TopologyEvent(self.step_count, phase, self.density, plan.skipped, found)
 
     @property
     def density(self) -> float:
@@ -227,10 +298,12 @@ class Run:
 
     def change_mask(self, weight: SparseWeight, parameter: nn.Parameter, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule."""
+        self.finish()
         change_mask(weight, parameter, mask.detach().cpu().clone(), self.optimizers)
 
     def go_on(self, progress: Progress, topologies: dict[str, Topology]) -> None:
         """Continue from a checkpoint."""
+        self.finish()
         self.step_count, self.seed = progress.step, progress.seed
         for weight in self.weights:
             if weight.name in topologies:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,7 @@ from .run import Run
 from .steps import Step
 from .weight import SparseWeight, mask_gradients
 
+_NOWHERE = -1  # id of no backward pass
 _PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
 
 
@@ -50,7 +51,8 @@ class _Turn:
         first: whether the optimizer had no state of them.
         young: values of young blocks before it, by name.
         written: frozen weights with values outside the active blocks, which stay, by name.
-        told: whether its end has been seen.
+        done: how much of what follows a step has happened: an interrupt may come anywhere, and then the rest is done.
+        stepped: what young blocks are to be after it, by name of their weight.
     """
 
     late: set[str]
@@ -59,7 +61,11 @@ class _Turn:
     first: bool
     young: dict[str, Tensor]
     written: set[str]
-    told: bool = False
+    done: int = 0
+    stepped: dict[str, regrown.Stepped] = field(default_factory=dict)
+
+
+_YOUNG, _ZEROS, _GROWN, _ALL = range(1, 5)  # values of _Turn.done
 
 
 class RunWatcher(Protocol):
@@ -96,7 +102,7 @@ class Stepping:
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # unknown ones, their first state cleaned
         self._looked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those whose state was looked at a step later
         self._turns: dict[Step, _Turn] = {}  # steps under way
-        self._deferred = False  # a step within the backward pass waits for its end
+        self._deferred = _NOWHERE  # the backward pass for whose end a step within it waits
         self._making_state = False  # the optimizer that steps now only makes its state
         self._masked: list[object] = []  # what was known of gradients at the last such step
         self._foreign_steps = 0  # of optimizers without sparse weights; -1: warned
@@ -106,13 +112,28 @@ class Stepping:
 
     def step(self) -> None:
         """A training step is complete."""
+        self._finish()
         weights = self._run.weights
         weights.rebind()
-        late = self._clock.complete(weights.with_gradients())
-        for weight, parameter in weights.parameters():
-            if weight.name in late:  # another optimizer's, whose turn is still to come
-                _harvest(weight, parameter, 1.0, weight.scores)
-        self._run.complete_step()
+        self._clock.complete(weights.with_gradients(), self._run.step_count + 1)
+        self._finish()
+
+    def _finish(self) -> None:
+        """Do what follows from a training step that was counted: what an interrupt has left of it, or all."""
+        self._run.finish()
+        if self._clock.completed is None:
+            return
+        late, number = self._clock.completed
+        try:
+            if self._run.step_count == number - 1:  # else it has been completed, or a checkpoint was loaded meanwhile
+                for weight, parameter in self._run.weights.parameters():
+                    if weight.name in late:  # another optimizer's, whose turn is still to come
+                        _harvest(weight, parameter, 1.0, weight.scores)
+                self._run.complete_step()
+        except Exception:
+            self._clock.done()
+            raise
+        self._clock.done()
 
     def before_step(self, step: Step) -> None:
         """An optimizer steps: harvest growth scores, and let it see zeros outside the active blocks."""
@@ -122,6 +143,7 @@ class Stepping:
             run.weights.check_not_flattened(optimizer)
         if not own or self._making_state or optimizers.skipped_by_scaler(optimizer):
             return
+        self._finish()
         if not optimizer.state and optimizers.only_makes_state(optimizer):
             self._making_state = True
             step.outermost.at_end(lambda _: setattr(self, "_making_state", False))
@@ -137,16 +159,15 @@ class Stepping:
             scaled: list[tuple[dict[str, Any], dict[str, Any]]] = []
             step.at_end(lambda _: restore_rates(scaled))
             scale_rates(optimizer, own, scaled)
-        names = {weight.name for weight, _ in own}
-        late = self._clock.turn(names, run.weights.with_gradients(), nested=step.nested)
-        if self._clock.missed:
-            run.skip_step()
         scores, versions = {w.name: w.scores for w, _ in own}, {w.name: p._version for w, p in own}
         first = not any(optimizer.state.get(p) for _, p in own)
         young = regrown.values_before(run.schedule, own)
         written = {w.name for w, p in own if not p.requires_grad and not (w.is_clean(p) or w.look(p))}
-        turn = self._turns[step] = _Turn(late, scores, versions, first, young, written)
+        turn = self._turns[step] = _Turn(set(), scores, versions, first, young, written)
         step.at_end(lambda failed: self._end(step, turn, failed))
+        turn.late = self._clock.turn(set(versions), run.weights.with_gradients(), nested=step.nested)
+        if self._clock.missed:
+            run.skip_step()
         self._take_gradients(step, own)
 
     def after_closure(self, step: Step) -> None:
@@ -177,29 +198,50 @@ class Stepping:
         run, optimizer = self._run, step.optimizer
         if self._making_state or optimizers.skipped_by_scaler(optimizer):
             return
-        own = run.of(optimizer)
-        if step in self._turns:
-            self._write_young(step, own)
-            self._keep_zeros(optimizer, own, self._turns[step])
-        if step.nested:
-            return
-        for weight, parameter in own:
-            if parameter.grad is not None:
-                weight.grown = None  # they have had their first step
+        self._follow(step, self._turns.get(step), run.of(optimizer))
+
+    def _follow(self, step: Step, turn: _Turn | None, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Do what follows from a step of an optimizer, or what is left of that."""
+        optimizer = step.optimizer
+        if turn is not None:
+            if turn.done < _YOUNG:
+                self._write_young(step, own, turn)
+                turn.done = _YOUNG
+            if turn.done < _ZEROS:
+                self._keep_zeros(optimizer, own, turn)
+                turn.done = _ZEROS
+        if not step.nested:
+            if turn is None or turn.done < _GROWN:
+                for weight, parameter in own:
+                    if parameter.grad is not None:
+                        weight.grown = None  # they have had their first step
+                if turn is not None:
+                    turn.done = _GROWN
+            self._count(optimizer, own)
+        if turn is not None:
+            turn.done = _ALL
+
+    def _count(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Count the step of an optimizer, if it completes a training step."""
+        run = self._run
         if not self._auto_step:
             return
         if own:
             self._foreign_steps = min(self._foreign_steps, 0)
             if _in_backward():
                 self._step_after_backward()
+            elif self._clock.completed is not None:
+                self._finish()  # it was counted, and then interrupted
             elif self._clock.is_complete(run.weights.with_gradients()):
                 self.step()  # of several optimizers the last one completes the step
         elif run.active:
             self._warn_if_not_stepped(optimizer)
 
-    def _write_young(self, step: Step, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+    def _write_young(self, step: Step, own: list[tuple[SparseWeight, nn.Parameter]], turn: _Turn) -> None:
         """Let young blocks step as the schedule says: once, whoever steps around the one that has moved them."""
-        done = regrown.after_step(self._run.schedule, step.optimizer, own, self._turns[step].young)
+        if not turn.young:
+            return
+        done = regrown.after_step(self._run.schedule, step.optimizer, own, turn.young, turn.stepped)
         outer = step.outer
         while outer is not None:
             if outer in self._turns:
@@ -209,12 +251,13 @@ class Stepping:
     def _end(self, step: Step, turn: _Turn, failed: bool) -> None:
         """A step is over. One that has raised was one if weights have moved all the same, as where a hook after it
         raised."""
-        if failed and not turn.told:
+        if failed and turn.done < _ALL:
             own = self._run.of(step.optimizer)
-            if all(parameter._version == turn.versions.get(weight.name) for weight, parameter in own):
+            moved = turn.done or any(parameter._version != turn.versions.get(weight.name) for weight, parameter in own)
+            if not moved:
                 self._clock.failed(set(turn.versions), turn.late)
-            elif not step.nested:
-                self.after_step(step)
+            elif turn.done or not step.nested:
+                self._follow(step, turn, own)
         self._turns.pop(step, None)
 
     def _tell_of_gradient(self, weight: SparseWeight, parameter: Tensor) -> None:
@@ -225,13 +268,15 @@ class Stepping:
 
     def _step_after_backward(self) -> None:
         """Optimizers that step within the backward pass, one a parameter: count once, when all gradients are there."""
-        if not self._deferred:
-            self._deferred = True
+        backward = torch._C._current_graph_task_id()
+        if self._deferred != backward:
             torch.autograd.Variable._execution_engine.queue_callback(self._finish_backward)  # type: ignore[attr-defined]
+            self._deferred = backward
 
     def _finish_backward(self) -> None:
-        self._deferred = False
-        self.step()
+        if self._deferred != _NOWHERE:
+            self.step()
+        self._deferred = _NOWHERE
 
     def _keep_zeros(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]], turn: _Turn) -> None:
         """Zero what a step may have made non-zero, and warn once if its optimizer keeps foreign state.
@@ -239,7 +284,6 @@ class Stepping:
         A weight has stayed 0 if three things hold: the optimizer's arithmetic is known to keep zeros, dividing none by
         another, so did its state begin, and the gradient that it read is the one that was masked, unchanged.
         """
-        turn.told = True
         known, spread = optimizers.keeps_zeros(optimizer), []
         divided = optimizers.divides_by_zero(optimizer, (parameter for _, parameter in own)) if known else set()
         look = not known and optimizer in self._checked and optimizer not in self._looked
@@ -357,12 +401,12 @@ def _harvest(
         return
     lay_out_gradient(parameter)
     gradient: Tensor = parameter.grad
-    weight.set_dense_grad(again)
     score = block_mean_square(gradient, weight.grid) / (scale * scale)
     weight.scores = score if base is None else base + score
+    weight.set_dense_grad(again)
     weight.zero_inactive_(gradient)
     weight.note_masked(gradient)
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != _NOWHERE

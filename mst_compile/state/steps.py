@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +27,7 @@ from torch.optim.optimizer import (
 )
 
 _GUARDED = "_mst_guarded"
+_MOST_INTERRUPTS = 20  # of what ends a step: beyond them it raises them itself
 
 
 class Step:
@@ -34,15 +37,21 @@ class Step:
         optimizer: who steps.
         outer: the step that it was taken within, which will be counted instead, or None.
         has_closure: whether the optimizer was given a function that computes its gradients.
+        guard: the frame of the function that will end it, None where there is none.
     """
 
-    def __init__(self, optimizer: Optimizer, outer: Step | None, guarded: bool) -> None:
+    def __init__(self, optimizer: Optimizer, outer: Step | None, guard: FrameType | None) -> None:
         self.optimizer = optimizer
         self.outer = outer
-        self.guarded = guarded
-        self.begun = False
+        self.guard = guard
+        self.begun = self.ending = False
         self.has_closure = False
         self._ends: list[Callable[[bool], None]] = []
+
+    @property
+    def guarded(self) -> bool:
+        """Whether a function around it will see it end."""
+        return self.guard is not None
 
     @property
     def nested(self) -> bool:
@@ -55,16 +64,30 @@ class Step:
         return self if self.outer is None else self.outer.outermost
 
     def at_end(self, callback: Callable[[bool], None]) -> None:
-        """Call ``callback(failed)`` when the step ends, however it does; last in, first out."""
+        """Call ``callback(failed)`` when the step ends, however it does; last in, first out. One that is interrupted is
+        called again, to go on from where it was."""
         self._ends.append(callback)
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to be called."""
+        return not self._ends
+
     def end(self, failed: bool) -> None:
+        """Call what is left to be called; what has raised first is raised when all have had their turn."""
+        raised: BaseException | None = None
+        self.ending, interrupts = True, 0
         while self._ends:
             try:
-                self._ends.pop()(failed)
-            except BaseException:
-                self.end(True)  # the others' turn, whatever one has raised
-                raise
+                self._ends[-1](failed)
+                self._ends.pop()
+            except BaseException as error:
+                raised, failed = raised or error, True
+                interrupts += 1
+                if isinstance(error, Exception) or interrupts > _MOST_INTERRUPTS:
+                    self._ends.pop()
+        if raised is not None:
+            raise raised
 
 
 class StepWatcher(Protocol):
@@ -117,7 +140,7 @@ def refusing_steps(refuse: Callable[[Optimizer], None]) -> Iterator[None]:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
     top = _running.steps[-1] if _running.steps else None
     if top is None or top.optimizer is not optimizer or top.begun:
-        top = _enter(optimizer, guarded=False)
+        top = _enter(optimizer, None)
         _guard_instance(optimizer)
     top.begun = True
     given = len(args) > 1  # the optimizer itself is the first of them
@@ -155,9 +178,10 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         _leave(step, failed=False)
 
 
-def _enter(optimizer: Optimizer, guarded: bool) -> Step:
-    outer = next((s for s in reversed(_running.steps) if s.guarded or s.optimizer is optimizer), None)
-    step = Step(optimizer, outer, guarded)
+def _enter(optimizer: Optimizer, guard: FrameType | None) -> Step:
+    around = (s for s in reversed(_running.steps) if not s.ending)
+    outer = next((s for s in around if s.guarded or s.optimizer is optimizer), None)
+    step = Step(optimizer, outer, guard)
     _running.steps.append(step)
     return step
 
@@ -169,10 +193,35 @@ def _leave(step: Step, failed: bool) -> None:
 
 
 def _leave_down_to(depth: int, failed: bool) -> None:
-    """End the steps that are beyond the first ``depth``, of which all but the outermost were left behind."""
+    """End the steps that are beyond the first ``depth``, of which all but the outermost were left behind.
+
+    Each is there until it has ended: of one that an interrupt leaves there the next step knows, see :func:`end_left`.
+    """
+    raised: BaseException | None = None
     while len(_running.steps) > depth:
-        last = _running.steps.pop()
-        last.end(failed or len(_running.steps) > depth)
+        last = _running.steps[-1]
+        try:
+            last.end(failed or len(_running.steps) > depth + 1)
+        except BaseException as error:
+            raised = raised or error
+        if last.over:
+            _running.steps.remove(last)
+    if raised is not None:
+        raise raised
+
+
+def end_left() -> None:
+    """End the steps of this thread whose end was interrupted so often that it was left out: the functions that should
+    have seen to it are no longer running."""
+    if not _running.steps:
+        return
+    running, frame = set(), sys._getframe()
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    left = next((i for i, step in enumerate(_running.steps) if step.guarded and step.guard not in running), None)
+    if left is not None:
+        _leave_down_to(left, failed=True)
 
 
 def _leave_unguarded(optimizer: Optimizer) -> None:
@@ -186,10 +235,11 @@ def _guard(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @skip  # Dynamo leaves this frame alone, as the hooks' are, and compiles what it calls
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        end_left()
         _leave_unguarded(self)
         depth, failed = len(_running.steps), True
         try:  # what has been entered is left, even if an interrupt comes before anything else
-            _enter(self, guarded=True)
+            _enter(self, sys._getframe())
             result = original(self, *args, **kwargs)
             failed = False
             return result

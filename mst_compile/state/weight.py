@@ -72,6 +72,7 @@ class SparseWeight:
         clean_here: version and address at which this rank's part of a spread weight was last seen to be 0 outside.
         recording: whether the compiled graph that last took the weight recorded gradients.
         timed: somebody times products under masks that are not the weight's: its values do not matter.
+        unwritten: an interrupt may have kept the index from being that of the mask.
         baseline: compiled graphs shall run as if nothing were sparse, every block being active; and tell this.
         follows: whether values were loaded after the masks, so that masks have to follow them.
         moved: whether the weight has been trained since the last topology event.
@@ -109,6 +110,7 @@ class SparseWeight:
     clean_here: tuple[int, int] | None = None
     recording: bool | None = None
     timed: bool = False
+    unwritten: bool = False
     baseline: Baseline | None = None
     follows: bool = False
     moved: bool = False
@@ -188,26 +190,26 @@ class SparseWeight:
 
     def set_mask(self, mask: Tensor) -> None:
         """Take over ``mask`` and write the index in place."""
-        self.mask = mask
-        self.active = self.grid.count_elements(mask)
-        self.changes += 1
-        self.forget()
-        if self.young is not None and not self.timed:
-            self.young = self.young.inside(mask)
-        epoch.value += 1
+        young = self.young if self.young is None or self.timed else self.young.inside(mask)
+        changed = {"mask": mask, "active": self.grid.count_elements(mask), "changes": self.changes + 1, "young": young}
+        # At once, so that no interrupt comes between; an index that is kept from being written is when next asked for.
+        self.__dict__.update(changed, clean=UNKNOWN, dirty=None, clean_here=None, unwritten=True)
         self._write_index()
 
     def _write_index(self) -> None:
+        self.unwritten = True
+        epoch.value += 1
         if self.index is not None:
             mask = self.mask if self.part is None else reaching(self.mask, self.part, self.grid.block)
             write_index(self.index, self.multiplied, mask, dense_grad=self.dense_grad, changes=self.changes)
+        self.unwritten = False
 
     def set_dense_grad(self, wanted: bool) -> None:
         """Ask kernels for the gradient on all blocks (growth reads it), or on the active ones alone."""
         if wanted != self.dense_grad:
-            self.dense_grad = wanted
             if self.index is not None:
                 self.index[DENSE_GRAD].fill_(int(wanted))  # an assignment would copy a number from the host
+            self.dense_grad = wanted
 
     def zero_inactive_(self, tensor: Tensor) -> None:
         """Set a tensor of the weight's shape to 0 outside the active blocks, in place."""
@@ -223,6 +225,8 @@ class SparseWeight:
     @property
     def index_of_whole(self) -> Tensor | None:
         """The index where it is that of the whole weight."""
+        if self.unwritten:
+            self._write_index()
         return self.index if self.part is None else None
 
     def follow(self, parameter: Tensor) -> None:
@@ -241,7 +245,6 @@ class SparseWeight:
                 self.index = _new_index(self.multiplied, device)
                 if self.index is not None:
                     self._write_index()
-                    epoch.value += 1
         elif self.index.device != device:
             self.index = self.index.to(device) if _has_index(self.multiplied, device) else None
             epoch.value += 1
@@ -266,6 +269,8 @@ class SparseWeight:
         Writes through ``parameter.data`` in place leave no trace and are not seen. Of a weight that is spread over
         ranks only what was loaded is known to have been written: all of them answer the same.
         """
+        if self.unwritten:
+            self._write_index()
         if self.is_dense or is_sharded(parameter):
             return self.is_dense or self.clean != UNKNOWN
         return self.clean == parameter._version and self.address == _address(parameter) and not self.was_freed()
@@ -294,6 +299,8 @@ class SparseWeight:
     def look_here(self, parameter: Tensor) -> bool:
         """As :meth:`look`, at what this rank holds: no other takes part. What is found of a part says nothing of the
         whole, whose ranks must know the same of it."""
+        if self.unwritten:
+            self._write_index()
         if self.timed:
             return True
         with unset_fake_temporarily():

@@ -43,6 +43,10 @@ class Young:
         blocks, order = torch.cat([young.blocks, more]).sort()
         return Young(blocks, torch.cat([young.steps, torch.zeros_like(more)])[order])
 
+    def older(self) -> Young:
+        """The same blocks after one more step."""
+        return Young(self.blocks, self.steps + 1, self._where)
+
     def where(self, chosen: Tensor) -> Young | None:
         """Those that ``chosen`` (bool ``[n]``) names; None if it names none."""
         if bool(chosen.all()):

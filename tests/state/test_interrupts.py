@@ -133,8 +133,8 @@ def test_an_interrupt_at_the_door_of_a_step() -> None:
     training = Training("random")
     enter = steps._enter
 
-    def interrupt(optimizer: torch.optim.Optimizer, guarded: bool) -> Any:
-        enter(optimizer, guarded)
+    def interrupt(optimizer: torch.optim.Optimizer, guard: FrameType | None) -> Any:
+        enter(optimizer, guard)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
