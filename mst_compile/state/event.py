@@ -119,8 +119,7 @@ class Change:
     Attributes:
         dropped: blocks that were active and will not be, bool ``[R, C]``.
         grown: blocks that have not been stepped since they grew, likewise; None if there are none.
-        few: whether so few blocks are dropped that visiting them alone may beat a pass over the weight, outside of which
-            nothing can be wrong.
+        few: whether visiting the dropped blocks alone may beat a pass over the weight, where nothing else can be wrong.
     """
 
     mask: Tensor
