@@ -94,7 +94,7 @@ class Steps(Pair):
         self.scale.update(all(finite))
         assert self.scaler.get_scale() == self.scale.scale
         if all(finite):
-            self._complete()
+            self._complete(counts=any(self.simulation.own(part) for part in parts))
             self._forget(after)
         else:
             self._zero(True)
@@ -179,9 +179,10 @@ class Steps(Pair):
             self.simulation.step(part)
         self._complete()
 
-    def _complete(self) -> None:
+    def _complete(self, *, counts: bool = True) -> None:
         for scheduler in [*self.sparse.schedulers, *self.schedulers]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 scheduler.step(*([1.0] if isinstance(scheduler, ReduceLROnPlateau) else []))
-        self.simulation.complete(mst_compile.sparsifier(self.sparse.model).masks if self.simulation.sparse else {})
+        if counts:
+            self.simulation.complete(mst_compile.sparsifier(self.sparse.model).masks if self.simulation.sparse else {})

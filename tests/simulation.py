@@ -154,13 +154,14 @@ class Simulation:
 
     # -- steps --
 
-    def _own(self, part: Part) -> list[str]:
+    def own(self, part: Part) -> list[str]:
+        """The sparse weights of one optimizer: its steps are counted if it has any."""
         known = {id(p) for group in part.optimizer.param_groups for p in group["params"]}
         return [n for n, p in self.parameters.items() if id(p) in known] if self.sparse else []
 
     def settle(self, part: Part) -> None:
         """An optimizer begins to step: what was written outside the masks is cut, and what it remembers there."""
-        for name in self._own(part):
+        for name in self.own(part):
             if self.parameters[name].requires_grad:
                 self._clean([self.parameters[name]], name)
             self._clean(self._state(name), name)
@@ -168,7 +169,7 @@ class Simulation:
     def step(self, part: Part, closure: Callable[[], Tensor] | None = None) -> None:
         """One optimizer's step; ``closure`` computes gradients anew, which count as the last that it has computed."""
         self.settle(part)
-        own, scores = self._own(part), dict(self.scores)
+        own, scores = self.own(part), dict(self.scores)
         self.near = {n: near for n, near in self.near.items() if n not in own}
         before = {name: self.parameters[name].detach().clone() for name in own}
 
@@ -255,7 +256,7 @@ class Simulation:
             return
         if name in self.near:
             self._bound_second_moments(part, name, before)
-        for place in self.grown.pop(name, torch.zeros(0, 2)).nonzero().tolist() if p.requires_grad else ():
+        for place in self.grown.pop(name, torch.zeros(0, 2)).nonzero().tolist():
             own = self.course.regrown == "own steps" and type(part.optimizer) in OWN_COUNTS
             r, c = (slice(i * fact.block, (i + 1) * fact.block) for i in place)
             mine = nn.Parameter(before[r, c].double().clone())
@@ -282,8 +283,12 @@ class Simulation:
         r, c = (slice(i * fact.block, (i + 1) * fact.block) for i in place)
         block.steps += 1
         old, assumed = before[r, c].double(), p.detach()[r, c].double()
-        rate = part.group_of(p)["lr"]
-        rounded = of_rounding(p.dtype, *([rate.dtype] if isinstance(rate, Tensor) else []), times=16 * block.steps + 16)
+        rate, coarse = part.group_of(p)["lr"], {p.dtype}
+        if isinstance(rate, Tensor):
+            coarse.add(rate.dtype)
+        if isinstance(part.optimizer, optim.NAdam):
+            coarse.add(torch.float32)  # of its product of momenta
+        rounded = of_rounding(*coarse, times=16 * block.steps + 16)
         if block.optimizer is not None:
             assert p.grad is not None
             group = {k: v for k, v in part.group_of(p).items() if k != "params"}
