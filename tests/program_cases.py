@@ -163,13 +163,13 @@ def batches(lengths: list[int]) -> st.SearchStrategy[Batch]:
 
 
 def operations(batches: st.SearchStrategy[Batch]) -> st.SearchStrategy[Op]:
-    """What may happen: mostly steps."""
+    """What may happen: mostly steps, of scaled losses too."""
     several = st.lists(batches, min_size=1, max_size=3).map(tuple)
     clips, zeros = st.sampled_from(["", "", "norm", "value"]), st.sampled_from(["none", "none", "zero", "keep"])
     steps = st.tuples(st.just("step"), several, clips, zeros)
+    scaled = st.tuples(st.just("scaled"), several, st.booleans(), st.sampled_from([False, False, True]), zeros)
     others = [
         st.tuples(st.just("gather"), batches),
-        st.tuples(st.just("scaled"), several, st.booleans(), st.sampled_from([False, False, True]), zeros),
         st.tuples(st.just("burst"), batches, st.integers(0, 9)),
         st.tuples(st.just("closure"), batches),
         st.tuples(st.just("skip"), batches),
@@ -185,7 +185,7 @@ def operations(batches: st.SearchStrategy[Batch]) -> st.SearchStrategy[Op]:
         *(st.tuples(st.just(name)) for name in ("turn", "rest", "write", "round_trip", "densify")),
     ]
     # By flatmap, as one_of would draw from all of these at once.
-    return st.one_of(steps, steps, st.sampled_from(others).flatmap(lambda kind: kind))
+    return st.one_of(steps, steps, scaled, st.sampled_from(others).flatmap(lambda kind: kind))
 
 
 def _patterned(draw: st.DrawFn, net: Net, course: Course) -> tuple[Net, Course]:
