@@ -52,6 +52,8 @@ class Steps(Pair):
 
     def _clip(self, clip: str) -> None:
         for model in self._models:
+            if all(p.grad is None for p in model.parameters()):
+                continue  # which clip_grad_value_ refuses
             if clip == "norm":
                 nn.utils.clip_grad_norm_(model.parameters(), 0.05)
             elif clip == "value":

@@ -20,8 +20,8 @@ _EXAMPLES = settings.default.max_examples if settings.default else 60
 
 BATCH = (0, 3, 6)
 STEP = ("step", (BATCH,), "", "none")
-# Products and attention with a pattern of Inductor's code, in which all of the backend's variants run.
-THROUGH_INDUCTOR = Program(
+# In it all of the backend's variants run, and attention has a pattern for two steps.
+VARIANTS = Program(
     Net(("gated", "attention"), width=WIDE, hidden=24, tokens=True, head="tied", autocast=True),
     Course("mixed", 0.7, interval=2, total=9, restoration=2, settle=2, pattern="sparse", span=1, window=(1, 3)),
     "inductor",
@@ -46,6 +46,7 @@ def test_programs_in_eager_mode(program: Program) -> None:
 
 
 @settings(max_examples=_EXAMPLES // 10)
+@example(replace(VARIANTS, mode="eager"))
 @given(programs(("eager",), least=4, most=12))
 def test_programs_in_compiled_mode(program: Program) -> None:
     check_program(program)
@@ -53,8 +54,8 @@ def test_programs_in_compiled_mode(program: Program) -> None:
 
 # A graph takes Inductor seconds: what is drawn beside the examples is for who explores.
 @settings(max_examples=_EXAMPLES // 60, phases=(Phase.explicit, *([Phase.generate] if _EXAMPLES > 60 else [])))
-@example(THROUGH_INDUCTOR)
-@example(replace(THROUGH_INDUCTOR, net=replace(THROUGH_INDUCTOR.net, autocast=False), ops=THROUGH_INDUCTOR.ops[:4]))
+@example(VARIANTS)
+@example(replace(VARIANTS, net=replace(VARIANTS.net, autocast=False), ops=VARIANTS.ops[:4]))
 @given(programs(("inductor",), most=6))
 def test_programs_through_inductor(program: Program) -> None:
     check_program(program)
