@@ -216,7 +216,8 @@ class Run(Steps):
     def swap(self, batch: Batch, how: str) -> None:
         """Put a moving average in the place of the weights, compute with it, and take it out again, or go on from it.
 
-        Of weights that are written, in place or by exchanging what Parameters hold.
+        Of weights that are written, in place or by exchanging what Parameters hold; then gradients are recorded as they
+        were before, as where that changes the backend looks at all values.
         """
         if self.moving is None:
             mean = get_ema_multi_avg_fn(0.5)
@@ -226,7 +227,7 @@ class Run(Steps):
             average.update_parameters(model)
             kept.append([p.detach().clone() for p in model.parameters()])
             self._put(model, [p.detach().clone() for p in average.module.parameters()], how)
-        with torch.no_grad():
+        with torch.set_grad_enabled(how == "exchange"):
             self._same_outputs(*self._models, batch)
         for model, values in zip(self._models, kept, strict=True):
             if how != "stay":

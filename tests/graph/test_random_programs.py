@@ -29,6 +29,7 @@ VARIANTS = Program(
     layout="param_groups",
     ops=(
         STEP,
+        ("swap", BATCH, "write"),
         ("scaled", (BATCH, BATCH), True, False, "none"),
         ("evaluate", BATCH, "no_grad"),
         STEP,
@@ -55,7 +56,7 @@ def test_programs_in_compiled_mode(program: Program) -> None:
 # A graph takes Inductor seconds: what is drawn beside the examples is for who explores.
 @settings(max_examples=_EXAMPLES // 60, phases=(Phase.explicit, *([Phase.generate] if _EXAMPLES > 60 else [])))
 @example(VARIANTS)
-@example(replace(VARIANTS, net=replace(VARIANTS.net, autocast=False), ops=VARIANTS.ops[:4]))
+@example(replace(VARIANTS, net=replace(VARIANTS.net, autocast=False), ops=VARIANTS.ops[:6]))
 @given(programs(("inductor",), most=6))
 def test_programs_through_inductor(program: Program) -> None:
     check_program(program)
