@@ -38,6 +38,7 @@ VARIANTS = Program(
         *(STEP,) * 5,
     ),
 )
+IN_FLOAT32 = replace(VARIANTS, net=replace(VARIANTS.net, autocast=False))
 
 
 @settings(max_examples=2 * _EXAMPLES)
@@ -47,7 +48,7 @@ def test_programs_in_eager_mode(program: Program) -> None:
 
 
 @settings(max_examples=_EXAMPLES // 10)
-@example(replace(VARIANTS, mode="eager"))
+@example(replace(IN_FLOAT32, mode="eager"))
 @given(programs(("eager",), least=4, most=12))
 def test_programs_in_compiled_mode(program: Program) -> None:
     check_program(program)
@@ -56,7 +57,7 @@ def test_programs_in_compiled_mode(program: Program) -> None:
 # A graph takes Inductor seconds: what is drawn beside the examples is for who explores.
 @settings(max_examples=_EXAMPLES // 60, phases=(Phase.explicit, *([Phase.generate] if _EXAMPLES > 60 else [])))
 @example(VARIANTS)
-@example(replace(VARIANTS, net=replace(VARIANTS.net, autocast=False), ops=VARIANTS.ops[:6]))
+@example(replace(IN_FLOAT32, ops=IN_FLOAT32.ops[:6]))
 @given(programs(("inductor",), most=6))
 def test_programs_through_inductor(program: Program) -> None:
     check_program(program)
