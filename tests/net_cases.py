@@ -26,12 +26,12 @@ class Bare(nn.Module):
 
     def __init__(self, width: int, out: int, rule: str) -> None:
         super().__init__()
-        self.rule = RULES[rule]
+        self.rule = rule
         self.w = _weight(width, out) if rule.endswith(" io") else _weight(out, width)
         self.b = nn.Parameter(torch.randn(out) / 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rule(x, self.w, self.b)
+        return RULES[self.rule](x, self.w, self.b)
 
 
 def _halves(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -112,7 +112,14 @@ class Adapted(nn.Module):
 
 
 class Attention(nn.Module):
-    """By PyTorch's operator or as a chain to and from a softmax, causal or not; projections of its own or in one."""
+    """By PyTorch's operator or as a chain to and from a softmax, causal or not; projections of its own or in one.
+
+    Attributes:
+        seen: of a model that is to show what a pattern comes to, the keys that queries see, bool ``[length, length]``,
+            given the length; None for all up to the query.
+    """
+
+    seen: Callable[[int], Tensor] | None = None
 
     def __init__(self, width: int, *, chain: bool, causal: bool) -> None:
         super().__init__()
@@ -121,15 +128,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         length = x.shape[1]
+        seen = None if self.seen is None or not self.causal else self.seen(length)
         q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         if self.chain:
             scores = q @ k.mT / q.shape[-1] ** 0.5
             if self.causal:
-                later = torch.ones(length, length, dtype=torch.bool).triu(1)
+                later = torch.ones(length, length, dtype=torch.bool).triu(1) if seen is None else ~seen
                 scores = scores.masked_fill(later, torch.finfo(scores.dtype).min)
             mixed = scores.softmax(-1) @ v
         else:
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+            mixed = F.scaled_dot_product_attention(q, k, v, seen, is_causal=self.causal and seen is None)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
@@ -261,6 +269,12 @@ class Model(nn.Module):
             if i == 0 and self.net.head == "two":
                 early = (self.early(hidden),)
         return (hidden if self.net.head == "none" else self.head(hidden), *early)
+
+    def see(self, seen: Callable[[int], Tensor] | None) -> None:
+        """Let causal attention see these keys."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.seen = seen
 
     def turn(self) -> None:
         """Let experts change places."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from net_cases import Net, nets
 from simulated_rules import Course, Law
 from torch import optim
+from torch.optim import lr_scheduler
 
 import mst_compile
 from mst_compile.schedule import GradualPruning
@@ -31,13 +32,23 @@ OPTIMIZERS: dict[str, Maker] = {
     "adagrad": lambda p: optim.Adagrad(p, 1e-2, initial_accumulator_value=0.1, weight_decay=0.1),
     "adadelta": lambda p: optim.Adadelta(p, 1.0, weight_decay=0.1),
     "rmsprop": lambda p: optim.RMSprop(p, 1e-2, momentum=0.5, centered=True, weight_decay=0.1),
+    "sgd, rate a tensor": lambda p: optim.SGD(p, torch.tensor(2e-2), momentum=0.9, weight_decay=0.1, foreach=False),
+    "adamw, rate a tensor": lambda p: optim.AdamW(p, torch.tensor(1e-2), weight_decay=0.1, foreach=False),
+    "asgd": lambda p: optim.ASGD(p, 1e-2, t0=3, weight_decay=0.1),
+    "lbfgs": lambda p: optim.LBFGS(p, 0.1, max_iter=3, history_size=2),
 }
+
+
+def _more(density: float) -> float:
+    return 1 + density
+
+
 LAWS: dict[str, tuple[Law, Law]] = {
     "none": ("none", "none"),
     "default": (1.0, "independent"),
     "root": (0.5, "independent"),
     "graphcore": ("graphcore", "none"),
-    "function": (lambda d: 1 + d, 0.25),
+    "function": (_more, 0.25),
 }
 LAYOUTS = ["one", "halves", "two optimizers", "param_groups", *(f"halves: {law}" for law in LAWS)]
 ORDERS = [  # in which the parts of a checkpoint are loaded
@@ -47,8 +58,26 @@ ORDERS = [  # in which the parts of a checkpoint are loaded
     ("model", "sparsifier", "optimizer"),
     ("optimizer", "optimizer", "model", "sparsifier"),
 ]
+CASTS = [torch.bfloat16, torch.float64]
+PATTERNS = ["local", "strided", "sparse", "fixed"]
+WIDE = 64  # of models with attention patterns: heads of 32 are the smallest that have them
+Scheduler = lr_scheduler.LRScheduler
 Batch = tuple[int, int, int]  # seed, batch, length
 Op = tuple[Any, ...]
+
+
+def _one_cycle(optimizer: optim.Optimizer) -> Scheduler:
+    """It moves the first momentum, too, where there is one."""
+    cycles = bool({"momentum", "betas"} & optimizer.defaults.keys())
+    return lr_scheduler.OneCycleLR(optimizer, 2e-2, total_steps=60, pct_start=0.1, cycle_momentum=cycles)
+
+
+SCHEDULERS: dict[str, Callable[[optim.Optimizer], Scheduler]] = {
+    "warm": lambda o: lr_scheduler.LambdaLR(o, lambda step: min(1.0, (step + 1) / 4) * 0.9**step),
+    "one cycle": _one_cycle,
+    "from zero": lambda o: lr_scheduler.LinearLR(o, 1e-3, 1.0, 4),
+    "plateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, factor=0.5, patience=1),
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +85,11 @@ class Program:
     """What is trained, by which schedule and optimizer, in which mode, and what happens in turn.
 
     Attributes:
-        mode: ``"plain"`` for eager mode, else what the compiled graph runs on: ``"eager"``, ``"aot_eager"``.
+        mode: ``"plain"`` for eager mode, else what the compiled graph runs on: ``"eager"``, ``"aot_eager"``,
+            ``"inductor"``.
         first: first masks, as ``sparsify`` has ``masks``.
         own: sparsity and block of the first piece, if they are its own.
+        rates: of :data:`SCHEDULERS`, of the learning rate.
         ops: names of :class:`Run`'s methods and their arguments.
     """
 
@@ -72,7 +103,7 @@ class Program:
     own: tuple[float | None, int | None] | None = None
     optimizer: str = "adamw"
     layout: str = "one"
-    warm: bool = False
+    rates: str = "none"
     ops: tuple[Op, ...] = ()
 
 
@@ -83,6 +114,8 @@ def schedule_of(c: Course) -> mst_compile.Schedule:
         "magnitude": c.magnitude, "regrown": c.regrown, "regrown_warmup": c.regrown_warmup,
         "gradient_steps": c.gradient_steps,
     }  # fmt: skip
+    if c.pattern != "full":
+        common |= {"attention": c.pattern, "attention_window": c.window, "stride": c.stride, "span": c.span}
     if c.kind == "constant":
         return mst_compile.Constant(c.sparsity, total_steps=c.total, **common)
     assert c.total is not None
@@ -124,33 +157,69 @@ def courses(draw: st.DrawFn) -> Course:
     return Course(kind, total=total, **common)
 
 
-# Sizes of 1 are graphs of their own, of which Dynamo makes eight at most.
-batches = st.tuples(st.integers(0, 99), st.sampled_from([2, 3, 3, 1]), st.sampled_from([3, 4, 4, 1]))
-steps = st.tuples(
-    st.just("step"),
-    st.lists(batches, min_size=1, max_size=2).map(tuple),
-    st.sampled_from(["", "", "norm", "value"]),
-    st.sampled_from(["none", "none", "zero", "keep"]),
-)
-others = st.one_of(
-    st.tuples(st.just("closure"), batches),
-    st.tuples(st.just("skip"), batches),
-    st.tuples(st.just("evaluate"), batches, st.booleans()),
-    st.tuples(st.just("freeze"), st.integers(0, 9), st.booleans()),
-    st.tuples(st.just("resume"), st.sampled_from(ORDERS)),
-    st.tuples(st.just("averaged"), batches),
-    *(st.tuples(st.just(name)) for name in ("turn", "rest", "write", "round_trip", "copy", "densify")),
-)
+def batches(lengths: list[int]) -> st.SearchStrategy[Batch]:
+    # Sizes of 1 are graphs of their own, of which Dynamo makes eight at most.
+    return st.tuples(st.integers(0, 99), st.sampled_from([2, 3, 3, 1]), st.sampled_from(lengths))
+
+
+def operations(batches: st.SearchStrategy[Batch]) -> st.SearchStrategy[Op]:
+    """What may happen: mostly steps, of scaled losses too."""
+    several = st.lists(batches, min_size=1, max_size=3).map(tuple)
+    clips, zeros = st.sampled_from(["", "", "norm", "value"]), st.sampled_from(["none", "none", "zero", "keep"])
+    steps = st.tuples(st.just("step"), several, clips, zeros)
+    scaled = st.tuples(st.just("scaled"), several, st.booleans(), st.sampled_from([False, False, True]), zeros)
+    others = [
+        st.tuples(st.just("gather"), batches),
+        st.tuples(st.just("burst"), batches, st.integers(0, 9)),
+        st.tuples(st.just("closure"), batches),
+        st.tuples(st.just("skip"), batches),
+        st.tuples(st.just("evaluate"), batches, st.sampled_from(["grad", "no_grad", "inference"])),
+        st.tuples(st.just("freeze"), st.integers(0, 9), st.booleans()),
+        st.tuples(st.just("resume"), st.sampled_from(ORDERS), st.booleans()),
+        st.tuples(st.just("start_optimizer_anew"), st.booleans()),
+        st.tuples(st.just("roll_back"), batches, st.booleans(), st.sampled_from(ORDERS)),
+        st.tuples(st.just("copy"), st.booleans()),
+        st.tuples(st.just("averaged"), batches),
+        st.tuples(st.just("swap"), batches, st.sampled_from(["write", "exchange", "stay"])),
+        st.tuples(st.just("cast"), batches, st.sampled_from(CASTS)),
+        *(st.tuples(st.just(name)) for name in ("turn", "rest", "write", "round_trip", "densify")),
+    ]
+    # By flatmap, as one_of would draw from all of these at once.
+    return st.one_of(steps, steps, scaled, st.sampled_from(others).flatmap(lambda kind: kind))
+
+
+def _patterned(draw: st.DrawFn, net: Net, course: Course) -> tuple[Net, Course]:
+    """Attention with a pattern for a while."""
+    begin = draw(st.integers(0, 3))
+    window = draw(st.sampled_from([None, (begin, begin + 3)]))
+    pattern, stride, span = (
+        draw(st.sampled_from(PATTERNS)),
+        draw(st.integers(2, 3)),
+        draw(st.sampled_from([None, 1, 3])),
+    )
+    pieces = (*net.pieces[:2], draw(st.sampled_from(["attention", "softmax"])))
+    dtype = torch.float32 if net.dtype == torch.float64 else net.dtype
+    net = replace(net, pieces=pieces, width=WIDE, dtype=dtype)
+    return net, replace(course, pattern=pattern, stride=stride, span=span, window=window)
 
 
 @st.composite
-def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int = 16) -> Program:
+def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int = 18) -> Program:
     mode = draw(st.sampled_from(modes))
     dtypes = (torch.float32, torch.float32, torch.float64, torch.bfloat16)
-    net = draw(nets(random=mode == "plain", dtypes=dtypes))
+    net, course = draw(nets(random=mode == "plain", dtypes=dtypes)), draw(courses())
+    lengths = [3, 4, 4, 1]
+    if mode != "plain" and course.kind != "pruning" and draw(st.booleans()):
+        (net, course), lengths = _patterned(draw, net, course), [5, 6, 6, 1]
+    # Its closure is not known to compute the same bits compiled, and it takes contiguous gradients alone.
+    closures = mode == "plain" and "transposed" not in net.pieces
+    optimizer = draw(st.sampled_from([name for name in sorted(OPTIMIZERS) if closures or name != "lbfgs"]))
+    rates = draw(st.sampled_from(["none", "none", *SCHEDULERS]))
+    if optimizer == "nadam" and course.regrown == "own steps" and rates == "one cycle":
+        rates = "warm"  # young blocks know the first momentum of the moment, and not those before
     return Program(
         net,
-        draw(courses()),
+        course,
         mode,
         draw(st.sampled_from([1, 2, 4, 8, 16, 32])),
         draw(st.sampled_from(["coverage", "coverage", "backbone", "none"])),
@@ -159,8 +228,8 @@ def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int 
         draw(st.sampled_from([None, None, (0.3, None), (0.8, 2), (None, 4)]))
         if net.every and net.pieces[0] != "shared"
         else None,
-        draw(st.sampled_from(sorted(OPTIMIZERS))),
-        draw(st.sampled_from(LAYOUTS)),
-        draw(st.booleans()),
-        tuple(draw(st.lists(st.one_of(steps, steps, steps, others), min_size=least, max_size=most))),
+        optimizer,
+        draw(st.sampled_from(LAYOUTS)) if optimizer != "lbfgs" else "one",
+        rates,
+        tuple(draw(st.lists(operations(batches(lengths)), min_size=least, max_size=most))),
     )

@@ -28,6 +28,7 @@ class Course:
     Attributes:
         total: steps of the run; of a constant one None, or three quarters of it have events.
         first, last: steps at which pruning begins and ends.
+        pattern, stride, span, window: of causal attention: which keys it sees, and from which step to which.
     """
 
     kind: str = "constant"
@@ -48,6 +49,10 @@ class Course:
     magnitude: str = "l2"
     regrown: str = "first estimate"
     regrown_warmup: int = 0
+    pattern: str = "full"
+    stride: int = 2
+    span: int | None = None
+    window: tuple[int, int] | None = None
 
     @property
     def moves(self) -> bool:
@@ -113,6 +118,22 @@ class Course:
             return False
         ahead = range(step + 1, step + 1 + self.gradient_steps)
         return any(self.is_event(s) and self.sparsity_at(s) > 0 for s in ahead)
+
+    def seen_after(self, step: int) -> Callable[[int], Tensor] | None:
+        """The keys that queries see in the step that follows ``step`` others, given the length; None for all."""
+        start, end = self.window or (0, math.inf)
+        if self.window is None and self.kind == "mixed":
+            assert self.total is not None
+            start, end = self.warmup, self.total - self.settle - self.restoration
+        return self._seen if self.pattern != "full" and start <= step < end else None
+
+    def _seen(self, length: int) -> Tensor:
+        query, key = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        distance = query - key
+        local, strided = distance < (self.span or self.stride), distance % self.stride == 0
+        own, last = query // self.stride == key // self.stride, key % self.stride == self.stride - 1
+        found = {"local": local, "strided": strided, "sparse": local | strided, "fixed": own | last}
+        return found[self.pattern] & (distance >= 0)
 
     def densities(self, step: int, weights: Mapping[str, Fact]) -> dict[str, float]:
         """Of each weight: the schedule's over those without a sparsity of their own, by their elements."""

@@ -25,6 +25,7 @@ from torch import Tensor, nn, optim
 
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 OWN_COUNTS = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax)
+MASKED_AFTER = (optim.ASGD, optim.LBFGS)  # no list of the library's has them
 NORMALISED = (optim.Adam, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.RMSprop)
 
 
@@ -59,6 +60,34 @@ class Part:
 
     def group_of(self, parameter: Tensor) -> dict[str, Any]:
         return next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
+
+
+@dataclass
+class Scaler:
+    """What ``GradScaler`` does: gradients come of a scaled loss, and a step whose gradients are not finite is left out.
+
+    Attributes:
+        scale: a power of 2, so that scaling rounds nothing.
+        interval: steps after one another that are taken before it doubles.
+    """
+
+    scale: float
+    interval: int
+    taken: int = 0
+
+    def unscale(self, optimizer: optim.Optimizer) -> bool:
+        """Whether all gradients are finite."""
+        found = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for gradient in found:
+            gradient.mul_(1 / self.scale)
+        return all(bool(gradient.isfinite().all()) for gradient in found)
+
+    def update(self, finite: bool) -> None:
+        self.taken = self.taken + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.taken == self.interval:
+            self.scale, self.taken = self.scale * 2, 0
 
 
 class Simulation:
@@ -125,34 +154,50 @@ class Simulation:
 
     # -- steps --
 
-    def _own(self, part: Part) -> list[str]:
+    def own(self, part: Part) -> list[str]:
+        """The sparse weights of one optimizer: its steps are counted if it has any."""
         known = {id(p) for group in part.optimizer.param_groups for p in group["params"]}
         return [n for n, p in self.parameters.items() if id(p) in known] if self.sparse else []
 
     def settle(self, part: Part) -> None:
         """An optimizer begins to step: what was written outside the masks is cut, and what it remembers there."""
-        for name in self._own(part):
+        for name in self.own(part):
             if self.parameters[name].requires_grad:
                 self._clean([self.parameters[name]], name)
             self._clean(self._state(name), name)
 
-    def step(self, part: Part) -> None:
-        """One optimizer's step."""
+    def step(self, part: Part, closure: Callable[[], Tensor] | None = None) -> None:
+        """One optimizer's step; ``closure`` computes gradients anew, which count as the last that it has computed."""
         self.settle(part)
-        own, before = self._own(part), {}
+        own, scores = self.own(part), dict(self.scores)
         self.near = {n: near for n, near in self.near.items() if n not in own}
-        for name in own:
-            self._prepare(part, name)
-            before[name] = self.parameters[name].detach().clone()
+        before = {name: self.parameters[name].detach().clone() for name in own}
+
+        def compute() -> Tensor:
+            assert closure is not None
+            loss = closure()
+            self.scores = dict(scores)
+            self._prepare_all(part, own)
+            return loss
+
+        if closure is None:
+            self._prepare_all(part, own)
         scaled = self._scaled(part)
         old = [{key: g[key] for key in s} for g, s in zip(part.optimizer.param_groups, scaled, strict=True)]
         for group, new in zip(part.optimizer.param_groups, scaled, strict=True):
             group.update(new)
-        part.optimizer.step()
+        part.optimizer.step(None if closure is None else compute)  # type: ignore[arg-type]
         for name in own:
             self._finish(part, name, before[name])
         for group, values in zip(part.optimizer.param_groups, old, strict=True):
             group.update(values)
+
+    def leave_out(self, part: Part) -> None:
+        """A step that ``GradScaler`` skips. A fused optimizer is called all the same, and may make its state."""
+        if part.optimizer.defaults.get("fused"):
+            part.optimizer.grad_scale, part.optimizer.found_inf = None, torch.ones(())  # type: ignore[attr-defined]
+            part.optimizer.step()
+            del part.optimizer.grad_scale, part.optimizer.found_inf
 
     def _scaled(self, part: Part) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -169,6 +214,10 @@ class Simulation:
             decay = (1 / rate if by_rate else 1.0) if laws[1] == "independent" else factor(laws[1], density)
             found.append({"lr": group["lr"] * rate, "weight_decay": group["weight_decay"] * decay})
         return found
+
+    def _prepare_all(self, part: Part, own: list[str]) -> None:
+        for name in own:
+            self._prepare(part, name)
 
     def _prepare(self, part: Part, name: str) -> None:
         """Before the update: growth reads the gradient, which is then masked; regrown blocks' moments begin."""
@@ -198,12 +247,16 @@ class Simulation:
     def _finish(self, part: Part, name: str, before: Tensor) -> None:
         """After the update: what regrown blocks have come to."""
         p, fact = self.parameters[name], self.weights[name]
-        if p.grad is None:
+        if p.grad is None and not isinstance(part.optimizer, optim.LBFGS):  # which moves whatever it has moved before
             return
         self.trained.add(name)
+        if isinstance(part.optimizer, MASKED_AFTER):
+            self._clean([p], name)
+            self.grown.pop(name, None)  # no moment of theirs can begin, and no block of theirs is young
+            return
         if name in self.near:
             self._bound_second_moments(part, name, before)
-        for place in self.grown.pop(name, torch.zeros(0, 2)).nonzero().tolist() if p.requires_grad else ():
+        for place in self.grown.pop(name, torch.zeros(0, 2)).nonzero().tolist():
             own = self.course.regrown == "own steps" and type(part.optimizer) in OWN_COUNTS
             r, c = (slice(i * fact.block, (i + 1) * fact.block) for i in place)
             mine = nn.Parameter(before[r, c].double().clone())
@@ -230,10 +283,16 @@ class Simulation:
         r, c = (slice(i * fact.block, (i + 1) * fact.block) for i in place)
         block.steps += 1
         old, assumed = before[r, c].double(), p.detach()[r, c].double()
+        rate, coarse = part.group_of(p)["lr"], {p.dtype}
+        if isinstance(rate, Tensor):
+            coarse.add(rate.dtype)
+        if isinstance(part.optimizer, optim.NAdam):
+            coarse.add(torch.float32)  # of its product of momenta
+        rounded = of_rounding(*coarse, times=16 * block.steps + 16)
         if block.optimizer is not None:
             assert p.grad is not None
-            group = part.group_of(p)
-            block.optimizer.param_groups[0].update(lr=group["lr"], weight_decay=group["weight_decay"])
+            group = {k: v for k, v in part.group_of(p).items() if k != "params"}
+            block.optimizer.param_groups[0].update(group, lr=float(rate))
             block.parameter.data.copy_(old)
             block.parameter.grad = p.grad[r, c].double().clone()
             block.optimizer.step()
@@ -250,7 +309,7 @@ class Simulation:
         near.where = near.where.clone()
         near.where[r, c] = True
         near.exact[""][r, c] = new
-        near.allowed[""][r, c] = known + of_rounding(p.dtype, times=16 * (block.steps + 1)) * (size + 1e-6)
+        near.allowed[""][r, c] = known + rounded * (size + 1e-6)
         p.data[r, c] = new.to(p.dtype)
 
     # -- a training step is complete --
@@ -263,10 +322,10 @@ class Simulation:
         self.count += 1
         event = self.course.is_event(self.count)
         densities = self.course.densities(self.count, self.weights)
+        moving = [n for n in self.weights if event and not self._rests(n)]
+        skipped = any(self._not_finite(n, densities[n]) for n in moving)
         for name in self.weights:
-            frozen = not self.parameters[name].requires_grad
-            idle = bool(self.trained) and name not in self.trained
-            if not event or frozen or idle:
+            if name not in moving or skipped:
                 assert torch.equal(masks[name], self.masks[name]), f"{name}: masks stay at step {self.count}"
                 continue
             self._clean([self.parameters[name]], name)
@@ -278,6 +337,16 @@ class Simulation:
         if event:
             self.scores, self.trained = {}, set()
         self.dense = self.course.dense_after(self.count)
+
+    def _rests(self, name: str) -> bool:
+        """A weight that is frozen, or idle while others have trained."""
+        return not self.parameters[name].requires_grad or (bool(self.trained) and name not in self.trained)
+
+    def _not_finite(self, name: str, density: float) -> bool:
+        """Whether what a weight would grow by is not finite, where anything moves and a choice is left."""
+        score, active = self.scores.get(name), int(self.masks[name].sum())
+        stays = self.course.drop_at(self.count) == 0 and active in self.weights[name].counts(density)
+        return density < 1 and not stays and score is not None and not bool(score.isfinite().all())
 
     def _check(self, name: str, density: float, new: Tensor) -> None:
         fact, p = self.weights[name], self.parameters[name]

@@ -57,7 +57,7 @@ def values_before(schedule: Schedule, own: Own) -> dict[str, Tensor]:
     for weight, parameter in own:
         if weight.grown is not None:
             weight.young = Young.joined(weight.young, weight.grown)
-        if weight.young is not None and parameter.requires_grad:
+        if weight.young is not None:  # a frozen weight, too: an optimizer steps it by a gradient that was left over
             found[weight.name] = weight.young.take(parameter, weight.grid)
     return found
 

@@ -8,11 +8,37 @@ time.
 
 from __future__ import annotations
 
-from hypothesis import given, settings
-from program_cases import Program, programs
+from dataclasses import replace
+
+from hypothesis import Phase, example, given, settings
+from net_cases import Net
+from program_cases import WIDE, Program, programs
 from program_runs import check_program
+from simulated_rules import Course
 
 _EXAMPLES = settings.default.max_examples if settings.default else 60
+
+BATCH = (0, 3, 6)
+STEP = ("step", (BATCH,), "", "none")
+# In it all of the backend's variants run, and attention has a pattern for two steps.
+VARIANTS = Program(
+    Net(("gated", "attention"), width=WIDE, hidden=24, tokens=True, head="tied", autocast=True),
+    Course("mixed", 0.7, interval=2, total=9, restoration=2, settle=2, pattern="sparse", span=1, window=(1, 3)),
+    "inductor",
+    optimizer="adamw fused",
+    layout="param_groups",
+    ops=(
+        STEP,
+        ("swap", BATCH, "write"),
+        ("scaled", (BATCH, BATCH), True, False, "none"),
+        ("evaluate", BATCH, "no_grad"),
+        STEP,
+        ("swap", BATCH, "exchange"),
+        ("roll_back", BATCH, True, ("model", "optimizer")),
+        *(STEP,) * 5,
+    ),
+)
+IN_FLOAT32 = replace(VARIANTS, net=replace(VARIANTS.net, autocast=False))
 
 
 @settings(max_examples=2 * _EXAMPLES)
@@ -21,7 +47,17 @@ def test_programs_in_eager_mode(program: Program) -> None:
     check_program(program)
 
 
-@settings(max_examples=_EXAMPLES // 15)
-@given(programs(("eager",), most=10))
+@settings(max_examples=_EXAMPLES // 10)
+@example(replace(IN_FLOAT32, mode="eager"))
+@given(programs(("eager",), least=4, most=12))
 def test_programs_in_compiled_mode(program: Program) -> None:
+    check_program(program)
+
+
+# A graph takes Inductor seconds: what is drawn beside the examples is for who explores.
+@settings(max_examples=_EXAMPLES // 60, phases=(Phase.explicit, *([Phase.generate] if _EXAMPLES > 60 else [])))
+@example(VARIANTS)
+@example(replace(IN_FLOAT32, ops=IN_FLOAT32.ops[:6]))
+@given(programs(("inductor",), most=6))
+def test_programs_through_inductor(program: Program) -> None:
     check_program(program)

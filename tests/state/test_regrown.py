@@ -227,3 +227,20 @@ def test_blocks_are_young_no_longer_than_they_differ() -> None:
 
 def vars_of(schedule: Constant) -> dict[str, Any]:
     return {n: getattr(schedule, n) for n in ("growth", "drop_fraction", "regrown", "regrown_warmup")}
+
+
+@pytest.mark.parametrize("frozen", [range(5, 7), range(6, 8)])
+def test_a_frozen_weight_that_is_stepped_all_the_same(frozen: range) -> None:
+    """PyTorch's optimizers step whatever has a gradient, one that was left over too: its young blocks step their way,
+    those that have just grown and those that have begun."""
+    model = single(often(regrown_warmup=4))
+    own, optimizer = sparsifier(model), OWN["adamw"](model.parameters())
+    alone = Alone(model.weight, own.masks["weight"], BLOCK, OWN["adamw"], 4)
+    for step in range(9):
+        model.weight.requires_grad_(step not in frozen)
+        model.weight.grad = gradient_of(model, step)
+        optimizer.step()
+        alone.step(model.weight.grad)
+        alone.follow(own.masks["weight"], model.weight)
+    exact = alone.value(model.weight)
+    assert_within(model.weight.detach(), exact, of_rounding(torch.float32, times=STEPS) * (exact.abs() + 0.1))
