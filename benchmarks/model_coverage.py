@@ -4,7 +4,7 @@ python -m benchmarks.model_coverage                     # print the table, of al
 python -m benchmarks.model_coverage llama mixtral       # of some
 python -m benchmarks.model_coverage --write --keep FILE # put it between the markers of docs/models.md
 
-All types take about half an hour; FILE keeps what is done, so that a run which was stopped goes on.
+All types take about a quarter of an hour; FILE keeps what is done, so that a run which was stopped goes on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.zoo.types import model_types
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 START, END = "<!-- model coverage -->\n", "<!-- end -->"
-SECONDS = 90  # that one type may take
+SECONDS = 40  # that one type may take
 
 
 def measured(names: Sequence[str], keep: Path | None = None) -> list[Found]:

@@ -89,7 +89,9 @@ class Made:
         found = getattr(found, "pooler_output", found)
         parts = list(found) if isinstance(found, list | tuple) else [found]
         places = sum(p.numel() // p.shape[-1] for p in parts) // self.batch
-        ids = torch.cat([text["input_ids"][:, :2], torch.full((self.batch, places), token), text["input_ids"][:, 2:]], 1)
+        ids = torch.cat(
+            [text["input_ids"][:, :2], torch.full((self.batch, places), token), text["input_ids"][:, 2:]], 1
+        )
         extra = {"mm_token_type_ids": (ids == token).long()} if "mm_token_type_ids" in self.accepts else {}
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | images | extra
 
@@ -129,7 +131,10 @@ class Made:
             yield {"input_values": self.ids()} | self.decoder()
             bins = int(_find(self.config, "num_mel_bins") or 80)
             yield {"input_values": self.normal(int(_find(self.config, "max_length") or 64), bins)}
-            yield {"input_values": self.normal(self.length, bins), "decoder_input_values": self.normal(self.length, bins)}
+            yield {
+                "input_values": self.normal(self.length, bins),
+                "decoder_input_values": self.normal(self.length, bins),
+            }
             yield {"input_values": self.ids(), "decoder_input_values": self.normal(self.length, bins)}
         if has("past_values"):
             channels = int(_find(self.config, "num_input_channels") or 1)

@@ -105,7 +105,9 @@ def _what(text: str) -> str:
 def _why(status: str | None, weight: Tensor) -> str:
     """Why the products with a weight stay dense, without names and sizes."""
     if status is None:
-        return "a Parameter of the model's own, which `include` can name" if weight.dim() == 2 else "a Parameter's slices"
+        return (
+            "a Parameter of the model's own, which `include` can name" if weight.dim() == 2 else "a Parameter's slices"
+        )
     if "a stack of matrices" in status:
         return "experts in one Parameter"
     if "narrower than a block" in status:

@@ -115,7 +115,9 @@ def small(config: Any, layers: int | None = None, level: int = 0, sections: tupl
         elif name == "backbone_config" and value is None:
             given[name] = small_backbone()
         elif name == "rope_parameters" and sections:
-            given[name] = {"rope_type": "default", "rope_theta": 10000.0} | (value or {}) | {"mrope_section": [*sections]}
+            given[name] = (
+                {"rope_type": "default", "rope_theta": 10000.0} | (value or {}) | {"mrope_section": [*sections]}
+            )
         elif name == "vocab_size" and value is None:
             given[name] = VOCABULARY
         elif isinstance(value, list) and len(value) == was and was > layers:
@@ -143,5 +145,8 @@ def small_backbone() -> Any:
     from transformers import ResNetConfig
 
     return ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 1, 1], out_features=["stage2", "stage3", "stage4"]
+        embedding_size=16,
+        hidden_sizes=[16, 32, 48, 64],
+        depths=[1, 1, 1, 1],
+        out_features=["stage2", "stage3", "stage4"],
     )

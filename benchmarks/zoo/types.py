@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 # The first mapping that knows a type gives its class: those with a head before those without.
@@ -13,11 +14,14 @@ _MAPPINGS = (
 )  # fmt: skip
 
 
+_PART = re.compile(r"_(text|vision|encoder|audio|decoder|vqmodel|qformer)(_model|_config)?$")
+
+
 def model_types() -> list[str]:
-    """All names of configurations."""
+    """All names of configurations, without those of parts of another type, which run within that."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return sorted(CONFIG_MAPPING_NAMES)
+    return sorted(name for name in CONFIG_MAPPING_NAMES if not _PART.search(name))
 
 
 def classes(name: str) -> list[Any]:
