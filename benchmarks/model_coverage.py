@@ -78,7 +78,7 @@ def table(all_found: Sequence[Found]) -> str:
     lines = ["| types | sparse | attention | what stays dense |", "|---|---|---|---|"]
     for (attention, dense), alike in sorted(groups.items(), key=lambda item: (item[0][1] != "nothing", -len(item[1]))):
         shares = sorted({percent(f.share) for f in alike})
-        span = f"{shares[0]} %" if len(shares) == 1 else f"{shares[0]}–{shares[-1]} %"
+        span = f"{shares[0]} %" if len(shares) == 1 else f"{shares[0]} to {shares[-1]} %"
         names = ", ".join(sorted(f.name for f in alike))
         lines.append(f"| {names} ({len(alike)}) | {span} | {attention} | {dense} |")
     return "\n".join(lines)
@@ -99,10 +99,10 @@ def summary(all_found: Sequence[Found]) -> str:
     why = "; ".join(f"{reason}: {count}" for reason, count in missing.most_common())
     replaced = sum("replaced" in f.attention for f in built)
     return (
-        f"Of the {len(all_found)} model types of transformers {transformers.__version__} {len(built)} were made, "
-        f"compiled and run. In {whole} of them every product with a weight is sparse, in {most} more than nine tenths of "
-        f"their FLOPs are, and in {replaced} causal attention was found and replaced. Of the others there is no model "
-        f"here ({why})."
+        f"Of the {len(model_types())} model types of transformers {transformers.__version__} {len(all_found)} were "
+        f"tried, and {len(built)} were made, compiled and run. In {whole} of them every product with a weight is "
+        f"sparse, in {most} more than nine tenths of their FLOPs are, and in {replaced} causal attention was found and "
+        f"replaced. Of the others there is no model here ({why})."
     )
 
 

@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from benchmarks.zoo.shrink import IMAGE, LENGTH
 
 
+_BINS = (
+    "num_mel_bins", "input_feat_per_channel", "feature_size", "feature_projection_input_dim", "input_dim", "n_mels",
+    "mel_dim", "input_size",
+)  # fmt: skip
+
+
 def _find(config: Any, *names: str) -> Any:
     """The first value of one of the names, in a configuration or, if it has none, in its parts."""
     from transformers import PretrainedConfig
@@ -57,8 +63,7 @@ class Made:
         return self.normal(int(channels), *size)
 
     def features(self) -> Tensor:
-        bins = int(_find(self.config, "num_mel_bins", "input_feat_per_channel", "feature_size", "feature_projection_input_dim",
-                         "input_dim", "n_mels", "mel_dim", "input_size") or 80)  # fmt: skip
+        bins = int(_find(self.config, *_BINS) or 80)
         positions = _find(self.config, "max_source_positions")
         return self.normal(bins, 2 * int(positions)) if positions else self.normal(bins, 64)
 

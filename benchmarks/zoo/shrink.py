@@ -59,7 +59,7 @@ def _value(name: str, value: Any, layers: int) -> Any:
     """What becomes of one field; the same object if nothing does."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return False if name == "apply_spec_augment" else value
-    if isinstance(value, float) and ("drop" in name or name.startswith("mask_") and name.endswith("_prob")):
+    if isinstance(value, float) and ("drop" in name or (name.startswith("mask_") and name.endswith("_prob"))):
         return 0.0
     if isinstance(value, int):
         if _TOKEN.search(name):
@@ -131,7 +131,7 @@ def small(config: Any, layers: int | None = None, level: int = 0, sections: tupl
         given["num_key_value_heads"] = given.get("num_attention_heads", heads)
     made = type(config)(**given)
     for name, value in (("use_cache", False), ("pad_token_id", 0)):
-        if name == "use_cache" and hasattr(made, name) or not hasattr(made, name):
+        if (name == "use_cache" and hasattr(made, name)) or not hasattr(made, name):
             setattr(made, name, value)
     return made
 

@@ -114,7 +114,7 @@ def test_an_adjoint_is_an_exchange_of_real_numbers_alone(dtype: torch.dtype) -> 
 def test_all_forms_in_one_graph(inner: str) -> None:
     together = [f for n, f in OUT_IN.items() if n not in ("cast", "addmm 2-D")]
     model = check_model(
-        lambda: Free(lambda x, w, b: sum(f(x, w, b).view(-1, 96) * (i + 1) for i, f in enumerate(together))),  # type: ignore[arg-type,return-value]
+        lambda: Free(lambda x, w, b: sum(f(x, w, b).reshape(-1, 96) * (i + 1) for i, f in enumerate(together))),  # type: ignore[arg-type,return-value]
         torch.randn(X), include="w", inner=inner,
     )  # fmt: skip
     assert f"matched ({len(together)} uses)" in statuses(model)["w"]
