@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from benchmarks.zoo.shrink import IMAGE, LENGTH
 
-
 _BINS = (
     "num_mel_bins", "input_feat_per_channel", "feature_size", "feature_projection_input_dim", "input_dim", "n_mels",
     "mel_dim", "input_size",

@@ -65,7 +65,7 @@ OUT_IN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "einsum": lambda x, w, b: torch.einsum("btk,nk->btn", x, w),
     "einsum dots": lambda x, w, b: torch.einsum("...k,nk->...n", x, w),
     "from the left": lambda x, w, b: (w @ x.mT).mT,
-    "from the left, viewed": lambda x, w, b: (w @ x.mT).view(2, 3, 32, 8).transpose(1, 3).flatten(2),
+    "from the left, viewed": lambda x, w, b: (w @ x.mT).view(2, -1).view(2, 96, 8).mT,
     "from the left, mm": lambda x, w, b: torch.mm(w, x.flatten(0, 1).t()).view(96, 16).t(),
     "from the left, a vector": lambda x, w, b: torch.stack([w @ row for row in x.flatten(0, 1)[:1]]),
     "einsum from the left": lambda x, w, b: torch.einsum("nk,btk->btn", w, x),
