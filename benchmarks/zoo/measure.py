@@ -105,11 +105,12 @@ def _what(text: str) -> str:
 def _why(status: str | None, weight: Tensor) -> str:
     """Why the products with a weight stay dense, without names and sizes."""
     if status is None:
-        return (
-            "a Parameter of the model's own, which `include` can name" if weight.dim() == 2 else "a Parameter's slices"
-        )
+        own = "which `include` can name" if weight.dim() == 2 else "of three dimensions"
+        return f"a Parameter of the model's own, {own}"
     if "a stack of matrices" in status:
         return "experts in one Parameter"
+    if "dense products at the present density" in status:
+        return "so few blocks that all stay"
     if "narrower than a block" in status:
         return f"narrower than {BLOCK}"
     if status.startswith("Dynamo skipped this frame"):
