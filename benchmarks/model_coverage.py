@@ -4,7 +4,7 @@ python -m benchmarks.model_coverage                     # print the table, of al
 python -m benchmarks.model_coverage llama mixtral       # of some
 python -m benchmarks.model_coverage --write --keep FILE # put it between the markers of docs/models.md
 
-All types take about a quarter of an hour; FILE keeps what is done, so that a run which was stopped goes on.
+All types take about half an hour on one core; FILE keeps what is done, so that a run which was stopped goes on.
 """
 
 from __future__ import annotations
