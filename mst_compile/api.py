@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mst_compile.blocks.shards import check_not_cut, check_placement
-from mst_compile.errors import AlreadySparseError, SelectionError
+from mst_compile.errors import AlreadySparseError, MSTWarning, SelectionError
 from mst_compile.parallel import (
     first_step,  # noqa: F401  (compares ranks)
     fsdp,
@@ -21,7 +22,7 @@ from mst_compile.rules.guard import GUARDS, Guard
 from mst_compile.rules.schedule import Schedule, as_schedule
 from mst_compile.state import binding
 from mst_compile.state.ownership import forget_owner
-from mst_compile.state.selection import Override, check_memory, select
+from mst_compile.state.selection import Override, Selection, check_memory, select
 from mst_compile.state.sparsifier import Sparsifier, attach, detach, parts_of, some_parts_of, sparsifier
 from mst_compile.state.uses import forget_compiled, is_compiled
 
@@ -120,10 +121,23 @@ def sparsify(
         attach(model, new)
     for name, reason in selection.skipped.items():
         _logger.info("%s stays dense: %s", name, reason)
+    _warn_of_stacks(selection)
     if any(is_compiled(candidate.parameter) for candidate in selection.candidates):
         torch._dynamo.reset()  # they were sparse before, perhaps on another grid of blocks, which graphs rely on
         forget_compiled()
     return model
+
+
+def _warn_of_stacks(selection: Selection) -> None:
+    """Say that most of a model stays dense, where experts are stacked in Parameters that cannot be sparse."""
+    sparse = sum(candidate.parameter.numel() for candidate in selection.candidates)
+    if selection.stacked > sparse:
+        warnings.warn(
+            f"{selection.stacked:,} elements are in stacks of matrices, as of experts, which stay dense; the weights "
+            f"that become sparse have {sparse:,}, so that little time is saved. mst_compile.explain(model) lists them",
+            MSTWarning,
+            stacklevel=3,
+        )
 
 
 def _check_plain(model: nn.Module) -> None:

@@ -64,7 +64,7 @@ def _cells(group: Group) -> tuple[str, ...]:
     flops, dense = sum(r.flops for r in group.rows) / 1e6, sum(r.dense_flops for r in group.rows) / 1e6
     return (
         str(count),
-        f"{row.shape[0]}x{row.shape[1]}",
+        "x".join(map(str, row.shape)),
         "-" if row.block is None else str(row.block),
         f"{row.density:.3f}",
         shares[0] if shares[0] == shares[-1] else f"{shares[0]}-{shares[-1]}",

@@ -28,11 +28,12 @@ class Row:
     not train, be it that no step was taken yet or that the units they belong to are dead. Of a weight that FSDP2 has
     sharded it is about the rows on this rank. ``exception`` says that the weight was made sparse and its products are
     not, or not all, for another reason than that dense ones are faster. A weight that is in the model no more, or with
-    another shape, has the shape of what is there now, no block, and density 1.
+    another shape, has the shape of what is there now, no block, and density 1. A stack of matrices, as of experts, has
+    a shape of three dimensions and counts no FLOPs, as nobody knows how many tokens each of them will see.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     block: int | None
     density: float
     nonzero: float
@@ -62,8 +63,10 @@ def _skipped(part: Part) -> Iterator[Row]:
         parameter = parameters.get(name)
         if of(parameter) is not None:
             continue  # it became sparse with a part of its own
-        shape = _shape(parameter)
+        shape: tuple[int, ...] = _shape(parameter)
         flops, nonzero = 6 * shape[0] * shape[1], 1.0 if parameter is None else _nonzero(parameter)
+        if parameter is not None and parameter.dim() == 3:
+            shape = tuple(parameter.shape)
         yield Row(part.full(name), shape, None, 1.0, nonzero, 1.0, "dense", f"skipped: {reason}", flops, flops)
 
 

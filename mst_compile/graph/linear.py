@@ -10,7 +10,7 @@ A linear layer that is written in a new way needs a function in :data:`FORMS`, a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,15 @@ from mst_compile.state.weight import SparseWeight
 
 @dataclass
 class Match:
-    """``y = x @ W + bias``; ``weight`` leads to the parameter, ``rows_are_out`` if it enters as ``[out, in]``."""
+    """``y = x @ W + bias``; ``weight`` leads to the parameter, ``rows_are_out`` if it enters as ``[out, in]``, and
+    ``on_left`` if it stands in front, ``y = W @ x``, so that tokens are the last dimension and features that before it.
+    """
 
     x: Any
     weight: Any
     rows_are_out: bool
     bias: Any = None
+    on_left: bool = False
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------
@@ -82,28 +85,49 @@ def _product(node: fx.Node) -> Match | None:
     return Match(node.args[0], node.args[1], False)
 
 
+def _product_from_left(node: fx.Node) -> Match | None:
+    """``W @ x``, as layers of state-space models write it whose tokens come last."""
+    if not calls(node, PRODUCTS) or node.kwargs or len(node.args) != 2:
+        return None
+    weight, x = node.args
+    found = value(x)
+    return Match(x, weight, True, on_left=not isinstance(found, torch.Tensor) or found.dim() > 1)
+
+
 def _einsum(node: fx.Node) -> Match | None:
     """``...k,nk->...n`` and ``...k,kn->...n``, whatever the letters."""
+    return _summed(node, 1, 2)
+
+
+def _einsum_from_left(node: fx.Node) -> Match | None:
+    """``nk,...k->...n`` and ``kn,...k->...n``."""
+    return _summed(node, 2, 1)
+
+
+def _summed(node: fx.Node, at: int, weight_at: int) -> Match | None:
+    """An einsum of an input and a weight, which are the arguments ``at`` and ``weight_at``."""
     if not calls(node, EINSUMS) or len(node.args) != 3 or not isinstance(node.args[0], str):
         return None
     operands, _, out = node.args[0].replace(" ", "").partition("->")
-    x, _, w = operands.partition(",")
+    x, _, w = operands.partition(",") if at < weight_at else operands.rpartition(",")[::-1]
     if not out or len(w) != 2 or not x or x[-1] not in w or len(set(x.replace("...", ""))) != len(x.replace("...", "")):
         return None
     reduced = x[-1]
     feature = w.replace(reduced, "")
     if len(feature) != 1 or feature in x or out != x[:-1] + feature:
         return None
-    return Match(node.args[1], node.args[2], w[1] == reduced)
+    return Match(node.args[at], node.args[weight_at], w[1] == reduced)
 
 
-FORMS: list[Callable[[fx.Node], Match | None]] = [_linear, _addmm, _product, _einsum]
+FORMS: list[Callable[[fx.Node], Match | None]] = [
+    _linear, _addmm, _product, _einsum, _product_from_left, _einsum_from_left,
+]  # fmt: skip
 """The ways to write a linear layer. Each looks at one node and says what product it computes, or None."""
 
 
-def match(node: fx.Node) -> Match | None:
-    """The product that ``node`` computes, if it has the form of a linear layer."""
-    return next((found for found in (form(node) for form in FORMS) if found is not None), None)
+def matches(node: fx.Node) -> Iterator[Match]:
+    """The products that ``node`` may compute by its form: which of two operands is the weight it does not say."""
+    return (found for found in (form(node) for form in FORMS) if found is not None)
 
 
 # What may use a weight that is served. In backward passes, as compiled autograd hands them over, are the products of
@@ -137,15 +161,17 @@ class _Rewrite:
 
     def visit(self, region: Region, node: fx.Node) -> None:
         self._note_writes(region, node)
-        found = match(node)
-        if found is None:
-            return
-        way, flipped = _way_from_source(found.weight)
-        base = way[0]
-        whole = before_local(base)  # of a DTensor products may be written with this rank's part
-        key = self._keys.get(region.origin(whole or base))
-        if key is None:
-            return
+        for found in matches(node):
+            way, flipped = _way_from_source(found.weight)
+            whole = before_local(way[0])  # of a DTensor products may be written with this rank's part
+            key = self._keys.get(region.origin(whole or way[0]))
+            if key is not None:
+                self._serve(region, node, found, way, flipped, key)
+                return
+
+    def _serve(self, region: Region, node: fx.Node, found: Match, way: list[Any], flipped: bool, key: int) -> None:
+        """Rewrite a product with the weight of ``key``, or note why it stays dense."""
+        base, whole = way[0], before_local(way[0])
         transposed = found.rows_are_out == flipped
         reason = self._why_not(node, found, way, self._context.weights[key], transposed)
         held = way if whole is None else [whole, *way]
@@ -175,11 +201,13 @@ class _Rewrite:
             return f"{describe(node)}: its tensors are unknown, or within a transform of torch.func"
         if x.is_nested:
             return f"{describe(node)}: its input is a nested tensor"
-        if not same_size(x.shape[-1], w.shape[0 if transposed else 1]):
+        if not same_size(x.shape[-2 if found.on_left else -1], w.shape[0 if transposed else 1]):
             return f"{describe(node)}: its input has one feature, broadcast to all of the weight's"
         stops = next((n for n in way if not keeps_gradient(n, way[0], node)), None)
         if stops is not None:
             return f"{describe(node)}: no gradient passes {describe(stops)}"
+        if found.on_left and (is_sharded(out) or is_sharded(w)):
+            return f"{describe(node)}: the weight stands on the left, and is spread over ranks"
         if is_sharded(out) or is_sharded(w):
             divided = spread.divisions(x, w, _bias(found), out, transposed)
             if isinstance(divided, str):
@@ -215,6 +243,7 @@ class _Rewrite:
         if _bias(found) is None:
             bias, extra = None, bias  # what is added may be any broadcastable tensor
         x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
+        x = emit("transpose", x, -2, -1) if found.on_left else x
         # Rounded, so that weights of nearly the same density share compiled code.
         density = max(0.01, round(weight.density_target, 2))
         given = (x, base, bias, index, weight.grid.block, transposed, density, self._context.choose)
@@ -225,6 +254,8 @@ class _Rewrite:
             here = here.to_local()
         else:
             new = emit(torch.ops.mst.linear.default, *given, *self._copy(emit, base, out))
+        if found.on_left:  # copied, as what follows may rely on the layout that the product has
+            new = emit("contiguous", emit("transpose", new, -2, -1))
         product = Product(tuple(here.shape), out.dtype, transposed, bias is not None)
         self._context.products.setdefault(key, []).append(product)
         if extra is not None:

@@ -65,10 +65,12 @@ class Candidate:
 
 @dataclass
 class Selection:
-    """The outcome: what becomes sparse, and why the other weights of linear modules do not."""
+    """The outcome: what becomes sparse, why the other weights of linear modules and stacks of matrices do not, and how
+    many elements these stacks have."""
 
     candidates: list[Candidate]
     skipped: dict[str, str] = field(default_factory=dict)
+    stacked: int = 0
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -81,6 +83,15 @@ def is_linear(module: nn.Module) -> bool:
 def _is_projection(module: nn.Module, attribute: str) -> bool:
     """Whether a parameter projects the inputs of multi-head attention, packed or one by one."""
     return isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight")
+
+
+def _is_stack(parameter: Tensor, holders: Iterable[tuple[nn.Module, str]]) -> bool:
+    """Whether a parameter is a stack of matrices that something is multiplied with, as of experts that share one
+    Parameter, by its form: kernels of convolutions have as many dimensions."""
+    if parameter.dim() != 3 or not parameter.is_floating_point() or parameter.shape[0] < 2:
+        return False
+    of_another_kind = any(isinstance(m, nn.Bilinear) or "conv" in type(m).__name__.lower() for m, _ in holders)
+    return min(parameter.shape[1:]) >= MIN_BLOCK and not of_another_kind
 
 
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:
@@ -180,12 +191,12 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    hit: set[str] = set()
+    hit: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
         aliases = names[id(parameter)]
         for pattern in (include or []) + (exclude or []):
             if any(_matches(alias, [pattern]) for alias in aliases):
-                hit.add(pattern)
+                hit.setdefault(pattern, []).append(name)
         named = include is not None and any(_matches(alias, include) for alias in aliases)
         if is_lazy(parameter):
             wanted = named if include is not None else id(parameter) in linear
@@ -196,6 +207,10 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
                 )
             if id(parameter) in linear:
                 selection.skipped[name] = "in exclude" if wanted else "not in include"
+            continue
+        if parameter.dim() == 3 and (named or _is_stack(parameter, owners[id(parameter)])):
+            selection.skipped[name] = _why_no_stack(parameter)
+            selection.stacked += parameter.numel()
             continue
         if not (named if include is not None else id(parameter) in linear) or parameter.dim() != 2:
             if id(parameter) in linear:
@@ -221,6 +236,7 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
                 f"{argument}: {', '.join(map(repr, lost))} match no parameter; names look like "
                 f"{', '.join(repr(n) for n, p in model.named_parameters() if not is_lazy(p) and p.dim() == 2)[:200]}"
             )
+    _check_matrices(model, {pattern: hit[pattern] for pattern in include or []})
     if not selection.candidates:
         raise SelectionError(
             "the model has no weight that can be made sparse: nn.Linear and Hugging Face Conv1D weights are found by "
@@ -228,6 +244,24 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
             f"have none); skipped: {selection.skipped or 'none'}"
         )
     return selection
+
+
+def _why_no_stack(parameter: Tensor) -> str:
+    shape = tuple(parameter.shape)
+    return f"a stack of matrices in one Parameter {shape}, as of experts; only single matrices can be sparse"
+
+
+def _check_matrices(model: nn.Module, included: Mapping[str, list[str]]) -> None:
+    """Raise :class:`SelectionError` if a pattern of ``include`` names parameters and no matrix among them."""
+    parameters = dict(model.named_parameters())
+    for pattern, names in included.items():
+        found = [parameters[name] for name in names]
+        if not any(is_lazy(p) or p.dim() == 2 for p in found):
+            raise SelectionError(
+                f"include: {pattern!r} names no matrix, only {names[0]} of shape {tuple(found[0].shape)}"
+                f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}; weights of two dimensions can be sparse, "
+                "and stacks of them, as experts in one Parameter are, cannot"
+            )
 
 
 def _left_out(parameter: Tensor, aliases: Iterable[str]) -> str | None:

@@ -64,6 +64,11 @@ OUT_IN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "addmm 2-D": lambda x, w, b: torch.addmm(b[None] * torch.ones(16, 1), x.flatten(0, 1), w.t()),
     "einsum": lambda x, w, b: torch.einsum("btk,nk->btn", x, w),
     "einsum dots": lambda x, w, b: torch.einsum("...k,nk->...n", x, w),
+    "from the left": lambda x, w, b: (w @ x.mT).mT,
+    "from the left, viewed": lambda x, w, b: (w @ x.mT).view(2, -1).view(2, 96, 8).mT,
+    "from the left, mm": lambda x, w, b: torch.mm(w, x.flatten(0, 1).t()).view(96, 16).t(),
+    "from the left, a vector": lambda x, w, b: torch.stack([w @ row for row in x.flatten(0, 1)[:1]]),
+    "einsum from the left": lambda x, w, b: torch.einsum("nk,btk->btn", w, x),
     "cast": lambda x, w, b: F.linear(x.bfloat16(), w.to(BF16)).float(),
     "cast and back": lambda x, w, b: F.linear(x, w.double().type_as(x)),
     "copied": lambda x, w, b: F.linear(x, w.t().contiguous().clone().t()),
@@ -75,6 +80,8 @@ IN_OUT: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "addmm": lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w),
     "F.linear t()": lambda x, w, b: F.linear(x, w.t(), b),
     "einsum": lambda x, w, b: torch.einsum("btk,kn->btn", x, w),
+    "from the left": lambda x, w, b: torch.matmul(w.t(), x.transpose(1, 2)).transpose(1, 2),
+    "einsum from the left": lambda x, w, b: torch.einsum("kn,...k->...n", w, x),
 }
 
 
@@ -107,7 +114,7 @@ def test_an_adjoint_is_an_exchange_of_real_numbers_alone(dtype: torch.dtype) -> 
 def test_all_forms_in_one_graph(inner: str) -> None:
     together = [f for n, f in OUT_IN.items() if n not in ("cast", "addmm 2-D")]
     model = check_model(
-        lambda: Free(lambda x, w, b: sum(f(x, w, b).view(-1, 96) * (i + 1) for i, f in enumerate(together))),  # type: ignore[arg-type,return-value]
+        lambda: Free(lambda x, w, b: sum(f(x, w, b).reshape(-1, 96) * (i + 1) for i, f in enumerate(together))),  # type: ignore[arg-type,return-value]
         torch.randn(X), include="w", inner=inner,
     )  # fmt: skip
     assert f"matched ({len(together)} uses)" in statuses(model)["w"]
@@ -367,7 +374,6 @@ NEAR_MISSES: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], str]] =
     "chunk": (lambda x, w, b: sum(F.linear(x, p) for p in w.chunk(3, 0)), "used by chunk"),  # type: ignore[arg-type,return-value]
     "slice": (lambda x, w, b: F.linear(x, w[:64]), "used by getitem"),
     "scaled": (lambda x, w, b: F.linear(x, w * 0.5), "used by mul"),
-    "left operand": (lambda x, w, b: (w @ x.transpose(1, 2)).transpose(1, 2), "used by matmul"),
     "einsum over rows": (lambda x, w, b: torch.einsum("btk,nk->bn", x, w), "used by einsum"),
     "einsum diagonal": (lambda x, w, b: torch.einsum("btk,nk->btnk", x, w), "used by einsum"),
     "norm": (lambda x, w, b: x * w.square().mean(), "used by square"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training import loss_of
 
 from mst_compile import Constant, MSTWarning, densify, explain, sparsifier, sparsify
-from mst_compile.errors import WeightError
+from mst_compile.errors import SelectionError, WeightError
 
 # -- frozen and idle weights -------------------------------------------------------------------------------------------
 
@@ -192,3 +192,54 @@ def test_a_torch_compile_that_is_turned_off_is_named(how: str, monkeypatch: pyte
 
     with pytest.warns(MSTWarning, match=r"no graph compiled.*torch.compile is turned off.*TORCHDYNAMO_DISABLE.*unset"):
         steps()
+
+
+# -- experts in one Parameter ------------------------------------------------------------------------------------------
+
+
+class Stacked(nn.Module):
+    """Four experts as a stack of matrices, beside what only looks like one."""
+
+    def __init__(self, width: int = 16, hidden: int = 64) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(4, width, hidden) / 4)
+        self.down = nn.Parameter(torch.randn(4, hidden, width) / 8)
+        self.token = nn.Parameter(torch.randn(1, 8, width))  # one matrix is no stack
+        self.kernel = nn.Conv1d(width, width, 5, padding=2)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.kernel(x.mT).mT + self.token
+        return self.out((torch.bmm(x.expand(4, -1, -1), self.up).relu() @ self.down).sum(0))
+
+
+def test_experts_in_one_parameter_stay_dense_and_are_named() -> None:
+    with pytest.warns(MSTWarning, match=r"8,192 elements are in stacks of matrices.* have 256, so that little"):
+        model = sparsify(Stacked(), static(), block=4)
+    found = explain(model)
+    dense = {row.name: row for row in found if row.kernel == "dense" and row.status.startswith("skipped")}
+    assert set(dense) == {"up", "down"}
+    assert dense["up"].shape == (4, 16, 64)
+    assert "a stack of matrices" in dense["up"].status
+    assert "4x16x64" in str(found)
+    assert found.summary().endswith("; without 2 stacks of matrices")
+    assert {tuple(row["shape"]) for row in found.to_dict()["weights"]} == {(16, 16), (4, 16, 64), (4, 64, 16)}
+    x = torch.randn(1, 8, 16)
+    torch.testing.assert_close(compiled(model)(x), model(x))
+
+
+def test_few_stacked_elements_need_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MSTWarning)
+        model = sparsify(nn.Sequential(Stacked(16, 16), nn.Linear(64, 256)), static(), block=4)
+    assert {row.name for row in explain(model) if "stack" in row.status} == {"0.up", "0.down"}
+
+
+def test_patterns_that_name_no_matrix_are_refused() -> None:
+    with pytest.raises(SelectionError, match=r"'up' names no matrix, only up of shape \(4, 16, 64\);"):
+        sparsify(Stacked(), static(), include=["out", "up"])
+    with pytest.raises(
+        SelectionError, match=r"'\*.bias' names no matrix, only kernel.bias of shape \(16,\) and 1 more"
+    ):
+        sparsify(Stacked(), static(), include=["out", "*.bias"])
+    assert explain(sparsify(Stacked(), static(), include="*[tu]*")).rows[0].name == "out.weight"
