@@ -125,7 +125,7 @@ def load(model: nn.Module, path: str | PathLike[str]) -> nn.Module:
     return model
 
 
-def _unwritten(target: str, error: Exception) -> WriteError:
+def _unwritten(target: str, error: BaseException) -> WriteError:
     """The error of a file that the system does not take; safetensors tells what that said as a text."""
     told = re.search(r"os error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(told[1]) if told else errno.EIO

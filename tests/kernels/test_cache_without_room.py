@@ -49,7 +49,7 @@ def test_a_cache_without_room(full: bool, compiler: StubCompiler, disk: Path, tm
     """Full from the beginning, or by what is compiled; with OpenMP all the same."""
     if full:
         fill(disk)
-    with pytest.warns(MSTWarning, match=r"cannot be kept in .*cache \(No space left on device\): this process") as said:
+    with pytest.warns(MSTWarning, match=r"cannot be kept in .*cache \(No space left on device\): this process") as said:  # noqa: PT031
         path = build.build("baseline")
         assert build.build("baseline") == path, "compiled once in a process"
     assert len(said) == 1

@@ -196,7 +196,7 @@ def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
     for file in (tmp_path / "run").iterdir():
         file.unlink()
     (tmp_path / "run").rmdir()
-    with pytest.warns(MSTWarning, match=r"records of .*run' cannot be written .*No such file") as said:
+    with pytest.warns(MSTWarning, match=r"records of .*run' cannot be written .*No such file") as said:  # noqa: PT031
         for step in range(5):
             recorder.log(loss=1, new=step)
         recorder.close()

@@ -47,7 +47,7 @@ def check(folder: Path, steps: int) -> None:
 def test_records_wait_for_room(disk: Path) -> None:
     """A column that is new, events and masks among them."""
     recorder, before = Recorder(nn.Linear(2, 2), disk / "run"), None
-    with pytest.warns(MSTWarning) as said:
+    with pytest.warns(MSTWarning) as said:  # noqa: PT031
         for step in range(1, 401):
             if step == 50:
                 before = fill(disk)
@@ -72,7 +72,7 @@ def test_what_is_lost_is_said(disk: Path, monkeypatch: pytest.MonkeyPatch) -> No
     recorder = Recorder(nn.Linear(2, 2), disk / "run")
     recorder.log(loss=1)
     filler = fill(disk)
-    with pytest.warns(MSTWarning) as said:
+    with pytest.warns(MSTWarning) as said:  # noqa: PT031
         for step in range(2, 2001):
             recorder.log(loss=step)
         waiting = recorder._records._scalars._state[1]
@@ -127,7 +127,7 @@ def test_a_logger_that_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     run = types.SimpleNamespace(id="abc", log=refuse, finish=refuse)
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
-    with (
+    with (  # noqa: PT031
         pytest.warns(MSTWarning, match=r"Disk quota exceeded") as said,
         Recorder(nn.Linear(2, 2), tmp_path, wandb=True) as recorder,
     ):
