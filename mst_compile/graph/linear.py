@@ -213,6 +213,11 @@ class _Rewrite:
         if _bias(found) is None:
             bias, extra = None, bias  # what is added may be any broadcastable tensor
         x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
+        lead = list(value(x).shape[:-1])
+        # Of what has four dimensions Inductor takes the second for channels wherever a convolution is near, and would
+        # lay the hidden units of these layers out so: each product would copy them back.
+        flat = len(lead) == 3 and not is_sharded(out) and all(type(size) is int for size in lead)
+        x = emit("flatten", x, 0, -2) if flat else x
         # Rounded, so that weights of nearly the same density share compiled code.
         density = max(0.01, round(weight.density_target, 2))
         given = (x, base, bias, index, weight.grid.block, transposed, density, self._context.choose)
@@ -225,6 +230,7 @@ class _Rewrite:
             new = emit(torch.ops.mst.linear.default, *given)
         product = Product(tuple(here.shape), out.dtype, transposed, bias is not None)
         self._context.products.setdefault(key, []).append(product)
+        new = emit("unflatten", new, 0, lead) if flat else new
         if extra is not None:
             extra = extra if value(extra).dtype == out.dtype else emit("to", extra, out.dtype)
             new = emit(operator.add, new, extra)
