@@ -177,10 +177,16 @@ def mixer() -> Case:
 
 
 class _Experts(nn.Module):
-    """The best two of some experts for each token, which each expert gathers: so many as choose it."""
+    """Experts that take tokens.
 
-    def __init__(self, width: int, count: int) -> None:
+    Args:
+        tokens_choose: each token its best two experts, so that an expert takes so many as choose it: Dynamo, at which
+            sizes depend on values, compiles none of it. Else each expert its best tokens (Zhou et al., 2022).
+    """
+
+    def __init__(self, width: int, count: int, tokens_choose: bool) -> None:
         super().__init__()
+        self.tokens_choose = tokens_choose
         self.router = nn.Linear(width, count, bias=False)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(count)
@@ -188,11 +194,16 @@ class _Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        weight, chosen = self.router(flat).float().softmax(-1).topk(2)
+        scores = self.router(flat).float().softmax(-1)
         out = torch.zeros_like(flat)
+        best = scores.topk(2, -1) if self.tokens_choose else scores.topk(2 * len(flat) // len(self.experts), 0)
         for number, expert in enumerate(self.experts):
-            token, slot = torch.where(chosen == number)
-            mine = expert(flat[token]) * weight[token, slot, None].to(flat.dtype)
+            if self.tokens_choose:
+                token, slot = torch.where(best.indices == number)
+                weight = best.values[token, slot]
+            else:
+                token, weight = best.indices[:, number], best.values[:, number]
+            mine = expert(flat[token]) * weight[:, None]
             out = out.index_add(0, token, mine.to(out.dtype))
         return out.view_as(x)
 
@@ -200,14 +211,14 @@ class _Experts(nn.Module):
 class _Routed(nn.Module):
     """A causal language model with experts in place of its MLPs."""
 
-    def __init__(self, width: int, layers: int, count: int) -> None:
+    def __init__(self, width: int, layers: int, count: int, tokens_choose: bool) -> None:
         super().__init__()
         self.heads = width // 64
         self.embed, self.head = nn.Embedding(VOCABULARY, width), nn.Linear(width, VOCABULARY, bias=False)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * layers))
         self.qkv = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(layers))
         self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.experts = nn.ModuleList(_Experts(width, count) for _ in range(layers))
+        self.experts = nn.ModuleList(_Experts(width, count, tokens_choose) for _ in range(layers))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         x = self.embed(x)
@@ -220,13 +231,22 @@ class _Routed(nn.Module):
         return F.cross_entropy(self.head(x).float().flatten(0, 1), y.flatten())
 
 
-def moe() -> Case:
+def _routed(tokens_choose: bool) -> Case:
     ids = _tokens(4, 256)
-    return Case(_Routed(256, 2, 4), {"x": ids, "y": ids})
+    return Case(_Routed(256, 2, 4, tokens_choose), {"x": ids, "y": ids})
+
+
+def moe() -> Case:
+    return _routed(tokens_choose=False)
+
+
+def moe_eager() -> Case:
+    """Of which no backend sees a graph."""
+    return _routed(tokens_choose=True)
 
 
 MODELS: dict[str, Callable[[], Case]] = {
-    f.__name__: f for f in (gpt2, llama, bert, vit, t5, moe, mlp, mixer, convnext, tiny)
+    f.__name__: f for f in (gpt2, llama, bert, vit, t5, moe, moe_eager, mlp, mixer, convnext, tiny)
 }
 
 
