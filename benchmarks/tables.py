@@ -26,6 +26,8 @@ _CASE = re.compile(r"(?P<layer>\d+->\d+) M=(?P<tokens>\d+) B=(?P<block>\d+) d=(?
 _GPU_CASE = re.compile(
     r"M=(?P<tokens>\d+) N=(?P<n>\d+) K=(?P<k>\d+) B=(?P<block>\d+)(?: for=[\d.]+)? d=(?P<density>[\d.]+) sum"
 )
+_MODEL_CASE = re.compile(r"(?P<model>\w+) (?P<what>\w+) d=(?P<density>[\d.]+)")
+_MODEL_DENSITIES = (1, 0.5, 0.2, 0.05)
 _FORMS = {"mst": "as trained", "packed": "packed"}  # of a sparse model's weights at inference, by side
 _ATTENTION = re.compile(r"T=(?P<length>\d+) heads=\S+ (?P<pattern>\w+)")
 
@@ -99,6 +101,8 @@ def model_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
     lines = ["| what | dense (inductor) | mst | ratio |", "|---|---|---|---|"]
     by_case: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
     for row in rows:
+        if row["case"].endswith(" steps"):
+            continue  # of benchmarks/first_step.py, in a table of its own
         if row["benchmark"] in ("train_step", "schedule", "memory") and machine in row["cpu"]:
             key = (row["benchmark"], row["case"], f"{row['dtype']}, {row['threads']} threads")
             by_case.setdefault(key, {})[row["side"]] = row
@@ -116,6 +120,43 @@ def model_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
         ratio = sparse / dense if benchmark == "memory" else dense / sparse
         left, right = (f"{value:.{digits}f} {unit}" for value in (dense, sparse))
         lines.append(f"| {what}: {case}, {conditions} | {left} | {right} | **{ratio:.2f}x** |")
+    return "\n".join(lines)
+
+
+def architectures_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
+    """Speed-up of whole steps and calls of many architectures, by density."""
+    cells: dict[tuple[str, str, str], dict[float, str]] = {}
+    for row in rows:
+        case = _MODEL_CASE.fullmatch(row["case"]) if row["benchmark"] == "models" and machine in row["cpu"] else None
+        if case:
+            key = (case["model"], case["what"], row["dtype"])
+            near = min(_MODEL_DENSITIES, key=lambda d: abs(float(case["density"]) - d))
+            cells.setdefault(key, {})[near] = f"{float(row['ratio']):.2f}x"
+    lines = ["| model | what | dtype | " + " | ".join(f"d = {d:g}" for d in _MODEL_DENSITIES) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(_MODEL_DENSITIES))
+    order = ("train", "evaluate", "generate")
+    for key in sorted(cells, key=lambda key: (order.index(key[1]), key[2] != "float32", key[0])):
+        values = [cells[key].get(d, "") for d in _MODEL_DENSITIES]
+        lines.append(f"| {' | '.join(key)} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def first_step_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
+    """Processor time of first steps, compilation included, and peak memory of later ones."""
+    lines = ["| model | dtype | first step | of it ours | peak memory |", "|---|---|---|---|---|"]
+    found: dict[tuple[str, str], dict[tuple[str, str], dict[str, str]]] = {}
+    for row in rows:
+        if row["benchmark"] in ("first_step", "memory") and machine in row["cpu"]:
+            key = (row["case"].removesuffix(" steps"), row["dtype"])
+            found.setdefault(key, {})[row["benchmark"], row["side"]] = row
+    for (case, dtype), sides in found.items():
+        if ("first_step", "mst") in sides:
+            first, memory = sides["first_step", "mst"], sides["memory", "mst"]
+            own = first["note"].rpartition("; ")[2]
+            lines.append(
+                f"| {case} | {dtype} | {float(first['ratio']):.2f} of dense, {float(first['median_s']):.0f} s | {own} "
+                f"| {float(memory['ratio']):.3f} of dense, {float(memory['median_s']):.0f} MiB |"
+            )
     return "\n".join(lines)
 
 
@@ -225,6 +266,8 @@ def tables(rows: list[dict[str, str]]) -> dict[str, str]:
         "layers": layers_table(rows),
         "layers, two threads": layers_table(rows, short=True),
         "models": model_table(rows),
+        "architectures": architectures_table(rows),
+        "first steps": first_step_table(rows),
         "parallel": parallel_table(rows),
         "pretrain": pretrain_table(rows),
         "attention": attention_table(rows),

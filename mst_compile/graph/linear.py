@@ -244,6 +244,11 @@ class _Rewrite:
             bias, extra = None, bias  # what is added may be any broadcastable tensor
         x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
         x = emit("transpose", x, -2, -1) if found.on_left else x
+        lead = list(value(x).shape[:-1])
+        # Of what has four dimensions Inductor takes the second for channels wherever a convolution is near, and would
+        # lay the hidden units of these layers out so: each product would copy them back.
+        flat = len(lead) == 3 and not is_sharded(out) and all(type(size) is int for size in lead)
+        x = emit("flatten", x, 0, -2) if flat else x
         # Rounded, so that weights of nearly the same density share compiled code.
         density = max(0.01, round(weight.density_target, 2))
         given = (x, base, bias, index, weight.grid.block, transposed, density, self._context.choose)
@@ -254,6 +259,7 @@ class _Rewrite:
             here = here.to_local()
         else:
             new = emit(torch.ops.mst.linear.default, *given, *self._copy(emit, base, out))
+        new = emit("unflatten", new, 0, lead) if flat else new
         if found.on_left:  # copied, as what follows may rely on the layout that the product has
             new = emit("contiguous", emit("transpose", new, -2, -1))
         product = Product(tuple(here.shape), out.dtype, transposed, bias is not None)

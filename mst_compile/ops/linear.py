@@ -135,6 +135,13 @@ def _(
     return grad.new_empty(shape, dtype=dtype), grad.new_empty(grad.shape[-1] if bias else 0, dtype=wide)
 
 
+def side_by_side(x: Tensor) -> Tensor:
+    """``x``, copied if its features do not lie side by side, as kernels want them: of a graph this copy is one for all
+    products with it, and written in place of what it was made from; each would else make its own."""
+    stride = x.stride(-1)  # of a symbolic one nothing is asked: that would be a guard
+    return x if type(stride) is int and stride == 1 else x.contiguous()
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, index, ctx.block, ctx.transposed, *rest = inputs
     ctx.rest, rounded = rest[:2], rest[2] if len(rest) > 2 else None
@@ -148,6 +155,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, index, rounded = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_x = grad_w = grad_b = None
+    grad = side_by_side(grad)
     if needs_x:
         if rounded is not None and not torch.is_grad_enabled():  # else there may be a gradient of this one's weight
             weight = rounded

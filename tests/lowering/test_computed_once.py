@@ -12,9 +12,11 @@ from helpers import loss_and_grads, static
 from oracles import assert_reordered
 from torch import Tensor, nn
 from torch._inductor import config as inductor
+from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.utils import run_and_get_code
 
 from mst_compile import sparsify
+from mst_compile.lowering import cpu_inductor  # noqa: F401  (names the kernels that generated code calls)
 
 HIDDEN = 184  # no other size of the model
 # Inductor computes what it takes for heavy, as erf, once of itself; the others it would rather compute again.
@@ -55,3 +57,37 @@ def test_operands_are_computed_once(activation: Callable[[Tensor], Tensor]) -> N
         assert_reordered(got[name], value, terms=HIDDEN)
     assert hidden_buffers(forward) <= 2  # before and after the activation
     assert hidden_buffers(backward) <= 2  # one gradient for each layer, added up in place
+
+
+class Channels(nn.Module):
+    """Linear layers over the channels of images behind a convolution, as of ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.conv = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(F.layer_norm(self.conv(x).permute(0, 2, 3, 1), (32,))))
+        return self.conv(self.down(hidden).permute(0, 3, 1, 2))
+
+
+def test_permuted_operands_reach_kernels_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they did not, each product copied them anew, the weight's gradient while it ran."""
+    seen: list[Tensor] = []
+
+    def spy(grad: Tensor, x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        seen.extend((grad, x))
+        return grad_weight_made(grad, x, *rest)
+
+    grad_weight_made = extern_kernels.mst_linear_grad_weight
+    monkeypatch.setattr(extern_kernels, "mst_linear_grad_weight", spy)
+    torch.manual_seed(0)
+    model, x = sparsify(Channels(), static(0.5), block=8), torch.randn(2, 32, 6, 5)
+    want = loss_and_grads(model, model, (x,))
+    with inductor.patch(force_disable_caches=True):
+        got = loss_and_grads(model, torch.compile(model, backend="mst"), (x,))
+    for name, value in want.items():
+        assert_reordered(got[name], value, terms=64)
+    assert len(seen) == 4
+    assert all(operand.stride(-1) == 1 for operand in seen)
