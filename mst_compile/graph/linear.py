@@ -245,9 +245,9 @@ class _Rewrite:
         x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
         x = emit("transpose", x, -2, -1) if found.on_left else x
         lead = list(value(x).shape[:-1])
-        # Of what has four dimensions Inductor takes the second for channels wherever a convolution is near, and would
-        # lay the hidden units of these layers out so: each product would copy them back.
-        flat = len(lead) == 3 and not is_sharded(out) and all(type(size) is int for size in lead)
+        # Of what has four dimensions or more Inductor takes the second for channels where a convolution is near, and
+        # would lay the hidden units of these layers out so: each product would copy them back.
+        flat = len(lead) >= 3 and not is_sharded(out) and all(type(size) is int for size in lead)
         x = emit("flatten", x, 0, -2) if flat else x
         # Rounded, so that weights of nearly the same density share compiled code.
         density = max(0.01, round(weight.density_target, 2))
