@@ -177,3 +177,17 @@ def test_a_record_that_nobody_took_is_of_no_other_memory(zeroed: Zeroed) -> None
     loss = sum(p.sum() for p in model.parameters())
     assert zeroed.by(loss.backward) == 2  # type: ignore[union-attr]
     assert_zero_outside(model)
+
+
+def test_a_mask_that_changed_on_the_way(zeroed: Zeroed) -> None:
+    """As where a hook on another gradient of the same backward pass changes masks."""
+    model, _ = trained()
+    weight = binding.of(model.first.weight)
+    assert weight is not None
+    gradient = torch.where(weight.grid.expand(weight.mask), 1.0, 0.0)
+    weight.note_computed(gradient)
+    weight.set_mask(weight.mask.roll(1, 0))
+    weight.take_computed(gradient)
+    weight.mask_gradient(gradient)
+    assert zeroed.count == 1
+    assert not gradient[~weight.grid.expand(weight.mask)].any()

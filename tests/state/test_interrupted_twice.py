@@ -6,11 +6,13 @@ import contextlib
 import random
 
 import pytest
+import torch
 from interrupts import Interrupter, Ticking
 from test_interrupts import _EVENT, Training
 
 from mst_compile import sparsifier
-from mst_compile.state import steps
+from mst_compile.state import binding, steps
+from mst_compile.state import weight as weights
 
 _PAIRS = 40
 
@@ -46,3 +48,20 @@ def test_interrupts_behind_one_another_leave_nothing_half_done(growth: str) -> N
         assert not sparsifier(training.model)._run.overdue
         assert not steps._running.steps
     assert twice > _PAIRS // 2
+
+
+def test_an_index_that_was_not_written_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by passes over weights and gradients nor by products."""
+    training = Training("random")
+    weight = next(w for w in map(binding.of, training.model.parameters()) if w is not None and w.index is not None)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "write_index", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            weight.set_mask(weight.mask.roll(1, 0))
+    tensor = torch.ones(weight.grid.rows, weight.grid.cols)
+    weight.zero_inactive_(tensor)
+    assert torch.equal(tensor != 0, weight.grid.expand(weight.mask))
