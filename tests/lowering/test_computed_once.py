@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import loss_and_grads, static
+from mst_compile.lowering import cpu_inductor  # noqa: F401  (names the kernels that generated code calls)
 from oracles import assert_reordered
 from torch import Tensor, nn
 from torch._inductor import config as inductor
@@ -16,7 +17,6 @@ from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.utils import run_and_get_code
 
 from mst_compile import sparsify
-from mst_compile.lowering import cpu_inductor  # noqa: F401  (names the kernels that generated code calls)
 
 HIDDEN = 184  # no other size of the model
 # Inductor computes what it takes for heavy, as erf, once of itself; the others it would rather compute again.
