@@ -54,7 +54,7 @@ class Process:
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self._end = threading.Timer(120, self.process.kill)
+        self._end = threading.Timer(300, self.process.kill)
         self._end.start()
 
     def tell(self, what: str) -> None:
