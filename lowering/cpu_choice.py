@@ -2,11 +2,13 @@
 
 A product, or causal attention, of some shape, dtype, block and number of tokens is measured once (:mod:`.cpu_times`,
 :mod:`.cpu_call_times`, :mod:`.cpu_attention_times`) and kept on disk, for this processor, number of threads,
-instruction set, PyTorch and version of the kernels. Within a process an answer never changes. Environment variable:
+instruction set, PyTorch and version of the kernels. Within a process an answer never changes. Processes take turns
+(:mod:`.turns`), and what is measured while others keep the processor busy is measured again by later ones. Environment
+variable:
 
 ``MST_COMPILE_TIMES``
     a folder of measurements to go by, whatever machine they come from, and to add to: with it a run makes the same
-    choices elsewhere as where it was first made
+    choices elsewhere as where it was first made; so nothing in it is measured again
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from mst_compile.kernels.cpu.forks import Lock
 
 from mst_compile.errors import MSTWarning
 
-from . import cpu_attention_times, cpu_call_times, cpu_times
+from . import cpu_attention_times, cpu_call_times, cpu_times, turns
 from .agreement import first_answer, several_ranks
 from .cpu_attention_times import AttentionTimes, CausalAttention
 from .cpu_times import Product
@@ -124,15 +126,28 @@ class _Answers:
     def _agreed(self, question: Any, name: str) -> Sequence[float]:
         def own() -> Sequence[float]:
             found = self.kept.find(name)
-            if found is None:
-                found = tuple(self._measure(question))
-                self.kept.record(name, found)
-            return found
+            return self._measured(question, name) if found is None else found
 
         if not several_ranks():
             return own()
         answer = first_answer(name, lambda: " ".join(map(repr, own())))
         return self._unknown if answer is None else [float(number) for number in answer.split()]
+
+    def _measured(self, question: Any, name: str) -> Sequence[float]:
+        """Measured in turn, unless another process has while it was waited for."""
+        with _turns.take(lambda: self.kept.is_known(name)):
+            found = self.kept.find(name) if self.kept.is_known(name) else None
+            if found is not None:
+                return found
+            answers: list[tuple[float, ...]] = []
+            share = turns.share_of_processor(lambda: answers.append(tuple(self._measure(question))))
+            if share < turns.LOADED and not os.environ.get(_PINNED, ""):
+                return self.kept.record_provisional(name, answers[0], share)
+            self.kept.record(name, answers[0])
+            return answers[0]
+
+
+_turns = turns.Turns()
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -2,6 +2,10 @@
 
 A file a measurement: processes that measure at the same time lose nothing of each other's, without a lock. A folder
 that cannot be written costs no more than measuring again in the next process, which is said.
+
+What was measured while others had the processor is provisional: it stands for the processes that run at that moment,
+and those that begin later measure again, until a measurement is undisturbed or as many as :data:`TRIES` have been made.
+Then the least disturbed one stays, as of a machine that is always busy.
 """
 
 from __future__ import annotations
@@ -10,14 +14,34 @@ import contextlib
 import functools
 import json
 import math
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mst_compile.kernels.cpu.folder import cache_dir, open_cache_dir
 
 from mst_compile.errors import MSTWarning
+
+TRIES = 3
+_BEGUN = time.time()  # this process, about; a forked one goes by its parent's
+
+
+class _Provisional(NamedTuple):
+    """What a file of a provisional measurement holds.
+
+    Attributes:
+        share: of the time in which the processor was at work for whoever measured.
+        tries: how many measurements there have been; of these it is the one with the largest share.
+        when: the last of them was made, in seconds since the epoch.
+    """
+
+    share: float
+    tries: float
+    when: float
+    values: tuple[float, ...]
 
 
 class Measurements:
@@ -50,20 +74,36 @@ class Measurements:
         if values is None:
             return
         self.own[name] = values
-        try:
-            folder = self._folder()
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            draft = folder / f"{name}.json.{uuid.uuid4().hex}"  # machines that share the folder have the same processes
-            try:
-                draft.write_text(json.dumps(values))
-                draft.replace(folder / f"{name}.json")
-            finally:
-                draft.unlink(missing_ok=True)
-        except OSError as error:
-            self._lost(error)
+        self._write(f"{name}.json", values)
+        with contextlib.suppress(OSError):
+            self._provisional_file(name).unlink(missing_ok=True)
+
+    def record_provisional(self, name: str, numbers: Sequence[float], share: float) -> tuple[float, ...]:
+        """Keep a measurement that was disturbed, unless one that was less so is there.
+
+        Args:
+            share: see :class:`_Provisional`; at least 0.
+
+        Returns:
+            The measurement that this process goes by: the least disturbed one of all.
+        """
+        values = self._checked(numbers)
+        if values is None:
+            return tuple(numbers)
+        before = self._provisional(name)
+        tries = 1 if before is None else before.tries + 1
+        if before is not None and before.share > share:
+            share, values = before.share, before.values
+        self.own[name] = values
+        if tries < TRIES:
+            self._write(f"{name}.provisional", (share, tries, time.time(), *values))
+        else:
+            self.record(name, values)
+        return values
 
     def find(self, name: str) -> tuple[float, ...] | None:
-        """The measurement of a name: as this process has it, else as it stands on disk."""
+        """The measurement of a name: as this process has it, else as it stands on disk, where a provisional one counts
+        if it was made since this process began."""
         if name in self.own:
             return self.own[name]
         try:
@@ -71,10 +111,20 @@ class Measurements:
             there = file.exists()
         except OSError:
             return None
-        found = self._read(file) if there else None
+        found = self._read(file) if there else self._of_now(name)
         if there and found is None:
             self._damaged(file)
         return found
+
+    def is_known(self, name: str) -> bool:
+        """Whether :meth:`find` would find it; says nothing of damaged files."""
+        if name in self.own:
+            return True
+        try:
+            file = self._folder() / f"{name}.json"
+        except OSError:
+            return False
+        return self._read(file) is not None or self._of_now(name) is not None
 
     def starting_with(self, prefix: str) -> list[tuple[float, ...]]:
         """All measurements whose names begin so; those on disk, where other processes add some, count."""
@@ -85,6 +135,38 @@ class Measurements:
                 if numbers is not None:
                     found[file.stem] = numbers
         return list(found.values())
+
+    def _write(self, file_name: str, numbers: Sequence[float]) -> None:
+        try:
+            folder = self._folder()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            draft = folder / f"{file_name}.{uuid.uuid4().hex}"  # machines that share the folder have the same processes
+            try:
+                draft.write_text(json.dumps(numbers))
+                draft.replace(folder / file_name)
+            finally:
+                draft.unlink(missing_ok=True)
+        except OSError as error:
+            self._lost(error)
+
+    def _provisional_file(self, name: str) -> Path:
+        return self._folder() / f"{name}.provisional"
+
+    def _provisional(self, name: str) -> _Provisional | None:
+        """As it stands on disk; None if there is none, or the file holds anything else."""
+        try:
+            read = json.loads(self._provisional_file(name).read_text())
+            share, tries, when = (float(number) for number in read[:3])
+            values = self._checked(read[3:])
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            return None
+        fits = 0 <= share <= 1 and 1 <= tries < TRIES and math.isfinite(when)
+        return _Provisional(share, tries, when, values) if fits and values is not None else None
+
+    def _of_now(self, name: str) -> tuple[float, ...] | None:
+        """A provisional measurement of a process that has run beside this one."""
+        found = self._provisional(name)
+        return found.values if found is not None and _BEGUN <= found.when <= time.time() else None
 
     def _read(self, file: Path) -> tuple[float, ...] | None:
         """The numbers in a file, or None if it holds anything else, as when it was cut off."""

@@ -35,6 +35,7 @@ from torch._inductor.custom_graph_pass import get_hash_for_files
 from . import abi, processor, table
 from .dot_rate import dot_rate
 from .folder import UntrustedFolderError, cache_dir, open_cache_dir
+from .locks import lock, unlock
 from .private import check_room, private_folder, reason, say_why
 from .processes import CommandError, OutOfTimeError, run_all
 
@@ -167,26 +168,6 @@ def _time_limit() -> float:
 # ---- build -----------------------------------------------------------------------------------------------------------
 
 
-def _lock(file: int) -> bool:
-    """Lock an open file, if nobody else has; the lock goes when its holder dies. OSError where there are no locks."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError("no file locks on this platform") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _unlock(file: int) -> None:
-    """Closing the file alone would leave it locked while a forked child has it open too."""
-    import fcntl
-
-    fcntl.flock(file, fcntl.LOCK_UN)
-
-
 @contextlib.contextmanager
 def _turn(folder: Path, seconds: float) -> Iterator[None]:
     """Waits while another process builds, so that several do not compile the same thing.
@@ -197,13 +178,13 @@ def _turn(folder: Path, seconds: float) -> Iterator[None]:
     with open(folder / "build.lock", "w") as file:
         end, held = time.monotonic() + seconds, False
         with contextlib.suppress(OSError):
-            while not (held := _lock(file.fileno())) and time.monotonic() < end:
+            while not (held := lock(file.fileno())) and time.monotonic() < end:
                 time.sleep(_WAIT_SECONDS)
         try:
             yield
         finally:
             if held:
-                _unlock(file.fileno())
+                unlock(file.fileno())
 
 
 @contextlib.contextmanager
@@ -216,7 +197,7 @@ def _workspace(folder: Path) -> Iterator[Path]:
         file = os.open(work, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):
-                _lock(file)
+                lock(file)
             yield Path(work)
         finally:
             os.close(file)
@@ -237,7 +218,7 @@ def _is_abandoned(work: Path) -> bool:
     except OSError:
         return False  # its builder has just removed it
     try:
-        return _lock(file)
+        return lock(file)
     except OSError:
         return False
     finally:
