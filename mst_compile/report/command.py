@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mst_compile.errors import ArgumentError, MSTError, WriteError
 
-from .history import read
+from .history import overview
 
 _ABOUT = "Write a report of recorded runs, one or several compared, as one HTML file that needs no network."
 
@@ -43,7 +43,7 @@ def write(runs: Sequence[Path], out: Path | None = None) -> Path:
         MissingPackageError: matplotlib is not installed.
     """
     folders = [folder.expanduser() for folder in runs]
-    histories = [read(folder) for folder in folders]
+    histories = [overview(folder) for folder in folders]
     file = folders[0] / "report.html" if out is None else out.expanduser()
     if file.is_dir() or not file.parent.is_dir():
         raise ArgumentError(f"--out must name a file in a folder that exists, got {str(file)!r}")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from . import files
-from .history import History, Snapshot
+from .course import drawable
+from .history import History, moments
 from .sinks import need
 
 _matplotlib = need("matplotlib", "drawing figures", '"mst-compile[viz]"')
@@ -34,8 +35,6 @@ STYLE: Any = {
     "svg.hashsalt": "mst_compile",
 }
 _POINTS = 1500  # of a curve: more cannot be seen, and make large files
-_MOST = 1e100  # what is larger has no place on an axis
-_COLUMNS = 6  # moments in the figure of masks
 _CHARACTER = 0.0115  # width of one of the phases' names, of that of the axes
 AXES = (
     ("step", 1.0, "optimizer step"),
@@ -44,18 +43,15 @@ AXES = (
 )
 
 
-def drawable(value: float) -> bool:
-    """Whether a number has a place on an axis: it is finite, and so are its sums with others, as an axis forms them."""
-    return abs(value) < _MOST  # not of NaN
-
-
-def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Exponential mean with bias correction; a value that is not drawable does not enter it, and leaves a gap."""
-    mean, weight, keep, out = 0.0, 0.0, 1 - 1 / max(1, window), []
-    for value in values:
+def smooth(values: Sequence[float], window: int, counts: Sequence[int] | None = None) -> list[float]:
+    """Exponential mean with bias correction; a value that is not drawable does not enter it, and leaves a gap. A value
+    with a count enters so many times; ``window`` is in such times."""
+    mean, weight, fade, out = 0.0, 0.0, 1 - 1 / max(1, window), []
+    for value, count in zip(values, counts or [1] * len(values), strict=True):
         if not drawable(value):
             out.append(math.nan)
             continue
+        keep = fade**count
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + 1 - keep
         out.append(mean / weight)
     return out
@@ -131,16 +127,17 @@ def loss_figure(histories: Sequence[History]) -> Figure:
 
 def _loss_curve(axis: Axes, history: History, colour: str, key: str, unit: float) -> dict[str, Any]:
     """Draw a run's losses; what the legend shall show of it, by label."""
-    rows = [row for row in history.rows if row.get("loss") is not None]
+    losses = history.losses()
+    rows, values, counts = [row for row, _, _ in losses], [v for _, v, _ in losses], [n for _, _, n in losses]
     x = [value / unit for value in history.column(key, rows)]
-    y = smooth(history.column("loss", rows), max(5, len(rows) // 40))
-    keep = slice(None, None, max(1, len(rows) // _POINTS))
+    y = smooth(values, max(5, sum(counts) // 40), counts)
+    keep = slice(None, None, 1 if history.course is not None else max(1, len(rows) // _POINTS))
     (line,) = axis.plot(x[keep], y[keep], color=colour, alpha=0.55, lw=1.3)
     found = {f"{history.label}: training (smoothed)": line}
-    bad = sum(not drawable(value) for value in history.column("loss", rows))
-    if bad:
+    if bad := history.not_finite():
         found = {f"{history.label}: training (smoothed), {bad} steps not finite": line}
-    unseen = zip(history.rows, history.column("val_loss"), strict=True)
+    rows = history.curve("val_loss")
+    unseen = zip(rows, history.column("val_loss", rows), strict=True)
     points = [(row[key] / unit, value) for row, value in unseen if drawable(value)]
     if points:
         (dots,) = axis.plot(*zip(*points, strict=True), "o", color=colour, ms=4)
@@ -150,7 +147,7 @@ def _loss_curve(axis: Axes, history: History, colour: str, key: str, unit: float
 
 def _limit(axis: Axes, histories: Sequence[History]) -> None:
     """Let the first steps, where losses are highest, leave the frame."""
-    seen = [v for h in histories for v in h.column("loss")[len(h.rows) // 20 :] if drawable(v)]
+    seen = [v for h in histories for v in h.settled() if drawable(v)]
     seen += [v for h in histories for v in h.column("val_loss") if drawable(v)]
     if seen:
         room = 0.03 * (max(seen) - min(seen)) + 1e-3
@@ -188,7 +185,8 @@ def density_figure(histories: Sequence[History]) -> Figure:
         axis.set(ylabel="active share of\nsparse weights (%)", ylim=(0, 105), xlim=(0, max(1, end)))
         mark_phases(axis, phases, max(1, end))
     for history, colour in rated:
-        steps, rates = history.column("step"), history.column("lr")
+        rows = history.curve("lr")
+        steps, rates = history.column("step", rows), history.column("lr", rows)
         (handles[f"{history.label}: learning rate"],) = axes[-1].plot(steps, rates, color=colour, lw=1.2, ls="--")
     if rated:
         axes[-1].set(ylabel="learning rate", ylim=(0, None))
@@ -198,12 +196,12 @@ def density_figure(histories: Sequence[History]) -> Figure:
 
 
 def _density_curve(axis: Axes, history: History, colour: str) -> dict[str, Any]:
-    keep = slice(None, None, max(1, len(history.rows) // _POINTS))
-    steps = history.column("step")[keep]
-    density = [100 * value for value in history.column("density")][keep]
-    (line,) = axis.step(steps, density, where="mid", color=colour)
-    wanted = [100 * (1 - value) for value in history.column("sparsity")][keep]
-    (target,) = axis.plot(steps, wanted, ":", color=colour, lw=1)
+    rows = history.curve("density", _POINTS)
+    density = [100 * value for value in history.column("density", rows)]
+    (line,) = axis.step(history.column("step", rows), density, where="mid", color=colour)
+    rows = history.curve("sparsity", _POINTS)
+    wanted = [100 * (1 - value) for value in history.column("sparsity", rows)]
+    (target,) = axis.plot(history.column("step", rows), wanted, ":", color=colour, lw=1)
     return {f"{history.label}: density": line, f"{history.label}: density asked for": target}
 
 
@@ -230,18 +228,18 @@ def mark_phases(axis: Axes, phases: Sequence[tuple[str, int, int]], end: float) 
 
 def mask_figure(history: History) -> Figure:
     """Block masks: one row a weight, one column a moment. A square is a block."""
-    moments = _chosen(history.snapshots)
-    names = list(moments[0].masks)
+    chosen = [history.snapshots[i] for i in moments(len(history.snapshots))]
+    names = list(chosen[0].masks)
     (colour,) = coloured([history])
-    shown = {(m.step, name): _lying(m.masks[name]) for m in moments for name in names if name in m.masks}
+    shown = {(m.step, name): _lying(m.masks[name]) for m in chosen for name in names if name in m.masks}
     width = 2.6
     heights = [
-        max(0.35, width * _lying(moments[0].masks[n]).shape[0] / _lying(moments[0].masks[n]).shape[1]) for n in names
+        max(0.35, width * _lying(chosen[0].masks[n]).shape[0] / _lying(chosen[0].masks[n]).shape[1]) for n in names
     ]
-    figure = Figure(figsize=(width * len(moments) + 1.4, sum(heights) + 0.4 * len(names) + 1.0), layout="compressed")
-    axes = figure.subplots(len(names), len(moments), squeeze=False, height_ratios=heights)
+    figure = Figure(figsize=(width * len(chosen) + 1.4, sum(heights) + 0.4 * len(names) + 1.0), layout="compressed")
+    axes = figure.subplots(len(names), len(chosen), squeeze=False, height_ratios=heights)
     for line, name in zip(axes, names, strict=True):
-        for axis, moment in zip(line, moments, strict=True):
+        for axis, moment in zip(line, chosen, strict=True):
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
             axis.spines[:].set_visible(False)
@@ -252,9 +250,9 @@ def mask_figure(history: History) -> Figure:
             colours = ListedColormap([INACTIVE, colour])
             axis.imshow(mask.tolist(), cmap=colours, vmin=0, vmax=1, aspect="equal", interpolation="nearest")
             axis.set_xlabel(f"{share:.0f} % active", fontsize=9)
-        size = " x ".join(map(str, moments[0].masks[name].shape))
+        size = " x ".join(map(str, chosen[0].masks[name].shape))
         line[0].set_ylabel(f"{_short(name)}\n{size} blocks", fontsize=8, rotation=0, ha="right", va="center")
-    for axis, moment in zip(axes[0], moments, strict=True):
+    for axis, moment in zip(axes[0], chosen, strict=True):
         axis.set_title(moment.title.replace(", ", "\n"), fontsize=10)
     figure.suptitle(f"{history.label}: blocks of a few weights", fontsize=11)
     patches = {"active block": Patch(color=colour), "block of zeros": Patch(facecolor=INACTIVE, edgecolor="#bbbbbb")}
@@ -265,13 +263,6 @@ def mask_figure(history: History) -> Figure:
 def _lying(mask: Any) -> Any:
     """A mask on its long side, as all are drawn."""
     return mask.t() if mask.shape[0] > mask.shape[1] else mask
-
-
-def _chosen(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """At most so many snapshots as are drawn, the first and the last among them."""
-    if len(snapshots) <= _COLUMNS:
-        return list(snapshots)
-    return [snapshots[round(i * (len(snapshots) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
 
 
 def _short(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -21,11 +22,13 @@ from mst_compile.rules.checks import shown
 from mst_compile.rules.schedule import Schedule
 
 from . import files
+from .course import Changes, Course, Row, drawable
 
 ABOUT, SCALARS, TABLE, EVENTS, MASKS = "run.json", "scalars.jsonl", "scalars.csv", "events.jsonl", "masks.jsonl"
 SAMPLE = "sample.txt"
 FORMAT = 1
 _MOST_MASKS = 5  # weights whose masks are kept and drawn
+_MOMENTS = 6  # at which masks are drawn
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class History:
         events: what ``events.jsonl`` says.
         sample: text that the trained model wrote.
         colour: for figures, as matplotlib has it; None: one is chosen.
+        course: of a run that :func:`overview` has read and that is too long to be kept whole; ``rows`` are then some.
+        all_events: what was counted over all events, where ``events`` are the first ones.
     """
 
     label: str
@@ -65,6 +70,8 @@ class History:
     snapshots: list[Snapshot] = field(default_factory=list)
     sample: str = ""
     colour: str | None = None
+    course: Course | None = None
+    all_events: Changes | None = None
 
     def column(self, name: str, rows: Sequence[Mapping[str, Any]] | None = None) -> list[float]:
         """A scalar of all records, ``nan`` where it is missing."""
@@ -76,26 +83,57 @@ class History:
         """The last value of a scalar that was recorded."""
         return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), None)
 
+    def speed(self) -> float | None:
+        """The median of tokens a second, the upper one of an even number of records; None without any."""
+        if self.course is not None:
+            return self.course.speeds.median()
+        speeds = sorted(v for v in self.column("tokens_per_s") if math.isfinite(v))
+        return speeds[len(speeds) // 2] if speeds else None
+
+    def changes(self) -> Changes:
+        """What was counted over all events."""
+        return Changes(self.events) if self.all_events is None else self.all_events
+
+    # -- what figures draw ---------------------------------------------------------------------------------------------
+
+    def losses(self) -> list[tuple[Row, float, int]]:
+        """Records, losses, and how many a loss is the mean of."""
+        if self.course is not None:
+            return self.course.losses()
+        rows = [row for row in self.rows if row.get("loss") is not None]
+        return [(row, value, 1) for row, value in zip(rows, self.column("loss", rows), strict=True)]
+
+    def not_finite(self) -> int:
+        """How many losses have no place on an axis."""
+        if self.course is not None:
+            return sum(stretch.bads for stretch in self.course.series["loss"].stretches)
+        return sum(not drawable(value) for _, value, _ in self.losses())
+
+    def curve(self, name: str, most: int | None = None) -> list[Row]:
+        """The records by which a scalar of :data:`~mst_compile.report.course.DRAWN` is drawn: all or every so many, so
+        that they are fewer than twice ``most``; of a long run those that have extremes."""
+        if self.course is not None:
+            return [kept.row for kept in self.course.series[name].kept()]
+        return self.rows if most is None else self.rows[:: max(1, len(self.rows) // most)]
+
+    def settled(self) -> list[float]:
+        """Losses without those of the first twentieth of the records."""
+        if self.course is not None:
+            begin = self.course.records // 20
+            return [kept.value for kept in self.course.series["loss"].kept() if kept.number >= begin]
+        return self.column("loss")[len(self.rows) // 20 :]
+
 
 def read(folder: str | Path) -> History:
     """The run that a :class:`~mst_compile.report.Recorder` wrote to ``folder``, also while it is under way.
+
+    All records are held in memory: about .9 GB of a million. A report and figures do with :func:`overview`.
 
     Raises:
         RecordError: there is none, or its files were damaged.
     """
     folder = Path(folder)
-    file = folder / ABOUT
-    about = about_of(folder)
-    sample = folder / SAMPLE
-    with _damaged(file):
-        found = History(
-            label=_printable(str(about.get("label") or folder.resolve().name)),
-            rows=[],
-            phases=[(str(name), int(first), int(end)) for name, first, end in about.get("phases", [])],
-            sparse=bool(_sparse(about)),
-            about=about,
-            sample=sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else "",
-        )
+    found = _begun(folder)
     with _damaged(folder / SCALARS):
         found.rows = [_numbers(row) for row in files.each(folder / SCALARS)]
     with _damaged(folder / EVENTS):
@@ -103,6 +141,58 @@ def read(folder: str | Path) -> History:
     with _damaged(folder / MASKS):
         found.snapshots = [unpack(record) for record in files.each(folder / MASKS)]
     return found
+
+
+def overview(folder: str | Path) -> History:
+    """As :func:`read`, what figures and a report show of it: memory is bounded by that, not by the number of records.
+
+    A run of up to :data:`~mst_compile.report.course.WHOLE` records has all of them. Of a longer one ``rows`` are those
+    that have the last value of each scalar or are the last of a phase, and of each of up to a thousand stretches of the
+    scalars that are drawn the first, the last, those with extremes and one that is not finite. All events are counted
+    and the first kept; ``snapshots`` are those that are drawn.
+
+    Raises:
+        RecordError: there is no run, or its files were damaged.
+    """
+    folder = Path(folder)
+    found = _begun(folder)
+    course, changes = Course(found.phases), Changes()
+    with _damaged(folder / SCALARS):
+        for row in files.each(folder / SCALARS):
+            course.add(_numbers(row))
+    found.rows, found.course = course.rows(), None if course.whole else course
+    with _damaged(folder / EVENTS):
+        for record in files.each(folder / EVENTS):
+            changes.add(_event(record))
+    found.events, found.all_events = changes.first, changes
+    with _damaged(folder / MASKS):
+        count = sum(1 for _ in files.each(folder / MASKS))
+        drawn = set(moments(count))
+        masks = itertools.islice(files.each(folder / MASKS), count)  # a run under way may have more by now
+        found.snapshots = [each for i, each in enumerate(map(unpack, masks)) if i in drawn]
+    return found
+
+
+def moments(count: int) -> list[int]:
+    """Which of so many snapshots are drawn, the first and the last among them."""
+    if count <= _MOMENTS:
+        return list(range(count))
+    return [round(i * (count - 1) / (_MOMENTS - 1)) for i in range(_MOMENTS)]
+
+
+def _begun(folder: Path) -> History:
+    """The run without its records."""
+    about = about_of(folder)
+    sample = folder / SAMPLE
+    with _damaged(folder / ABOUT):
+        return History(
+            label=_printable(str(about.get("label") or folder.resolve().name)),
+            rows=[],
+            phases=[(str(name), int(first), int(end)) for name, first, end in about.get("phases", [])],
+            sparse=bool(_sparse(about)),
+            about=about,
+            sample=sample.read_text(encoding="utf-8", errors="replace") if sample.is_file() else "",
+        )
 
 
 def about_of(folder: Path) -> dict[str, Any]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import base64
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from . import files
+from .course import MOST_EVENTS, Change
 from .figures import figures, svg
 from .history import History
 
-_MOST_EVENTS = 100
 _TITLES = {"loss": "Loss against steps, time and FLOPs", "density": "Density and phases"}
 _HEAD = ["run", "steps", "loss", "val. loss", "TFLOP", "of its dense model's", "training", "compiling", "tokens/s"]
 _HEAD += ["density at the end"]
@@ -92,7 +91,6 @@ def _against(history: History, dense: History) -> list[str]:
 
 def _result(history: History) -> list[str]:
     flops, density = history.last("flops"), history.last("density")
-    speeds = [v for v in history.column("tokens_per_s") if math.isfinite(v)]
     return [
         history.label,
         str(history.rows[-1]["step"]) if history.rows else "0",
@@ -102,27 +100,28 @@ def _result(history: History) -> list[str]:
         _number(history.last("flops_of_dense"), ".0%"),
         _number(history.last("seconds"), ".1f", " s"),
         _number(history.last("compile_seconds"), ".1f", " s"),
-        _number(sorted(speeds)[len(speeds) // 2] if speeds else None, ".0f"),
+        _number(history.speed(), ".0f"),
         _number(density if history.sparse else None, ".2f"),
     ]
 
 
 def _run(history: History) -> dict[str, Any]:
     """What the page says of one run."""
+    changes = history.changes()
     events = [
         [str(e["step"]), e["phase"], _number(e["density"], ".3f"), str(e["dropped"]), str(e["grown"]), e["skipped"]]
-        for e in history.events
+        for e in changes.first
     ]
-    left = len(events) - _MOST_EVENTS
+    left = changes.count - MOST_EVENTS
     return {
         "label": history.label,
         "sparse": history.sparse,
         "about": _about(history.about),
         "time": _time(history),
         "phases": _phases(history),
-        "events": events[:_MOST_EVENTS],
+        "events": events,
         "more_events": f"{left} more are in events.jsonl." if left > 0 else "",
-        "weights": _weights(history.events),
+        "weights": _weights(changes.weights),
         "sample": history.sample,
     }
 
@@ -176,14 +175,9 @@ def _phases(history: History) -> list[list[str]]:
     return found
 
 
-def _weights(events: Sequence[dict[str, Any]]) -> list[list[str]]:
+def _weights(changes: Mapping[str, Change]) -> list[list[str]]:
     """Each weight over all events."""
-    found: dict[str, list[Any]] = {}
-    for event in events:
-        for name, change in event["weights"].items():
-            row = found.setdefault(name, [0, 0, 0, 0.0])
-            row[:] = [row[0] + 1, row[1] + change["dropped"], row[2] + change["grown"], change["density"]]
-    return [[name, str(n), str(dropped), str(grown), f"{d:.3f}"] for name, (n, dropped, grown, d) in found.items()]
+    return [[name, str(c.events), str(c.dropped), str(c.grown), f"{c.density:.3f}"] for name, c in changes.items()]
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:

@@ -224,7 +224,7 @@ class Recorder:
         """
         from .figures import draw
 
-        return draw([history.read(self.folder)], self.folder) if self._writes else []
+        return draw([history.overview(self.folder)], self.folder) if self._writes else []
 
     def close(self) -> None:
         """End the run: files are closed, and the model and its optimizers are not listened to any more."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from mst_compile.errors import ArgumentError, MissingPackageError, MSTError, MSTWarning
 from mst_compile.kernels import cpu as kernels
 from mst_compile.report import command as report
-from mst_compile.report.history import read
+from mst_compile.report.history import overview
 from mst_compile.report.sinks import need
 
 from . import place, text
@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace, setup: Setup, started: float) -> None:
     sparse.train(steps)
     written = sparse.finish(_prompt(args, setup), 300)
     folders = [args.out / name for name, run in (("sparse", sparse), ("dense", dense)) if run is not None]
-    histories = [read(folder) for folder in folders]
+    histories = [overview(folder) for folder in folders]
     page = args.out / "report.html"
     report.write(folders, page)
     print("\nthe sparse model, dense again at the end, writes:\n\n    " + written.replace("\n", "\n    "))
