@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_cases import block_masks
 from mst_compile.kernels.triton import tiles
-from mst_compile.lowering import gpu
 from pretend_gpu import Generated, GeneratedKernel, Interpreter, check, cross_compile, generate, kernels_of
 from torch import Tensor
 
@@ -368,20 +367,6 @@ def test_what_the_table_takes_computes_the_same(
     assert len(templates_of(made)) == 3 - dense
     check_forward(case, interpreter.run(made.forward))
     check_backward(case, interpreter.run(made.backward), upstream(case, made))
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("out_first", [False, True])
-def test_the_dense_gradient_fills_its_partials_and_no_more(out_first: bool) -> None:
-    x, dy = torch.randn(20, 48), torch.randn(20, 16)
-    x[:, 33:], dy[:, 7:] = 0, 0
-    rows, width = (7, 48) if out_first else (33, 16)
-    memory = torch.full((4 * rows, width), torch.nan)
-    gpu._dense_grad_weight(x, dy, torch.empty(0), out_first=out_first, rows=rows, out=memory[: 2 * rows])
-    exact = dy.t() @ x if out_first else x.t() @ dy
-    torch.testing.assert_close(memory[:rows], exact[:rows])
-    assert not memory[rows : 2 * rows].any(), "the second part"
-    assert memory[2 * rows :].isnan().all()
 
 
 def test_results_do_not_depend_on_what_memory_held(interpreter: Interpreter) -> None:

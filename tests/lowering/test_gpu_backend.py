@@ -11,7 +11,7 @@ import pytest
 import torch
 from gpu_cases import TUNED, product
 from helpers import compiled, static
-from mst_compile.lowering import cuda, device
+from mst_compile.lowering import cuda, device, gpu
 from pretend_gpu import Generated, Interpreter, generate, kernels_of, pretend_h100
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
@@ -151,3 +151,17 @@ def test_explain_says_what_fell_back(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in mst_compile.explain(model):
         assert row.kernel == "dense"
         assert "no GPU kernel for block 8: the finest is 32" in row.status
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("out_first", [False, True])
+def test_the_dense_gradient_fills_its_partials_and_no_more(out_first: bool) -> None:
+    x, dy = torch.randn(20, 48), torch.randn(20, 16)
+    x[:, 33:], dy[:, 7:] = 0, 0
+    rows, width = (7, 48) if out_first else (33, 16)
+    memory = torch.full((4 * rows, width), torch.nan)
+    gpu._dense_grad_weight(x, dy, torch.empty(0), out_first=out_first, rows=rows, out=memory[: 2 * rows])
+    exact = dy.t() @ x if out_first else x.t() @ dy
+    torch.testing.assert_close(memory[:rows], exact[:rows])
+    assert not memory[rows : 2 * rows].any(), "the second part"
+    assert memory[2 * rows :].isnan().all()

@@ -34,7 +34,9 @@ def build(folder: Path | None = None) -> Path:
     root = Path(spec.origin).parent
     key = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode() + str(root).encode()).hexdigest()[:16]
     folder = folder or Path(tempfile.gettempdir(), f"pretend_gpu-{os.getuid()}")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():  # what is in it would be loaded
+        raise RuntimeError(f"{folder} belongs to somebody else: name another folder")
     library = folder / f"idle-{key}.so"
     if library.exists():
         return library
