@@ -11,7 +11,8 @@ import pytest
 import torch
 from gpu_cases import TUNED, product
 from helpers import compiled, static
-from mst_compile.lowering import cuda, device, gpu
+from mst_compile.lowering import cuda, device
+from mst_compile.lowering import gpu as products
 from pretend_gpu import Generated, Interpreter, generate, kernels_of, pretend_h100
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx
@@ -160,7 +161,7 @@ def test_the_dense_gradient_fills_its_partials_and_no_more(out_first: bool) -> N
     x[:, 33:], dy[:, 7:] = 0, 0
     rows, width = (7, 48) if out_first else (33, 16)
     memory = torch.full((4 * rows, width), torch.nan)
-    gpu._dense_grad_weight(x, dy, torch.empty(0), out_first=out_first, rows=rows, out=memory[: 2 * rows])
+    products._dense_grad_weight(x, dy, torch.empty(0), out_first=out_first, rows=rows, out=memory[: 2 * rows])
     exact = dy.t() @ x if out_first else x.t() @ dy
     torch.testing.assert_close(memory[:rows], exact[:rows])
     assert not memory[rows : 2 * rows].any(), "the second part"
