@@ -17,7 +17,7 @@ import torch
 from mst_compile.blocks.bulk import Kernels
 from mst_compile.blocks.bulk import register as register_bulk
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.ops import attention, linear, packed  # noqa: F401  (define what devices implement)
+from mst_compile.ops import attention, grouped, linear, packed  # noqa: F401  (define what devices implement)
 from mst_compile.ops.library import implement
 
 FINEST_BLOCK = 4  # that a weight gets by itself; finer ones are for those who ask
