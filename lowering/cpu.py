@@ -61,6 +61,7 @@ device.register(
         chooses=True,
         default_block=8,
         finest_block=kernels.FINEST_BLOCK,
+        multiplies_stacks=True,
         implementations={
             "linear": cpu_linear.linear,
             "linear_grad_input": cpu_linear.grad_input,

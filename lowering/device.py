@@ -113,6 +113,8 @@ class Device:
             ``FINEST_BLOCK``), and a weight of one below both keeps no index.
         rounds_weights: whether its products read weights in the activations' dtype: they are rounded once for the
             product and the gradient of its input then, where others read them as they are.
+        multiplies_stacks: whether it has products with stacks of matrices (:mod:`mst_compile.ops.grouped`); a weight
+            that is one keeps no index elsewhere.
         implementations: operator (``"linear"``, ...) -> what computes it; it may decline, see
             :func:`mst_compile.ops.library.implement`.
         bulk: passes over whole weights, where the device has something better than PyTorch.
@@ -136,6 +138,7 @@ class Device:
     default_block: int = _BLOCK
     finest_block: int = FINEST_BLOCK
     rounds_weights: bool = False
+    multiplies_stacks: bool = False
     implementations: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     bulk: Kernels | None = None
     lowerings: Callable[[], Mapping[str, Callable[..., Any]]] = dict

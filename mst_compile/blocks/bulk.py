@@ -1,8 +1,12 @@
-"""Bulk operations on the blocks of a dense tensor: a device's own kernels, or plain PyTorch."""
+"""Bulk operations on the blocks of a dense tensor: a device's own kernels, or plain PyTorch.
+
+Tensors have the shape of the weight that a grid is over: ``[rows, cols]``, of a stack ``[matrices, rows, cols]``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -11,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import read_mask, upload_
-from mst_compile.blocks.layout import Part
+from mst_compile.blocks.layout import Part, are_one_matrix, as_matrix
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import is_sharded, local_part, sum_over_shards, unsharded
 
@@ -72,7 +76,7 @@ def _there(mask: Tensor, device: torch.device) -> Tensor:
 
 
 def zero_inactive_(tensor: Tensor, grid: BlockGrid, mask: Tensor, index: Tensor | None) -> None:
-    """Set every element of ``tensor`` (``[rows, cols]``, any dtype) outside the active blocks to 0, in place.
+    """Set every element of ``tensor`` (any dtype) outside the active blocks to 0, in place.
 
     Of a tensor that is spread over ranks, every rank zeroes its own part.
 
@@ -89,7 +93,7 @@ def zero_all_inactive_(whole: Sequence[tuple[Tensor, BlockGrid, Tensor, Tensor |
     The tensors must not overlap.
     """
     taken: dict[torch.device, list[tuple[Tensor, Tensor, BlockGrid]]] = {}
-    for tensor, grid, mask, index in whole:
+    for tensor, grid, mask, index in _matrices(whole):
         if is_sharded(tensor):
             _zero_sharded_(tensor, grid, ~mask)
         elif index is not None and _native(tensor, grid, index) is not None:
@@ -105,6 +109,22 @@ def zero_all_inactive_(whole: Sequence[tuple[Tensor, BlockGrid, Tensor, Tensor |
         # Autograd cannot see what a kernel writes: a change between forward and backward must not pass unnoticed.
         for tensor in tensors:
             torch.autograd.graph.increment_version(tensor)
+
+
+def _matrices(
+    whole: Iterable[tuple[Tensor, BlockGrid, Tensor, Tensor | None]],
+) -> Iterator[tuple[Tensor, BlockGrid, Tensor, Tensor | None]]:
+    """The same with matrices in the place of stacks, of which every rank has all: those that an index tells of one by
+    one, others as one matrix, if their strides allow it."""
+    for tensor, grid, mask, index in whole:
+        if not grid.matrices or is_sharded(tensor):
+            yield tensor, grid, mask, index
+        elif index is None and are_one_matrix(tensor):
+            yield as_matrix(tensor.detach()), replace(grid, matrices=0), mask, None
+        else:
+            indexes = [None] * grid.matrices if index is None else index
+            for one, part, own in zip(tensor.detach(), grid.split(mask), indexes, strict=True):
+                yield one, grid.matrix, part, own
 
 
 @torch.no_grad()
@@ -156,11 +176,15 @@ def zero_blocks_(tensor: Tensor, grid: BlockGrid, blocks: Tensor) -> None:
         _zero_sharded_(tensor, grid, blocks)
         return
     rows, cols = (i.to(tensor.device) for i in blocks.nonzero(as_tuple=True))
+    if grid.matrices and not are_one_matrix(tensor):
+        for one, part in zip(tensor, grid.split(blocks), strict=True):
+            zero_blocks_(one, grid.matrix, part)
+        return
     if grid.edge == (grid.block, grid.block) and tensor.is_contiguous():
         tensor.view(grid.block_rows, grid.block, grid.block_cols, grid.block)[rows, :, cols] = 0
         return
     r, c = elements_of(grid, rows, cols)
-    tensor[r, c] = 0
+    as_matrix(tensor)[r, c] = 0
 
 
 def elements_of(grid: BlockGrid, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,11 +200,12 @@ def elements_of(grid: BlockGrid, rows: Tensor, cols: Tensor) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def block_mean_square(tensor: Tensor, grid: BlockGrid) -> Tensor:
-    """Mean square of each block of ``tensor`` (``[rows, cols]``): float32 ``[R, C]`` on the CPU.
+    """Mean square of each block of ``tensor``: float32 ``[R, C]`` on the CPU.
 
     Of a tensor that is spread over ranks, every rank gets the scores of the whole tensor, bit for bit the same; all
     must call it.
     """
+    tensor = tensor if is_sharded(tensor) else as_matrix(tensor)
     native = None if is_sharded(tensor) or grid.block == 1 else _native(tensor, grid)
     sums = None if native is None else native.sum_of_squares(tensor.detach(), grid)
     return grid.mean_of_sums_(sums) if sums is not None else _block_mean(tensor, grid, Tensor.square_)
@@ -196,6 +221,7 @@ def _block_mean(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Te
     """Mean over each block of what ``measure_`` makes of a tensor of its elements, in place."""
     if is_sharded(tensor):
         return grid.mean_of_sums_(_sums_of_shards(tensor, grid, measure_)).float().cpu()
+    tensor = as_matrix(tensor)
     if grid.block == 1:
         return measure_(tensor.detach().to(torch.float32, copy=True)).cpu()
     pad = (0, grid.block_cols * grid.block - grid.cols, 0, grid.block_rows * grid.block - grid.rows)
@@ -216,13 +242,14 @@ def _sums_of_shards(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor]
 
 @torch.no_grad()
 def sample_of(tensor: Tensor, side: int) -> Tensor:
-    """Elements of up to ``side`` rows and columns of ``tensor`` (``[rows, cols]``), evenly spaced: float64 on the CPU.
+    """Elements of up to ``side`` rows and columns of ``tensor``, evenly spaced: float64 on the CPU.
 
     Of a tensor that is spread over ranks, every rank gets the same; all must call it.
     """
     local, part = local_part(tensor)
-    steps = [-(-length // side) for length in tensor.shape]
-    sides = [-(-length // step) for length, step in zip(tensor.shape, steps, strict=True)]
+    shape = tensor.shape[:-1].numel(), tensor.shape[-1]
+    steps = [-(-length // side) for length in shape]
+    sides = [-(-length // step) for length, step in zip(shape, steps, strict=True)]
     found = torch.zeros(sides, dtype=torch.float64, device="cpu")
     # Of the sampled rows and columns, the first that are here.
     first = [-(-start // step) for start, step in zip((part.row, part.col), steps, strict=True)]
@@ -232,5 +259,5 @@ def sample_of(tensor: Tensor, side: int) -> Tensor:
 
 
 def mask_like(index: Tensor, grid: BlockGrid) -> Tensor:
-    """Elementwise mask, bool ``[rows, cols]``, of a packed index."""
-    return grid.expand(read_mask(index, grid))
+    """Elementwise mask, bool, of the weight's shape, of a packed index."""
+    return grid.expand(read_mask(index, grid)).view(grid.dims)

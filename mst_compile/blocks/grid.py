@@ -2,10 +2,15 @@
 
 A weight of shape ``[rows, cols]`` (as stored) is covered by a grid of ``block x block`` blocks. The grid is *ragged*:
 its last block row and column are partial where ``block`` does not divide the shape.
+
+A *stack* of matrices in one tensor, ``[matrices, rows, cols]``, as of experts, has the grid of all their rows, one
+matrix after the other. ``block`` divides the rows of each, so that none of its blocks lies in two of them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,11 +34,42 @@ class Lines:
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """The grid of ``block x block`` blocks over a weight of ``rows x cols`` elements (stored orientation)."""
+    """The grid of ``block x block`` blocks over a weight of ``rows x cols`` elements (stored orientation).
+
+    Attributes:
+        matrices: in a stack, of ``rows // matrices`` rows each; a weight that is none is one matrix of two dimensions.
+    """
 
     rows: int
     cols: int
     block: int
+    matrices: int = 0
+
+    @staticmethod
+    def over(shape: Sequence[int], block: int) -> BlockGrid:
+        """The grid over a weight of this shape: ``[rows, cols]``, or ``[matrices, rows, cols]``."""
+        *stack, rows, cols = shape
+        return BlockGrid(rows * math.prod(stack), cols, block, math.prod(stack) if stack else 0)
+
+    @property
+    def matrix(self) -> BlockGrid:
+        """The grid of one matrix."""
+        return BlockGrid(self.rows // self.matrices, self.cols, self.block) if self.matrices else self
+
+    @property
+    def count(self) -> int:
+        """How many matrices there are: 1 where it is no stack."""
+        return self.matrices or 1
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        rows, cols = self.matrix.rows, self.cols
+        return (self.matrices, rows, cols) if self.matrices else (rows, cols)
+
+    def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        """What ``[R, C]`` says of the blocks of each matrix, ``[R / matrices, C]``, as views."""
+        return blocks.split(self.matrix.block_rows) if self.matrices else (blocks,)
 
     @property
     def block_rows(self) -> int:

@@ -11,6 +11,8 @@ once and topology changes can be written into it in place. Its layout, which ``k
     col_idx[R * C]   block column of each active block; first n used  } columns ascending
     col_ptr[C + 1]   prefix sums of active blocks per block column    } CSC order: block column after block column,
     row_idx[R * C]   block row of each active block; first n used     } rows ascending
+
+That of a stack of matrices is ``[matrices, length]``: an index of this kind for each.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ NNZ, DENSE_GRAD, CHANGES = 0, 1, 2
 
 
 def new_index(grid: BlockGrid, device: torch.device | str = "cpu") -> Tensor:
-    """An index with no active block, int32 ``[grid.index_length]``."""
-    return torch.zeros(grid.index_length, dtype=torch.int32, device=device)
+    """An index with no active block, int32 ``[grid.index_length]``; of a stack ``[matrices, length]``."""
+    stack = (grid.matrices,) if grid.matrices else ()
+    return torch.zeros(*stack, grid.matrix.index_length, dtype=torch.int32, device=device)
 
 
 @torch.no_grad()
@@ -39,6 +42,10 @@ def write_index(
     Args:
         changes: how many there were with this one; None: one more than the index says, which a GPU is waited for.
     """
+    if grid.matrices:
+        number = int(index[0, CHANGES]) + 1 if changes is None else changes
+        upload_(index, torch.stack([_packed(grid.matrix, one, dense_grad, number) for one in grid.split(mask)]))
+        return
     if not grid.tiled and index.device == mask.device:  # no copy: that of fine blocks would be larger than the weight
         words = index.data  # has a version of its own
         words[CHANGES] = int(words[CHANGES]) + 1 if changes is None else changes
@@ -46,16 +53,21 @@ def write_index(
         _write_compressed(words, grid, mask, int(words[NNZ]))
         torch.autograd.graph.increment_version(index)
         return
+    upload_(index, _packed(grid, mask, dense_grad, int(index[CHANGES]) + 1 if changes is None else changes))
+
+
+def _packed(grid: BlockGrid, mask: Tensor, dense_grad: bool, changes: int) -> Tensor:
+    """The index of one matrix, where its mask is."""
     new = torch.zeros(grid.index_length, dtype=torch.int32, device=mask.device)
     new[DENSE_GRAD] = int(dense_grad)
-    new[CHANGES] = int(index[CHANGES]) + 1 if changes is None else changes
+    new[CHANGES] = changes
     _write_compressed(new, grid, mask, 0)
     if grid.tiled:
         new[grid.active : grid.active + grid.blocks] = mask.flatten()
     if grid.union > 1:
         _write_lines(new, grid.lines(True, union=True), _united(mask, grid.union))
         _write_lines(new, grid.lines(False, union=True), _united(mask.t(), grid.union))
-    upload_(index, new)
+    return new
 
 
 def upload_(to: Tensor, host: Tensor) -> None:
@@ -101,6 +113,8 @@ def _united(mask: Tensor, union: int) -> Tensor:
 
 def read_mask(index: Tensor, grid: BlockGrid) -> Tensor:
     """Block mask, bool ``[R, C]``, of a packed index (inverse of :func:`write_index`)."""
+    if grid.matrices:
+        return torch.cat([read_mask(one, grid.matrix) for one in index])
     if grid.tiled:
         return index[grid.active : grid.active + grid.blocks].view(grid.shape).bool()
     n = int(index[NNZ])

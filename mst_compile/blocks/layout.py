@@ -1,5 +1,7 @@
 """Which part of a matrix a rank holds, and which blocks reach into it: pure functions of layouts.
 
+A stack of matrices in one tensor, as of experts, counts as one matrix of all their rows.
+
 A DTensor cuts a matrix along each dimension of its mesh. Whatever cuts rows and columns into consecutive runs, as
 ``ColwiseParallel``, ``RowwiseParallel`` and ``fully_shard`` do, one over the other too, leaves every rank one rectangle
 (:class:`Part`). Its edges may lie within blocks.
@@ -38,20 +40,39 @@ class Part:
         return BlockGrid(self.rows, self.cols, block)
 
 
+def as_matrix(tensor: Tensor) -> Tensor:
+    """A tensor of a weight's shape as a matrix: itself, or the matrices of a stack one below the other. A view where
+    strides allow it, as those of a Parameter that is sparse do; else a copy."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def are_one_matrix(stack: Tensor) -> bool:
+    """Whether the matrices of a stack, ``[matrices, rows, cols]``, lie as the rows of one matrix would: whether
+    :func:`as_matrix` is a view."""
+    rows = stack.shape[1]
+    return len(stack) == 1 or rows == 1 or stack.stride(0) == rows * stack.stride(1)
+
+
 def part_of(
     shape: Sequence[int], placements: Sequence[Placement], sizes: Sequence[int], coordinate: Sequence[int]
 ) -> Part | None:
     """The part of a matrix that a rank holds.
 
     Args:
-        shape: of the matrix.
+        shape: of the matrix, or of a stack of them.
         placements: one for each dimension of the mesh; ranks along one that does not shard hold the same part.
         sizes: of the mesh.
         coordinate: of the rank in it.
 
     Returns:
-        None where it is not one rectangle: rows or columns are interleaved, or the matrix is none.
+        None where it is not one rectangle: rows or columns are interleaved, matrices of a stack are cut, or the
+        matrix is none.
     """
+    if len(shape) == 3:
+        if any(not placement.is_shard(0) for placement in placements if not _is_whole(placement)):
+            return None
+        part = part_of((shape[0], shape[1] * shape[2]), placements, sizes, coordinate)
+        return part and Part(part.row * shape[1], 0, part.rows * shape[1], shape[2])
     if len(shape) != 2:
         return None
     spans = []
@@ -67,6 +88,10 @@ def part_of(
         spans.append((start, length))
     (row, rows), (col, cols) = spans
     return Part(row, col, rows, cols)
+
+
+def _is_whole(placement: Placement) -> bool:
+    return isinstance(placement, Replicate) or placement.is_partial()
 
 
 def _order(dim: int, placements: Sequence[Placement], sizes: Sequence[int]) -> list[int] | None:
@@ -92,7 +117,7 @@ def _order(dim: int, placements: Sequence[Placement], sizes: Sequence[int]) -> l
         elif type(placement) is Shard:
             if placement.dim == dim:
                 order.insert(0, mesh_dim)
-        elif not (isinstance(placement, Replicate) or placement.is_partial()):
+        elif not _is_whole(placement):
             return None
     return order
 

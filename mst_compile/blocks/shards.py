@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mst_compile.blocks.layout import Part, part_of
+from mst_compile.blocks.layout import Part, as_matrix, part_of
 from mst_compile.errors import ParallelismError, WeightError
 
 if TYPE_CHECKING or torch.distributed.is_available():
@@ -32,7 +32,7 @@ else:  # a build of PyTorch without torch.distributed
 SERVED = (
     "Sparse weights may be DTensors that are Shard(0), Shard(1) or Replicate() on each dimension of their mesh, cut as "
     "torch.chunk cuts: ColwiseParallel and RowwiseParallel of parallelize_module, distribute_tensor with such "
-    "placements, and fully_shard, alone or over these"
+    "placements, and fully_shard, alone or over these; stacks of matrices Shard(0) or Replicate() alone"
 )
 FOR_DATA = (
     "For data parallelism over tensor parallelism call fully_shard (torch.distributed.fsdp) on the other dimension of "
@@ -85,22 +85,26 @@ def local_part(tensor: Tensor) -> tuple[Tensor, Part]:
     """What this rank holds of ``tensor``.
 
     Args:
-        tensor: ``[rows, cols]``, any dtype; an ordinary tensor, or a DTensor that leaves every rank one rectangle.
-            Partial sums, as gradients may be, count as whole along their dimension of the mesh.
+        tensor: ``[rows, cols]``, or a stack of matrices that counts as one, any dtype; an ordinary tensor, or a
+            DTensor that leaves every rank one rectangle. Partial sums, as gradients may be, count as whole along their
+            dimension of the mesh.
 
     Returns:
-        The local tensor, ``[part.rows, part.cols]``, sharing storage; and which part of ``tensor`` it is.
+        The local tensor, ``[part.rows, part.cols]``, sharing storage (of a stack if its strides allow that); and which
+        part of ``tensor`` it is.
 
     Raises:
         ParallelismError: the DTensor is laid out in another way.
     """
     if not is_sharded(tensor):
-        return tensor, Part(0, 0, *tensor.shape)
+        matrix = as_matrix(tensor)
+        return matrix, Part(0, 0, *matrix.shape)
     assert isinstance(tensor, DTensor)
     part = _part(tensor)
     local = tensor.to_local()
     if isinstance(local, AsyncCollectiveTensor):
         local = local.wait()
+    local = as_matrix(local)
     if part is None or tuple(local.shape) != (part.rows, part.cols):
         raise ParallelismError(f"a tensor of shape {tuple(tensor.shape)} has {_layout(tensor)}. {SERVED}")
     return local, part
@@ -163,7 +167,7 @@ def part_multiplied(parameter: Tensor) -> Part | None:
     if not is_sharded(parameter):
         return None
     part = local_part(parameter)[1]
-    return None if (part.rows, part.cols) == tuple(parameter.shape) else part
+    return None if part.rows * part.cols == parameter.numel() else part
 
 
 def stored(parameter: Tensor) -> Tensor:
@@ -268,21 +272,21 @@ def check_placement(name: str, parameter: Tensor) -> None:
 
     Args:
         name: of the weight, for the message.
-        parameter: of any dtype, ``[rows, cols]``.
+        parameter: of any dtype, ``[rows, cols]``, or a stack of such matrices.
     """
     if hasattr(parameter, _LOCALISED):
         raise ParallelismError(
             f"the tensor-parallel Parameter {name} is a local tensor of {tuple(parameter.shape)} now, as "
             f"DistributedDataParallel with a device mesh makes them. {FOR_DATA}"
         )
-    if parameter.dim() != 2:
+    if parameter.dim() not in (2, 3):
         raise _flattened(name, f"of shape {tuple(parameter.shape)} now")
     if not is_sharded(parameter):
         return
     assert isinstance(parameter, DTensor)
     part = _part(parameter)
     partial = any(placement.is_partial() for placement in parameter.placements)
-    if partial or part is None or tuple(parameter.to_local().shape) != (part.rows, part.cols):
+    if partial or part is None or parameter.to_local().numel() != part.rows * part.cols:
         raise ParallelismError(
             f"{name} is a DTensor of shape {tuple(parameter.shape)} with {_layout(parameter)}. {SERVED}, or leave the "
             "weight out with sparsify(..., exclude=...)"

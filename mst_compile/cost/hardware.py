@@ -145,7 +145,7 @@ def _share(table: dict[str, Any], weight: SparseWeight, density: float, grad_wei
 def _densities(own: Sparsifier, sparsity: float) -> list[float]:
     """Of each weight, by whole blocks."""
     return [
-        active_count(density, w.grid.blocks, w.blocks_at(0.0)) / w.grid.blocks
+        active_count(density, w.grid.matrix.blocks, w.blocks_at(0.0)) / w.grid.matrix.blocks
         for density, w in zip(own.densities(sparsity), own.weights.values(), strict=True)
     ]
 

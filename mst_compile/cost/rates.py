@@ -20,9 +20,9 @@ from mst_compile.cost.baseline import Baseline
 from mst_compile.cost.flops import attention_saving
 from mst_compile.errors import ForecastError, MSTError
 from mst_compile.rules.checks import shown
-from mst_compile.rules.masks import generator, random_mask
 from mst_compile.rules.schedule import events_of
 from mst_compile.state.event import plan_event
+from mst_compile.state.first_masks import at_random
 from mst_compile.state.sparsifier import Sparsifier, sparsifier, sparsifier_of
 from mst_compile.state.steps import refusing_steps
 
@@ -205,8 +205,7 @@ def _set_masks(model: nn.Module, sparsity: float, dense_grad: bool) -> int:
     """Random masks of the schedule's densities at ``sparsity``; returns the number of active elements."""
     own = sparsifier(model)
     for density, weight in zip(own.densities(sparsity), own.weights.values(), strict=True):
-        mask = random_mask(weight.backbone, weight.blocks_at(density), generator(0, 0, weight.name))
-        weight.set_mask(mask)
+        weight.set_mask(at_random(weight, weight.blocks_at(density), seed=0))
         weight.set_dense_grad(dense_grad and weight.density_target < 1)
     return sum(w.active for w in own.weights.values())
 

@@ -148,7 +148,7 @@ def _replaced(part: Part, name: str, weight: SparseWeight, parameter: nn.Paramet
         return _dense(name, None, "-", f"gone from its module; {was}")
     if is_quantised(parameter):
         return _dense(name, parameter, "quantised", f"quantised ({_kind(parameter)}): dense products, zeros kept")
-    if tuple(parameter.shape) != (grid.rows, grid.cols):
+    if tuple(parameter.shape) != weight.shape:
         return _dense(name, parameter, "dense", f"resized, not sparse any more; {was}: {advice}")
     return None
 

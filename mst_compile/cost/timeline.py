@@ -87,7 +87,7 @@ def _active_at(own: Sparsifier, sparsities: set[float]) -> dict[float, float]:
     """Active elements of all sparse weights at each target sparsity; ragged blocks count as the mean block."""
     weights = list(own.weights.values())
     # How few blocks a weight can have is asked once: it means counting its backbone.
-    sizes = [(w.grid.blocks, w.blocks_at(0.0), w.numel / w.grid.blocks) for w in weights]
+    sizes = [(w.grid.matrix.blocks, w.blocks_at(0.0), w.numel / w.grid.matrix.blocks) for w in weights]
     return {
         sparsity: sum(
             active_count(density, blocks, least) * size

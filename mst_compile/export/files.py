@@ -232,8 +232,7 @@ def _read_mask(name: str, entry: Any, tensors: Mapping[str, Tensor]) -> tuple[Te
     """
     try:
         block = int(entry["block"])
-        rows, cols = tensors[name].shape
-        grid = BlockGrid(rows, cols, block)
+        grid = BlockGrid.over(tensors[name].shape, block)
         data = zlib.decompress(base64.b64decode(entry["active"], validate=True))
         count = grid.blocks
         if tuple(entry["blocks"]) != tuple(grid.shape) or len(data) != -(-count // 8):

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mst_compile.blocks.bulk import elements_of
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.layout import as_matrix
 from mst_compile.errors import ModelError, RankMismatchError
 from mst_compile.parallel.description import digest
 from mst_compile.rules.checks import check_instance, shown
@@ -164,7 +165,7 @@ class _Blocks:
     def read(self, gradient: Tensor) -> Tensor:
         if self.even and gradient.is_contiguous():
             return self._view(gradient)[self.rows, :, self.cols].flatten()
-        return gradient[elements_of(self.grid, self.rows, self.cols)].flatten()
+        return as_matrix(gradient)[elements_of(self.grid, self.rows, self.cols)].flatten()
 
     @torch.no_grad()
     def write_(self, gradient: Tensor, packed: Tensor) -> None:
@@ -172,7 +173,7 @@ class _Blocks:
         if self.even and gradient.is_contiguous():
             self._view(gradient)[self.rows, :, self.cols] = packed
         else:
-            gradient[elements_of(self.grid, self.rows, self.cols)] = packed
+            as_matrix(gradient)[elements_of(self.grid, self.rows, self.cols)] = packed
 
     def _view(self, gradient: Tensor) -> Tensor:
         block, (rows, cols) = self.grid.block, self.grid.shape

@@ -18,7 +18,7 @@ def _registered(module: nn.Module, name: str, parameter: nn.Parameter | None) ->
     weight = owned(module, name)
     if weight is None or parameter is None or not is_sharded(parameter):
         return  # what takes the place of a weight otherwise is looked at when an optimizer steps
-    if tuple(parameter.shape) == (weight.grid.rows, weight.grid.cols):
+    if tuple(parameter.shape) == weight.shape:
         check_placement(weight.name, parameter)
         if bind(parameter, weight):
             weight.forget()

@@ -39,3 +39,13 @@ def coverage(mask: Tensor, magnitude: Tensor) -> Tensor:
     for dim in (0, 1):
         best.scatter_(dim, score.argmax(dim, keepdim=True), True)
     return best & mask
+
+
+def safe_among_all(guard: Guard, magnitude: Tensor, count: int, spine: Tensor) -> Tensor:
+    """Blocks that a mask of ``count`` made from ``magnitude`` must have, bool ``[R, C]``: those of the guard as if all
+    were active, or the backbone ``spine`` where they are more than that."""
+    if guard == "coverage":
+        safe = coverage(torch.ones_like(spine), magnitude)
+        if int(safe.count_nonzero()) <= count:
+            return safe
+    return spine

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from mst_compile.blocks.bulk import begins_a_pass, block_mean_abs, block_mean_square, zero_blocks_
 from mst_compile.rules.checks import check_share
+from mst_compile.rules.growth import Growth
 from mst_compile.rules.masks import generator, update_mask
 from mst_compile.rules.schedule import Schedule
 
@@ -54,28 +55,43 @@ def plan_event(
         if rests(weight, parameter, own):
             continue
         count = weight.blocks_at(density)
-        drop = schedule.drop_fraction_at(step) if density < 1 else 0.0
-        active = int(weight.mask.count_nonzero())
-        if schedule.drop_after_pruning and count < active:
-            drop = (active - count + check_share(_DROP, drop) * count) / active
-        if drop == 0.0 and count == active:
+        active = [int(mask.count_nonzero()) for mask in weight.grid.split(weight.mask)]
+        drops = [_drop(schedule, step, density, n, count) for n in active]
+        if not any(drops) and all(n == count for n in active):
             continue
-        only_grows = drop == 0.0 and count > active
+        only_grows = not any(drops) and all(n <= count for n in active)
         magnitude = weight.mask.float() if only_grows else measure(parameter, weight.grid)
         for what, values in (("gradient", weight.scores), ("weight", magnitude)):
             if density < 1 and values is not None and not bool(values.isfinite().all()):
                 return Plan({}, f"the {what} of {weight.name} is not finite")
-        changes[weight.name] = update_mask(
-            weight.mask,
-            weight.safe_blocks(magnitude),
-            magnitude,
-            weight.scores,
-            count,
-            drop,
-            schedule.growth_rule,
-            generator(seed, step, weight.name),
-        )
+        draws = [generator(seed, step, name) for name in weight.matrices]
+        changes[weight.name] = _updated(weight, magnitude, count, drops, schedule.growth_rule, draws)
     return Plan(changes)
+
+
+def _drop(schedule: Schedule, step: int, density: float, active: int, count: int) -> float:
+    """Share of the ``active`` blocks of a matrix that an event drops on its way to ``count`` of them."""
+    drop = schedule.drop_fraction_at(step) if density < 1 else 0.0
+    if schedule.drop_after_pruning and count < active:
+        drop = (active - count + check_share(_DROP, drop) * count) / active
+    return drop
+
+
+def _updated(
+    weight: SparseWeight,
+    magnitude: Tensor,
+    count: int,
+    drops: Sequence[float],
+    growth: Growth,
+    draws: Sequence[torch.Generator],
+) -> Tensor:
+    """The mask after an event, bool ``[R, C]``: each matrix of a stack has one of its own, of ``count`` blocks."""
+    blocks = [weight.mask, weight.safe_blocks(magnitude), magnitude]
+    scores = [None] * len(draws) if weight.scores is None else weight.grid.split(weight.scores)
+    own = zip(*map(weight.grid.split, blocks), scores, drops, draws, strict=True)
+    return torch.cat(
+        [update_mask(mask, safe, m, score, count, drop, growth, draw) for mask, safe, m, score, drop, draw in own]
+    )
 
 
 def rests(weight: SparseWeight, parameter: Tensor, own: Sequence[tuple[SparseWeight, Tensor]]) -> bool:

@@ -13,6 +13,7 @@ from mst_compile.blocks.bulk import block_mean_abs, block_mean_square, sample_of
 from mst_compile.errors import ArgumentError, MaskError, SelectionError, WeightError
 from mst_compile.rules.checks import shown
 from mst_compile.rules.fresh import SIDE, looks_trained
+from mst_compile.rules.guard import safe_among_all
 from mst_compile.rules.masks import generator, magnitude_mask, random_mask
 
 from .event import Plan
@@ -83,7 +84,7 @@ def block_mask(weight: SparseWeight, mask: object) -> Tensor:
         MaskError: it has another shape or dtype, cuts blocks, or leaves nothing of the weight.
     """
     grid = weight.grid
-    whole = (grid.rows, grid.cols)
+    whole = grid.dims
     fits = type(mask) is Tensor and mask.dtype == torch.bool and tuple(mask.shape) in (grid.shape, whole)
     if not fits or mask.is_meta or mask.layout != torch.strided:  # type: ignore[attr-defined]
         raise MaskError(
@@ -95,14 +96,17 @@ def block_mask(weight: SparseWeight, mask: object) -> Tensor:
     if tuple(found.shape) != grid.shape:
         elements = found
         found = block_mean_abs(elements, grid) > 0
-        cut = int((grid.expand(found) != elements).count_nonzero())
+        cut = int((grid.expand(found).view(whole) != elements).count_nonzero())
         if cut:
             raise MaskError(
                 f"the mask of {weight.name}, shape {whole}, cuts its blocks of {grid.block} x {grid.block}: {cut} "
                 "elements are inactive in blocks with active ones. Give whole blocks, or sparsify with block=1"
             )
-    if not bool(found.any()):
-        raise MaskError(f"the mask of {weight.name}, shape {tuple(mask.shape)}, has no active block; one must be")
+    if not all(bool(one.any()) for one in grid.split(found)):
+        of_all = " in one of its matrices" if grid.matrices else ""
+        raise MaskError(
+            f"the mask of {weight.name}, shape {tuple(mask.shape)}, has no active block{of_all}; one must be"
+        )
     return found
 
 
@@ -151,14 +155,19 @@ def plan_first_masks(
         elif choice.way == "magnitude":
             found[weight.name] = _by_magnitude(weight, parameter, weight.blocks_at(density), magnitude)
         else:
-            draw = generator(seed, 0, weight.name)
-            found[weight.name] = random_mask(weight.backbone, weight.blocks_at(density), draw)
+            found[weight.name] = at_random(weight, weight.blocks_at(density), seed)
     return Plan(found)
 
 
+def at_random(weight: SparseWeight, count: int, seed: int) -> Tensor:
+    """A mask of random blocks, those of the backbone among them: ``count``, of a stack in each matrix."""
+    own = zip(weight.grid.split(weight.backbone), weight.matrices, strict=True)
+    return torch.cat([random_mask(backbone, count, generator(seed, 0, name)) for backbone, name in own])
+
+
 def _by_magnitude(weight: SparseWeight, parameter: Tensor, count: int, magnitude: str) -> Tensor:
-    """``count`` blocks: those of largest magnitude, and what the guard keeps."""
-    if count >= weight.grid.blocks:
+    """``count`` blocks, of a stack in each matrix: those of largest magnitude, and what the guard keeps."""
+    if count >= weight.grid.matrix.blocks:
         return torch.ones_like(weight.mask)
     scores = (block_mean_abs if magnitude == "l1" else block_mean_square)(parameter, weight.grid)
     if not bool(scores.isfinite().all()):
@@ -166,4 +175,7 @@ def _by_magnitude(weight: SparseWeight, parameter: Tensor, count: int, magnitude
             f"{weight.name} holds values that are not finite, so that its first mask cannot follow their magnitude; "
             "load the model again, or pass masks='random'"
         )
-    return magnitude_mask(weight.safe_among_all(scores, count), count, scores)
+    own = zip(weight.grid.split(scores), weight.grid.split(weight.backbone), strict=True)
+    return torch.cat(
+        [magnitude_mask(safe_among_all(weight.guard, m, count, backbone), count, m) for m, backbone in own]
+    )

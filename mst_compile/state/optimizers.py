@@ -221,14 +221,14 @@ def zero_state_(
         state = optimizer.state.get(parameter, {})
         for key, book in survey(optimizer).codes.items():
             if key in state:
-                outside = weight.grid.expand(~weight.mask).to(state[key].device)
+                outside = weight.outside(state[key].device)
                 state[key].masked_fill_(outside, int((state[book] == 0).nonzero()[0]))
 
 
 def not_of_elements(optimizer: optim.Optimizer, weight: SparseWeight, parameter: Tensor) -> list[str]:
     """Keys of what was taken for state of single elements and is none: it has not stayed 0 where weight and gradient
     were 0 for a step. Of sharded state nothing is known."""
-    outside = weight.grid.expand(~weight.mask)
+    outside = weight.outside(torch.device("cpu"))
     found = []
     for key, value in state_like(optimizer, parameter):
         if type(value) in (Tensor, Parameter) and bool((value.detach()[outside.to(value.device)] != 0).any()):
@@ -239,7 +239,7 @@ def not_of_elements(optimizer: optim.Optimizer, weight: SparseWeight, parameter:
 def _zero_wrapped_(what: str, value: Tensor, weight: SparseWeight, first: bool) -> None:
     """Through the subclass's own copies, as of 8-bit state: what an address would show is not its numbers. Where all is
     0 already nothing is written, unless it is the ``first`` time: what is coded anew may be rounded anew."""
-    outside = weight.grid.expand(~weight.mask).to(value.device)
+    outside = weight.outside(value.device)
     try:
         plain = torch.empty(value.shape, dtype=torch.float32, device=value.device)
         plain.copy_(value)

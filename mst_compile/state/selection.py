@@ -14,12 +14,15 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.layout import are_one_matrix, as_matrix
 from mst_compile.blocks.shards import is_sharded
 from mst_compile.errors import BlockSizeError, SelectionError, WeightError
 from mst_compile.lowering import device as devices
 from mst_compile.rules.checks import as_whole, check_sparsity, shown
 from mst_compile.rules.density import layer_densities
 from mst_compile.rules.schedule import Schedule
+
+from . import stacks
 
 MAX_BLOCK = 128
 MIN_BLOCK = devices.FINEST_BLOCK  # finer blocks are taken as they are asked for
@@ -85,15 +88,6 @@ def _is_projection(module: nn.Module, attribute: str) -> bool:
     return isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight")
 
 
-def _is_stack(parameter: Tensor, holders: Iterable[tuple[nn.Module, str]]) -> bool:
-    """Whether a parameter is a stack of matrices that something is multiplied with, as of experts that share one
-    Parameter, by its form: kernels of convolutions have as many dimensions."""
-    if parameter.dim() != 3 or not parameter.is_floating_point() or parameter.shape[0] < 2:
-        return False
-    of_another_kind = any(isinstance(m, nn.Bilinear) or "conv" in type(m).__name__.lower() for m, _ in holders)
-    return min(parameter.shape[1:]) >= MIN_BLOCK and not of_another_kind
-
-
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:
     if patterns is None:
         return None
@@ -130,16 +124,18 @@ def select(
     block = check_block(block)
     selection = _find(model, _patterns("include", include), _patterns("exclude", exclude))
     candidates = selection.candidates
-    shapes = [(c.parameter.shape[0], c.parameter.shape[1]) for c in candidates]
+    shapes = [(c.parameter.shape[-2], c.parameter.shape[-1]) for c in candidates]
+    counts = [c.parameter.shape[:-2].numel() for c in candidates]
     _take_overrides(candidates, overrides)
     highest = schedule.max_sparsity
     special = [c.override.sparsity for c in candidates]
-    densities = layer_densities(shapes, highest, schedule.distribution, special, highest)
+    densities = layer_densities(shapes, highest, schedule.distribution, special, highest, counts)
     too_small = []
     for candidate, shape, density in zip(candidates, shapes, densities, strict=True):
         candidate.density = density
         wanted = candidate.override.block or block
-        candidate.grid, candidate.note = _grid(candidate.parameter.device, shape, density, wanted, backbone)
+        parameter = candidate.parameter
+        candidate.grid, candidate.note = _grid(parameter.device, tuple(parameter.shape), density, wanted, backbone)
         if wanted is not None and wanted > min(shape):
             too_small.append(candidate.name)
     if block is not None and len(too_small) == len(candidates):
@@ -208,12 +204,23 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
             if id(parameter) in linear:
                 selection.skipped[name] = "in exclude" if wanted else "not in include"
             continue
-        if parameter.dim() == 3 and (named or _is_stack(parameter, owners[id(parameter)])):
-            selection.skipped[name] = _why_no_stack(parameter)
-            selection.stacked += parameter.numel()
+        holders = owners[id(parameter)]
+        stacked = stacks.is_stack(parameter, holders)
+        if not stacked and parameter.dim() != 2:
+            if named and parameter.dim() == 3:
+                selection.skipped[name] = f"no matrix and no stack of matrices, by its shape {tuple(parameter.shape)}"
             continue
-        if not (named if include is not None else id(parameter) in linear) or parameter.dim() != 2:
-            if id(parameter) in linear:
+        if stacked:
+            reason = stacks.why_not(parameter)
+            if reason is None and include is None and not stacks.of_experts(aliases, holders):
+                reason = "a stack of matrices that nothing says are weights of linear layers: include it if they are"
+            if reason is not None:
+                selection.skipped[name] = reason
+                selection.stacked += parameter.numel()
+                continue
+        by_itself = stacked or id(parameter) in linear
+        if not (named if include is not None else by_itself):
+            if by_itself:
                 selection.skipped[name] = "not in include"
             continue
         if exclude is not None and any(_matches(alias, exclude) for alias in aliases):
@@ -223,10 +230,9 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
         if reason is not None:
             selection.skipped[name] = reason
             continue
-        if min(parameter.shape) < MIN_BLOCK:
+        if min(parameter.shape[-2:]) < MIN_BLOCK:
             selection.skipped[name] = f"shape {tuple(parameter.shape)} is narrower than a block of {MIN_BLOCK}"
             continue
-        holders = owners[id(parameter)]
         _check_weight(name, parameter, holders)
         selection.candidates.append(Candidate(name, parameter, holders, tied=len(holders) > 1))
     for argument, patterns in (("include", include), ("exclude", exclude)):
@@ -236,31 +242,29 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
                 f"{argument}: {', '.join(map(repr, lost))} match no parameter; names look like "
                 f"{', '.join(repr(n) for n, p in model.named_parameters() if not is_lazy(p) and p.dim() == 2)[:200]}"
             )
-    _check_matrices(model, {pattern: hit[pattern] for pattern in include or []})
+    _check_matrices(model, {pattern: hit[pattern] for pattern in include or []}, owners)
     if not selection.candidates:
         raise SelectionError(
-            "the model has no weight that can be made sparse: nn.Linear and Hugging Face Conv1D weights are found by "
-            "themselves, any 2-D parameter can be named by include, a frozen one too (scripted and quantised modules "
-            f"have none); skipped: {selection.skipped or 'none'}"
+            "the model has no weight that can be made sparse: nn.Linear and Hugging Face Conv1D weights and stacks of "
+            "experts are found by themselves, any other matrix and stack of matrices can be named by include, a frozen "
+            "one too (scripted and quantised modules have none); skipped: "
+            f"{selection.skipped or 'none'}"
         )
     return selection
 
 
-def _why_no_stack(parameter: Tensor) -> str:
-    shape = tuple(parameter.shape)
-    return f"a stack of matrices in one Parameter {shape}, as of experts; only single matrices can be sparse"
-
-
-def _check_matrices(model: nn.Module, included: Mapping[str, list[str]]) -> None:
-    """Raise :class:`SelectionError` if a pattern of ``include`` names parameters and no matrix among them."""
+def _check_matrices(
+    model: nn.Module, included: Mapping[str, list[str]], owners: Mapping[int, list[tuple[nn.Module, str]]]
+) -> None:
+    """Raise :class:`SelectionError` if a pattern of ``include`` names parameters and no matrix or stack among them."""
     parameters = dict(model.named_parameters())
     for pattern, names in included.items():
         found = [parameters[name] for name in names]
-        if not any(is_lazy(p) or p.dim() == 2 for p in found):
+        if not any(is_lazy(p) or p.dim() == 2 or stacks.is_stack(p, owners[id(p)]) for p in found):
             raise SelectionError(
                 f"include: {pattern!r} names no matrix, only {names[0]} of shape {tuple(found[0].shape)}"
                 f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}; weights of two dimensions can be sparse, "
-                "and stacks of them, as experts in one Parameter are, cannot"
+                "and stacks of them in one Parameter of three"
             )
 
 
@@ -311,7 +315,9 @@ def _problem(parameter: Tensor) -> str | None:
         return "was made under torch.inference_mode and cannot be trained; make or load the model outside of it"
     if not parameter.is_leaf:
         return "is computed from other tensors (no leaf), so that no optimizer can train it; sparsify its source"
-    if not is_sharded(parameter) and _overlaps(parameter):
+    if parameter.dim() == 3 and not is_sharded(parameter) and not are_one_matrix(parameter):
+        return stacks.problem(parameter)
+    if not is_sharded(parameter) and _overlaps(as_matrix(parameter)):
         return (
             f"has elements that share memory (shape {tuple(parameter.shape)}, strides {parameter.stride()}), as after "
             "expand: replace it by nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))"
@@ -374,30 +380,39 @@ def _share_elements(one: Tensor, other: Tensor) -> bool:
 
 
 def _grid(
-    device: torch.device, shape: tuple[int, int], density: float, block: int | None, backbone: bool = True
+    device: torch.device, shape: tuple[int, ...], density: float, block: int | None, backbone: bool = True
 ) -> tuple[BlockGrid, str]:
-    """The block grid of a weight; shrunk where the weight or the backbone is too coarse for the asked block."""
+    """The block grid of a weight; shrunk where the weight or the backbone is too coarse for the asked block, or the
+    block does not divide the rows of a stack's matrices."""
     record = devices.of(device.type)
     wanted = block or record.default_block
+    rows, cols = shape[-2:]
     if wanted < MIN_BLOCK:
-        return BlockGrid(*shape, wanted), ""
+        return BlockGrid.over(shape, wanted), ""
     size, finest = wanted, max(record.finest_block, MIN_BLOCK)
-    while size > finest and (
-        size > min(shape) or (backbone and _backbone_share(BlockGrid(*shape, size)) > density / 2)
+    coarsest = wanted
+    while len(shape) == 3 and rows % coarsest:
+        coarsest //= 2
+    while size > coarsest or (
+        size > finest
+        and (size > min(rows, cols) or (backbone and _backbone_share(BlockGrid(rows, cols, size)) > density / 2))
     ):
         size //= 2
-    grid = BlockGrid(*shape, size)
+    grid = BlockGrid.over(shape, size)
     note = ""
-    if size != wanted and not backbone:
-        note = f"block {wanted} -> {size}: the weight has only {min(shape)} rows or columns"
+    if size == coarsest != wanted:
+        note = f"block {wanted} -> {size}: matrices of a stack have {rows} rows, and no block may lie in two of them"
+    elif size != wanted and not backbone:
+        note = f"block {wanted} -> {size}: the weight has only {min(rows, cols)} rows or columns"
     elif size != wanted:
-        share = _backbone_share(BlockGrid(*shape, wanted))
+        share = _backbone_share(BlockGrid(rows, cols, wanted))
         note = (
             f"block {wanted} -> {size}: at {wanted} the backbone alone would take {share:.0%} of the weight, "
             f"target density {density:.0%}"
         )
-    if backbone and density < 1 and _backbone_share(grid) > density:
-        note += f"{'; ' * bool(note)}density cannot fall below the backbone's {_backbone_share(grid):.0%}"
+    share = _backbone_share(grid.matrix)
+    if backbone and density < 1 and share > density:
+        note += f"{'; ' * bool(note)}density cannot fall below the backbone's {share:.0%}"
     return grid, note
 
 

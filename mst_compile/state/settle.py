@@ -15,6 +15,7 @@ from torch import nn
 
 from mst_compile.blocks.bulk import block_mean_square
 from mst_compile.errors import MSTWarning
+from mst_compile.rules.guard import safe_among_all
 from mst_compile.rules.masks import following_mask
 
 from .weight import SparseWeight
@@ -45,9 +46,12 @@ def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = Fal
 
 
 def _following(weight: SparseWeight, magnitude: torch.Tensor) -> torch.Tensor:
-    """As many active blocks as there are now, where the values are largest."""
-    count = int(weight.mask.sum())
-    return following_mask(weight.mask, magnitude.float(), count, weight.safe_among_all(magnitude, count))
+    """As many active blocks as there are now, in each matrix, where the values are largest."""
+    split, found = weight.grid.split, []
+    for mask, own, backbone in zip(split(weight.mask), split(magnitude), split(weight.backbone), strict=True):
+        count = int(mask.sum())
+        found.append(following_mask(mask, own.float(), count, safe_among_all(weight.guard, own, count, backbone)))
+    return torch.cat(found)
 
 
 def _warn(cut: dict[str, float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -50,13 +50,13 @@ class SparseWeight:
 
     Attributes:
         name: the parameter's name in the model.
-        grid: the block grid over the weight as stored.
+        grid: the block grid over the weight as stored; of a stack of matrices in one Parameter over all their rows.
         density_target: density that the layer distribution gives at the schedule's highest sparsity.
         mask: bool ``[R, C]`` on the CPU, the active blocks.
         backbone: bool ``[R, C]``, the backbone, active in first masks; empty without a guard.
         guard: which blocks a topology event may not drop.
-        index: the packed index on the weight's device, of ``part`` where there is one; ``None`` where no kernel could
-            ever ask for it.
+        index: the packed index on the weight's device, of ``part`` where there is one; of a stack one for each matrix;
+            ``None`` where no kernel could ever ask for it.
         part: what products multiply on this rank of a tensor-parallel weight; None if that is the whole.
         note: why the block differs from the one asked for, or why the weight stays dense.
         active: number of elements in active blocks.
@@ -129,7 +129,7 @@ class SparseWeight:
         grid = candidate.grid
         assert grid is not None
         mask = torch.ones(grid.shape, dtype=torch.bool, device="cpu")
-        backbone = torch.zeros_like(mask) if guard == "none" else wrapped_diagonal(grid.shape)
+        backbone = torch.zeros_like(mask) if guard == "none" else _backbone(grid)
         index = _new_index(grid, candidate.parameter.device)
         density, tied, note = candidate.density, candidate.tied, candidate.note
         weight = cls(candidate.name, grid, density, mask, backbone, guard, index, tied, note, attention=attention)
@@ -139,12 +139,28 @@ class SparseWeight:
     def __post_init__(self) -> None:
         # Plain attributes: the backend reads them at every call.
         self.numel = self.grid.rows * self.grid.cols
+        self.shape = self.grid.dims
         self._lay_out(self.part)
 
     def _lay_out(self, part: Part | None) -> None:
         self.part = part
-        self.multiplied = self.grid if part is None else part.grid(self.grid.block)
-        self.signature = (self.multiplied.rows, self.multiplied.cols, self.multiplied.block)
+        self._indexed = self.grid
+        if part is not None:
+            own = part.grid(self.grid.block)
+            self._indexed = replace(own, matrices=part.rows // self.grid.matrix.rows) if self.grid.matrices else own
+        self.multiplied = self._indexed.matrix
+        stack = (self._indexed.matrices,) if self.grid.matrices else ()
+        self.signature = (self.multiplied.rows, self.multiplied.cols, self.multiplied.block, *stack)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a stack of matrices in one Parameter, as of experts."""
+        return self.grid.matrices > 0
+
+    @property
+    def matrices(self) -> list[str]:
+        """A name for each matrix, which its random numbers are drawn by: that of the weight if it is no stack."""
+        return [f"{self.name}[{i}]" for i in range(self.grid.matrices)] if self.stacked else [self.name]
 
     @property
     def density(self) -> float:
@@ -172,21 +188,18 @@ class SparseWeight:
         return self.active == self.numel
 
     def blocks_at(self, density: float) -> int:
-        """Number of active blocks at a target density."""
-        return active_count(density, self.grid.blocks, max(1, int(self.backbone.sum())))
+        """Number of active blocks at a target density; of a stack in each matrix."""
+        grid = self.grid.matrix
+        return active_count(density, grid.blocks, max(1, int(self.backbone[: grid.block_rows].sum())))
 
     def safe_blocks(self, magnitude: Tensor) -> Tensor:
         """Blocks that a topology event may not drop, bool ``[R, C]``, given the blocks' ``magnitude``."""
-        return coverage(self.mask, magnitude) if self.guard == "coverage" else self.backbone
+        return self._covered(self.mask, magnitude) if self.guard == "coverage" else self.backbone
 
-    def safe_among_all(self, magnitude: Tensor, count: int) -> Tensor:
-        """Blocks that a mask of ``count`` made from ``magnitude`` must have, bool ``[R, C]``: those of the guard as if
-        all were active, or the backbone where they are more than that."""
-        if self.guard == "coverage":
-            safe = coverage(torch.ones_like(self.mask), magnitude)
-            if int(safe.count_nonzero()) <= count:
-                return safe
-        return self.backbone
+    def _covered(self, mask: Tensor, magnitude: Tensor) -> Tensor:
+        """What covers every row and column of blocks, of each matrix."""
+        pairs = zip(self.grid.split(mask), self.grid.split(magnitude), strict=True)
+        return torch.cat([coverage(*pair) for pair in pairs])
 
     def set_mask(self, mask: Tensor) -> None:
         """Take over ``mask`` and write the index in place."""
@@ -201,15 +214,19 @@ class SparseWeight:
         epoch.value += 1
         if self.index is not None:
             mask = self.mask if self.part is None else reaching(self.mask, self.part, self.grid.block)
-            write_index(self.index, self.multiplied, mask, dense_grad=self.dense_grad, changes=self.changes)
+            write_index(self.index, self._indexed, mask, dense_grad=self.dense_grad, changes=self.changes)
         self.unwritten = False
 
     def set_dense_grad(self, wanted: bool) -> None:
         """Ask kernels for the gradient on all blocks (growth reads it), or on the active ones alone."""
         if wanted != self.dense_grad:
             if self.index is not None:
-                self.index[DENSE_GRAD].fill_(int(wanted))  # an assignment would copy a number from the host
+                self.index[..., DENSE_GRAD].fill_(int(wanted))  # an assignment would copy a number from the host
             self.dense_grad = wanted
+
+    def outside(self, device: torch.device) -> Tensor:
+        """Which elements lie outside the active blocks: bool, of the weight's shape."""
+        return self.grid.expand(~self.mask).view(self.shape).to(device)
 
     def zero_inactive_(self, tensor: Tensor) -> None:
         """Set a tensor of the weight's shape to 0 outside the active blocks, in place."""
@@ -242,11 +259,11 @@ class SparseWeight:
         """Follow a weight that was moved."""
         if self.index is None:
             with unset_fake_temporarily(), torch.inference_mode(False):  # also while a graph is compiled
-                self.index = _new_index(self.multiplied, device)
+                self.index = _new_index(self._indexed, device)
                 if self.index is not None:
                     self._write_index()
         elif self.index.device != device:
-            self.index = self.index.to(device) if _has_index(self.multiplied, device) else None
+            self.index = self.index.to(device) if _has_index(self._indexed, device) else None
             epoch.value += 1
 
     # -- zeros: what is known of them --
@@ -378,9 +395,15 @@ def mask_gradients(gradients: Iterable[tuple[SparseWeight, Tensor]]) -> None:
         weight.note_masked(gradient)
 
 
+def _backbone(grid: BlockGrid) -> Tensor:
+    return wrapped_diagonal(grid.matrix.shape).repeat(grid.count, 1)
+
+
 def _has_index(grid: BlockGrid, device: torch.device) -> bool:
     """Whether a device may have kernels for such blocks. An index of fine ones is larger than the weight itself; and of
     some weights a rank holds nothing."""
+    if grid.matrices and not devices.of(device.type).multiplies_stacks:
+        return False
     return grid.rows * grid.cols > 0 and grid.block >= min(devices.of(device.type).finest_block, devices.FINEST_BLOCK)
 
 

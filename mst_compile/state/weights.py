@@ -102,8 +102,9 @@ class Weights:
 
     def densities(self, schedule: Schedule, sparsity: float) -> list[float]:
         """Target density of each weight when ``schedule`` is at ``sparsity``."""
-        shapes = [(w.grid.rows, w.grid.cols) for w in self]
-        return layer_densities(shapes, sparsity, schedule.distribution, self._overrides, schedule.max_sparsity)
+        grids = [w.grid.matrix for w in self]
+        shapes, counts = [(grid.rows, grid.cols) for grid in grids], [w.grid.count for w in self]
+        return layer_densities(shapes, sparsity, schedule.distribution, self._overrides, schedule.max_sparsity, counts)
 
     def bind(self, parameters: dict[str, Tensor]) -> None:
         """Hang the weights' state on their Parameters."""
