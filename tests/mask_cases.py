@@ -22,7 +22,8 @@ def expand(mask: Tensor, rows: int, cols: int, block: int) -> Tensor:
 def element_masks(model: nn.Module) -> dict[str, Tensor]:
     """Parameter name -> elementwise mask, of each sparse weight of a model, where the weight is."""
     own, parameters = mst_compile.sparsifier(model), dict(model.named_parameters(remove_duplicate=False))
-    found = {n: expand(own.masks[n], w.grid.rows, w.grid.cols, w.grid.block) for n, w in own.weights.items()}
+    grids = {n: (w.grid.rows, w.grid.cols, w.grid.block, w.shape) for n, w in own.weights.items()}
+    found = {n: expand(own.masks[n], *edges).view(shape) for n, (*edges, shape) in grids.items()}
     return {n: mask.to(parameters[n].device) if n in parameters else mask for n, mask in found.items()}
 
 

@@ -45,12 +45,13 @@ from mst_compile.rules.checks import (
 )
 from mst_compile.rules.patterns import FULL, Parts, pairs
 from mst_compile.state.selection import is_linear
-from mst_compile.state.sparsifier import parts_of
+from mst_compile.state.sparsifier import Sparsifier, parts_of
 from mst_compile.state.weight import SparseWeight
 
 
 def linear_training(weight: SparseWeight, *, dense_grad: bool = False) -> int:
-    """FLOPs per token of forward, grad-input and grad-weight of one sparse weight.
+    """FLOPs per token of forward, grad-input and grad-weight of one sparse weight; of a stack of matrices those of the
+    ``visits`` matrices that a token goes to.
 
     Args:
         dense_grad: grad-weight on all blocks, as on the steps before a topology event that grows by gradient.
@@ -60,7 +61,13 @@ def linear_training(weight: SparseWeight, *, dense_grad: bool = False) -> int:
     """
     check_instance("weight", weight, SparseWeight, "a SparseWeight, as in sparsifier(model).weights")
     check_flag("dense_grad", dense_grad)
-    return 4 * weight.active + 2 * (weight.numel if dense_grad else weight.active)
+    return round((4 * weight.active + 2 * (weight.numel if dense_grad else weight.active)) * weight.per_token)
+
+
+def elements_per_token(own: Sparsifier) -> float:
+    """How many elements of the sparse weights a token is multiplied with at density 1: all, but of a stack of matrices
+    those of the ones that it goes to."""
+    return float(sum(weight.numel * weight.per_token for weight in own.weights.values()))
 
 
 def dense_linear_training(model: nn.Module) -> int:
@@ -179,8 +186,7 @@ class Meter:
     @property
     def dense(self) -> float:
         """FLOPs of a step of the dense model."""
-        sizes = sum(weight.numel for own in self._sparsifiers for weight in own.weights.values())
-        return 6.0 * self.tokens_per_step * sizes + self.rest
+        return 6.0 * self.tokens_per_step * sum(map(elements_per_token, self._sparsifiers)) + self.rest
 
 
 class _ThroughCompiled(_FlopCounterMode):

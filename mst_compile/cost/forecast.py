@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mst_compile.api import sparsify
 from mst_compile.cost.decision import Decision, amdahl, disagreement, eaten, step_limit
-from mst_compile.cost.flops import check_tokens, dense_linear_training
+from mst_compile.cost.flops import check_tokens, dense_linear_training, elements_per_token
 from mst_compile.cost.hardware import bandwidth_of, default_options, estimate, table_of
 from mst_compile.cost.inputs import check_loss, check_optimizer, check_options, steps_of
 from mst_compile.cost.rates import Rates, differentiate, kept, measure
@@ -324,13 +324,13 @@ def _price(price: float | None, timed: bool) -> float | None:
 
 
 def _communication(model: nn.Module, own: Sparsifier, ranks: int, speed: float) -> tuple[float, float]:
-    """Seconds that ranks take for a gradient element of a sparse weight, and a step for all other gradients: a ring
-    moves each byte ``2 (ranks - 1) / ranks`` times."""
+    """Seconds that ranks take for the gradient of each element of the sparse weights that a token meets, and a step for
+    all other gradients: a ring moves each byte ``2 (ranks - 1) / ranks`` times."""
     sparse = {id(p): p for _, p in own.parameters()}
     sizes = [p.numel() * p.element_size() for p in sparse.values()]
     other = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and id(p) not in sparse)
     factor = 2 * (ranks - 1) / ranks / speed
-    return factor * sum(sizes) / sum(p.numel() for p in sparse.values()), factor * other
+    return factor * sum(sizes) / elements_per_token(own), factor * other
 
 
 def _sparse(model: nn.Module, schedule: Schedule | None, options: dict[str, Any]) -> tuple[nn.Module, Sparsifier]:
@@ -361,7 +361,7 @@ def _rest(model: nn.Module, own: Sparsifier, tokens: int, loss: Callable[[], Ten
             "what loss returns depends on no parameter of the model: it must run the model that is forecast, "
             "lambda: model(x, y)"
         )
-    sparse = 6.0 * tokens * sum(w.numel for w in own.weights.values())
+    sparse = 6.0 * tokens * elements_per_token(own)
     return max(0.0, counter.get_total_flops() - sparse)
 
 
@@ -378,7 +378,7 @@ def _phase(
 ) -> Phase:
     """Sums and means over the steps of a phase."""
     steps, share = stop - start, line.share(start, stop)
-    total = sum(w.numel for w in own.weights.values())
+    total = elements_per_token(own)
     active, gradient = line.active, line.gradient
     sparse = active < (1.0 if rates is None else rates.threshold) * total
     values = {
@@ -386,7 +386,7 @@ def _phase(
         TOKENS: float(tokens),
         REST: rest,
         ATTENTION_SAVED: 0.0 if rates is None else rates.attention_flops,
-        ELEMENTS: float(total),
+        ELEMENTS: total,
         ACTIVE: _mean(active, share),
         GRADIENT: _mean(gradient, share),
         SPARSE: float(share[sparse].sum()),

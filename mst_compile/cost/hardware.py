@@ -60,6 +60,7 @@ def estimate(model: nn.Module, own: Sparsifier, hardware: str, tokens: int) -> R
     """
     table = table_of(hardware)
     weights = list(own.weights.values())
+    _check_stacks(hardware, weights)
     _check_blocks(hardware, table, weights)
     step = table["step"]
     beside = (step["dense_s"] - step["dense_products_s"]) / (step["tokens"] * step["features"])
@@ -95,6 +96,15 @@ def estimate(model: nn.Module, own: Sparsifier, hardware: str, tokens: int) -> R
     whole_step = other + sum(dense)  # both under Inductor, by the library's products
     by = "as Inductor runs it"
     return Rates(fixed, per_element, more_gradient, whole_step, whole_step, threshold, 0.0, 0.0, baseline_is=by)
+
+
+def _check_stacks(hardware: str, weights: Sequence[SparseWeight]) -> None:
+    stack = next((w for w in weights if w.stacked), None)
+    if stack is not None:
+        raise ForecastError(
+            f"{hardware} has no measured rates for stacks of matrices, as of experts, and {stack.name} is one of shape "
+            f"{stack.shape}: forecast on the machine itself (loss=...), or name the stacks in exclude"
+        )
 
 
 def _check_blocks(hardware: str, table: dict[str, Any], weights: Sequence[SparseWeight]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -104,8 +105,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 def counts(rows: Sequence[Row]) -> list[str]:
     """Of how many weights what is true."""
     sparse, dense = [r for r in rows if r.block is not None], [r for r in rows if r.block is None]
-    elements = sum(r.shape[0] * r.shape[1] for r in sparse)
-    density = sum(r.density * r.shape[0] * r.shape[1] for r in sparse) / max(1, elements)
+    elements = sum(math.prod(r.shape) for r in sparse)
+    density = sum(r.density * math.prod(r.shape) for r in sparse) / max(1, elements)
     served, wrong = sum(r.kernel == "block-sparse" for r in sparse), sum(r.exception for r in rows)
     lines = [f"{len(sparse)} sparse weights, density {density:.3f}: {served} in block-sparse products"]
     left = sum(not r.exception for r in dense)

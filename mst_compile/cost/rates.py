@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from mst_compile.blocks.bulk import block_mean_square
 from mst_compile.blocks.index import new_index, write_index
 from mst_compile.cost.baseline import Baseline
-from mst_compile.cost.flops import attention_saving
+from mst_compile.cost.flops import attention_saving, elements_per_token
 from mst_compile.errors import ForecastError, MSTError
 from mst_compile.rules.checks import shown
 from mst_compile.rules.schedule import events_of
@@ -84,7 +84,7 @@ def measure(
         ForecastError: an optimizer steps within the backward pass. It is stopped before it changes anything.
     """
     own = sparsifier(model)
-    active: dict[str, int] = {}
+    active: dict[str, float] = {}
     queries: list[tuple[int, ...]] = []
     twin, taken = None if optimizer is None else _copy(optimizer), list[float]()
     with kept(model):
@@ -109,7 +109,7 @@ def measure(
                     taken.append(_step(twin))  # after a pass, as in training: caches hold other things
         event = _event(model, rounds, steps)
     median = {name: _median(found) for name, found in times.items()}
-    total, span = sum(w.numel for w in own.weights.values()), active["middle"] - active["top"]
+    total, span = elements_per_token(own), active["middle"] - active["top"]
     per_element = max(0.0, (median["middle"] - median["top"]) / span) if span > 0 else 0.0
     fixed = median["top"] - per_element * active["top"]
     dense = median.get("dense", fixed + per_element * total)
@@ -201,13 +201,13 @@ def _no_steps(parameters: set[int]) -> AbstractContextManager[None]:
     return refusing_steps(refuse)
 
 
-def _set_masks(model: nn.Module, sparsity: float, dense_grad: bool) -> int:
-    """Random masks of the schedule's densities at ``sparsity``; returns the number of active elements."""
+def _set_masks(model: nn.Module, sparsity: float, dense_grad: bool) -> float:
+    """Random masks of the schedule's densities at ``sparsity``; returns how many active elements a token meets."""
     own = sparsifier(model)
     for density, weight in zip(own.densities(sparsity), own.weights.values(), strict=True):
         weight.set_mask(at_random(weight, weight.blocks_at(density), seed=0))
         weight.set_dense_grad(dense_grad and weight.density_target < 1)
-    return sum(w.active for w in own.weights.values())
+    return sum(w.active * w.per_token for w in own.weights.values())
 
 
 def _synchronize() -> None:

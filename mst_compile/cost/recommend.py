@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mst_compile.api import densify, sparsify
 from mst_compile.cost.fitted import FIT
-from mst_compile.cost.flops import check_tokens
+from mst_compile.cost.flops import check_tokens, elements_per_token
 from mst_compile.cost.forecast import Forecast, of_run, rest_of
 from mst_compile.cost.inputs import check_loss, check_options, steps_of
 from mst_compile.errors import ForecastError
@@ -173,7 +173,7 @@ def recommend(
     twin = sparsify(copy.deepcopy(model), Constant(0.5, growth="none"), **options)  # the only copy
     own = sparsifier(twin)
     rest = rest_of(model, twin, own, per_step, loss)
-    task = Task(sum(w.numel for w in own.weights.values()), rest / per_step, steps * per_step, unique)
+    task = Task(round(elements_per_token(own)), rest / per_step, steps * per_step, unique)
     found = sorted(_options(task, end, steps), key=lambda option: option.share)
     option = _choose(found, task, budget)
     expected = None

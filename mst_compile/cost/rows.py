@@ -80,9 +80,11 @@ def _row(part: Part, name: str, weight: SparseWeight, parameter: nn.Parameter) -
     status += f"; {weight.note}" if weight.note else ""
     status += "; tied" if weight.tied else ""
     grid = weight.grid
-    target = max(weight.density_target, 1 / min(grid.shape))
-    flops = linear_training(weight), 6 * weight.numel
-    shape = (grid.rows, grid.cols)
+    target = max(weight.density_target, 1 / min(grid.matrix.shape))
+    flops = linear_training(weight), round(6 * weight.numel * weight.per_token)
+    shape = weight.shape
+    if weight.stacked:
+        status += f"; FLOPs of a token in {weight.visits} of its {grid.matrices} matrices"
     nonzero = _nonzero(parameter)
     return Row(name, shape, grid.block, weight.density, nonzero, target, kernel, status, *flops, exception)
 
@@ -130,8 +132,7 @@ def _around(model: nn.Module, name: str) -> list[nn.Module]:
 
 def _replaced(part: Part, name: str, weight: SparseWeight, parameter: nn.Parameter | None, inside: bool) -> Row | None:
     """The row of a weight in whose place the model holds something else; None if the weight is there."""
-    grid = weight.grid
-    was = f"it was made sparse as {grid.rows}x{grid.cols}"
+    was = f"it was made sparse as {'x'.join(map(str, weight.shape))}"
     advice = "sparsify after such changes (densify first)"
     if not inside:
         try:

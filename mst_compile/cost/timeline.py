@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mst_compile.cost.flops import elements_per_token
 from mst_compile.rules.density import active_count
 from mst_compile.rules.events import Events
 from mst_compile.rules.schedule import Schedule, events_of
@@ -64,7 +65,7 @@ def timeline(own: Sparsifier, steps: int) -> Timeline:
 
     The schedule is asked where something changes, at up to ``2**15`` events.
     """
-    schedule, total = own.schedule, float(sum(w.numel for w in own.weights.values()))
+    schedule, total = own.schedule, elements_per_token(own)
     events = events_of(schedule, steps + max(1, schedule.growth_rule.gradient_steps) - 1)
     inside = events.until(steps - 1)
     gaps = range(0, inside + 1, 1 + inside // _MOST)  # number i begins with event i - 1, the first with the run
@@ -84,10 +85,11 @@ def timeline(own: Sparsifier, steps: int) -> Timeline:
 
 
 def _active_at(own: Sparsifier, sparsities: set[float]) -> dict[float, float]:
-    """Active elements of all sparse weights at each target sparsity; ragged blocks count as the mean block."""
+    """Active elements of all sparse weights that a token meets at each target sparsity; ragged blocks count as the mean
+    block."""
     weights = list(own.weights.values())
     # How few blocks a weight can have is asked once: it means counting its backbone.
-    sizes = [(w.grid.matrix.blocks, w.blocks_at(0.0), w.numel / w.grid.matrix.blocks) for w in weights]
+    sizes = [(w.grid.matrix.blocks, w.blocks_at(0.0), w.numel * w.per_token / w.grid.matrix.blocks) for w in weights]
     return {
         sparsity: sum(
             active_count(density, blocks, least) * size

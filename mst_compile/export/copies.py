@@ -37,6 +37,7 @@ def to_bsr(model: nn.Module) -> dict[str, Tensor]:
     A tensor holds the values of the active blocks alone, copied, in the weight's shape, dtype and device; an active
     block of zeros is held too, and so is a block outside the mask that holds values all the same. BSR knows whole
     blocks only, so a weight whose shape its block does not divide gets the largest block that does.
+    Stacks of matrices in one Parameter, as of experts, are left out: BSR wants as many blocks of each matrix.
     ``model.state_dict() | to_bsr(model)`` is the whole model, and ``to_dense()`` gives back each weight bit for bit.
     What can be multiplied with them is up to PyTorch.
 
@@ -49,6 +50,7 @@ def to_bsr(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: _bsr(parameter.detach(), weight, active(weight, parameter))
         for name, weight, parameter in weights_of(model)
+        if not weight.stacked
     }
 
 

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from mst_compile.api import sparsify
-from mst_compile.cost.flops import Meter, dense_linear_training
+from mst_compile.cost.flops import Meter, dense_linear_training, elements_per_token
 from mst_compile.errors import (
     AlreadySparseError,
     ArgumentError,
@@ -216,7 +216,8 @@ class MSTCallback(TrainerCallback, ExportableState):
             "sparsity": [sparsity_of(each.schedule, each.step_count) for each in own],
         }
         found = {n: sum(s * v for s, v in zip(sizes, vs, strict=True)) / sum(sizes) for n, vs in mean.items()}
-        dense = self._counts["steps"] * (6 * sum(sizes) + dense_linear_training(model))
+        met = sum(map(elements_per_token, own))
+        dense = self._counts["steps"] * (6 * met + dense_linear_training(model))
         found["flops_saved"] = 1 - self._counts["flops"] / dense if dense else 0.0
         found |= {name: self._counts[name] for name in ("events", "dropped", "grown")}
         return {f"{_OWN}{name}": value for name, value in found.items()}

@@ -31,7 +31,7 @@ def describe(run: Run) -> dict[str, Any]:
 
 def digest(weight: SparseWeight) -> str:
     """Of the block grid and the mask."""
-    data = f"{weight.grid.rows}x{weight.grid.cols}/{weight.grid.block}".encode()
+    data = f"{'x'.join(map(str, weight.shape))}/{weight.grid.block}".encode()
     return hashlib.sha256(data + weight.mask.numpy().tobytes()).hexdigest()
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mst_compile.blocks.bulk import block_mean_abs, block_mean_square, sample_of
+from mst_compile.blocks.layout import as_matrix
 from mst_compile.errors import ArgumentError, MaskError, SelectionError, WeightError
 from mst_compile.rules.checks import shown
 from mst_compile.rules.fresh import SIDE, looks_trained
@@ -85,6 +86,8 @@ def block_mask(weight: SparseWeight, mask: object) -> Tensor:
     """
     grid = weight.grid
     whole = grid.dims
+    if grid.matrices and isinstance(mask, Tensor) and tuple(mask.shape) == (grid.matrices, *grid.matrix.shape):
+        mask = as_matrix(mask)
     fits = type(mask) is Tensor and mask.dtype == torch.bool and tuple(mask.shape) in (grid.shape, whole)
     if not fits or mask.is_meta or mask.layout != torch.strided:  # type: ignore[attr-defined]
         raise MaskError(

@@ -63,6 +63,7 @@ class Candidate:
     density: float = 1.0
     grid: BlockGrid | None = None
     note: str = ""
+    visits: int = 1
     override: Override = field(default_factory=Override)
 
 
@@ -174,75 +175,80 @@ def check_block(block: object) -> int | None:
     return found
 
 
-def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None) -> Selection:
+@dataclass
+class _Found:
+    """A parameter of the model: its names, who holds it, and what it is."""
+
+    aliases: list[str]
+    parameter: nn.Parameter
+    holders: list[tuple[nn.Module, str]]
+
+    def __post_init__(self) -> None:
+        lazy = is_lazy(self.parameter)  # such a one has no shape yet
+        self.stacked = not lazy and stacks.is_stack(self.parameter, self.holders)
+        self.has_matrices = lazy or self.stacked or self.parameter.dim() == 2
+        #: whether it is a weight of linear layers, or of experts
+        self.is_linear = any(
+            (attribute == "weight" and is_linear(module)) or _is_projection(module, attribute)
+            for module, attribute in self.holders
+        ) or (self.stacked and stacks.of_experts(self.aliases, self.holders))
+
+    def is_named(self, patterns: list[str] | None) -> bool:
+        return any(_matches(alias, patterns or []) for alias in self.aliases)
+
+    def why_dense(self, include: list[str] | None, exclude: list[str] | None) -> str | None:
+        """Why it stays dense; None if it does not, empty if nobody expects it to be sparse."""
+        if not self.has_matrices:
+            shape = tuple(self.parameter.shape)
+            of_three = len(shape) == 3 and include is not None and self.is_named(include)
+            return f"no matrix and no stack of matrices, by its shape {shape}" if of_three else ""
+        if not (self.is_named(include) if include is not None else self.is_linear):
+            if self.stacked and include is None:
+                return "a stack of matrices that nothing says are weights of linear layers: include it if they are"
+            return "not in include" if self.is_linear else ""
+        if self.is_named(exclude):
+            return "in exclude"
+        reason = _left_out(self.parameter, self.aliases) if include is None else None
+        if reason is None and self.stacked:
+            reason = stacks.why_not(self.parameter)
+        if reason is None and not is_lazy(self.parameter) and min(self.parameter.shape[-2:]) < MIN_BLOCK:
+            reason = f"shape {tuple(self.parameter.shape)} is narrower than a block of {MIN_BLOCK}"
+        return reason
+
+
+def _parameters(model: nn.Module) -> list[_Found]:
+    """All parameters of the model, once each."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    linear: set[int] = set()
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((module, attribute))
-                if (attribute == "weight" and is_linear(module)) or _is_projection(module, attribute):
-                    linear.add(id(parameter))
-    selection = Selection([], _parametrized(model))
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    hit: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters():
-        aliases = names[id(parameter)]
-        for pattern in (include or []) + (exclude or []):
-            if any(_matches(alias, [pattern]) for alias in aliases):
-                hit.setdefault(pattern, []).append(name)
-        named = include is not None and any(_matches(alias, include) for alias in aliases)
-        if is_lazy(parameter):
-            wanted = named if include is not None else id(parameter) in linear
-            if wanted and not any(_matches(alias, exclude or []) for alias in aliases):
-                raise WeightError(
-                    f"{name} is not initialised yet (lazy module): run one forward pass before sparsify, or leave it "
-                    "dense with exclude"
-                )
-            if id(parameter) in linear:
-                selection.skipped[name] = "in exclude" if wanted else "not in include"
-            continue
-        holders = owners[id(parameter)]
-        stacked = stacks.is_stack(parameter, holders)
-        if not stacked and parameter.dim() != 2:
-            if named and parameter.dim() == 3:
-                selection.skipped[name] = f"no matrix and no stack of matrices, by its shape {tuple(parameter.shape)}"
-            continue
-        if stacked:
-            reason = stacks.why_not(parameter)
-            if reason is None and include is None and not stacks.of_experts(aliases, holders):
-                reason = "a stack of matrices that nothing says are weights of linear layers: include it if they are"
-            if reason is not None:
-                selection.skipped[name] = reason
-                selection.stacked += parameter.numel()
-                continue
-        by_itself = stacked or id(parameter) in linear
-        if not (named if include is not None else by_itself):
-            if by_itself:
-                selection.skipped[name] = "not in include"
-            continue
-        if exclude is not None and any(_matches(alias, exclude) for alias in aliases):
-            selection.skipped[name] = "in exclude"
-            continue
-        reason = None if include is not None else _left_out(parameter, aliases)
+    return [_Found(names[id(p)], p, owners[id(p)]) for _, p in model.named_parameters()]
+
+
+def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None) -> Selection:
+    selection, known = Selection([], _parametrized(model)), _parameters(model)
+    _check_patterns(known, include, exclude)
+    for found in known:
+        name, parameter = found.aliases[0], found.parameter
+        reason = found.why_dense(include, exclude)
         if reason is not None:
-            selection.skipped[name] = reason
+            if reason:
+                selection.skipped[name] = reason
+                selection.stacked += parameter.numel() if found.stacked else 0
             continue
-        if min(parameter.shape[-2:]) < MIN_BLOCK:
-            selection.skipped[name] = f"shape {tuple(parameter.shape)} is narrower than a block of {MIN_BLOCK}"
-            continue
-        _check_weight(name, parameter, holders)
-        selection.candidates.append(Candidate(name, parameter, holders, tied=len(holders) > 1))
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        lost = [p for p in patterns or [] if p not in hit]
-        if lost:
-            raise SelectionError(
-                f"{argument}: {', '.join(map(repr, lost))} match no parameter; names look like "
-                f"{', '.join(repr(n) for n, p in model.named_parameters() if not is_lazy(p) and p.dim() == 2)[:200]}"
+        if is_lazy(parameter):
+            raise WeightError(
+                f"{name} is not initialised yet (lazy module): run one forward pass before sparsify, or leave it "
+                "dense with exclude"
             )
-    _check_matrices(model, {pattern: hit[pattern] for pattern in include or []}, owners)
+        _check_weight(name, parameter, found.holders)
+        visits = stacks.visits(model, found.aliases, len(parameter)) if found.stacked else 1
+        tied = len(found.holders) > 1
+        selection.candidates.append(Candidate(name, parameter, found.holders, tied=tied, visits=visits))
     if not selection.candidates:
         raise SelectionError(
             "the model has no weight that can be made sparse: nn.Linear and Hugging Face Conv1D weights and stacks of "
@@ -253,18 +259,24 @@ def _find(model: nn.Module, include: list[str] | None, exclude: list[str] | None
     return selection
 
 
-def _check_matrices(
-    model: nn.Module, included: Mapping[str, list[str]], owners: Mapping[int, list[tuple[nn.Module, str]]]
-) -> None:
-    """Raise :class:`SelectionError` if a pattern of ``include`` names parameters and no matrix or stack among them."""
-    parameters = dict(model.named_parameters())
-    for pattern, names in included.items():
-        found = [parameters[name] for name in names]
-        if not any(is_lazy(p) or p.dim() == 2 or stacks.is_stack(p, owners[id(p)]) for p in found):
+def _check_patterns(known: Sequence[_Found], include: list[str] | None, exclude: list[str] | None) -> None:
+    """Raise :class:`SelectionError` if a pattern names nothing, or one of ``include`` neither matrix nor stack."""
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        lost = [p for p in patterns or [] if not any(found.is_named([p]) for found in known)]
+        if lost:
+            names = (found.aliases[0] for found in known if found.has_matrices and not is_lazy(found.parameter))
             raise SelectionError(
-                f"include: {pattern!r} names no matrix, only {names[0]} of shape {tuple(found[0].shape)}"
-                f"{f' and {len(names) - 1} more' if len(names) > 1 else ''}; weights of two dimensions can be sparse, "
-                "and stacks of them in one Parameter of three"
+                f"{argument}: {', '.join(map(repr, lost))} match no parameter; names look like "
+                f"{', '.join(map(repr, names))[:200]}"
+            )
+    for pattern in include or []:
+        named = [found for found in known if found.is_named([pattern])]
+        if not any(found.has_matrices for found in named):
+            first = named[0]
+            raise SelectionError(
+                f"include: {pattern!r} names no matrix, only {first.aliases[0]} of shape "
+                f"{tuple(first.parameter.shape)}{f' and {len(named) - 1} more' if len(named) > 1 else ''}; weights of "
+                "two dimensions can be sparse, and stacks of them in one Parameter of three"
             )
 
 

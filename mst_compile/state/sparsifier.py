@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mst_compile.blocks.layout import as_matrix
 from mst_compile.errors import NotSparseError, SelectionError, SeveralSparsifiersError
 from mst_compile.rules.checks import check_choice, check_flag, check_instance, check_model, check_seed, shown
 from mst_compile.rules.guard import GUARDS, Guard
@@ -104,7 +105,8 @@ class Sparsifier:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Parameter name -> block mask, bool ``[ceil(rows / block), ceil(cols / block)]`` on the CPU (copies)."""
+        """Parameter name -> block mask, bool ``[ceil(rows / block), ceil(cols / block)]`` on the CPU (copies); of a
+        stack of matrices the masks of all, one below the other."""
         return {w.name: w.mask.clone() for w in self._run.weights}
 
     @property
@@ -184,7 +186,8 @@ class Sparsifier:
 
         Args:
             name: a key of :attr:`masks`.
-            mask: bool ``[ceil(rows / block), ceil(cols / block)]``.
+            mask: bool ``[ceil(rows / block), ceil(cols / block)]``; of a stack of matrices as in :attr:`masks`, or with
+                one dimension more in front.
 
         Raises:
             SelectionError: no sparse weight has this name.
@@ -194,6 +197,8 @@ class Sparsifier:
         found = next(((w, p) for w, p in self.parameters() if known and w.name == name), None)
         if found is None:
             raise SelectionError(f"no sparse weight is called {shown(name)}; there are {', '.join(self.weights)}")
+        if found[0].stacked and isinstance(mask, Tensor) and mask.dim() == 3:
+            mask = as_matrix(mask)
         packing.check_mask(name, mask, found[0])
         self._run.change_mask(*found, mask)
 

@@ -10,6 +10,12 @@ from mst_compile.lowering import device as devices
 
 # What classes and attributes are called that hold experts: of a stack nothing else says that its matrices are weights.
 _WORDS = ("expert", "moe")
+# What models call the number of experts that a token goes to, in modules or their configuration.
+_CHOSEN = (
+    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "experts_per_tok", "top_k", "topk", "moe_topk",
+    "moe_top_k", "moe_k", "top_k_experts", "moe_router_topk", "num_selected_experts", "num_selects",
+    "num_active_experts",
+)  # fmt: skip
 _LEAST = devices.FINEST_BLOCK
 
 
@@ -26,6 +32,25 @@ def of_experts(aliases: Iterable[str], holders: Iterable[tuple[nn.Module, str]])
     """Whether a stack is one of experts, by its names or the class that holds it."""
     said = [*aliases, *(type(module).__name__ for module, _ in holders)]
     return any(word in name.lower() for name in said for word in _WORDS)
+
+
+def visits(model: nn.Module, aliases: Iterable[str], matrices: int) -> int:
+    """To how many of a stack's matrices a token goes, as the modules around it say, or the routers and the
+    configurations that these hold, the innermost first; 1 where none does.
+
+    FLOPs are counted by it, and nothing else: what is multiplied is decided by the model.
+    """
+    for name in aliases:
+        path = name.split(".")[:-1]
+        around = [model.get_submodule(".".join(path[:end])) for end in range(len(path), -1, -1)]
+        for module in around:
+            config = getattr(module, "config", None)
+            holders = [module, *module.children(), config, getattr(config, "text_config", None)]
+            said = (getattr(holder, word, None) for holder in holders if holder is not None for word in _CHOSEN)
+            found = next((n for n in said if type(n) is int and 0 < n <= matrices), None)
+            if found is not None:
+                return found
+    return 1
 
 
 def why_not(parameter: Tensor) -> str | None:

@@ -58,6 +58,8 @@ class SparseWeight:
         index: the packed index on the weight's device, of ``part`` where there is one; of a stack one for each matrix;
             ``None`` where no kernel could ever ask for it.
         part: what products multiply on this rank of a tensor-parallel weight; None if that is the whole.
+        visits: to how many matrices of a stack a token goes, as to the experts that a router chooses; 1 if that is not
+            known, and of a weight that is no stack.
         note: why the block differs from the one asked for, or why the weight stays dense.
         active: number of elements in active blocks.
         changes: number of topology changes so far.
@@ -96,6 +98,7 @@ class SparseWeight:
     index: Tensor | None
     tied: bool = False
     note: str = ""
+    visits: int = 1
     part: Part | None = None
     active: int = 0
     changes: int = 0
@@ -131,8 +134,8 @@ class SparseWeight:
         mask = torch.ones(grid.shape, dtype=torch.bool, device="cpu")
         backbone = torch.zeros_like(mask) if guard == "none" else _backbone(grid)
         index = _new_index(grid, candidate.parameter.device)
-        density, tied, note = candidate.density, candidate.tied, candidate.note
-        weight = cls(candidate.name, grid, density, mask, backbone, guard, index, tied, note, attention=attention)
+        told = candidate.tied, candidate.note, candidate.visits
+        weight = cls(candidate.name, grid, candidate.density, mask, backbone, guard, index, *told, attention=attention)
         weight.set_mask(mask)
         return weight
 
@@ -156,6 +159,11 @@ class SparseWeight:
     def stacked(self) -> bool:
         """Whether it is a stack of matrices in one Parameter, as of experts."""
         return self.grid.matrices > 0
+
+    @property
+    def per_token(self) -> float:
+        """Share of the elements that a token meets at density 1."""
+        return self.visits / self.grid.count
 
     @property
     def matrices(self) -> list[str]:

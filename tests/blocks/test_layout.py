@@ -54,11 +54,22 @@ def test_parts_are_those_that_chunks_leave(rows: int, cols: int, sizes: list[int
         ((8, 8), [_StridedShard(0, split_factor=3), Shard(0)], [2, 2]),
         ((8, 8), [_StridedShard(1, split_factor=2), Shard(0)], [2, 2]),
         ((8,), [Shard(0)], [2]),
-        ((8, 8, 8), [Shard(0)], [2]),
+        ((8, 8, 8), [Shard(1)], [2]),
+        ((8, 8, 8), [Shard(2)], [2]),
+        ((8, 8, 8), [Shard(0), Shard(1)], [2, 2]),
+        ((8, 8, 8), [_StridedShard(0, split_factor=2)], [2]),
+        ((2, 8, 8, 8), [Shard(0)], [2]),
     ],
 )
 def test_what_is_no_rectangle(shape: tuple[int, ...], placements: list[Placement], sizes: list[int]) -> None:
     assert part_of(shape, placements, sizes, [0] * len(sizes)) is None
+
+
+def test_of_a_stack_a_rank_holds_whole_matrices() -> None:
+    assert part_of((5, 8, 4), [Shard(0)], [2], [0]) == Part(0, 0, 24, 4)
+    assert part_of((5, 8, 4), [Shard(0)], [2], [1]) == Part(24, 0, 16, 4)
+    assert part_of((5, 8, 4), [Replicate(), Shard(0)], [2, 4], [1, 3]) == Part(40, 0, 0, 4)
+    assert part_of((5, 8, 4), [Partial()], [2], [1]) == Part(0, 0, 40, 4)
 
 
 def test_partial_sums_are_whole() -> None:
