@@ -103,35 +103,27 @@ def grad_weight(
     if not supported(block, grad, dtype, x, index) or grad.dtype != x.dtype or kernels.number_at(index, DENSE_GRAD):
         return None
     gy, x2 = rows_of(grad), rows_of(x)
-    shape = (x2.shape[1], gy.shape[1]) if transposed else (gy.shape[1], x2.shape[1])
-    gw = torch.empty(shape, dtype=dtype, device="cpu")
-    gb = torch.empty(gy.shape[1] if bias else 0, dtype=torch.float32, device="cpu")
-    grad_weight_out(gy, x2, index, block, transposed, choose, gw, gb if bias else None)
-    return gw, gb
-
-
-def grad_weight_out(
-    gy: Tensor, x2: Tensor, index: Tensor, block: int, transposed: bool, choose: bool, out: Tensor, gb: Tensor | None
-) -> None:
-    """Write the gradient of a weight to ``out``, and that of the bias to ``gb``, of rows with unit stride."""
     a, b = (x2, gy) if transposed else (gy, x2)
-    operands = a, b, index.contiguous(), block, out, gb, not transposed
-    if choose and _is_dense_faster(cpu_times.GRAD_WEIGHT, out, block, x2, gb is not None, index):
+    gw = torch.empty(a.shape[1], b.shape[1], dtype=dtype, device="cpu")
+    gb = torch.empty(gy.shape[1] if bias else 0, dtype=torch.float32, device="cpu")
+    operands = a, b, index.contiguous(), block, gw, gb if bias else None, not transposed
+    if choose and _is_dense_faster(cpu_times.GRAD_WEIGHT, gw, block, x2, bias, index):
         cpu_dense.grad_weight(*operands)
     else:
         kernels.grad_weight(*operands)
+    return gw, gb
 
 
 def _is_dense_faster(kind: str, weight: Tensor, block: int, x: Tensor, bias: bool, index: Tensor) -> bool:
     """Of a product with ``x`` ``[M, features]``; ``weight`` is one, or its gradient."""
     if not x.numel() or not weight.numel():
         return False
-    product = _product(kind, *weight.shape, block, x.shape[0], x.dtype, weight.dtype, bias, torch.get_num_threads())
+    product = product_of(kind, *weight.shape, block, x.shape[0], x.dtype, weight.dtype, bias, torch.get_num_threads())
     return cpu_choice.is_dense_faster(product, kernels.number_at(index, NNZ))
 
 
 @functools.lru_cache(maxsize=4096)  # asked at every call, and so after caches have lost what it takes to answer
-def _product(
+def product_of(
     kind: str,
     rows: int,
     cols: int,
