@@ -31,8 +31,9 @@ def spmm_groups(
 ) -> None:
     """What :func:`.library.spmm` does, for each group of rows of ``x2d`` with its matrix of the stack.
 
-    ``stack`` ``[matrices, rows, cols]`` and ``index`` ``[matrices, length]`` are contiguous. Groups must not share rows; rows of ``out`` that are
-    in none are left alone. Raises ValueError if a shape, stride, dtype or group does not fit.
+    ``stack`` ``[matrices, rows, cols]`` and ``index`` ``[matrices, length]`` are contiguous. Groups must not share
+    rows; rows of ``out`` that are in none are left alone. Raises ValueError if a shape, stride, dtype or group does not
+    fit.
     """
     matrices, rows, cols = stack.shape
     outputs, reduction = (rows, cols) if outputs_are_rows else (cols, rows)
