@@ -62,12 +62,15 @@ class Clock:
     def stop(self) -> float:
         """A step has ended: its seconds."""
         elapsed, processor = time.perf_counter() - self._start, time.process_time() - self._processor
+        owed = self._owed
         if self._count() > self._compilations:
-            self.compile_seconds += elapsed
-            self._owed += 1
-            return elapsed
-        self.seconds += elapsed * (1 + self._owed)
-        self.processor_seconds += processor * (1 + self._owed)
-        self.compile_seconds -= elapsed * self._owed
-        self._owed = 0
+            told = {"compile_seconds": self.compile_seconds + elapsed, "_owed": owed + 1}
+        else:
+            told = {
+                "seconds": self.seconds + elapsed * (1 + owed),
+                "processor_seconds": self.processor_seconds + processor * (1 + owed),
+                "compile_seconds": self.compile_seconds - elapsed * owed,
+                "_owed": 0,
+            }
+        self.__dict__.update(told)  # at once, so that an interrupt finds the step counted whole or not at all
         return elapsed

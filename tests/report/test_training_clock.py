@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
 from mst_compile import MixedSparsity, sparsifier, sparsify
-from mst_compile.report.clock import compilations
+from mst_compile.report.clock import Clock, compilations
 
 
 def test_a_variant_that_is_compiled_late_is_told_of() -> None:
@@ -38,3 +43,39 @@ def test_nobody_is_told_afterwards() -> None:
     assert told == ["within"]
     with compilations(lambda: told.append("reset")):
         torch._dynamo.reset()
+
+
+def test_an_interrupt_leaves_a_step_counted_whole_or_not_at_all() -> None:
+    """Ctrl-C at every line of what ends a step, with a compilation owed and without."""
+    for owed in (0, 2):
+        line, interrupted = 0, True
+        while interrupted:
+            line, interrupted = line + 1, False
+            clock = Clock()
+            clock.seconds, clock._owed = 1.0, owed
+            before, left = vars(clock).copy(), line
+
+            def trace(frame: FrameType, event: str, _: Any) -> Any:
+                nonlocal left
+                if frame.f_code is not Clock.stop.__code__:
+                    return None
+                left -= event == "line"
+                if event == "line" and not left:
+                    raise KeyboardInterrupt
+                return trace
+
+            outer = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                clock.stop()
+            except KeyboardInterrupt:
+                interrupted = True
+            finally:
+                sys.settrace(outer)
+            after = vars(clock)
+            if after["seconds"] == 1.0:
+                assert after == before
+            else:
+                assert after["_owed"] == 0
+                assert after["compile_seconds"] == pytest.approx((1.0 - after["seconds"]) / (1 + owed) * owed)
+        assert line > 5
