@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 from torch import Tensor
@@ -9,22 +10,35 @@ from torch import Tensor
 from mst_compile.ops import watching
 
 from .binding import bound, of
-from .weight import epoch
+from .weight import SparseWeight, epoch
 
 
 class _Names:
-    """Names by the address of the index, made anew when it may be elsewhere."""
+    """Names by the address of the index and its dimensions, made anew when it may be elsewhere: that of a stack is
+    where the index of its first matrix is."""
 
     epoch = -1
-    by_address: ClassVar[dict[int, str]] = {}
+    by_address: ClassVar[dict[tuple[int, int], str]] = {}
 
 
 def _name_of_index(index: Tensor) -> str | None:
     if _Names.epoch != epoch.value:
         own = [weight for _, p in bound() if (weight := of(p)) is not None and weight.index is not None]
-        _Names.by_address = {weight.index.data_ptr(): weight.name for weight in own}  # type: ignore[union-attr]
+        _Names.by_address = {_place(index): name for weight in own for index, name in _indices(weight)}
         _Names.epoch = epoch.value
-    return _Names.by_address.get(index.data_ptr())
+    return _Names.by_address.get(_place(index))
+
+
+def _indices(weight: SparseWeight) -> Iterator[tuple[Tensor, str]]:
+    """The index of a weight, and of each of a stack's matrices, with their names."""
+    assert weight.index is not None
+    yield weight.index, weight.name
+    if weight.stacked:
+        yield from zip(weight.index, weight.matrices, strict=False)  # of experts on other ranks none is here
+
+
+def _place(index: Tensor) -> tuple[int, int]:
+    return index.data_ptr(), index.dim()
 
 
 watching.finders.append(_name_of_index)

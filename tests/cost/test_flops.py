@@ -44,6 +44,40 @@ def test_products_count_active_elements(transposed: bool, dense_grad: bool) -> N
     assert by_weight == 2 * 14 * (19 * 13 if dense_grad else active)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dense_grad", [False, True])
+def test_grouped_products_count_rows_of_groups_and_active_elements(transposed: bool, dense_grad: bool) -> None:
+    """Of 9 rows 5, 0 and 2 are of matrices with 64 active elements, all and 64; two are of none."""
+    masks = [torch.eye(2, 3).bool(), torch.ones(2, 3).bool(), torch.eye(2, 3).bool()]
+    index = torch.stack([index_of(mask, 16, 19, 8, dense_grad=dense_grad) for mask in masks])
+    active, offsets = 128, torch.tensor([5, 5, 7])
+    weight = torch.randn(3, 16, 19)
+    x, grad = torch.randn(9, 16 if transposed else 19), torch.randn(9, 19 if transposed else 16)
+    mst, given = torch.ops.mst, (offsets, index, 8, transposed)
+    assert count(lambda: mst.grouped_linear(x, weight, *given)) == 2 * 7 * active
+    assert count(lambda: mst.grouped_linear_grad_input(grad, weight, *given)) == 2 * 7 * active
+    by_weight = count(lambda: mst.grouped_linear_grad_weight(grad, x, *given, torch.float32))
+    assert by_weight == 2 * 7 * (16 * 19 if dense_grad else active)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (x, weight, offsets, index)]
+        assert count(lambda: mst.grouped_linear(*fakes, 8, transposed)) == 2 * 9 * 16 * 19, "all, where none are known"
+
+
+def test_dense_grouped_products_count_the_rows_of_groups() -> None:
+    """PyTorch's own and that of transformers, which its counter leaves out, forward and backward."""
+    pytest.importorskip("transformers.integrations.moe")
+    x, weight = torch.randn(9, 16, requires_grad=True), torch.randn(3, 16, 8, requires_grad=True)
+    offsets = torch.tensor([5, 5, 7], dtype=torch.int32)
+    for run in (
+        lambda: torch._grouped_mm(x, weight, offs=offsets),
+        lambda: torch.ops.transformers.grouped_mm_fallback(x, weight, offsets),
+    ):
+        total = count(lambda run=run: (run() * torch.randn(9, 8)).sum().backward(), CompiledFlopCounter)
+        assert total == 3 * 2 * 7 * 16 * 8
+    batched = count(lambda: torch._grouped_mm(torch.randn(3, 4, 16), weight), CompiledFlopCounter)
+    assert batched == 2 * 3 * 4 * 16 * 8
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_attention_counts_the_patterns_pairs(pattern: str) -> None:
     """All pairs where attention is full: it stands in for PyTorch's own, which counts so."""
