@@ -105,7 +105,7 @@ def test_what_is_no_group_is_refused() -> None:
         grad_weight_groups(x, x, index, fits, 8, stack.mT)
     with pytest.raises(ValueError, match="do not give matrices"):
         grad_weight_groups(x, x[:5], index, fits, 8, stack)
-    with pytest.raises(ValueError, match="not torch.float64"):
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
         spmm_groups(x.double(), stack, index, fits, 8, True, out.double())
     assert (out == 7).all()
 
