@@ -37,11 +37,9 @@ template <class E> struct Rows {
 
   explicit Rows(const Layout& rows) : layout(rows), units(ceil_div(rows.size, L * P::per_unit) * L) {}
 
-  // Takes the forms that are wanted for `count` rows.
-  template <class Take> void place(Take take, int64_t count, bool transposed, bool paired, bool rowwise, bool gradient) {
+  // Takes the forms along that are wanted for `count` rows.
+  template <class Take> void place(Take take, int64_t count, bool paired, bool rowwise) {
     const int64_t all = layout.at(count);
-    if (transposed) across = take(count * units);
-    if (gradient) grad = take(all);
     if constexpr (P::pairs) {
       if (paired) joined = take(count / P::per_unit * layout.width);
       if (rowwise) along = reinterpret_cast<Number*>(take(all / P::per_unit));
@@ -64,8 +62,14 @@ template <class E> struct KeySet {
 
   template <class Take> void place(Take take, int64_t count, bool backward, bool rowwise, bool mask) {
     padded = count;
-    k.place(take, count, true, backward, rowwise, backward);
-    v.place(take, count, backward, true, rowwise, backward);
+    k.across = take(count * k.units);
+    if (backward) {
+      v.across = take(count * v.units);
+      k.grad = take(k.layout.at(count));
+      v.grad = take(v.layout.at(count));
+    }
+    k.place(take, count, backward, rowwise);
+    v.place(take, count, true, rowwise);
     bias = mask ? take(padded) : nullptr;
   }
 };
