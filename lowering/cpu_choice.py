@@ -53,9 +53,7 @@ def of_attention(attention: CausalAttention) -> AttentionTimes:
     return AttentionTimes(*_attentions.of(attention))
 
 
-def is_attention_faster(
-    heads: int, length: int, size: int, value_size: int, dtype: torch.dtype, trained: bool
-) -> bool:
+def is_attention_faster(heads: int, length: int, size: int, value_size: int, dtype: torch.dtype, trained: bool) -> bool:
     """Whether our kernel for causal attention is the faster one, of so many heads in all sequences of a batch."""
     if not heads or not length or not kernels.supports_head(dtype, size, value_size) or not kernels.available():
         return False
