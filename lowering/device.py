@@ -111,8 +111,8 @@ class Device:
         times: given the layers of a graph, and whether a variant with sparse products has been compiled yet, how long
             their products take. The same on all ranks.
         attention_pays: given how many heads causal attention has in all sequences of a batch, its length, the sizes of
-            a query and of a value in a head, its dtype, and whether gradients are wanted, whether the device's kernel is
-            faster than what PyTorch runs. The same on all ranks.
+            a query and of a value in a head, its dtype, and whether gradients are wanted, whether the device's kernel
+            is faster than what PyTorch runs. The same on all ranks.
         chooses: whether the operators themselves run the faster product at every call, where they are allowed to.
         default_block: block of weights for which the user names none.
         finest_block: finest block with kernels; a weight that the default suits badly gets no finer one (nor one below

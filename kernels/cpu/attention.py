@@ -90,8 +90,9 @@ def attention(
     """Writes ``mst::attention``'s two results to ``out`` and ``lse``.
 
     Tensors have unit stride along their last dimension and any other strides; the mask is contiguous bool; float32 or
-    bfloat16 (sums are float32). Values, and so the result, may be of another size than queries and keys. All combinations of :class:`Parts` are taken. Raises ValueError if a shape, stride or
-    dtype does not fit, or if the parts are none.
+    bfloat16 (sums are float32). Values, and so the result, may be of another size than queries and keys. All
+    combinations of :class:`Parts` are taken. Raises ValueError if a shape, stride or dtype does not fit, or if the
+    parts are none.
     """
     problem = _problem(q, k, v, out, lse, key_mask, parts, scale)
     (library or loaded()).call("mst_attention", problem)

@@ -73,7 +73,8 @@ class Context:
             for such a product, or None if it has one.
         why_no_attention: the same of attention, given a device type, its dtype, and the sizes of a query and a value.
         attention_pays: given a device type, how many heads causal attention has in all sequences of the batch, its
-            length, the sizes of a query and a value, and its dtype, whether the operator is faster than the model's own.
+            length, the sizes of a query and a value, and its dtype, whether the operator is faster than the model's
+            own.
         rounds_weights: given a device type, whether its products read weights in the activations' dtype.
         choose: whether products may run dense where that is faster.
 

@@ -88,7 +88,7 @@ def attention_backward_reference(
     ds = p * (grad @ v.to(wide).repeat_interleave(group, 1).transpose(-1, -2) - delta) * scale
 
     def of_keys(per_head: Tensor, like: Tensor) -> Tensor:
-        return empty_result(like).copy_(per_head.unflatten(1, like.shape[1:2] + (group,)).sum(2))
+        return empty_result(like).copy_(per_head.unflatten(1, (*like.shape[1:2], group)).sum(2))
 
     dq = empty_result(q).copy_(ds @ k.to(wide).repeat_interleave(group, 1))
     return dq, of_keys(ds.transpose(-1, -2) @ q.to(wide), k), of_keys(p.transpose(-1, -2) @ grad, v)
