@@ -35,14 +35,14 @@ def why_unsupported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: int)
     return None
 
 
-def why_no_attention(dtype: torch.dtype, size: int) -> str | None:
-    """Why there is no GPU attention kernel for heads of ``size`` in ``dtype``, or None if there is one."""
+def why_no_attention(dtype: torch.dtype, size: int, value_size: int) -> str | None:
+    """Why there is no GPU attention kernel for heads of these sizes in ``dtype``, or None if there is one."""
     reason = _why_no_kernels()
     if reason is not None:
         return f"no kernels: {reason}"
     largest = _MAX_HEAD_FLOAT32 if dtype == torch.float32 else _MAX_HEAD
-    if dtype not in _DTYPES or not _MIN_HEAD <= size <= largest:
-        return f"no GPU attention kernel for heads of {size} in {dtype}"
+    if dtype not in _DTYPES or not all(_MIN_HEAD <= n <= largest for n in (size, value_size)):
+        return f"no GPU attention kernel for {device.heads_of(size, value_size)} in {dtype}"
     return None
 
 

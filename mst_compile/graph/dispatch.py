@@ -297,10 +297,11 @@ class Dispatch:
         node.register_hook(note)
 
     def _note_queries(self, args: Sequence[Any], variant: Variant) -> None:
-        """Note the attentions of this pass that have a pattern, if someone counts."""
+        """Note the attentions of this pass that have a pattern, if someone counts: their queries' shapes, and then the
+        size of a value."""
         weight = of(args[self._first])
         if weight is not None and weight.attention.queries is not None:
-            weight.attention.queries += [self._compiler.sizes(query, args) for query in variant.queries]
+            weight.attention.queries += [self._compiler.sizes(shape, args) for shape in variant.shapes]
 
 
 def _size(x: Any) -> Any:
