@@ -22,7 +22,7 @@ from mst_compile.graph.linear import fake_index
 from mst_compile.graph.notes import warn_written
 from mst_compile.lowering import device
 from mst_compile.lowering.device import Layer
-from mst_compile.state.binding import of
+from mst_compile.state.binding import Arrival, of
 from mst_compile.state.uses import Baseline
 from mst_compile.state.weight import SparseWeight, epoch
 
@@ -281,16 +281,23 @@ class Dispatch:
         wanted = {id(args[i]): weight for i in self._compiler.masked if (weight := of(args[i])) is not None}
         # A node of parameters' own holds the parameter; the places of others are not known.
         targets = [
-            (place, weight)
+            (place, weight, after)
             for place, (after, _) in enumerate(node.next_functions)
             if (weight := wanted.get(id(getattr(after, "variable", None)))) is not None
         ]
 
+        waiting: list[Arrival] = []
+
         def note(gradients: tuple[Tensor | None, ...], _: Any) -> None:
-            for place, weight in targets:
-                gradient = gradients[place]
-                if type(gradient) is Tensor and gradient.layout == torch.strided:
+            while waiting:
+                waiting.pop().remove()
+            for place, weight, after in targets:
+                gradient, parameter = gradients[place], after.variable
+                # A hook on the way may write without a trace.
+                if type(gradient) is Tensor and gradient.layout == torch.strided and not parameter._backward_hooks:
                     weight.note_computed(gradient)
+                    if parameter.grad is not None:
+                        waiting.append(Arrival(weight, parameter, after))
 
         node.register_hook(note)
 

@@ -1,4 +1,4 @@
-"""From a Parameter to its sparse state, and back: who holds which, and the hook that masks its gradients.
+"""From a Parameter to its sparse state, and back: who holds which, and the hooks on its gradients.
 
 The state hangs on the Parameter object itself, because that is what a compiled graph receives at every call: one
 compiled graph then serves all layers that Dynamo shares it among.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,8 +78,11 @@ def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     gradient = parameter.grad
     if gradient is not None and not weight.dense_grad:
         # A hook on the way may have written without a trace.
-        if weight.computed is not None and not parameter._backward_hooks and is_plain(gradient):
-            weight.take_computed(gradient)
+        if not parameter._backward_hooks and is_plain(gradient):
+            if weight.computed is not None:
+                weight.take_computed(gradient)
+            elif weight.adding is not None:
+                weight.take_sum(gradient)
         weight.mask_gradient(gradient)
     if weight.is_orphan and not weight.orphaned:
         weight.orphaned = True
@@ -87,6 +91,34 @@ def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     tell = None if told is None else told()
     if tell is not None:
         tell(weight, parameter)
+
+
+class Arrival:
+    """A hook on the node that adds a weight's gradients up, for one gradient that is to be added to another: it is the
+    last to see it before that, and tells the weight what it has seen.
+
+    Args:
+        node: of ``parameter``, which has a gradient.
+    """
+
+    def __init__(self, weight: SparseWeight, parameter: Tensor, node: Any) -> None:
+        self._weight, self._parameter = weight, parameter
+        self._handle = node.register_prehook(self)
+
+    def remove(self) -> None:
+        """Look no more: of a gradient that has not arrived, as ``autograd.grad`` computes them."""
+        self._handle.remove()
+
+    @torch._dynamo.disable
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        hooks = self._handle.hooks_dict_ref()
+        alone = hooks is not None and len(hooks) == 1  # another one, before or after this, may write without a trace
+        self._handle.remove()
+        gradient, held = gradients[0], self._parameter.grad
+        if not alone or self._parameter._backward_hooks or gradient is None or not is_plain(gradient):
+            self._weight.computed = None
+        elif held is not None and is_plain(held):
+            self._weight.note_adding(gradient, held)
 
 
 def bound() -> list[tuple[str, Tensor]]:
