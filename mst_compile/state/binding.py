@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn import Parameter
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import check_placement, gathered, holder_of, stored
@@ -55,7 +56,18 @@ def bind(parameter: Tensor, weight: SparseWeight) -> bool:
         _hooks[parameter] = parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
         parameter.requires_grad_(not frozen)
         changed = True
+    weight.home = TensorWeakRef(parameter)
     return changed
+
+
+def is_at_home(weight: SparseWeight, parameter: Tensor) -> bool:
+    """Whether :func:`bind` has nothing to do for an ordinary Parameter, as at nearly every step; False where somebody
+    must look."""
+    home, index = weight.home, weight.index
+    known = home is not None and index is not None and home() is parameter and of(parameter) is weight
+    if not known or type(parameter) is not Parameter or holder_of(parameter) is not None:
+        return False
+    return weight.part is None and index.device == parameter.device and parameter.dim() == 2  # type: ignore[union-attr]
 
 
 def unbind(parameter: Tensor) -> None:
@@ -68,6 +80,9 @@ def unbind(parameter: Tensor) -> None:
 
 
 def _remove_hook(parameter: Tensor) -> None:
+    weight = of(parameter)
+    if weight is not None:
+        weight.home = None
     handle = _hooks.pop(parameter, None)
     if handle is not None:
         handle.remove()
@@ -76,13 +91,7 @@ def _remove_hook(parameter: Tensor) -> None:
 def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
     gradient = parameter.grad
-    if gradient is not None and not weight.dense_grad:
-        # A hook on the way may have written without a trace.
-        if not parameter._backward_hooks and is_plain(gradient):
-            if weight.computed is not None:
-                weight.take_computed(gradient)
-            elif weight.adding is not None:
-                weight.take_sum(gradient)
+    if gradient is not None and not weight.dense_grad and not _holds_zeros(weight, parameter, gradient):
         weight.mask_gradient(gradient)
     if weight.is_orphan and not weight.orphaned:
         weight.orphaned = True
@@ -91,6 +100,13 @@ def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     tell = None if told is None else told()
     if tell is not None:
         tell(weight, parameter)
+
+
+def _holds_zeros(weight: SparseWeight, parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether a gradient that has arrived is known to be 0 outside the active blocks."""
+    take = weight.take_computed if weight.computed is not None else weight.take_sum if weight.adding else None
+    # A hook on the way may have written without a trace.
+    return take is not None and not parameter._backward_hooks and is_plain(gradient) and take(gradient)
 
 
 class Arrival:

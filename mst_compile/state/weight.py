@@ -72,6 +72,7 @@ class SparseWeight:
         dirty: version and address at which values were seen outside, by this rank.
         clean_here: version and address at which this rank's part of a spread weight was last seen to be 0 outside.
         recording: whether the compiled graph that last took the weight recorded gradients.
+        home: the Parameter that it is bound to, with its hook; None where somebody must look.
         timed: somebody times products under masks that are not the weight's: its values do not matter.
         unwritten: an interrupt may have kept the index from being that of the mask.
         baseline: compiled graphs shall run as if nothing were sparse, every block being active; and tell this.
@@ -112,6 +113,7 @@ class SparseWeight:
     dirty: tuple[int, int] | None = None
     clean_here: tuple[int, int] | None = None
     recording: bool | None = None
+    home: TensorWeakRef | None = None
     timed: bool = False
     unwritten: bool = False
     baseline: Baseline | None = None
@@ -337,7 +339,10 @@ class SparseWeight:
 
     def note_masked(self, gradient: Tensor) -> None:
         """The gradient is 0 outside the active blocks, as it is now."""
-        self.masked = TensorWeakRef(gradient), gradient._version, _address(gradient), self.changes
+        known = self.masked
+        same = known is not None and known[0]() is gradient
+        reference = known[0] if same else TensorWeakRef(gradient)  # type: ignore[index]
+        self.masked = reference, gradient._version, _address(gradient), self.changes
 
     def is_masked(self, gradient: Tensor) -> bool:
         """Whether nobody has written to the gradient since it was masked with the present mask."""
@@ -367,24 +372,30 @@ class SparseWeight:
         same = reference.cdata == gradient.untyped_storage()._cdata and version == gradient._version
         return same and changes == self.changes and lies == _lies(gradient)
 
-    def take_computed(self, gradient: Tensor) -> None:
-        """A gradient has arrived: where it is the one that was computed, it is masked."""
-        if self._is_computed(gradient):
+    def take_computed(self, gradient: Tensor) -> bool:
+        """A gradient has arrived: where it is the one that was computed, it is masked. Returns whether it is."""
+        known = self._is_computed(gradient)
+        if known:
             self.note_masked(gradient)
+        return known
 
     def note_adding(self, gradient: Tensor, held: Tensor) -> None:
         """A gradient is about to be added, in this backward pass, to what has arrived before."""
         computed = self._is_computed(gradient)
         self.adding = (torch._C._current_graph_task_id(), held._version) if computed else None
 
-    def take_sum(self, gradient: Tensor) -> None:
-        """It has been added: where both held zeros, and nothing else has been written, so does the sum."""
+    def take_sum(self, gradient: Tensor) -> bool:
+        """It has been added: where both held zeros, and nothing else has been written, so does the sum. Returns whether
+        it is known to."""
         adding, self.adding = self.adding, None
-        if adding is not None and self.masked is not None:
-            backward, version = adding
-            alone = backward == torch._C._current_graph_task_id() and gradient._version == version + 1
-            if alone and self._was_masked(gradient, version):
-                self.note_masked(gradient)
+        if adding is None or self.masked is None:
+            return False
+        backward, version = adding
+        alone = backward == torch._C._current_graph_task_id() and gradient._version == version + 1
+        known = alone and self._was_masked(gradient, version)
+        if known:
+            self.note_masked(gradient)
+        return known
 
     def mask_gradient(self, gradient: Tensor) -> None:
         """Set a gradient to 0 outside the active blocks unless it is known to be."""
@@ -392,7 +403,7 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "computed", "adding", "driver"))
+        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "computed", "adding", "home", "driver"))
         return self.__dict__ | nothing | {"clean": UNKNOWN, "version": UNKNOWN, "adopted": False}
 
 
