@@ -283,14 +283,16 @@ class Dispatch:
         """Once the backward pass has computed them, and before anything else can have become of them."""
         weights = [(i, weight) for i in self._compiler.masked if (weight := of(args[i])) is not None]
         places = self._places_of(node, args, weights)
-        targets = [(places[i], weight, args[i]) for i, weight in weights if i in places]
-        itself = weakref.ref(node)  # which holds its hooks
+        targets: list[tuple[int, SparseWeight, Tensor]] = [
+            (places[i], weight, args[i]) for i, weight in weights if i in places
+        ]
+        itself: Any = weakref.ref(node)  # which holds its hooks
         waiting: list[Arrival] = []
 
         def note(gradients: tuple[Tensor | None, ...], _: Any) -> None:
             while waiting:
                 waiting.pop().remove()
-            after = None
+            after: Sequence[tuple[Any, int]] = ()
             for place, weight, parameter in targets:
                 gradient = gradients[place]
                 # A hook on the way may write without a trace.

@@ -77,6 +77,13 @@ def _move(model: Layers) -> None:
     model.to("meta")
 
 
+def _leave_the_index(model: Layers) -> None:
+    """As a Parameter does that moves to another device and stays the same object."""
+    weight = state(model.first.weight)
+    assert weight.index is not None
+    weight.index = weight.index.to("meta")
+
+
 def _replace(model: Layers) -> None:
     new = nn.Parameter(model.first.weight.detach().clone())
     new._mst_weight = model.first.weight._mst_weight  # type: ignore[attr-defined]
@@ -95,7 +102,7 @@ def _flatten(model: Layers) -> None:
     model.first.weight.data = model.first.weight.data.flatten()
 
 
-@pytest.mark.parametrize("change", [_move, _replace, _take_the_hook, _take_the_state])
+@pytest.mark.parametrize("change", [_move, _leave_the_index, _replace, _take_the_hook, _take_the_state])
 def test_what_has_changed_is_looked_at(change: Callable[[Layers], None]) -> None:
     model, _ = trained()
     own = sparsifier(model)._run.weights
