@@ -77,13 +77,6 @@ def _move(model: Layers) -> None:
     model.to("meta")
 
 
-def _leave_the_index(model: Layers) -> None:
-    """As a Parameter does that moves to another device and stays the same object."""
-    weight = state(model.first.weight)
-    assert weight.index is not None
-    weight.index = weight.index.to("meta")
-
-
 def _replace(model: Layers) -> None:
     new = nn.Parameter(model.first.weight.detach().clone())
     new._mst_weight = model.first.weight._mst_weight  # type: ignore[attr-defined]
@@ -102,7 +95,7 @@ def _flatten(model: Layers) -> None:
     model.first.weight.data = model.first.weight.data.flatten()
 
 
-@pytest.mark.parametrize("change", [_move, _leave_the_index, _replace, _take_the_hook, _take_the_state])
+@pytest.mark.parametrize("change", [_move, _replace, _take_the_hook, _take_the_state])
 def test_what_has_changed_is_looked_at(change: Callable[[Layers], None]) -> None:
     model, _ = trained()
     own = sparsifier(model)._run.weights
@@ -121,6 +114,15 @@ def test_a_weight_that_is_flat_is_refused() -> None:
     _flatten(model)
     with pytest.raises(Exception, match=r"of shape \(1024,\) now"):
         sparsifier(model)._run.weights.rebind()
+
+
+def test_an_index_that_stays_behind_is_looked_at() -> None:
+    """A Parameter that moves to another device may stay the same object."""
+    model, _ = trained()
+    weight = state(model.first.weight)
+    assert weight.index is not None
+    weight.index = weight.index.to("meta")
+    assert not binding.is_at_home(weight, model.first.weight)
 
 
 def test_a_copy_and_a_dense_model_are_not_at_home() -> None:
