@@ -100,13 +100,16 @@ class _Bulk:
 
     launches = True
 
+    def __init__(self) -> None:
+        self._works = False  # known once it does: it is asked of every weight at every step
+
     def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
         """A CUDA graph's capture cannot take the upload of a table, which has no address yet when it is replayed."""
         if not grid.tiled or tensor.stride(-1) != 1 or tensor.element_size() > _WIDEST:
             return False
         # Eager mode, which needs no compiler otherwise, is not to begin to.
-        works = _why_no_kernels() is None and _c_compiler() is not None
-        return works and not torch.cuda.is_current_stream_capturing()
+        self._works = self._works or (_why_no_kernels() is None and _c_compiler() is not None)
+        return self._works and not torch.cuda.is_current_stream_capturing()
 
     def zero_inactive_(self, tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: Sequence[BlockGrid]) -> None:
         from mst_compile.kernels.triton import zero  # where there is no triton, nothing is taken
