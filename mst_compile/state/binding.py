@@ -67,7 +67,7 @@ def is_at_home(weight: SparseWeight, parameter: Tensor) -> bool:
     known = home is not None and index is not None and home() is parameter and of(parameter) is weight
     if not known or type(parameter) is not Parameter or holder_of(parameter) is not None:
         return False
-    return weight.part is None and index.device == parameter.device and parameter.dim() == 2  # type: ignore[union-attr]
+    return weight.part is None and index.device == parameter.device and parameter.dim() == len(weight.shape)  # type: ignore[union-attr]
 
 
 def unbind(parameter: Tensor) -> None:
