@@ -175,7 +175,8 @@ def _hugging_face(name: str, implementation: str) -> tuple[nn.Module, dict[str, 
     if name == "DeepSeek-V3":
         latent = hf.DeepseekV3Config(
             q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, use_cache=False,
-            num_key_value_heads=HEADS, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2, **decoder,
+            num_key_value_heads=HEADS, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+            first_k_dense_replace=2, **decoder,
         )  # fmt: skip
         return hf.DeepseekV3ForCausalLM(latent), {"input_ids": ids}
     if name == "BERT":

@@ -200,13 +200,13 @@ def _sizes(a: ctypes.Structure) -> dict[str, int]:
 
     if isinstance(a, abi.Attention):
 
-        def heads(t: abi.Heads, count: int) -> int:
+        def heads(t: abi.Heads, count: int, row: int) -> int:
             last = (a.batch - 1) * t.batch + (count - 1) * t.head + (a.length - 1) * t.token
-            return (last + a.size) * _item(a.dtype)
+            return (last + row) * _item(a.dtype)
 
         count = {name: a.key_heads if name in ("k", "v", "dk", "dv") else a.heads for name, _ in abi.Attention._fields_}
-        every = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
-        sizes = {name: heads(getattr(a, name), count[name]) for name in every}
+        row = dict.fromkeys(("q", "k", "dq", "dk"), a.size) | dict.fromkeys(("v", "out", "grad", "dv"), a.value_size)
+        sizes = {name: heads(getattr(a, name), count[name], row[name]) for name in row}
         return sizes | {"key_mask": a.batch * a.length, "lse": a.batch * a.heads * a.length * 4}
 
     if isinstance(a, abi.Packed):

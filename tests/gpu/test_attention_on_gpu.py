@@ -49,11 +49,12 @@ def test_every_pattern(
     check(c.to(device), 2.0**-10 if tf32 else 0.0)
 
 
-@pytest.mark.parametrize("size", [16, 80, 128, 256])
+@pytest.mark.parametrize(("size", "value_size"), [(16, 16), (80, 80), (128, 128), (256, 256), (192, 128), (40, 72)])
 @pytest.mark.parametrize("what", ["everything", "window and distances", "chunk and summaries"])
-def test_sizes_of_heads(what: str, size: int, device: torch.device, take: Take) -> None:
+def test_sizes_of_heads(what: str, size: int, value_size: int, device: torch.device, take: Take) -> None:
     take(0)
-    check(case(combine(what, 128, 128), length=300, size=size, dtype=BF16, by_position=True).to(device))
+    sizes = {"size": size, "value_size": value_size}
+    check(case(combine(what, 128, 128), length=300, dtype=BF16, by_position=True, **sizes).to(device))
 
 
 @pytest.mark.parametrize("what", COMBINATIONS)

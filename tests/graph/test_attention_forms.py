@@ -86,6 +86,7 @@ FORMS: dict[str, Attention] = {
         q, k[:, :1], v[:, :1], is_causal=True, enable_gqa=True
     ),
     "sdpa, repeated": repeated,
+    "sdpa, wider values": lambda q, k, v: scaled_dot_product_attention(q, k, torch.cat([v, v], -1), is_causal=True),
     "masked_fill": lambda q, k, v: (scores(q * 0.3, k).masked_fill(~causal_mask(), -torch.inf)).softmax(-1) @ v,
     "where, flipped": lambda q, k, v: torch.where(~causal_mask(), -torch.inf, scores(q, k) / 2.5).softmax(dim=-1) @ v,
     "half softmax": half_softmax,
@@ -238,10 +239,6 @@ NEAR_MISSES: dict[str, tuple[Callable[..., Any], str]] = {
     "fewer queries, is_causal": (
         lambda q, k, v: scaled_dot_product_attention(q[:, :, -4:], k, v, is_causal=True),
         "length",
-    ),
-    "wider values": (
-        lambda q, k, v: scaled_dot_product_attention(q, k, torch.cat([v, v], -1), is_causal=True),
-        "size",
     ),
     "three dimensions": (
         lambda q, k, v: scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True),
