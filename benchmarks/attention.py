@@ -1,6 +1,7 @@
 """Sparse attention, forward and backward, against PyTorch's causal ``scaled_dot_product_attention``.
 
 python -m benchmarks.attention --threads 2 --lengths 1024,4096,8192
+python -m benchmarks.attention --threads 1 --lengths 2048 --heads 2 --size 192 --value-size 128 --patterns full,sparse
 
 The sides run eagerly and in turn, on the same operands. A row's ratio is PyTorch's median over ours.
 """
@@ -35,9 +36,10 @@ def _mst(q: Tensor, k: Tensor, v: Tensor, pattern: str, window: int, stride: int
 def measure(args: argparse.Namespace, length: int, dtype: torch.dtype) -> list[tuple[str, ...]]:
     """Rows (length, pattern, milliseconds of PyTorch and ours, ratio) of one length."""
     torch.manual_seed(0)
-    shape = (args.batch, length, args.heads, args.size)
-    q, k, v = (torch.randn(shape, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
-    grad = torch.randn(shape, dtype=dtype).transpose(1, 2)
+    values = args.value_size or args.size
+    shapes = [(args.batch, length, args.heads, size) for size in (args.size, args.size, values)]
+    q, k, v = (torch.randn(shape, dtype=dtype).transpose(1, 2).requires_grad_() for shape in shapes)
+    grad = torch.randn(shapes[-1], dtype=dtype).transpose(1, 2)
     sides = {"torch": _step(lambda: scaled_dot_product_attention(q, k, v, is_causal=True), grad, (q, k, v))}
     for pattern in args.patterns.split(","):
         sides[pattern] = _step(
@@ -49,7 +51,8 @@ def measure(args: argparse.Namespace, length: int, dtype: torch.dtype) -> list[t
         if pattern == "torch":
             continue
         ratio = median["torch"] / seconds
-        case = f"T={length} heads={args.batch}x{args.heads}x{args.size} {pattern}"
+        sizes = str(args.size) if values == args.size else f"{args.size}+{values}"
+        case = f"T={length} heads={args.batch}x{args.heads}x{sizes} {pattern}"
         case += {"full": ""}.get(pattern, f" window={args.window} stride={args.stride}")
         if args.record:
             record("attention", case, "mst", seconds, ratio, args.runs, str(dtype).removeprefix("torch."))
@@ -67,6 +70,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--value-size", type=int, help="of a value in a head, default --size")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--stride", type=int, default=128)
     parser.add_argument("--runs", type=int, default=5)

@@ -22,6 +22,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -82,6 +84,16 @@ def llama() -> Case:
         num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return _text(_causal(LlamaForCausalLM(config)), 4, 256)
+
+
+def mixtral() -> Case:
+    """A mixture of experts as transformers holds them, all of a layer in one Parameter: two of eight a token."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=384, intermediate_size=768, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=256,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return _text(_causal(MixtralForCausalLM(config)), 4, 256)
 
 
 def bert() -> Case:
@@ -246,7 +258,7 @@ def moe_eager() -> Case:
 
 
 MODELS: dict[str, Callable[[], Case]] = {
-    f.__name__: f for f in (gpt2, llama, bert, vit, t5, moe, moe_eager, mlp, mixer, convnext, tiny)
+    f.__name__: f for f in (gpt2, llama, mixtral, bert, vit, t5, moe, moe_eager, mlp, mixer, convnext, tiny)
 }
 
 

@@ -24,8 +24,7 @@ from torch import Tensor
 import mst_compile
 from mst_compile.graph.dispatch import Dispatch
 from mst_compile.graph.gain import SlotTimes
-from mst_compile.rules import masks
-from mst_compile.rules.density import active_count
+from mst_compile.state.first_masks import at_random
 from mst_compile.state.weight import SparseWeight
 
 from .ledger import interleave, medians, print_table, record
@@ -66,8 +65,7 @@ def set_density(model: torch.nn.Module, density: float) -> float:
     """Give every sparse weight a random mask of this density; returns the mean density then."""
     own = mst_compile.sparsifier(model)
     for name, weight in own.weights.items():
-        count = active_count(density, weight.grid.blocks, int(weight.backbone.sum()))
-        own.apply_mask(name, masks.random_mask(weight.backbone, count, masks.generator(0, 0, name)))
+        own.apply_mask(name, at_random(weight, weight.blocks_at(density), seed=0))
     return own.density
 
 

@@ -15,12 +15,14 @@ from . import cpu_attention, cpu_choice, cpu_facts, cpu_grouped, cpu_linear, cpu
 from .memory import keep_freed_memory
 
 
-def why_no_attention(dtype: torch.dtype, size: int) -> str | None:
-    """Why there is no CPU attention kernel for heads of ``size`` in ``dtype``, or None if there is one."""
+def why_no_attention(dtype: torch.dtype, size: int, value_size: int) -> str | None:
+    """Why there is no CPU attention kernel for heads of these sizes in ``dtype``, or None if there is one."""
     reason = kernels.why_unavailable()
     if reason is not None:
         return f"no kernels: {reason}"
-    return None if kernels.supports_head(dtype, size) else f"no CPU attention kernel for heads of {size} in {dtype}"
+    if kernels.supports_head(dtype, size, value_size):
+        return None
+    return f"no CPU attention kernel for {device.heads_of(size, value_size)} in {dtype}"
 
 
 def _why_not_compiled() -> str | None:

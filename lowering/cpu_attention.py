@@ -29,7 +29,7 @@ def attention(
     """``mst::attention``."""
     if not _supported(q, k, v):
         return None
-    out, lse = empty_result(q), q.new_empty(q.shape[:3], dtype=kernels.LSE_DTYPE)
+    out, lse = empty_result(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=kernels.LSE_DTYPE)
     kernels.attention(*_rows(q, k, v), _bools(key_mask, q), parts, scale, out=out, lse=lse)
     return out, lse
 

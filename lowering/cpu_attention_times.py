@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import astuple
 from typing import NamedTuple
 
@@ -28,13 +29,15 @@ class CausalAttention(NamedTuple):
     """What decides how they compare.
 
     Attributes:
-        heads: of all sequences of a batch. length: see :func:`bucket` for both. size: of a head.
+        heads: of all sequences of a batch. length: see :func:`bucket` for both.
+        size: of a query, or key, in a head. value_size: of a value.
         trained: whether the backward pass counts.
     """
 
     heads: int
     length: int
     size: int
+    value_size: int
     dtype: torch.dtype
     trained: bool
 
@@ -60,19 +63,36 @@ def _near(number: int, least: int, most: int) -> int:
 def measure(attention: CausalAttention) -> AttentionTimes:
     """Time forward and, if trained, backward."""
     generator = torch.Generator("cpu").manual_seed(0)
-    shape = 1, attention.heads, attention.length, attention.size
+    shape = 1, attention.heads, attention.length
     with undisturbed():
         q, k, v, grad = (
-            torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(attention.dtype)
-            for _ in range(4)
+            torch.randn(*shape, size, generator=generator, device="cpu", dtype=torch.float32).to(attention.dtype)
+            for size in (attention.size, attention.size, attention.value_size, attention.value_size)
         )
-        operands = q, k, v, attention.size**-0.5
-        sides = [
-            lambda: _usual(*operands, grad if attention.trained else None),
-            lambda: _ours(*operands, grad if attention.trained else None),
-        ]
+        upstream = grad if attention.trained else None
+        usual_side = _side_of_pytorch(q, k, v, attention.size**-0.5, upstream)
+        sides = [usual_side, lambda: _ours(q, k, v, attention.size**-0.5, upstream)]
         usual, ours = interleaved(sides, lambda a, b: max(a, b) > _CLEAR * min(a, b))
     return AttentionTimes(min(usual), min(ours))
+
+
+def _side_of_pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float, grad: Tensor | None) -> Callable[[], None]:
+    if q.shape[-1] == v.shape[-1]:
+        return lambda: _usual(q, k, v, scale, grad)
+    wide = [None if t is None else t.float().squeeze(0) for t in (q, k, v, grad)]
+    return lambda: _written_out(*wide)  # type: ignore[arg-type]
+
+
+def _written_out(q: Tensor, k: Tensor, v: Tensor, grad: Tensor | None) -> None:
+    """What PyTorch runs where queries and values differ in size, for which it has no kernel, at its best: float32
+    products, whatever the operands' dtype, and a softmax. Inductor puts casts, scale and mask into what runs anyway."""
+    p = torch._softmax(q @ k.mT, -1, False)
+    p @ v
+    if grad is not None:
+        p.mT @ grad
+        ds = torch.ops.aten._softmax_backward_data(grad @ v.mT, p, -1, torch.float32)
+        ds @ k
+        ds.mT @ q
 
 
 def _usual(q: Tensor, k: Tensor, v: Tensor, scale: float, grad: Tensor | None) -> None:

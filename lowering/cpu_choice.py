@@ -53,11 +53,12 @@ def of_attention(attention: CausalAttention) -> AttentionTimes:
     return AttentionTimes(*_attentions.of(attention))
 
 
-def is_attention_faster(heads: int, length: int, size: int, dtype: torch.dtype, trained: bool) -> bool:
+def is_attention_faster(heads: int, length: int, size: int, value_size: int, dtype: torch.dtype, trained: bool) -> bool:
     """Whether our kernel for causal attention is the faster one, of so many heads in all sequences of a batch."""
-    if not heads or not length or not kernels.supports_head(dtype, size) or not kernels.available():
+    if not heads or not length or not kernels.supports_head(dtype, size, value_size) or not kernels.available():
         return False
-    times = of_attention(CausalAttention(*cpu_attention_times.bucket(heads, length), size, dtype, trained))
+    near = cpu_attention_times.bucket(heads, length)
+    times = of_attention(CausalAttention(*near, size, value_size, dtype, trained))
     return times.ours < WORTH * times.usual
 
 
@@ -178,7 +179,9 @@ def _name_of_product(product: Product) -> str:
 
 def _name_of_attention(attention: CausalAttention) -> str:
     passes = "trained" if attention.trained else "forward"
-    return f"attention {attention.heads} of {attention.length}x{attention.size} {_short(attention.dtype)} {passes}"
+    values = "" if attention.value_size == attention.size else f"+{attention.value_size}"
+    shape = f"{attention.heads} of {attention.length}x{attention.size}{values}"
+    return f"attention {shape} {_short(attention.dtype)} {passes}"
 
 
 # Measurements are asked for by name in their modules, so that others can take their place.

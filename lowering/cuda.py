@@ -35,14 +35,14 @@ def why_unsupported(x_dtype: torch.dtype, weight_dtype: torch.dtype, block: int)
     return None
 
 
-def why_no_attention(dtype: torch.dtype, size: int) -> str | None:
-    """Why there is no GPU attention kernel for heads of ``size`` in ``dtype``, or None if there is one."""
+def why_no_attention(dtype: torch.dtype, size: int, value_size: int) -> str | None:
+    """Why there is no GPU attention kernel for heads of these sizes in ``dtype``, or None if there is one."""
     reason = _why_no_kernels()
     if reason is not None:
         return f"no kernels: {reason}"
     largest = _MAX_HEAD_FLOAT32 if dtype == torch.float32 else _MAX_HEAD
-    if dtype not in _DTYPES or not _MIN_HEAD <= size <= largest:
-        return f"no GPU attention kernel for heads of {size} in {dtype}"
+    if dtype not in _DTYPES or not all(_MIN_HEAD <= n <= largest for n in (size, value_size)):
+        return f"no GPU attention kernel for {device.heads_of(size, value_size)} in {dtype}"
     return None
 
 
@@ -100,13 +100,16 @@ class _Bulk:
 
     launches = True
 
+    def __init__(self) -> None:
+        self._works = False  # known once it does: it is asked of every weight at every step
+
     def takes(self, tensor: Tensor, grid: BlockGrid) -> bool:
         """A CUDA graph's capture cannot take the upload of a table, which has no address yet when it is replayed."""
         if not grid.tiled or tensor.stride(-1) != 1 or tensor.element_size() > _WIDEST:
             return False
         # Eager mode, which needs no compiler otherwise, is not to begin to.
-        works = _why_no_kernels() is None and _c_compiler() is not None
-        return works and not torch.cuda.is_current_stream_capturing()
+        self._works = self._works or (_why_no_kernels() is None and _c_compiler() is not None)
+        return self._works and not torch.cuda.is_current_stream_capturing()
 
     def zero_inactive_(self, tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: Sequence[BlockGrid]) -> None:
         from mst_compile.kernels.triton import zero  # where there is no triton, nothing is taken

@@ -95,6 +95,11 @@ class Fact:
     problem: str | None = None
 
 
+def heads_of(size: int, value_size: int) -> str:
+    """Heads of attention in words, for reasons."""
+    return f"heads of {size}" if size == value_size else f"heads of {size} with values of {value_size}"
+
+
 @dataclass(frozen=True)
 class Device:
     """One device type.
@@ -103,12 +108,13 @@ class Device:
         type: as in ``torch.device.type``.
         why_unsupported: given the dtypes of input and weight and the block, why there is no kernel for such a product,
             or None if there is one.
-        why_no_attention: the same of attention, given the dtype and the size of a head.
+        why_no_attention: the same of attention, given the dtype, the size of a query (or key) in a head and that of a
+            value.
         times: given the layers of a graph, and whether a variant with sparse products has been compiled yet, how long
             their products take. The same on all ranks.
-        attention_pays: given how many heads causal attention has in all sequences of a batch, its length, head size and
-            dtype, and whether gradients are wanted, whether the device's kernel is faster than what PyTorch runs.
-            The same on all ranks.
+        attention_pays: given how many heads causal attention has in all sequences of a batch, its length, the sizes of
+            a query and of a value in a head, its dtype, and whether gradients are wanted, whether the device's kernel
+            is faster than what PyTorch runs. The same on all ranks.
         chooses: whether the operators themselves run the faster product at every call, where they are allowed to.
         default_block: block of weights for which the user names none.
         finest_block: finest block with kernels; a weight that the default suits badly gets no finer one (nor one below
@@ -133,9 +139,9 @@ class Device:
 
     type: str
     why_unsupported: Callable[[torch.dtype, torch.dtype, int], str | None]
-    why_no_attention: Callable[[torch.dtype, int], str | None]
+    why_no_attention: Callable[[torch.dtype, int, int], str | None]
     times: Callable[[Sequence[Layer], bool], Sequence[LayerTimes]]
-    attention_pays: Callable[[int, int, int, torch.dtype, bool], bool] = lambda *_: False
+    attention_pays: Callable[[int, int, int, int, torch.dtype, bool], bool] = lambda *_: False
     chooses: bool = False
     default_block: int = _BLOCK
     finest_block: int = FINEST_BLOCK

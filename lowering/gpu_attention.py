@@ -42,26 +42,30 @@ class _Call:
             self.names.append("VISIBLE")
             self.inputs.append(_bytes(key_mask))
         heads, size = gpu_operands.static(self.q.get_size()[1]), gpu_operands.static(self.q.get_size()[3])
+        value_size = gpu_operands.static(self.v.get_size()[3])
         self.parts = Parts(*parts)
-        self.kind, self.size = gpu_tiles.kind(self.q.get_dtype()), size
+        self.kind, self.size = gpu_tiles.kind(self.q.get_dtype()), max(size, value_size)
         self.constants = {
             "SCALE": scale,
             "HEADS": heads,
             "GROUP": heads // gpu_operands.static(self.k.get_size()[1]),
             "SIZE": size,
-            "BLOCK_D": max(16, 1 << (size - 1).bit_length()),
+            "BLOCK_D": _block(size),
+            "VALUE_SIZE": value_size,
+            "BLOCK_E": _block(value_size),
             "KEY_MASK": key_mask is not None,
             "PRECISION": gpu_tiles.precision(self.q.get_dtype()),
         }
 
     def run(self, which: str, more: dict[str, Any], mutated: Sequence[str], parts: Parts, backwards: bool) -> Any:
-        """One kernel on some parts, tuned. Its result has the queries' size and positions side by side in memory.
+        """One kernel on some parts, tuned. Its result is that of the queries, or their gradient, with positions side by
+        side in memory.
 
         Args:
             more: further operands by name, of which those in ``mutated`` are written too.
             backwards: whether the heads are taken from the last one on.
         """
-        size = list(self.q.get_size())
+        size = [*self.q.get_size()[:3], (self.v if which == "forward" else self.q).get_size()[3]]
         layout = ir.FixedLayout(self.q.get_device(), self.q.get_dtype(), size, _by_position(size))
         names, inputs = [*self.names, *more], [*self.inputs, *more.values()]
         constants = self.constants | kernels.constants(parts) | self._strides(names, inputs)
@@ -97,6 +101,11 @@ class _Call:
             for name, x in by_name
             if name in ("Q", "K", "V", "DO", "DK", "DV", "SEEN")
         }
+
+
+def _block(size: int) -> int:
+    """Numbers of a tile along the features of a head: a power of two that tensor cores take."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _all_seen(mask: Any) -> torch.Tensor:

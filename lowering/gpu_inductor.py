@@ -67,7 +67,8 @@ def _grad_weight(
 def _takes_attention(q: Any, k: Any, v: Any) -> bool:
     dtype = q.get_dtype()
     same = {k.get_dtype(), v.get_dtype()} == {dtype}
-    return same and device.of("cuda").why_no_attention(dtype, gpu_operands.static(q.get_size()[-1])) is None
+    sizes = (gpu_operands.static(x.get_size()[-1]) for x in (q, v))
+    return same and device.of("cuda").why_no_attention(dtype, *sizes) is None
 
 
 def _attention(q: Any, k: Any, v: Any, *rest: Any) -> Any:

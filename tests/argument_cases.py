@@ -269,6 +269,7 @@ bad(
     [5, None, (), (8,), (2, 0, 8), (-1, 4, 8), (2, 4.0, 8), (2, True, 8)],
 )
 bad("parts", lambda b, v: attention_saving((2, 4, 8), v), [None, 4, (4, 0, 0, 0, 0)])
+bad("value_size", lambda b, v: attention_saving((2, 4, 8), Parts(4), v), [-1, 4.0, True, "8", NAN])
 _forecast: Any = functools.partial(mst_compile.forecast, tokens=80, tokens_per_step=8)
 bad("forecast", lambda b, v: _forecast(v), NO_MODEL)
 bad(

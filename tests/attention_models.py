@@ -172,6 +172,12 @@ def _hugging_face(name: str, implementation: str) -> tuple[nn.Module, dict[str, 
         window = 4 if "window" in name else None
         mistral = hf.MistralConfig(num_key_value_heads=2, sliding_window=window, use_cache=False, **decoder)
         return hf.MistralForCausalLM(mistral), {"input_ids": ids}
+    if name == "DeepSeek-V3":
+        latent = hf.DeepseekV3Config(
+            q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, use_cache=False,
+            num_key_value_heads=HEADS, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2, **decoder,
+        )  # fmt: skip
+        return hf.DeepseekV3ForCausalLM(latent), {"input_ids": ids}
     if name == "BERT":
         return hf.BertModel(hf.BertConfig(**decoder, **no_dropout)), {"input_ids": ids}
     if name == "T5":
@@ -199,6 +205,8 @@ _HUGGING_FACE: list[tuple[str, bool, int, tuple[str, ...]]] = [
     ("GPT-2", True, 2, ()),
     ("Llama", False, 2, ()),
     ("Llama", True, 2, ()),
+    ("DeepSeek-V3", False, 2, ()),
+    ("DeepSeek-V3", True, 2, ()),
     ("Mistral", False, 2, ()),
     ("Mistral, window", False, 0, ("fewer keys",) * 2),
     ("BERT", False, 0, (_FULL,) * 2),

@@ -57,15 +57,16 @@ def case(
     padded: bool = False,
     seed: int = 0,
     by_position: bool = False,
+    value_size: int | None = None,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
 
-    def normal(count: int) -> Tensor:
+    def normal(count: int, size: int) -> Tensor:
         if by_position:  # as a model's projections leave it
             return torch.randn(batch, length, count, size, generator=generator).to(dtype).transpose(1, 2)
         return torch.randn(batch, count, length, size, generator=generator).to(dtype)
 
-    q, k, v = normal(heads * group), normal(heads), normal(heads)
+    q, k, v = normal(heads * group, size), normal(heads, size), normal(heads, value_size or size)
     key_mask = torch.rand(batch, length, generator=generator) < 0.8 if padded else None
     return Case(q, k, v, key_mask, parts)
 
@@ -88,7 +89,7 @@ def check_numbers(c: Case, results: Sequence[Tensor | None], upstream: Tensor, p
     scores = (q @ wide_k.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
     p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None])
     size_of_scores = (q.abs() @ wide_k.abs().transpose(-1, -2)).max() * scale
-    f32 = of_sum(q.shape[2] + q.shape[3], beside=0) * (2 + size_of_scores)
+    f32 = of_sum(q.shape[2] + max(q.shape[3], v.shape[3]), beside=0) * (2 + size_of_scores)
     error = float(of_rounding(c.q.dtype, times=4) + f32 + precision * (2 + size_of_scores))
     ds = (
         p

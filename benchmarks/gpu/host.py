@@ -8,9 +8,10 @@
 The models of ``python -m benchmarks.gpu`` are compiled as for an H100 and trained on a device that takes every launch
 and does nothing (tests/pretend_gpu/host): Dynamo, AOTAutograd and Inductor, our dispatch, autograd with its thread for
 the device, hooks, clipping, fused AdamW and the schedule run as on a card. Counted: launches, allocations, operators
-outside of generated kernels, and every place where the host would wait for the device, in a step and in a step with a
-topology event. Timed: microseconds of this CPU, without what a launch itself takes in Inductor's launcher and the
-driver, which is a few microseconds for each of those counted. Needs a C++ compiler and a PyTorch without CUDA.
+outside of generated kernels, and every place where the host would wait for the device, in a step, in one of two
+backward passes (gradient accumulation) and in one with a topology event. Timed: microseconds of this CPU, without what
+a launch itself takes in Inductor's launcher and the driver, which is a few microseconds for each of those counted.
+Needs a C++ compiler and a PyTorch without CUDA.
 """
 
 from __future__ import annotations
@@ -129,13 +130,14 @@ class Side:
     """One model that trains on the idle device, and what was found.
 
     Attributes:
-        step: a training step.
-        trace: of a step; event: of one with a topology event.
+        step: a training step, of as many backward passes as it is told.
+        trace: of a step; passes: of one with two backward passes; event: of one with a topology event.
         seconds: of the host, of each step that was timed.
     """
 
-    step: Callable[[], object]
+    step: Callable[..., object]
     trace: Any = None
+    passes: Any = None
     event: Any = None
     seconds: list[float] = field(default_factory=list)
     sources: dict[str, float] = field(default_factory=dict)
@@ -216,6 +218,15 @@ def _time(sides: dict[str, Side], args: argparse.Namespace, idle: Any, sources: 
     sources.on = False
 
 
+def _traced(side: Side, idle: Any, passes: int) -> Any:
+    """What a step of so many backward passes does, when addresses repeat."""
+    for _ in range(_WARMUP):
+        side.step(passes)
+    with idle.tracing() as trace:
+        side.step(passes)
+    return trace
+
+
 def _find_event(args: argparse.Namespace, idle: Any) -> Side:
     """A side of a schedule, with the trace of the step whose masks change."""
     side = prepare("event", args, idle)
@@ -255,7 +266,7 @@ def _print_times(sides: dict[str, Side], steps: int) -> None:
 
 def _account(side: Side, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, trace in (("step", side.trace), ("event", side.event)):
+    for name, trace in (("step", side.trace), ("two passes", side.passes), ("event", side.event)):
         if trace is not None:
             found[name] = {
                 "launches": trace.launches, "kernels": dict(trace.kernels), "operators": dict(trace.operators),
@@ -279,10 +290,11 @@ def work(args: argparse.Namespace) -> int:
         _watch_all(sources)
         sides = {name: prepare(name, args, idle) for name in ("inductor", "mst")}
         for name, side in sides.items():
-            with idle.tracing() as side.trace:
-                side.step()
+            side.trace, side.passes = (_traced(side, idle, passes) for passes in (1, 2))
             _print_counts(f"{name}, a step", side.trace)
             _print_waits(side.trace)
+            more = side.passes.launches - side.trace.launches
+            print(f"  {more} launches more with a second backward pass, {len(side.passes.waits)} waits")
         if args.steps:
             _time(sides, args, idle, sources)
             _print_times(sides, args.steps)

@@ -87,7 +87,8 @@ def _autocast(run: Run) -> torch.autocast:
     return torch.autocast(run.device.type, dtype=torch.bfloat16, enabled=run.dtype == torch.bfloat16)
 
 
-def _stepper(model: nn.Module, backend: Callable | str, ids: Tensor, run: Run) -> Callable[[], Tensor]:
+def _stepper(model: nn.Module, backend: Callable | str, ids: Tensor, run: Run) -> Callable[..., Tensor]:
+    """A training step, of as many backward passes as it is told."""
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
@@ -96,10 +97,11 @@ def _stepper(model: nn.Module, backend: Callable | str, ids: Tensor, run: Run) -
 
     compiled = torch.compile(loss_of, backend=backend, dynamic=False)
 
-    def step() -> Tensor:
-        with _autocast(run):
-            loss = compiled(ids)
-        loss.backward()
+    def step(passes: int = 1) -> Tensor:
+        for _ in range(passes):
+            with _autocast(run):
+                loss = compiled(ids)
+            loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ _PRODUCTS = {
     "aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0, "aten::baddbmm": 1, "aten::mv": 0, "aten::_grouped_mm": 0,
     "transformers::grouped_mm_fallback": 0,
 }  # fmt: skip
-_SPARSE = "mst::linear"
+_SPARSE = {"mst::linear", "mst::grouped_linear"}
 
 
 @dataclass
@@ -58,8 +58,8 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         called = func._schema.name
-        if called == _SPARSE:
-            self.sparse += 2 * (args[0].numel() // args[0].shape[-1]) * args[1].numel()
+        if called in _SPARSE:
+            self.sparse += 2 * (args[0].numel() // args[0].shape[-1]) * args[1].shape[-2:].numel()
         first = _PRODUCTS.get(called)
         if first is not None:
             for operand in args[first : first + 2]:
@@ -107,8 +107,9 @@ def _why(status: str | None, weight: Tensor) -> str:
     if status is None:
         own = "which `include` can name" if weight.dim() == 2 else "of three dimensions"
         return f"a Parameter of the model's own, {own}"
+    status = re.sub(r"; FLOPs of a token in .* matrices$", "", status)
     if "a stack of matrices" in status:
-        return "experts in one Parameter"
+        return "a stack of matrices that `include` can name"
     if "dense products at the present density" in status:
         return "so few blocks that all stay"
     if "narrower than a block" in status:

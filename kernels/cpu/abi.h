@@ -115,22 +115,24 @@ struct MstParts {
   int64_t summary;             // the last position of each chunk of `summary` positions before i's own
 };
 
-// A tensor [batch, heads, length, size]: unit stride along `size`, the others are given in elements.
+// A tensor [batch, heads, length, size], of values [.., value_size]: unit stride along the last, the others are given in
+// elements.
 struct MstHeads {
   void* data;
   int64_t batch, head, token;
 };
 
 // One attention. Query head h reads key head h / (heads / key_heads); heads must be a multiple of key_heads.
+enum { MST_LARGEST_HEAD = 512 };
 struct MstAttention {
   int64_t batch, heads, key_heads, length;
-  int64_t size;                // of a head: a multiple of 8 in [8, 256]
+  int64_t size, value_size;    // of a query or key, and of a value, in a head: 1 to MST_LARGEST_HEAD
   MstParts parts;
   int32_t dtype, threads;
   float scale;
   const uint8_t* key_mask;     // [batch, length], 0 for keys that no query sees; or null
   float* lse;                  // [batch, heads, length]
-  MstHeads q, k, v, out;
+  MstHeads q, k, v, out;       // out, grad and dv are as wide as values
   MstHeads grad, dq, dk, dv;   // of the backward pass
 };
 

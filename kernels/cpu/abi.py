@@ -121,7 +121,7 @@ class Parts(ctypes.Structure):
 
 class Attention(ctypes.Structure):
     _fields_ = (
-        *((name, _L) for name in ("batch", "heads", "key_heads", "length", "size")),
+        *((name, _L) for name in ("batch", "heads", "key_heads", "length", "size", "value_size")),
         ("parts", Parts),
         *((name, _I) for name in ("dtype", "threads")),
         ("scale", _F),

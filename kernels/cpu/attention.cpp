@@ -8,7 +8,7 @@
 //           scaled scores of the tile against the step       SIMD over keys, k packed transposed
 //           mask, where the step's edges need it
 //           online softmax: new maxima, exponentials, sums; earlier results scaled down
-//           add the probabilities' product with the values   SIMD over the head size
+//           add the probabilities' product with the values   SIMD over the size of a value
 //         divide by the sums and write
 //
 // Keys and values of a head are packed once by each thread that needs them, tile by tile on demand (attention_pack.h).
@@ -27,7 +27,7 @@ template <class E> struct Forward {
   std::vector<Step> steps;
   alignas(64) float scores[QT * step_keys];
   TileRows<E> query;
-  alignas(64) float sums[QT * 256];
+  alignas(64) float sums[QT * MST_LARGEST_HEAD];  // value_width apart
   alignas(64) float top[QT], lanes[QT * L];  // maxima, and L partial sums of each row's exponentials
 
   explicit Forward(const MstAttention& problem) : p(problem), head(problem, false) {}
@@ -53,8 +53,8 @@ template <class E> struct Forward {
       if (now != top[r]) {
         const vf shrink = exponential(broadcast(top[r] - base));
         before = before * shrink;
-        for (int64_t d = 0; d < head.width; d += L) {
-          float* at = sums + r * head.width + d;
+        for (int64_t d = 0; d < head.value_width; d += L) {
+          float* at = sums + r * head.value_width + d;
           store(at, load(at) * shrink);
         }
         top[r] = now;
@@ -64,36 +64,36 @@ template <class E> struct Forward {
   }
 
   void add_values(const Step& step, int64_t i0, int64_t tile) {
-    const int64_t width = head.width;
+    using P = Packed<E>;
+    const Rows<E>& v = head.of(step.kind).v;
+    const int64_t width = head.value_width;
     if (step.kind == ROWWISE) {
       for (int64_t r = 0; r < tile; r++)
         if (const int64_t count = head.rowwise_count(step, i0 + r))
-          row_sums(scores + r * step_keys, head.keys.v + head.rowwise_at(step, i0 + r), -head.row_step(), count, width,
-                   sums + r * width);
+          row_sums(scores + r * step_keys, v.along + head.rowwise_at(v.layout, step, i0 + r), -head.row_step(v.layout),
+                   count, width, sums + r * width);
       return;
     }
-    using P = Packed<E>;
-    const KeySet<E>& set = head.of(step.kind);
     head.stretches(step, [&](int j, int count) {
       product<typename P::unit, false>(QT, width / L, count / P::per_unit, scores + j / P::per_unit, step_keys,
-                                       set.vj + set.joined_at(head.layout, step.first + j), width, sums, width, true);
+                                       v.joined + v.joined_at(step.first + j), width, sums, width, true);
     });
   }
 
   void write(int64_t b, int64_t h, int64_t i0, int64_t tile) {
     for (int64_t r = 0; r < tile; r++) {
       const float total = lanes_sum(load(lanes + r * L)), factor = total == 0 ? 0 : 1 / total;
-      float* row = sums + r * head.width;
-      for (int64_t d = 0; d < head.width; d += L) store(row + d, load(row + d) * factor);
-      convert(row, row_of<E>(p.out, b, h, i0 + r), static_cast<int>(p.size));
+      float* row = sums + r * head.value_width;
+      for (int64_t d = 0; d < head.value_width; d += L) store(row + d, load(row + d) * factor);
+      convert(row, row_of<E>(p.out, b, h, i0 + r), static_cast<int>(p.value_size));
       p.lse[(b * p.heads + h) * p.length + i0 + r] = total == 0 ? -infinity : top[r] + std::log(total);
     }
   }
 
   void tile(int64_t b, int64_t h, int64_t i0) {
-    const int64_t real = std::min<int64_t>(QT, p.length - i0), width = head.width;
-    query.read(p.q, b, h, i0, real, p.size, width);
-    std::fill_n(sums, QT * width, 0.0f);
+    const int64_t real = std::min<int64_t>(QT, p.length - i0);
+    query.read(p.q, b, h, i0, real, p.size, head.width);
+    std::fill_n(sums, QT * head.value_width, 0.0f);
     std::fill_n(top, QT, -infinity);
     std::fill_n(lanes, QT * L, 0.0f);
     head.geometry.steps(i0, i0 + real, steps);

@@ -8,7 +8,7 @@
 //         for each step of up to step_keys keys (attention_steps.h):
 //           p = exp(scores - lse), masked                           as the forward pass made them
 //           ds = p * (grad . v^T - delta)
-//           dv += p^T . grad,   dk += ds^T . q,   dq += ds . k      SIMD over the head size
+//           dv += p^T . grad,   dk += ds^T . q,   dq += ds . k      SIMD over their sizes
 //         write dq
 //       scatter the summaries' dk and dv, write dk and dv
 //     add up the shares' dk and dv, if a head has several
@@ -29,7 +29,7 @@ template <class E> struct Backward {
   alignas(64) float probabilities[QT * step_keys], slopes[QT * step_keys];  // p and ds
   alignas(64) uint16_t narrow_slopes[Packed<E>::pairs ? QT * step_keys : 1];  // ds once more, along the keys
   TileRows<E> query, grad;
-  alignas(64) float dq[QT * 256];
+  alignas(64) float dq[QT * MST_LARGEST_HEAD];  // width apart
   alignas(64) float lse[QT], delta[QT];
 
   explicit Backward(const MstAttention& problem) : p(problem), head(problem, true) {}
@@ -77,52 +77,52 @@ template <class E> struct Backward {
   void accumulate(const Step& step, int64_t i0, int64_t tile) {
     using P = Packed<E>;
     using U = typename P::unit;
-    const int64_t width = head.width, vectors = width / L;
-    KeySet<E>& set = head.of(step.kind);
+    const int64_t width = head.width, value_width = head.value_width;
+    const Rows<E>&k = head.of(step.kind).k, &v = head.of(step.kind).v;
     if (step.kind != ROWWISE) {
       const float* along = P::pairs ? reinterpret_cast<const float*>(narrow_slopes) : slopes;
       head.stretches(step, [&](int j, int count) {
-        const int64_t at = head.layout.at(step.first + j), joined = set.joined_at(head.layout, step.first + j);
-        const int64_t depth = QT / P::per_unit;
-        product<U, true>(count, vectors, depth, probabilities + j, step_keys, grad.joined(), width, set.dv + at, width,
-                         true);
-        product<U, true>(count, vectors, depth, slopes + j, step_keys, query.joined(), width, set.dk + at, width, true);
-        product<U, false>(QT, vectors, count / P::per_unit, along + j / P::per_unit, step_keys / P::per_unit,
-                          set.kj + joined, width, dq, width, true);
+        const int64_t row = step.first + j, depth = QT / P::per_unit;
+        product<U, true>(count, value_width / L, depth, probabilities + j, step_keys, grad.joined(), value_width,
+                         v.grad + v.layout.at(row), value_width, true);
+        product<U, true>(count, width / L, depth, slopes + j, step_keys, query.joined(), width,
+                         k.grad + k.layout.at(row), width, true);
+        product<U, false>(QT, width / L, count / P::per_unit, along + j / P::per_unit, step_keys / P::per_unit,
+                          k.joined + k.joined_at(row), width, dq, width, true);
       });
       return;
     }
     for (int64_t r = 0; r < tile; r++) {
       const int64_t count = head.rowwise_count(step, i0 + r);
       if (!count) continue;
-      const int64_t key = head.rowwise_at(step, i0 + r);
+      const int64_t key = head.rowwise_at(k.layout, step, i0 + r), value = head.rowwise_at(v.layout, step, i0 + r);
+      const int64_t apart = -head.row_step(k.layout), values_apart = -head.row_step(v.layout);
       const float *prob = probabilities + r * step_keys, *slope = slopes + r * step_keys;
-      row_updates(prob, grad.floats() + r * width, set.dv + key, -head.row_step(), count, width);
-      row_updates(slope, query.floats() + r * width, set.dk + key, -head.row_step(), count, width);
-      row_sums(slope, set.k + key, -head.row_step(), count, width, dq + r * width);
+      row_updates(prob, grad.floats() + r * value_width, v.grad + value, values_apart, count, value_width);
+      row_updates(slope, query.floats() + r * width, k.grad + key, apart, count, width);
+      row_sums(slope, k.along + key, apart, count, width, dq + r * width);
     }
   }
 
   void load_tile(int64_t b, int64_t h, int64_t i0, int64_t real) {
-    const int64_t width = head.width;
+    const int64_t width = head.width, value_width = head.value_width;
     query.read(p.q, b, h, i0, real, p.size, width);
-    grad.read(p.grad, b, h, i0, real, p.size, width);
+    grad.read(p.grad, b, h, i0, real, p.value_size, value_width);
     query.join(width);
-    grad.join(width);
-    std::fill_n(dq, QT * width, 0.0f);
+    grad.join(value_width);
     std::fill_n(lse, QT, 0.0f);
     std::fill_n(delta, QT, 0.0f);
     for (int64_t r = 0; r < real; r++) {
-      read_row(row_of<const E>(p.out, b, h, i0 + r), p.size, width, dq + r * width);  // for delta
+      float* out = dq;  // a place for one row, until gradients are summed there
+      read_row(row_of<const E>(p.out, b, h, i0 + r), p.value_size, value_width, out);
       vf sum{};
-      for (int64_t d = r * width; d < (r + 1) * width; d += L) {
-        sum = load(grad.floats() + d) * load(dq + d) + sum;
-        store(dq + d, vf{});
-      }
+      for (int64_t d = 0; d < value_width; d += L)
+        sum = load(grad.floats() + r * value_width + d) * load(out + d) + sum;
       delta[r] = lanes_sum(sum);
       const float log_sum = p.lse[(b * p.heads + h) * p.length + i0 + r];
       lse[r] = log_sum == -infinity ? 0 : log_sum;  // no key: all scores are -inf
     }
+    std::fill_n(dq, QT * width, 0.0f);
   }
 
   void tile(int64_t b, int64_t h, int64_t i0) {
@@ -148,35 +148,39 @@ template <class E> struct Backward {
   void share(int64_t b, int64_t key_head, int64_t split, int64_t splits) {
     head.bind(b, key_head);
     head.need({RUN, 0, static_cast<int>(head.keys.padded), false}, 0, 0);
-    const int64_t group = p.heads / p.key_heads, width = head.width;
+    const int64_t group = p.heads / p.key_heads;
     const std::vector<int64_t> tiles = tiles_of(head.geometry, split, splits);
     for (int64_t h = key_head * group; h < (key_head + 1) * group; h++)
       for (const int64_t i0 : tiles) tile(b, h, i0);
-    for (int64_t m = 0; m < head.geometry.summaries(); m++) {
-      const int64_t to = head.layout.at((m + 1) * p.parts.summary - 1), from = head.layout.at(m);
-      for (int64_t d = 0; d < width; d++) {
-        head.keys.dk[to + d] += head.summaries.dk[from + d];
-        head.keys.dv[to + d] += head.summaries.dv[from + d];
-      }
-    }
+    add_summaries(head.keys.k, head.summaries.k);
+    add_summaries(head.keys.v, head.summaries.v);
     head.release();
   }
 
   // Rows [begin, end) of dk and dv, the sum of `splits` shares that lie `apart` floats from each other.
   void write(int64_t b, int64_t key_head, int64_t begin, int64_t end, const float* dk, const float* dv, int64_t splits,
              int64_t apart) {
-    float row[256 + L];
-    const auto one = [&](const MstHeads& to, const float* from, int64_t j, float factor) {
-      for (int64_t d = 0; d < head.width; d += L) {
-        vf sum = load(from + head.layout.at(j) + d);
-        for (int64_t s = 1; s < splits; s++) sum = sum + load(from + s * apart + head.layout.at(j) + d);
+    float row[MST_LARGEST_HEAD];
+    const auto one = [&](const MstHeads& to, const float* from, const Layout& layout, int64_t j, float factor) {
+      for (int64_t d = 0; d < layout.width; d += L) {
+        vf sum = load(from + layout.at(j) + d);
+        for (int64_t s = 1; s < splits; s++) sum = sum + load(from + s * apart + layout.at(j) + d);
         store(row + d, sum * factor);
       }
-      convert(row, row_of<E>(to, b, key_head, j), static_cast<int>(p.size));
+      convert(row, row_of<E>(to, b, key_head, j), static_cast<int>(layout.size));
     };
     for (int64_t j = begin; j < end; j++) {
-      one(p.dk, dk, j, p.scale);
-      one(p.dv, dv, j, 1);
+      one(p.dk, dk, head.keys.k.layout, j, p.scale);
+      one(p.dv, dv, head.keys.v.layout, j, 1);
+    }
+  }
+
+ private:
+  void add_summaries(const Rows<E>& all, const Rows<E>& summaries) {
+    for (int64_t m = 0; m < head.geometry.summaries(); m++) {
+      float* to = all.grad + all.layout.at((m + 1) * p.parts.summary - 1);
+      const float* from = summaries.grad + summaries.layout.at(m);
+      for (int64_t d = 0; d < all.layout.width; d++) to[d] += from[d];
     }
   }
 };
@@ -185,10 +189,12 @@ template <class E> int backward(const MstAttention& p, int threads) {
   constexpr int64_t enough = 8;  // items that keep threads busy, where the queries suffice
   const int64_t heads = p.batch * p.key_heads;
   const int64_t splits = heads >= enough ? 1 : std::min(ceil_div(enough, heads), ceil_div(p.length, 4 * QT));
-  const int64_t part = Layout(p).at(ceil_div(p.length, KT) * KT);  // floats of dk, or dv, of one share
+  const int64_t rows = ceil_div(p.length, KT) * KT;
+  const int64_t of_dk = Layout(p.size, p.parts.step).at(rows);  // floats of one share
+  const int64_t part = of_dk + Layout(p.value_size, p.parts.step).at(rows);
   std::unique_ptr<float, void (*)(void*)> shares(nullptr, free);
   if (splits > 1) {
-    shares.reset(static_cast<float*>(aligned_alloc(64, heads * splits * 2 * part * sizeof(float))));
+    shares.reset(static_cast<float*>(aligned_alloc(64, heads * splits * part * sizeof(float))));
     if (!shares) return MST_NO_MEMORY;
   }
   int status = MST_OK;
@@ -202,18 +208,18 @@ template <class E> int backward(const MstAttention& p, int threads) {
       if (!ready) continue;
       const int64_t b = item / splits / p.key_heads, key_head = item / splits % p.key_heads;
       KeySet<E>& keys = worker->head.keys;
-      if (splits > 1) keys.dk = shares.get() + item * 2 * part, keys.dv = keys.dk + part;
+      if (splits > 1) keys.k.grad = shares.get() + item * part, keys.v.grad = keys.k.grad + of_dk;
       ready = within_memory([&] { worker->share(b, key_head, item % splits, splits); });
-      if (ready && splits == 1) worker->write(b, key_head, 0, p.length, keys.dk, keys.dv, 1, 0);
+      if (ready && splits == 1) worker->write(b, key_head, 0, p.length, keys.k.grad, keys.v.grad, 1, 0);
     }
     if (splits > 1) {
 #pragma omp for schedule(static)
       for (int64_t item = 0; item < heads * splits; item++) {
         if (!ready) continue;
         const int64_t of = item / splits, s = item % splits;
-        const float* dk = shares.get() + of * splits * 2 * part;
+        const float* dk = shares.get() + of * splits * part;
         worker->write(of / p.key_heads, of % p.key_heads, p.length * s / splits, p.length * (s + 1) / splits, dk,
-                      dk + part, splits, 2 * part);
+                      dk + of_dk, splits, part);
       }
     }
     if (!ready) {

@@ -12,10 +12,10 @@ namespace {
 // meet keys a multiple of the step away would meet them all in the same few cache sets if the step is a power of two;
 // gaps between the tiles shift each such key by about a row.
 struct Layout {
-  int64_t width, tile;
+  int64_t size, width, tile;
 
-  explicit Layout(const MstAttention& p) : width(ceil_div(p.size, L) * L), tile(KT * width) {
-    if (p.parts.step && p.parts.step % KT == 0) tile += ceil_div(width * KT / p.parts.step, L) * L;
+  Layout(int64_t numbers, int64_t step) : size(numbers), width(ceil_div(size, L) * L), tile(KT * width) {
+    if (step && step % KT == 0) tile += ceil_div(width * KT / step, L) * L;
   }
   bool gaps() const { return tile != KT * width; }
   int64_t at(int64_t row) const { return row / KT * tile + row % KT * width; }
@@ -23,44 +23,54 @@ struct Layout {
   int64_t apart(int64_t step) const { return gaps() ? step / KT * tile : step * width; }
 };
 
-// Keys that steps count through: all of a head's, or its summaries, in the forms of attention_pack.h. Rows are padded
-// with zeros, and so is their number to a multiple of KT.
-template <class E> struct KeySet {
+// Keys, or values, in the forms of attention_pack.h. Rows are padded with zeros, and so is their number to a multiple of
+// KT.
+template <class E> struct Rows {
   using P = Packed<E>;
   using Number = typename P::number;
-  int64_t padded = 0;
-  float *kt = nullptr, *vt = nullptr;    // across, tile by tile
-  float *kj = nullptr, *vj = nullptr;    // joined
-  Number *k = nullptr, *v = nullptr;     // along
-  float *dk = nullptr, *dv = nullptr;
-  float* bias = nullptr;  // 0, or -inf for a key that is masked out; null without a mask
+  Layout layout;
+  int64_t units;            // of a tile across: what a row holds, in whole vectors
+  float* across = nullptr;  // tile by tile
+  float* joined = nullptr;
+  Number* along = nullptr;
+  float* grad = nullptr;
 
-  // Units of a tile across: what a row holds, in whole vectors.
-  static int64_t units(int64_t size) { return ceil_div(size, L * P::per_unit) * L; }
+  explicit Rows(const Layout& rows) : layout(rows), units(ceil_div(rows.size, L * P::per_unit) * L) {}
 
-  // Takes what is wanted from `at` on, in floats; with at = 0 that counts them.
-  template <class Pointer> void place(Pointer take, int64_t count, int64_t size, const Layout& layout, bool backward,
-                                      bool rows, bool mask) {
-    padded = count;
-    const int64_t across = padded * units(size), all = layout.at(padded), joined = padded / P::per_unit * layout.width;
-    kt = take(across);
-    if (backward) vt = take(across), dk = take(all), dv = take(all);
+  // Takes the forms along that are wanted for `count` rows.
+  template <class Take> void place(Take take, int64_t count, bool paired, bool rowwise) {
+    const int64_t all = layout.at(count);
     if constexpr (P::pairs) {
-      vj = take(joined);
-      if (backward) kj = take(joined);
-      if (rows) {
-        k = reinterpret_cast<Number*>(take(all / P::per_unit));
-        v = reinterpret_cast<Number*>(take(all / P::per_unit));
-      }
+      if (paired) joined = take(count / P::per_unit * layout.width);
+      if (rowwise) along = reinterpret_cast<Number*>(take(all / P::per_unit));
     } else {
-      kj = k = take(all), vj = v = take(all);
+      joined = along = take(all);
     }
-    bias = mask ? take(padded) : nullptr;
   }
 
   // Where joined rows begin; `row` is a multiple of KT.
-  int64_t joined_at(const Layout& layout, int64_t row) const {
-    return P::pairs ? row / P::per_unit * layout.width : layout.at(row);
+  int64_t joined_at(int64_t row) const { return P::pairs ? row / P::per_unit * layout.width : layout.at(row); }
+};
+
+// Keys that steps count through, with their values: all of a head's, or its summaries.
+template <class E> struct KeySet {
+  Rows<E> k, v;
+  int64_t padded = 0;
+  float* bias = nullptr;  // 0, or -inf for a key that is masked out; null without a mask
+
+  KeySet(const Layout& keys, const Layout& values) : k(keys), v(values) {}
+
+  template <class Take> void place(Take take, int64_t count, bool backward, bool rowwise, bool mask) {
+    padded = count;
+    k.across = take(count * k.units);
+    if (backward) {
+      v.across = take(count * v.units);
+      k.grad = take(k.layout.at(count));
+      v.grad = take(v.layout.at(count));
+    }
+    k.place(take, count, backward, rowwise);
+    v.place(take, count, true, rowwise);
+    bias = mask ? take(padded) : nullptr;
   }
 };
 
@@ -68,13 +78,18 @@ template <class E> class Head {
  public:
   const MstAttention& p;
   const Geometry geometry;
-  const Layout layout;
-  const int64_t width;  // of a packed row
-  const bool backward;
   KeySet<E> keys, summaries;
+  const int64_t width, value_width;  // of a packed row
+  const bool backward;
 
   Head(const MstAttention& problem, bool is_backward)
-      : p(problem), geometry(problem), layout(problem), width(layout.width), backward(is_backward) {}
+      : p(problem),
+        geometry(problem),
+        keys(Layout(p.size, p.parts.step), Layout(p.value_size, p.parts.step)),
+        summaries(keys),
+        width(keys.k.layout.width),
+        value_width(keys.v.layout.width),
+        backward(is_backward) {}
 
   // Places the key sets in memory; false if there is none.
   bool allocate(Scratch& memory) {
@@ -112,13 +127,15 @@ template <class E> class Head {
   int64_t rowwise_count(const Step& step, int64_t i) const {
     return std::clamp<int64_t>(geometry.seen(ROWWISE, i).end - step.first, 0, step.width);
   }
-  // Where query i's keys of a rowwise step begin in packed rows, if it sees one; they lie -row_step() apart.
-  int64_t rowwise_at(const Step& step, int64_t i) const { return layout.at(geometry.at_distance(i, step.first)); }
-  int64_t row_step() const { return layout.apart(p.parts.step); }
+  // Where query i's keys (or values) of a rowwise step begin in packed rows, if it sees one; they lie -row_step() apart.
+  int64_t rowwise_at(const Layout& rows, const Step& step, int64_t i) const {
+    return rows.at(geometry.at_distance(i, step.first));
+  }
+  int64_t row_step(const Layout& rows) const { return rows.apart(p.parts.step); }
 
-  // Calls body(first row, rows) for the stretches of a step's rows that lie without a gap.
+  // Calls body(first row, rows) for the stretches of a step's rows that lie without a gap, of keys and values alike.
   template <class Body> void stretches(const Step& step, Body body) const {
-    const int most = layout.gaps() ? KT : step.width;
+    const int most = keys.k.layout.gaps() ? KT : step.width;
     for (int j = 0; j < step.width; j += most) body(j, most);
   }
 
@@ -126,20 +143,20 @@ template <class E> class Head {
   // real.
   void products(const Step& step, const TileRows<E>& x, int64_t i0, int64_t tile, bool with_values, float factor,
                 float* s) {
+    const Rows<E>& rows = with_values ? of(step.kind).v : of(step.kind).k;
+    const Layout& layout = rows.layout;
     if (step.kind == ROWWISE) {
-      const auto* rows = with_values ? keys.v : keys.k;
       for (int64_t r = 0; r < tile; r++)
         if (const int64_t count = rowwise_count(step, i0 + r))
-          row_dots(x.floats() + r * width, rows + rowwise_at(step, i0 + r), -row_step(), count, width, factor,
-                   s + r * step_keys);
+          row_dots(x.floats() + r * layout.width, rows.along + rowwise_at(layout, step, i0 + r), -row_step(layout),
+                   count, layout.width, factor, s + r * step_keys);
       return;
     }
-    const KeySet<E>& set = of(step.kind);
-    const int64_t units = KeySet<E>::units(p.size);
-    const float* from = (with_values ? set.vt : set.kt) + step.first * units;
+    const float* from = rows.across + step.first * rows.units;
     for (int t = 0; t < step.width; t += KT)
-      product<typename P::unit, false>(QT, KT / L, p.size / P::per_unit, x.along(), width / P::per_unit,
-                                       from + t * units, KT, s + t, step_keys, false, factor);
+      product<typename P::unit, false>(QT, KT / L, ceil_div(layout.size, P::per_unit), x.along(),
+                                       layout.width / P::per_unit, from + t * rows.units, KT, s + t, step_keys, false,
+                                       factor);
   }
 
   // Cuts the scores to what each query may see.
@@ -159,13 +176,13 @@ template <class E> class Head {
   int64_t batch_ = -1, key_head_ = -1;
   std::vector<uint8_t> packed_;
   float bias_row_[step_keys];
-  alignas(64) Number tile_[P::pairs ? KT * 256 : 1];
+  alignas(64) Number tile_[P::pairs ? KT * MST_LARGEST_HEAD : 1];
 
   template <class Take> void place(Take take) {
     const int64_t count = ceil_div(p.length, KT) * KT, few = ceil_div(geometry.summaries(), KT) * KT;
     const bool mask = p.key_mask != nullptr;
-    keys.place(take, count, p.size, layout, backward, geometry.has(ROWWISE), mask);
-    summaries.place(take, few, p.size, layout, backward, false, mask);
+    keys.place(take, count, backward, geometry.has(ROWWISE), mask);
+    summaries.place(take, few, backward, false, mask);
   }
 
   void need_keys(int64_t begin, int64_t end) {
@@ -178,35 +195,35 @@ template <class E> class Head {
 
   // Packs tile t of a set whose row j stands at position j * every + offset, j < count.
   void pack(KeySet<E>& set, int64_t t, int64_t count, int64_t every, int64_t offset) {
-    pack_rows(p.k, t, count, every, offset, set.k, set.kj, set.kt, set);
-    pack_rows(p.v, t, count, every, offset, set.v, set.vj, set.vt, set);
+    pack_rows(p.k, t, count, every, offset, set.k);
+    pack_rows(p.v, t, count, every, offset, set.v);
     if (set.bias)
       for (int64_t row = t * KT; row < (t + 1) * KT; row++) {
         const bool seen = row < count && p.key_mask[batch_ * p.length + row * every + offset];
         set.bias[row] = seen ? 0.0f : -infinity;
       }
     if (!backward) return;
-    std::fill_n(set.dk + layout.at(t * KT), KT * width, 0.0f);
-    std::fill_n(set.dv + layout.at(t * KT), KT * width, 0.0f);
+    for (const Rows<E>* rows : {&set.k, &set.v})
+      std::fill_n(rows->grad + rows->layout.at(t * KT), KT * rows->layout.width, 0.0f);
   }
 
   // Keys or values of tile t, in the forms that there is a place for.
-  void pack_rows(const MstHeads& from, int64_t t, int64_t count, int64_t every, int64_t offset, Number* along,
-                 float* joined, float* across, const KeySet<E>& set) {
-    const int64_t units = KeySet<E>::units(p.size), apart = P::pairs ? units * P::per_unit : width;
-    Number* to = P::pairs ? tile_ : along + layout.at(t * KT);
+  void pack_rows(const MstHeads& from, int64_t t, int64_t count, int64_t every, int64_t offset, const Rows<E>& rows) {
+    const Layout& layout = rows.layout;
+    const int64_t wide = layout.width, apart = P::pairs ? rows.units * P::per_unit : wide;
+    Number* to = P::pairs ? tile_ : rows.along + layout.at(t * KT);
     for (int64_t j = 0; j < KT; j++) {
       const int64_t row = t * KT + j;
       if (row < count)
-        read_row(row_of<const E>(from, batch_, key_head_, row * every + offset), p.size, apart, to + j * apart);
+        read_row(row_of<const E>(from, batch_, key_head_, row * every + offset), layout.size, apart, to + j * apart);
       else
         std::fill_n(to + j * apart, apart, Number{});
     }
-    if (across) transpose_tile<typename P::unit>(to, apart, across + t * KT * units);
+    if (rows.across) transpose_tile<typename P::unit>(to, apart, rows.across + t * KT * rows.units);
     if constexpr (P::pairs) {
-      if (joined) join_rows(to, apart, KT, width, joined + set.joined_at(layout, t * KT));
-      for (int64_t j = 0; along && j < KT; j++)
-        std::copy_n(to + j * apart, width, along + layout.at(t * KT + j));
+      if (rows.joined) join_rows(to, apart, KT, wide, rows.joined + rows.joined_at(t * KT));
+      for (int64_t j = 0; rows.along && j < KT; j++)
+        std::copy_n(to + j * apart, wide, rows.along + layout.at(t * KT + j));
     }
   }
 
@@ -235,7 +252,9 @@ inline std::vector<int64_t> tiles_of(const Geometry& g, int64_t split, int64_t s
 // An argument that no kernel takes.
 inline int check(const MstAttention& p) {
   const bool heads = p.heads > 0 && p.key_heads > 0 && p.heads % p.key_heads == 0;
-  if (!heads || p.batch < 1 || p.length < 1 || p.size < 8 || p.size > 256 || p.size % 8) return MST_BAD_SHAPE;
+  if (!heads || p.batch < 1 || p.length < 1) return MST_BAD_SHAPE;
+  for (const int64_t size : {p.size, p.value_size})
+    if (size < 1 || size > MST_LARGEST_HEAD) return MST_BAD_SHAPE;
   const MstParts& s = p.parts;
   for (const int64_t number : {s.window, s.chunk, s.first, s.step, s.summary})
     if (number < 0 || number > p.length) return MST_BAD_SHAPE;

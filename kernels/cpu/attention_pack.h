@@ -1,10 +1,14 @@
 // The forms in which attention's operands are packed for products of units (elements.h): of floats, or of pairs of bf16.
 //
+// Rows are queries or keys, `size` numbers, or values and what is as wide as they, `value_size`; either is any number up
+// to MST_LARGEST_HEAD. They are packed `width` numbers wide, whole vectors, with zeros behind the size: those add nothing
+// to a product, and what they make of a result is not written.
+//
 // A product sums over units, so an operand that is summed along its rows keeps them as they are, and one that is summed
 // over its rows has them joined by twos where units are pairs. Where units are floats, rows are all of the forms at once.
 //
 //     along    [row][width / per_unit]       rows as they come: the left operand of q k^T and grad v^T
-//     across   [size / per_unit][KT]         a tile of KT rows, transposed: the right operand of these
+//     across   [units][KT]                   a tile of KT rows, transposed: the right operand of these
 //     joined   [row / per_unit][width]       the right operand of p v, ds k, p^T grad and ds^T q
 //
 // With pairs, probabilities and their slopes ds are rounded to bf16 as they enter a product, as PyTorch's own kernels
@@ -33,7 +37,9 @@ template <class E, class N> MST_INLINE void read_row(const E* from, int64_t size
   if constexpr (std::is_same_v<E, N>) {
     memcpy(static_cast<void*>(to), from, size * sizeof(E));
   } else {
-    for (int64_t d = 0; d < size; d += 4) store4(to + d, load4(from + d));
+    int64_t d = 0;
+    for (; d + 4 <= size; d += 4) store4(to + d, load4(from + d));
+    for (; d < size; d++) to[d] = to_float(from[d]);
   }
   memset(static_cast<void*>(to + size), 0, (width - size) * sizeof(N));
 }
@@ -102,9 +108,9 @@ template <class E> class TileRows {
   }
 
  private:
-  alignas(64) typename P::number numbers_[QT * 256];
-  alignas(64) float joined_[P::pairs ? QT / 2 * 256 : 1];
-  alignas(64) float floats_[P::pairs ? QT * 256 : 1];
+  alignas(64) typename P::number numbers_[QT * MST_LARGEST_HEAD];
+  alignas(64) float joined_[P::pairs ? QT / 2 * MST_LARGEST_HEAD : 1];
+  alignas(64) float floats_[P::pairs ? QT * MST_LARGEST_HEAD : 1];
 };
 
 }  // namespace

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -59,8 +59,7 @@ def zero_inactive(
     tl.store(elements + rows[:, None] * stride + columns[None, :], tl.full([BLOCK, WIDTH], 0, ELEMENT), mask=inside)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor of a weight's shape is, and the block mask that it goes by."""
 
     address: int
@@ -72,8 +71,15 @@ class Place:
 
     @classmethod
     def of(cls, tensor: Tensor, index: Tensor, grid: BlockGrid) -> Place:
-        mask = index.data_ptr() + grid.active * index.element_size()
-        return cls(tensor.data_ptr(), mask, grid.rows, grid.cols, tensor.stride(0), grid.block_cols)
+        offset, block_cols = _within(grid)
+        mask = index.data_ptr() + offset
+        return cls(tensor.data_ptr(), mask, grid.rows, grid.cols, tensor.stride(0), block_cols)
+
+
+@functools.lru_cache(maxsize=1024)
+def _within(grid: BlockGrid) -> tuple[int, int]:
+    """Where a packed index holds the block mask, in bytes, and the length of its rows."""
+    return grid.active * torch.int32.itemsize, grid.block_cols
 
 
 def width_of(block: int) -> int:
@@ -101,14 +107,20 @@ def program_map(shapes: Sequence[tuple[int, int]], block: int) -> list[list[int]
 
 @functools.lru_cache(maxsize=1024)
 def _table(places: tuple[Place, ...], device: torch.device) -> Tensor:
-    rows = [[p.address, p.mask, p.rows, p.cols, p.stride, p.block_cols] for p in places]
-    return _upload(torch.tensor(rows, device="cpu"), device)
+    return _upload(torch.tensor(places, device="cpu"), device)
 
 
 @functools.lru_cache(maxsize=1024)
 def _programs(shapes: tuple[tuple[int, int], ...], block: int, device: torch.device) -> Tensor:
     """Of GPT-2 small 15000, which take the host longer than a step may wait: they outlive the addresses."""
     return _upload(torch.tensor(program_map(shapes, block), dtype=torch.int32, device="cpu"), device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(places: tuple[Place, ...], block: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Table, programs and alignment: found again at once, as long as nothing moves."""
+    programs = _programs(tuple((p.rows, p.cols) for p in places), block, device)
+    return _table(places, device), programs, alignment(places, size)
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:
@@ -130,7 +142,6 @@ def zero_inactive_(tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: 
             groups.setdefault((grid.block, tensor.element_size()), []).append(Place.of(tensor, index, grid))
     for (block, size), places in groups.items():
         with torch.cuda.device(tensors[0].device):
-            table = _table(tuple(places), tensors[0].device)
-            programs = _programs(tuple((p.rows, p.cols) for p in places), block, tensors[0].device)
-            zero_inactive[len(programs),](table, programs, _INTEGERS[size], block, width_of(block),
-                                          alignment(places, size), num_warps=4)  # fmt: skip
+            table, programs, aligned = _launch(tuple(places), block, size, tensors[0].device)
+            zero_inactive[len(programs),](table, programs, _INTEGERS[size], block, width_of(block), aligned,
+                                          num_warps=4)  # fmt: skip

@@ -52,7 +52,7 @@ def _native(tensor: Tensor, grid: BlockGrid, *more: Tensor) -> Kernels | None:
     if kernels is None or not is_plain(tensor):
         return None
     for other in more:
-        if other.device != here or not is_plain(other):
+        if other.device != here or not (type(other) is Tensor or is_plain(other)):  # an index is never wrapped
             return None
     return kernels if kernels.takes(tensor, grid) else None
 
@@ -107,8 +107,7 @@ def zero_all_inactive_(whole: Sequence[tuple[Tensor, BlockGrid, Tensor, Tensor |
         tensors, indexes, grids = zip(*items, strict=True)
         _kernels[device.type].zero_inactive_(tensors, indexes, grids)
         # Autograd cannot see what a kernel writes: a change between forward and backward must not pass unnoticed.
-        for tensor in tensors:
-            torch.autograd.graph.increment_version(tensor)
+        torch.autograd.graph.increment_version(tensors)
 
 
 def _matrices(

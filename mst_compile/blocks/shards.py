@@ -217,6 +217,8 @@ def held_parameter(module: nn.Module, attribute: str) -> nn.Parameter | None:
     """The Parameter, as optimizers know it, that ``module`` holds as ``attribute``, also under a parametrization of it;
     None if it is there no more."""
     parameter = module._parameters.get(attribute)
+    if parameter is not None and not _holders.data:  # as it nearly always is, and asked for at every step
+        return parameter
     if parameter is None:
         parametrizations = module._modules.get("parametrizations")
         inside = parametrizations._modules.get(attribute) if parametrizations is not None else None

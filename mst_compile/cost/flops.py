@@ -85,19 +85,20 @@ def dense_linear_training(model: nn.Module) -> int:
     return sum((6 if w.requires_grad else 4) * w.numel() for i, w in linear.items() if i not in sparse)
 
 
-def attention_saving(query: Sequence[int], parts: Parts) -> float:
+def attention_saving(query: Sequence[int], parts: Parts, value_size: int | None = None) -> float:
     """FLOPs that a pattern saves in one attention, forward and backward.
 
-    Full attention counts as PyTorch's own counter does it, six products over all pairs of queries and keys; the pattern
-    as the share of them that it keeps of the causal pairs.
+    Full attention counts as PyTorch's own counter does it, six products over all pairs of queries and keys, three of
+    them as wide as a query and three as a value; the pattern as the share of them that it keeps of the causal pairs.
 
     Args:
         query: shape of the queries, ``[..., length, head size]``.
         parts: what queries see.
+        value_size: numbers of a value in a head; default as many as of a query.
 
     Raises:
-        ArgumentError: ``query`` is no shape of two or more dimensions with a length of at least 1, or ``parts`` no
-            :class:`~mst_compile.schedule.Parts`.
+        ArgumentError: ``query`` is no shape of two or more dimensions with a length of at least 1, ``parts`` no
+            :class:`~mst_compile.schedule.Parts`, or ``value_size`` no whole number.
     """
     check_instance("query", query, Sequence, "a shape [..., length, head size]")
     if len(query) < 2:
@@ -105,8 +106,10 @@ def attention_saving(query: Sequence[int], parts: Parts) -> float:
     sizes = [check_whole(f"query {shown(query)}: each size", n, least=0, error=ArgumentError) for n in query]
     length = check_whole(f"query {shown(query)}: the length", sizes[-2], error=ArgumentError)
     check_instance("parts", parts, Parts, "a mst_compile.schedule.Parts")
+    *others, size = sizes
+    values = size if value_size is None else check_whole("value_size", value_size, least=0, error=ArgumentError)
     kept = 2 * pairs(parts, length) / (length * (length + 1))
-    return 12 * math.prod(sizes) * length * (1 - kept)
+    return 6 * math.prod(others) * (size + values) * length * (1 - kept)
 
 
 def check_tokens(name: str, value: object) -> int:
@@ -385,25 +388,26 @@ def _packed_linear(
     return 2 * _tokens(x) * active
 
 
-def _product(q: Tensor, parts: Sequence[int]) -> int:
-    """One product over the pairs of queries and keys that the parts hold; padding is not looked at.
+def _multiplied(q: Tensor, parts: Sequence[int]) -> int:
+    """FLOPs, for each number of a query or a value, of one product over the pairs of queries and keys that the parts
+    hold; padding is not looked at.
 
     Of full attention all pairs count, as they do in PyTorch's own kernels.
     """
     length, held = int(q.shape[2]), Parts(*parts)
-    return 2 * q.shape[0] * q.shape[1] * q.shape[3] * (length**2 if held == FULL else pairs(held, length))
+    return 2 * q.shape[0] * q.shape[1] * (length**2 if held == FULL else pairs(held, length))
 
 
 @register_flop_formula(torch.ops.mst.attention, get_raw=True)
-def _attention(q: Tensor, k: Any, v: Any, key_mask: Any, parts: Sequence[int], *_: Any, **__: Any) -> int:
-    """Two products."""
-    return 2 * _product(q, parts)
+def _attention(q: Tensor, k: Any, v: Tensor, key_mask: Any, parts: Sequence[int], *_: Any, **__: Any) -> int:
+    """Two products, of queries with keys and of probabilities with values."""
+    return (q.shape[3] + v.shape[3]) * _multiplied(q, parts)
 
 
 @register_flop_formula(torch.ops.mst.attention_backward, get_raw=True)
 def _attention_backward(
-    grad: Any, q: Tensor, k: Any, v: Any, out: Any, lse: Any, key_mask: Any, parts: Sequence[int], *_: Any, **__: Any
+    grad: Any, q: Tensor, k: Any, v: Tensor, out: Any, lse: Any, key_mask: Any, parts: Sequence[int], *_: Any, **__: Any
 ) -> int:
     """Five products: the scores anew, and the gradients of values, probabilities, queries and keys (as PyTorch counts
     its own ``scaled_dot_product`` kernels)."""
-    return 5 * _product(q, parts)
+    return (3 * q.shape[3] + 2 * v.shape[3]) * _multiplied(q, parts)

@@ -85,7 +85,7 @@ def measure(
     """
     own = sparsifier(model)
     active: dict[str, float] = {}
-    queries: list[tuple[int, ...]] = []
+    attentions: list[tuple[int, ...]] = []  # the shape of the queries, and then the size of a value
     twin, taken = None if optimizer is None else _copy(optimizer), list[float]()
     with kept(model):
         _set_masks(model, own.schedule.max_sparsity, False)
@@ -101,7 +101,7 @@ def measure(
                 own.attention.pattern, own.attention.queries = pattern, []
                 with baseline.running() if name == "baseline" else contextlib.nullcontext():
                     seconds = _pass(model, loss)
-                queries = own.attention.queries or queries  # none with full attention
+                attentions = own.attention.queries or attentions  # none with full attention
                 if turn:
                     times[name].append(seconds)
                 if twin is not None:
@@ -123,7 +123,7 @@ def measure(
         optimizer=_median(taken[len(points) :]) if taken else 0.0,
         event=event,
         attention=median["top"] - median.get("pattern", median["top"]),
-        attention_flops=sum(attention_saving(query, own.attention.parts) for query in queries),
+        attention_flops=sum(attention_saving(query, own.attention.parts, size) for *query, size in attentions),
         baseline_is=str(baseline),
     )
 

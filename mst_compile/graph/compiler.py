@@ -45,12 +45,12 @@ class Variant:
     Attributes:
         run: takes the graph's inputs, and the index tensors after them if products are sparse.
         constants: buffers whose values it relies on.
-        queries: shapes of the queries in attentions with the pattern; sizes may be symbolic.
+        shapes: of attentions with the pattern, see :class:`~mst_compile.graph.context.Site`.
     """
 
     run: Callable[..., Any]
     constants: Sequence[Constant] = ()
-    queries: Sequence[tuple[Any, ...]] = ()
+    shapes: Sequence[tuple[Any, ...]] = ()
 
 
 def given_inputs(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
@@ -196,14 +196,14 @@ class Compiler:
     def _make(self, kind: Kind, inputs: Sequence[Any]) -> Variant:
         graph_module = clone(self._graphs[kind.sparse])
         constants, sites = self._give_pattern(graph_module, inputs) if kind.patterned else ([], [])
-        queries = [site.query for site in sites if site.replaced]
+        shapes = [site.shape for site in sites if site.replaced]
         plain = kind._replace(patterned=False)
         if not kind.patterned:
             self._make_attention_fast(graph_module, inputs)
-        if kind.patterned and not queries:  # no attention here that could be sparse
+        if kind.patterned and not shapes:  # no attention here that could be sparse
             self._made[kind] = self.variant(plain, inputs)
         else:
-            self._made[kind] = Variant(self._compile(graph_module, kind.sparse), constants, queries)
+            self._made[kind] = Variant(self._compile(graph_module, kind.sparse), constants, shapes)
         self._forget_what_no_variant_needs()
         return self._made[kind]
 

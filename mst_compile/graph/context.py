@@ -24,7 +24,8 @@ class Site:
         causal: whether it is causal self-attention that the pass understands.
         replaced: whether it runs on ``mst::attention`` now.
         reason: why not, else empty.
-        query: if replaced, shape of the queries ``[..., length, head size]``; sizes may be symbolic.
+        shape: if replaced, that of the queries, ``(..., length, size)``, and then the size of a value; sizes may be
+            symbolic.
     """
 
     where: str
@@ -32,7 +33,7 @@ class Site:
     causal: bool
     replaced: bool
     reason: str
-    query: tuple[Any, ...] = ()
+    shape: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ class Context:
         inputs: the graph's real inputs, if they are known; for masks in buffers once Dynamo has forgotten its own.
         why_unsupported: given a device type, the dtypes of input and weight and the block, why the device has no kernel
             for such a product, or None if it has one.
-        why_no_attention: the same of attention, given a device type, its dtype and head size.
+        why_no_attention: the same of attention, given a device type, its dtype, and the sizes of a query and a value.
         attention_pays: given a device type, how many heads causal attention has in all sequences of the batch, its
-            length, head size and dtype, whether the operator is faster than the model's own.
+            length, the sizes of a query and a value, and its dtype, whether the operator is faster than the model's
+            own.
         rounds_weights: given a device type, whether its products read weights in the activations' dtype.
         choose: whether products may run dense where that is faster.
 
@@ -90,8 +92,8 @@ class Context:
     pattern: Parts | None = None
     inputs: Sequence[Any] = ()
     why_unsupported: Callable[[str, torch.dtype, torch.dtype, int], str | None] = _nothing_against
-    why_no_attention: Callable[[str, torch.dtype, int], str | None] = _nothing_against
-    attention_pays: Callable[[str, int, int, int, torch.dtype], bool] = _never
+    why_no_attention: Callable[[str, torch.dtype, int, int], str | None] = _nothing_against
+    attention_pays: Callable[[str, int, int, int, int, torch.dtype], bool] = _never
     rounds_weights: Callable[[str], bool] = _never
     choose: bool = False
 

@@ -6,12 +6,14 @@ moment; a variant is compiled when it is first needed. Nothing recompiles when t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import BackwardCFunction
 
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.errors import TopologyChangedError
@@ -22,7 +24,7 @@ from mst_compile.graph.notes import warn_written
 from mst_compile.graph.served import fake_index
 from mst_compile.lowering import device
 from mst_compile.lowering.device import Layer
-from mst_compile.state.binding import of
+from mst_compile.state.binding import Arrival, of
 from mst_compile.state.uses import Baseline
 from mst_compile.state.weight import SparseWeight, epoch
 
@@ -82,6 +84,7 @@ class Dispatch:
         self._variants: dict[tuple[bool, bool], Variant] = {}
         self._choice: _Choice | None = None  # of the last call
         self._calls_to_look = _FIRST_CALLS
+        self._places: dict[type, dict[int, int]] = {}  # class of the graph's node -> of inputs, see _places_of
         self._times_of: dict[tuple[Any, ...], tuple[SlotTimes, float]] = {}  # sizes -> times, threshold
         given = example_inputs if first_call is None else first_call
         indices = self._indices(given)
@@ -280,27 +283,58 @@ class Dispatch:
 
     def _tell_of_gradients(self, args: Sequence[Any], node: Any) -> None:
         """Once the backward pass has computed them, and before anything else can have become of them."""
-        wanted = {id(args[i]): weight for i in self._compiler.masked if (weight := of(args[i])) is not None}
-        # A node of parameters' own holds the parameter; the places of others are not known.
-        targets = [
-            (place, weight)
-            for place, (after, _) in enumerate(node.next_functions)
-            if (weight := wanted.get(id(getattr(after, "variable", None)))) is not None
+        weights = [(i, weight) for i in self._compiler.masked if (weight := of(args[i])) is not None]
+        places = self._places_of(node, args, weights)
+        targets: list[tuple[int, SparseWeight, Tensor]] = [
+            (places[i], weight, args[i]) for i, weight in weights if i in places
         ]
+        itself: Any = weakref.ref(node)  # which holds its hooks
+        waiting: list[Arrival] = []
 
         def note(gradients: tuple[Tensor | None, ...], _: Any) -> None:
-            for place, weight in targets:
+            while waiting:
+                waiting.pop().remove()
+            after: Sequence[tuple[Any, int]] = ()
+            for place, weight, parameter in targets:
                 gradient = gradients[place]
-                if type(gradient) is Tensor and gradient.layout == torch.strided:
+                # A hook on the way may write without a trace.
+                if type(gradient) is Tensor and gradient.layout == torch.strided and not parameter._backward_hooks:
                     weight.note_computed(gradient)
+                    if parameter.grad is not None:
+                        after = after or itself().next_functions
+                        if _parameter_of(after[place][0]) is parameter:
+                            waiting.append(Arrival(weight, parameter, after[place][0]))
 
         node.register_hook(note)
 
+    def _places_of(self, node: Any, args: Sequence[Any], weights: list[tuple[int, SparseWeight]]) -> dict[int, int]:
+        """Position of an input -> which of the gradients that the graph's node computes is its.
+
+        Asked of the node when it is first seen, as it has hundreds. Each compiled graph has a class of nodes of its
+        own; nodes of another kind, as of an output that is a view, compute no gradients of the graph.
+        """
+        if not isinstance(node, BackwardCFunction):
+            return {}
+        places = self._places.get(type(node))
+        if places is None or any(i not in places and args[i].requires_grad for i, _ in weights):
+            # A node of parameters' own holds the parameter; the places of others are not known.
+            held = {id(_parameter_of(after)): place for place, (after, _) in enumerate(node.next_functions)}
+            places = {i: held[id(args[i])] for i, _ in weights if id(args[i]) in held}
+            self._places[type(node)] = places
+        return places
+
     def _note_queries(self, args: Sequence[Any], variant: Variant) -> None:
-        """Note the attentions of this pass that have a pattern, if someone counts."""
+        """Note the attentions of this pass that have a pattern, if someone counts: their queries' shapes, and then the
+        size of a value."""
         weight = of(args[self._first])
         if weight is not None and weight.attention.queries is not None:
-            weight.attention.queries += [self._compiler.sizes(query, args) for query in variant.queries]
+            weight.attention.queries += [self._compiler.sizes(shape, args) for shape in variant.shapes]
+
+
+def _parameter_of(node: Any) -> Tensor | None:
+    """The parameter whose gradients a node adds up, if it is such a one."""
+    parameter: Tensor | None = getattr(node, "variable", None)
+    return parameter
 
 
 def _size(x: Any) -> Any:

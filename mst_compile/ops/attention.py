@@ -1,12 +1,13 @@
 """The operator ``mst::attention`` and its gradient: schemas, eager reference, fakes, autograd.
 
-``q`` is ``[batch, heads, length, head size]``, ``k`` and ``v`` are ``[batch, key heads, length, head size]``; key heads
-divide heads, and query head ``h`` reads key head ``h // (heads // key heads)``. ``key_mask`` (bool ``[batch, length]``
+``q`` is ``[batch, heads, length, size]``, ``k`` is ``[batch, key heads, length, size]`` and ``v`` ``[batch, key heads,
+length, value size]``, which may be another; key heads divide heads, and query head ``h`` reads key head ``h // (heads
+// key heads)``. ``key_mask`` (bool ``[batch, length]``
 or None) is True for keys that may be seen, as for padding. ``parts`` are the numbers of
 :class:`mst_compile.rules.patterns.Parts`. A query that sees no key gets 0, where PyTorch's kernels give NaN or an
 average.
 
-The operator returns the result, laid out ``[batch, length, heads, head size]`` in memory as PyTorch's flash attention
+The operator returns the result, laid out ``[batch, length, heads, value size]`` in memory as PyTorch's flash attention
 does it, and the logarithm of each softmax's denominator, float32 (float64 for float64) ``[batch, heads, length]``. The
 gradient recomputes the rest. Sums and exponentials are float32; of bfloat16 operands a kernel may round probabilities,
 and their gradients, to bfloat16 before it multiplies them, as ``scaled_dot_product_attention`` does: those for GPUs do,
@@ -27,10 +28,10 @@ from mst_compile.rules.patterns import Parts, allowed
 from .library import define
 
 
-def empty_result(q: Tensor) -> Tensor:
-    """A result like ``q`` whose tokens lie side by side in memory."""
-    batch, heads, length, size = q.shape
-    return q.new_empty(batch, length, heads, size).transpose(1, 2)
+def empty_result(like: Tensor, size: Any = None) -> Tensor:
+    """A result like ``like``, of heads of ``size`` if given, whose tokens lie side by side in memory."""
+    batch, heads, length, own = like.shape
+    return like.new_empty(batch, length, heads, own if size is None else size).transpose(1, 2)
 
 
 def _probabilities(
@@ -62,7 +63,7 @@ def attention_reference(
     group = _queries_a_key_head(q, k)
     mask = _mask(q, key_mask, parts)
     p, lse, wide = _probabilities(q, k.repeat_interleave(group, 1), None, mask, scale)
-    out = empty_result(q)
+    out = empty_result(q, v.shape[-1])
     out.copy_(p @ v.to(wide).repeat_interleave(group, 1))
     return out, lse
 
@@ -79,7 +80,6 @@ def attention_backward_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`attention_reference` with respect to ``q``, ``k`` and ``v``."""
-    batch, heads, length, size = q.shape
     group = _queries_a_key_head(q, k)
     mask = _mask(q, key_mask, parts)
     p, _, wide = _probabilities(q, k.repeat_interleave(group, 1), lse, mask, scale)
@@ -88,8 +88,7 @@ def attention_backward_reference(
     ds = p * (grad @ v.to(wide).repeat_interleave(group, 1).transpose(-1, -2) - delta) * scale
 
     def of_keys(per_head: Tensor, like: Tensor) -> Tensor:
-        summed = per_head.view(batch, heads // group, group, length, size).sum(2)
-        return empty_result(like).copy_(summed)
+        return empty_result(like).copy_(per_head.unflatten(1, (*like.shape[1:2], group)).sum(2))
 
     dq = empty_result(q).copy_(ds @ k.to(wide).repeat_interleave(group, 1))
     return dq, of_keys(ds.transpose(-1, -2) @ q.to(wide), k), of_keys(p.transpose(-1, -2) @ grad, v)
@@ -107,8 +106,8 @@ define(
 
 
 @torch.library.register_fake("mst::attention")
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return empty_result(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_result(q, v.shape[-1]), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.register_fake("mst::attention_backward")

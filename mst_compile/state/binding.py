@@ -1,4 +1,4 @@
-"""From a Parameter to its sparse state, and back: who holds which, and the hook that masks its gradients.
+"""From a Parameter to its sparse state, and back: who holds which, and the hooks on its gradients.
 
 The state hangs on the Parameter object itself, because that is what a compiled graph receives at every call: one
 compiled graph then serves all layers that Dynamo shares it among.
@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn import Parameter
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import check_placement, gathered, holder_of, stored
@@ -54,7 +56,18 @@ def bind(parameter: Tensor, weight: SparseWeight) -> bool:
         _hooks[parameter] = parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
         parameter.requires_grad_(not frozen)
         changed = True
+    weight.home = TensorWeakRef(parameter)
     return changed
+
+
+def is_at_home(weight: SparseWeight, parameter: Tensor) -> bool:
+    """Whether :func:`bind` has nothing to do for an ordinary Parameter, as at nearly every step; False where somebody
+    must look."""
+    home, index = weight.home, weight.index
+    known = home is not None and index is not None and home() is parameter and of(parameter) is weight
+    if not known or type(parameter) is not Parameter or holder_of(parameter) is not None:
+        return False
+    return weight.part is None and index.device == parameter.device and parameter.dim() == len(weight.shape)  # type: ignore[union-attr]
 
 
 def unbind(parameter: Tensor) -> None:
@@ -67,6 +80,9 @@ def unbind(parameter: Tensor) -> None:
 
 
 def _remove_hook(parameter: Tensor) -> None:
+    weight = of(parameter)
+    if weight is not None:
+        weight.home = None
     handle = _hooks.pop(parameter, None)
     if handle is not None:
         handle.remove()
@@ -75,10 +91,7 @@ def _remove_hook(parameter: Tensor) -> None:
 def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
     gradient = parameter.grad
-    if gradient is not None and not weight.dense_grad:
-        # A hook on the way may have written without a trace.
-        if weight.computed is not None and not parameter._backward_hooks and is_plain(gradient):
-            weight.take_computed(gradient)
+    if gradient is not None and not weight.dense_grad and not _holds_zeros(weight, parameter, gradient):
         weight.mask_gradient(gradient)
     if weight.is_orphan and not weight.orphaned:
         weight.orphaned = True
@@ -87,6 +100,41 @@ def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     tell = None if told is None else told()
     if tell is not None:
         tell(weight, parameter)
+
+
+def _holds_zeros(weight: SparseWeight, parameter: Tensor, gradient: Tensor) -> bool:
+    """Whether a gradient that has arrived is known to be 0 outside the active blocks."""
+    take = weight.take_computed if weight.computed is not None else weight.take_sum if weight.adding else None
+    # A hook on the way may have written without a trace.
+    return take is not None and not parameter._backward_hooks and is_plain(gradient) and take(gradient)
+
+
+class Arrival:
+    """A hook on the node that adds a weight's gradients up, for one gradient that is to be added to another: it is the
+    last to see it before that, and tells the weight what it has seen.
+
+    Args:
+        node: of ``parameter``, which has a gradient.
+    """
+
+    def __init__(self, weight: SparseWeight, parameter: Tensor, node: Any) -> None:
+        self._weight, self._parameter = weight, parameter
+        self._handle = node.register_prehook(self)
+
+    def remove(self) -> None:
+        """Look no more: of a gradient that has not arrived, as ``autograd.grad`` computes them."""
+        self._handle.remove()
+
+    @torch._dynamo.disable
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        hooks = self._handle.hooks_dict_ref()
+        alone = hooks is not None and len(hooks) == 1  # another one, before or after this, may write without a trace
+        self._handle.remove()
+        gradient, held = gradients[0], self._parameter.grad
+        if not alone or self._parameter._backward_hooks or gradient is None or not is_plain(gradient):
+            self._weight.computed = None
+        elif held is not None and is_plain(held):
+            self._weight.note_adding(gradient, held)
 
 
 def bound() -> list[tuple[str, Tensor]]:

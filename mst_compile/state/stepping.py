@@ -45,6 +45,7 @@ class _Turn:
     """What was found when a step began.
 
     Attributes:
+        own: the weights that the optimizer trains.
         late: weights whose training step was counted before.
         scores: growth scores before it, by name.
         versions: of the Parameters, by name.
@@ -55,6 +56,7 @@ class _Turn:
         stepped: what young blocks are to be after it, by name of their weight.
     """
 
+    own: list[tuple[SparseWeight, nn.Parameter]]
     late: set[str]
     scores: dict[str, Tensor | None]
     versions: dict[str, int]
@@ -163,7 +165,7 @@ class Stepping:
         first = not any(optimizer.state.get(p) for _, p in own)
         young = regrown.values_before(run.schedule, own)
         written = {w.name for w, p in own if not p.requires_grad and not (w.is_clean(p) or w.look(p))}
-        turn = self._turns[step] = _Turn(set(), scores, versions, first, young, written)
+        turn = self._turns[step] = _Turn(own, set(), scores, versions, first, young, written)
         step.at_end(lambda failed: self._end(step, turn, failed))
         turn.late = self._clock.turn(set(versions), run.weights.with_gradients(), nested=step.nested)
         if self._clock.missed:
@@ -195,10 +197,10 @@ class Stepping:
 
     def after_step(self, step: Step) -> None:
         """An optimizer has stepped: count the step if it owns sparse weights, and completes a training step."""
-        run, optimizer = self._run, step.optimizer
+        run, optimizer, turn = self._run, step.optimizer, self._turns.get(step)
         if self._making_state or optimizers.skipped_by_scaler(optimizer):
             return
-        self._follow(step, self._turns.get(step), run.of(optimizer))
+        self._follow(step, turn, run.of(optimizer) if turn is None else turn.own)
 
     def _follow(self, step: Step, turn: _Turn | None, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Do what follows from a step of an optimizer, or what is left of that."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,15 +74,18 @@ class SparseWeight:
         dirty: version and address at which values were seen outside, by this rank.
         clean_here: version and address at which this rank's part of a spread weight was last seen to be 0 outside.
         recording: whether the compiled graph that last took the weight recorded gradients.
+        home: the Parameter that it is bound to, with its hook; None where somebody must look.
         timed: somebody times products under masks that are not the weight's: its values do not matter.
         unwritten: an interrupt may have kept the index from being that of the mask.
         baseline: compiled graphs shall run as if nothing were sparse, every block being active; and tell this.
         follows: whether values were loaded after the masks, so that masks have to follow them.
         moved: whether the weight has been trained since the last topology event.
         version: version of the Parameter after the last training step.
-        masked: the gradient that was last masked, its version then, and ``changes`` then.
-        computed: the memory of a gradient that a backward pass has just computed with zeros outside the active blocks,
-            its version and ``changes`` then; until it has arrived.
+        masked: the gradient that was last masked, its version then, where its elements were, and ``changes`` then.
+        computed: a gradient that a backward pass has just computed with zeros outside the active blocks: its memory,
+            where and how it lies there, its version and ``changes`` then; until it has arrived.
+        adding: the backward pass that is about to add such a gradient to one that was masked, and the version of the
+            latter; until it has.
         driver: leads to the run that drives it as long as that is there: it goes with the model that was made sparse,
             while a module of it may live on.
         orphaned: the user was told that the run is gone.
@@ -112,14 +116,16 @@ class SparseWeight:
     dirty: tuple[int, int] | None = None
     clean_here: tuple[int, int] | None = None
     recording: bool | None = None
+    home: TensorWeakRef | None = None
     timed: bool = False
     unwritten: bool = False
     baseline: Baseline | None = None
     follows: bool = False
     moved: bool = False
     version: int = UNKNOWN
-    masked: tuple[TensorWeakRef, int, int] | None = None
-    computed: tuple[StorageWeakRef, int, int] | None = None
+    masked: tuple[TensorWeakRef, int, int, int] | None = None
+    computed: tuple[StorageWeakRef, tuple[Any, ...], int, int] | None = None
+    adding: tuple[int, int] | None = None
     driver: Callable[[], object] | None = None
     orphaned: bool = False
     adopted: bool = True
@@ -358,32 +364,63 @@ class SparseWeight:
 
     def note_masked(self, gradient: Tensor) -> None:
         """The gradient is 0 outside the active blocks, as it is now."""
-        self.masked = TensorWeakRef(gradient), gradient._version, self.changes
+        known = self.masked
+        same = known is not None and known[0]() is gradient
+        reference = known[0] if same else TensorWeakRef(gradient)  # type: ignore[index]
+        self.masked = reference, gradient._version, _address(gradient), self.changes
 
     def is_masked(self, gradient: Tensor) -> bool:
         """Whether nobody has written to the gradient since it was masked with the present mask."""
-        if self.masked is None:
-            return False
-        reference, version, changes = self.masked
-        return changes == self.changes and version == gradient._version and reference() is gradient
+        return self.masked is not None and self._was_masked(gradient, gradient._version)
+
+    def _was_masked(self, gradient: Tensor, at: int) -> bool:
+        reference, version, address, changes = self.masked  # type: ignore[misc]
+        same = changes == self.changes and version == at and address == _address(gradient)
+        return same and reference() is gradient
 
     def note_computed(self, gradient: Tensor) -> None:
         """A backward pass has computed this of the gradient, with zeros outside the active blocks."""
-        reference = StorageWeakRef(gradient.untyped_storage())
-        self.computed = None if self.dense_grad else (reference, gradient._version, self.changes)
+        known = StorageWeakRef(gradient.untyped_storage()), _lies(gradient), gradient._version, self.changes
+        self.computed, self.adding = None if self.dense_grad else known, None
 
-    def take_computed(self, gradient: Tensor) -> None:
-        """A gradient has arrived: where it is the one that was computed with zeros, and nobody has added to it or
-        written to it on its way, it is masked.
+    def _is_computed(self, gradient: Tensor) -> bool:
+        """Whether a gradient is the one that was computed with zeros, and nobody has added to it or written to it on
+        its way. It will not be asked again.
 
-        The same memory is meant, not the same address: what is referred to, if weakly, is not another's.
+        The same memory is meant, not the same address: what is referred to, if weakly, is not another's. And the same
+        elements of it: a hook may have turned them about.
         """
         computed, self.computed = self.computed, None
-        if computed is not None:
-            reference, version, changes = computed
-            same = reference.cdata == gradient.untyped_storage()._cdata and version == gradient._version
-            if same and changes == self.changes:
-                self.note_masked(gradient)
+        if computed is None:
+            return False
+        reference, lies, version, changes = computed
+        same = reference.cdata == gradient.untyped_storage()._cdata and version == gradient._version
+        return same and changes == self.changes and lies == _lies(gradient)
+
+    def take_computed(self, gradient: Tensor) -> bool:
+        """A gradient has arrived: where it is the one that was computed, it is masked. Returns whether it is."""
+        known = self._is_computed(gradient)
+        if known:
+            self.note_masked(gradient)
+        return known
+
+    def note_adding(self, gradient: Tensor, held: Tensor) -> None:
+        """A gradient is about to be added, in this backward pass, to what has arrived before."""
+        computed = self._is_computed(gradient)
+        self.adding = (torch._C._current_graph_task_id(), held._version) if computed else None
+
+    def take_sum(self, gradient: Tensor) -> bool:
+        """It has been added: where both held zeros, and nothing else has been written, so does the sum. Returns whether
+        it is known to."""
+        adding, self.adding = self.adding, None
+        if adding is None or self.masked is None:
+            return False
+        backward, version = adding
+        alone = backward == torch._C._current_graph_task_id() and gradient._version == version + 1
+        known = alone and self._was_masked(gradient, version)
+        if known:
+            self.note_masked(gradient)
+        return known
 
     def mask_gradient(self, gradient: Tensor) -> None:
         """Set a gradient to 0 outside the active blocks unless it is known to be."""
@@ -391,7 +428,7 @@ class SparseWeight:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
-        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "computed", "driver"))
+        nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "computed", "adding", "home", "driver"))
         return self.__dict__ | nothing | {"clean": UNKNOWN, "version": UNKNOWN, "adopted": False}
 
 
@@ -422,6 +459,11 @@ def _new_index(grid: BlockGrid, device: torch.device) -> Tensor | None:
 def _address(parameter: Tensor) -> int:
     """Where the elements are; 0 of tensors that wrap others."""
     return parameter.data_ptr() if type(parameter) in (Parameter, Tensor) else 0
+
+
+def _lies(gradient: Tensor) -> tuple[Any, ...]:
+    """Where a plain tensor's elements are, and how they lie there."""
+    return gradient.data_ptr(), gradient.shape, gradient.stride()
 
 
 def _written_at(parameter: Tensor) -> tuple[int, int]:

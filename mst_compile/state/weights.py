@@ -22,7 +22,7 @@ from mst_compile.rules.schedule import Schedule
 
 from . import names  # noqa: F401  (tells the profiler)
 from .attention import AttentionState
-from .binding import bind, of, unbind
+from .binding import bind, is_at_home, of, unbind
 from .ownership import forget_owner, remember_owner
 from .selection import Candidate
 from .weight import SparseWeight
@@ -128,6 +128,8 @@ class Weights:
                     f"{first} and {weight.name} were made sparse with masks of their own and are one Parameter now: "
                     "tie weights before sparsify (densify(model) first, if it is sparse already)"
                 )
+            if is_at_home(weight, parameter):
+                continue
             check_placement(weight.name, parameter)
             self._check_tied(weight.name, parameter)
             if bind(parameter, weight):

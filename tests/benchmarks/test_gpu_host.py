@@ -41,6 +41,15 @@ def test_a_step_launches_no_more_than_the_dense_one(account: dict[str, Any]) -> 
     assert step["kernels"]["zero_inactive"] == 2
 
 
+def test_a_second_backward_pass_masks_what_the_first_does(account: dict[str, Any]) -> None:
+    """The embedding's gradient: sums of what products computed hold zeros."""
+    one, two = account["mst"]["step"], account["mst"]["two passes"]
+    assert two["waits"] == []
+    assert two["kernels"]["zero_inactive"] == one["kernels"]["zero_inactive"] + 1
+    dense = account["inductor"]
+    assert two["launches"] - one["launches"] <= dense["two passes"]["launches"] - dense["step"]["launches"]
+
+
 def test_an_event_waits_thrice_a_weight(account: dict[str, Any]) -> None:
     """For the scores, for the magnitudes, and for whether values stand outside the masks."""
     waits = [wait[0] for wait in account["event"]["event"]["waits"]]

@@ -81,14 +81,14 @@ def test_dense_grouped_products_count_the_rows_of_groups() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_attention_counts_the_patterns_pairs(pattern: str) -> None:
     """All pairs where attention is full: it stands in for PyTorch's own, which counts so."""
-    q, k = torch.randn(2, 4, 40, 8), torch.randn(2, 2, 40, 8)
+    q, k, v = torch.randn(2, 4, 40, 8), torch.randn(2, 2, 40, 8), torch.randn(2, 2, 40, 5)
     parts = PATTERNS[pattern].parts(12, 8)
     pairs = 40 * 40 if pattern == "full" else int(allowed(parts, 40).sum())
-    call = (q, k, k, None, parts.numbers, 0.3)
-    assert count(lambda: torch.ops.mst.attention(*call)) == 2 * 2 * (2 * 4) * pairs * 8
+    call = (q, k, v, None, parts.numbers, 0.3)
+    assert count(lambda: torch.ops.mst.attention(*call)) == 2 * (2 * 4) * pairs * (8 + 5)
     out, lse = torch.ops.mst.attention(*call)
-    backward = (out, q, k, k, out, lse, *call[3:])
-    assert count(lambda: torch.ops.mst.attention_backward(*backward)) == 5 * 2 * (2 * 4) * pairs * 8
+    backward = (out, q, k, v, out, lse, *call[3:])
+    assert count(lambda: torch.ops.mst.attention_backward(*backward)) == 2 * (2 * 4) * pairs * (3 * 8 + 2 * 5)
 
 
 @pytest.mark.parametrize("dense_grad", [False, True])

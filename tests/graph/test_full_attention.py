@@ -90,7 +90,7 @@ def test_causal_attention_runs_on_the_faster_kernel(
     x = torch.randn(2, 37, WIDTH)
     fast = compiled(model)
     assert count(lambda: results(fast, model, x)) >= 1
-    assert faster == [(2 * HEADS, 37, SIZE, torch.float32, True)]
+    assert faster == [(2 * HEADS, 37, SIZE, SIZE, torch.float32, True)]
     got, usual = results(fast, model, x), results(model, model, x)
     exact = results(model.double(), model, x.double())
     for one, other, right in zip(got, usual, exact, strict=True):

@@ -250,15 +250,16 @@ def test_projections_of_multihead_attention_become_sparse() -> None:
 
 
 def test_heads_without_a_kernel_keep_the_models_own_attention() -> None:
-    class Narrow(Block):
+    class Wide(Block):
         def forward(self, x: Tensor) -> Tensor:
-            q, k, v = (t.unflatten(-1, (4, 16)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            q, k, v = (t.unflatten(-1, (2, 32)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+            q = torch.cat([q] * 17, -1)
+            y = nn.functional.scaled_dot_product_attention(q, torch.cat([k] * 17, -1), v, is_causal=True)
             return self.out(y.transpose(1, 2).flatten(2))
 
-    model = mst_compile.sparsify(Narrow(), Constant(0.5, attention="sparse", stride=8), block=8)
+    model = mst_compile.sparsify(Wide(), Constant(0.5, attention="sparse", stride=8), block=8)
     fast, x = compiled(model), torch.randn(2, T, 64)
-    with pytest.warns(mst_compile.MSTWarning, match="no CPU attention kernel for heads of 16"):
+    with pytest.warns(mst_compile.MSTWarning, match="no CPU attention kernel for heads of 544 with values of 32"):
         out = fast(x)
     torch.testing.assert_close(out, model(x))
 

@@ -67,21 +67,24 @@ def cases(draw: st.DrawFn, layouts: tuple[str, ...] = tuple(LAYOUTS), dtypes: tu
     batch = draw(st.integers(1, 3))
     heads, key_heads = draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1), (6, 2), (9, 9)]))
     length = draw(st.one_of(st.sampled_from([1, 2, 31, 32, 33, 64, 128, 129, 160]), st.integers(1, 200)))
-    size = draw(st.one_of(st.sampled_from([32, 64, 64, 128, 256]), st.integers(4, 32).map(lambda n: 8 * n)))
+    sizes = st.one_of(st.sampled_from([16, 64, 64, 128, 192, 256]), st.integers(1, 70), st.integers(1, 512))
+    size = draw(sizes)
+    value_size = draw(st.one_of(st.just(size), sizes))
     some = st.one_of(st.sampled_from([1, 2, 16, 32, 64, 100]), st.integers(1, length + 3), st.just(2**40))
     parts = combine(combination, draw(some), draw(some), draw(st.integers(0, 40)), draw(st.integers(1, 3)))
     dtype = draw(st.sampled_from(dtypes))
     gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     spread = draw(st.sampled_from([1.0, 1.0, 4.0]))  # wider scores move the maximum about
 
-    def normal(heads: int, factor: float = 1.0) -> Tensor:
+    def normal(heads: int, size: int, factor: float = 1.0) -> Tensor:
         values = torch.randn(batch, heads, length, size, generator=gen) * factor
         return laid_out(values.to(dtype), draw(st.sampled_from(layouts)))
 
     def some_true(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=gen) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
 
-    q, k, v, grad = normal(heads, spread), normal(key_heads), normal(key_heads), normal(heads)
+    q, k = normal(heads, size, spread), normal(key_heads, size)
+    v, grad = normal(key_heads, value_size), normal(heads, value_size)
     if "every other" in layouts and draw(st.integers(0, 5)) == 0:
         grad = grad[:, :, :1, :1].expand(grad.shape)  # what sum().backward() sends
     return Case(
@@ -123,6 +126,7 @@ def exact(case: Case, narrow: bool = False) -> Exact:
         narrow: see :func:`narrows`.
     """
     _, heads, length, size = case.q.shape
+    value_size = case.v.shape[-1]
     group = heads // case.k.shape[1]
     q, g = case.q.double(), case.grad.double()
     k, v = (t.double().repeat_interleave(group, 1) for t in (case.k, case.v))
@@ -147,7 +151,7 @@ def exact(case: Case, narrow: bool = False) -> Exact:
     dp, magnitude_dp = g @ v.mT, g.abs() @ v.abs().mT
     delta, magnitude_delta = (g * out).sum(-1, keepdim=True), (g * out).abs().sum(-1, keepdim=True)
     ds = p * (dp - delta)
-    of_ds = of_p * (dp.abs() + delta.abs()) + of_sum(size, beside=4) * (magnitude_dp + magnitude_delta)
+    of_ds = of_p * (dp.abs() + delta.abs()) + of_sum(value_size, beside=4) * (magnitude_dp + magnitude_delta)
     of_ds = p * (of_ds + (g.abs() * of_out).sum(-1, keepdim=True)) + packed * ds.abs()
 
     def product(a: Tensor, of_a: Tensor, b: Tensor, factor: float, to_keys: bool) -> tuple[Tensor, Tensor]:
@@ -180,9 +184,9 @@ def run_kernels(case: Case, isa: str | None = None, outputs: str = "tokens first
     """All results, straight from one library."""
     lib = None if isa is None else library(isa)
     q, k, v, grad = (t if t.stride(-1) == 1 else t.contiguous() for t in case[:4])
-    out, lse = canvas(q, outputs), torch.full(q.shape[:3], 7.0)
+    out, lse = canvas(grad, outputs), torch.full(q.shape[:3], 7.0)
     cpu.attention(q, k, v, *case.settings, out=out, lse=lse, library=lib)
-    dq, dk, dv = canvas(q, outputs), canvas(k, outputs), canvas(k, outputs)
+    dq, dk, dv = canvas(q, outputs), canvas(k, outputs), canvas(v, outputs)
     cpu.attention_backward(grad, q, k, v, out, lse, *case.settings, dq=dq, dk=dk, dv=dv, library=lib)
     if outputs == "part of a wider row":
         for t in (out, dq, dk, dv):
@@ -213,7 +217,9 @@ def test_operator(case: Case) -> None:
 
 def make(what: str, length: int = 100, size: int = 64, window: int = 20, stride: int = 24, **kwargs: Any) -> Case:
     batch, heads, key_heads, dtype = (kwargs.get(n, d) for n, d in zip(_NAMES, (2, 4, 2, F32), strict=True))
-    q, k, v, grad = (torch.randn(batch, h, length, size, dtype=dtype) for h in (heads, key_heads, key_heads, heads))
+    value_size = kwargs.get("value_size", size)
+    q, k = (torch.randn(batch, h, length, size, dtype=dtype) for h in (heads, key_heads))
+    v, grad = (torch.randn(batch, h, length, value_size, dtype=dtype) for h in (key_heads, heads))
     parts = combine(what, window, stride, gap=3, times=2)
     return Case(q, k, v, grad, kwargs.get("key_mask"), parts.numbers, size**-0.5)
 
@@ -229,15 +235,28 @@ def test_several_steps_and_residues(what: str, isa: str) -> None:
         make(what, 700, 32, 130, 64, batch=1, heads=1, key_heads=1),
         make(what, 430, 40, 45, 2, batch=1, heads=2, key_heads=1),
         make(what, 430, 72, 130, 64, batch=1, heads=2, key_heads=1, dtype=BF16),
+        make(what, 430, 192, 130, 64, batch=1, heads=1, key_heads=1, dtype=BF16, value_size=128),
+        make(what, 430, 24, 130, 64, batch=1, heads=1, key_heads=1, value_size=49),
     ):
         assert_exact(case, run_kernels(case, isa), isa)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 2), (2, 5), (17, 1), (512, 511), (1, 512), (512, 1)])
+def test_smallest_and_largest_heads(sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """Rows are packed in whole vectors: what stands beside one is neither read nor written."""
+    for what in COMBINATIONS:
+        size, value_size = sizes
+        case = make(what, 70, size, 20, 8, batch=1, heads=2, key_heads=1, dtype=dtype, value_size=value_size)
+        case = case._replace(**{name: laid_out(getattr(case, name), LAYOUTS[2]) for name in ("q", "k", "v", "grad")})
+        assert_exact(case, run_kernels(case, outputs=LAYOUTS[2]))
 
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("what", COMBINATIONS)
 def test_by_other_compilers(what: str, name: str) -> None:
-    for dtype, size in ((F32, 40), (BF16, 64)):
-        case = make(what, 170, size, 45, 32, batch=1, heads=2, key_heads=1, dtype=dtype)
+    for dtype, size, value_size in ((F32, 40, 40), (BF16, 64, 64), (BF16, 21, 34)):
+        case = make(what, 170, size, 45, 32, batch=1, heads=2, key_heads=1, dtype=dtype, value_size=value_size)
         case = case._replace(key_mask=torch.rand(1, 170) < 0.8)
         assert_exact(case, run_kernels(case, name, "part of a wider row"), name)
 
@@ -352,14 +371,16 @@ def test_which_operands_have_a_kernel(what: str, monkeypatch: pytest.MonkeyPatch
     assert not reference_calls(monkeypatch, make(what))
     assert not reference_calls(monkeypatch, make(what, dtype=BF16))
     assert reference_calls(monkeypatch, make(what, dtype=F64))
-    assert reference_calls(monkeypatch, make(what, size=36))
-    assert reference_calls(monkeypatch, make(what, size=264))
+    assert not reference_calls(monkeypatch, make(what, size=36, value_size=7))
+    assert not reference_calls(monkeypatch, make(what, size=512, value_size=512))
+    assert reference_calls(monkeypatch, make(what, size=513))
+    assert reference_calls(monkeypatch, make(what, value_size=513))
     assert reference_calls(monkeypatch, make(what, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("what", COMBINATIONS)
 def test_opcheck(what: str) -> None:
-    case = make(what, 40, 32, 5, 6, batch=1, heads=2, key_heads=1)
+    case = make(what, 40, 32, 5, 6, batch=1, heads=2, key_heads=1, value_size=20)
     leaves = [t.requires_grad_() for t in case[:3]]
     torch.library.opcheck(torch.ops.mst.attention.default, (*leaves, *case.settings))
     out, lse = torch.ops.mst.attention(*case[:3], *case.settings)
@@ -370,7 +391,7 @@ def test_opcheck(what: str) -> None:
 @pytest.mark.parametrize("what", COMBINATIONS)
 def test_gradcheck(what: str) -> None:
     """In float64, which is to say the reference."""
-    case = make(what, 9, 4, 3, 4, batch=1, heads=2, key_heads=1, dtype=F64)
+    case = make(what, 9, 4, 3, 4, batch=1, heads=2, key_heads=1, dtype=F64, value_size=3)
     leaves = [t.requires_grad_() for t in case[:3]]
     assert torch.autograd.gradcheck(lambda *t: torch.ops.mst.attention(*t, *case.settings)[0], leaves)
     assert torch.autograd.gradgradcheck(lambda *t: torch.ops.mst.attention(*t, *case.settings)[0], leaves)
@@ -379,7 +400,11 @@ def test_gradcheck(what: str) -> None:
 BAD: dict[str, Callable[[dict[str, Any]], Any]] = {
     "float64": lambda a: a | {n: a[n].double() for n in ("q", "k", "v", "out")},
     "mixed dtypes": lambda a: a | {"k": a["k"].bfloat16()},
-    "head size": lambda a: a | {n: a[n][..., :36] for n in ("q", "k", "v", "out")},
+    "size of a key": lambda a: a | {"k": a["k"][..., :36]},
+    "size of a value": lambda a: a | {"v": a["v"][..., :36]},
+    "large heads": lambda a: a | {n: a[n].repeat(1, 1, 1, 9) for n in ("q", "k")},
+    "large values": lambda a: a | {n: a[n].repeat(1, 1, 1, 9) for n in ("v", "out")},
+    "empty heads": lambda a: a | {n: a[n][..., :0] for n in ("q", "k")},
     "key heads": lambda a: a | {n: a[n][:, :1].repeat(1, 3, 1, 1) for n in ("k", "v")},
     "key length": lambda a: a | {n: a[n][:, :, :50] for n in ("k", "v")},
     "value length": lambda a: a | {"v": a["v"][:, :, :50]},

@@ -74,7 +74,7 @@ def test_passes(isa: str, block: int, dtype: torch.dtype) -> None:
 @every_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(isa: str, dtype: torch.dtype) -> None:
-    assert cpu.supports_head(dtype, 32)
+    assert cpu.supports_head(dtype, 32, 32)
     q, k, v = (torch.randn(1, 2, 50, 32).to(dtype) for _ in range(3))
     out, lse = torch.empty_like(q), torch.empty(1, 2, 50)
     cpu.attention(q, k, v, None, FULL.numbers, 0.2, out=out, lse=lse, library=library(isa))

@@ -41,8 +41,9 @@ def generated(given_case: Case, choice: int = 0, **kwargs: Any) -> tuple[Generat
 # -- machine code ------------------------------------------------------------------------------------------------------
 
 SIZES = [
-    *((BF16, False, size) for size in (64, 128, 256)),
-    *((F32, tf32, size) for tf32, size in ((True, 64), (True, 128), (False, 128))),
+    *((BF16, False, (size, size)) for size in (64, 128, 256)),
+    (BF16, False, (192, 128)),  # latent attention
+    *((F32, tf32, (size, size)) for tf32, size in ((True, 64), (True, 128), (False, 128))),
 ]
 # Triton 3.9 spills nothing; 3.6 and 3.8 one register of one fp32 tile, a store and a load.
 SPILLS = 2 if triton.__version__.startswith(("3.6.", "3.8.")) else 0
@@ -52,12 +53,16 @@ GATES = [(p, *size) for p in ("window and distances", "chunk and summaries") for
 GATES += [("everything", *SIZES[0])]
 
 
-@pytest.mark.parametrize(("what", "dtype", "tf32", "size"), GATES, indirect=["tf32"])
-def test_every_tile_compiles_to_good_machine_code(what: str, dtype: torch.dtype, tf32: bool, size: int) -> None:
+@pytest.mark.parametrize(("what", "dtype", "tf32", "sizes"), GATES, indirect=["tf32"])
+def test_every_tile_compiles_to_good_machine_code(
+    what: str, dtype: torch.dtype, tf32: bool, sizes: tuple[int, int]
+) -> None:
     parts = combine(what, 128, 128)
+    size, value_size = sizes
     choice, count = 0, 1
     while choice < count:
-        made, count = generated(case(parts, length=250, size=size, dtype=dtype, padded=True), choice)
+        given_case = case(parts, length=250, size=size, value_size=value_size, dtype=dtype, padded=True)
+        made, count = generated(given_case, choice)
         for graph in made.graphs.values():
             for kernel in kernels_of(graph.source):
                 if kernel.kind == "template":
@@ -107,6 +112,7 @@ def cases(draw: st.DrawFn, what: str) -> Case:
         group=draw(st.sampled_from([1, 1, 3])),
         length=draw(st.sampled_from([1, 2, 31, 64, 97, 150, 200])),
         size=draw(st.sampled_from([16, 24, 32, 64, 80])),
+        value_size=draw(st.sampled_from([None, 16, 40, 64])),
         dtype=draw(st.sampled_from([F32, BF16, F16])),
         padded=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),

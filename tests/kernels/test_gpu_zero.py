@@ -116,4 +116,8 @@ def test_the_record_takes_what_the_kernel_can(monkeypatch: pytest.MonkeyPatch) -
     assert not takes(torch.ones(64, 96), grid)
     capturing = False
     monkeypatch.setattr(cuda, "_c_compiler", lambda: None)
-    assert not takes(torch.ones(64, 96), grid)
+    assert takes(torch.ones(64, 96), grid)  # what has launched needs no compiler any more
+    other = cuda._Bulk()
+    assert not other.takes(torch.ones(64, 96), grid)
+    monkeypatch.setattr(cuda, "_c_compiler", lambda: "gcc")
+    assert other.takes(torch.ones(64, 96), grid)

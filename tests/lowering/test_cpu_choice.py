@@ -23,6 +23,7 @@ from mst_compile.lowering.cpu_times import COLS, GRAD_WEIGHT, ROWS, Product
 from mst_compile.lowering.device import Layer, Times
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mst_compile.blocks.grid import BlockGrid
@@ -300,8 +301,39 @@ def test_a_call_is_measured_once_for_products_of_all_sizes(measured: list[Produc
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("trained", [False, True])
 def test_attention_is_measured(dtype: torch.dtype, trained: bool) -> None:
-    times = cpu_attention_times.measure(CausalAttention(4, 32, 16, dtype, trained))
-    assert all(0 < seconds < 1 for seconds in times)
+    for value_size in (16, 12):
+        times = cpu_attention_times.measure(CausalAttention(4, 32, 16, value_size, dtype, trained))
+        assert all(0 < seconds < 1 for seconds in times)
+
+
+def test_attention_that_pytorch_has_no_kernel_for_is_held_against_its_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two products and a softmax, in float32, and what their gradients need: all that Inductor cannot leave out."""
+    ran: list[tuple[int, ...]] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._opname in ("bmm", "_softmax", "_softmax_backward_data"):
+                assert all(t.dtype == F32 for t in args if isinstance(t, torch.Tensor))
+                ran.append((func._opname, tuple(args[0].shape)))
+            return func(*args, **(kwargs or {}))
+
+    def one_round(sides: Any, _: Any) -> Any:
+        with Noting():
+            sides[0]()
+        return [1.0], [1.0]
+
+    monkeypatch.setattr(cpu_attention_times, "interleaved", one_round)
+    cpu_attention_times.measure(CausalAttention(2, 32, 16, 12, BF16, True))
+    scores, wide = (2, 32, 32), {16: (2, 32, 16), 12: (2, 32, 12)}
+    forward = [("bmm", wide[16]), ("_softmax", scores), ("bmm", scores)]
+    backward = [
+        ("bmm", scores),
+        ("bmm", wide[12]),
+        ("_softmax_backward_data", scores),
+        ("bmm", scores),
+        ("bmm", scores),
+    ]
+    assert ran == forward + backward
 
 
 def test_attention_is_measured_once_and_where_there_is_a_kernel(
@@ -314,12 +346,12 @@ def test_attention_is_measured_once_and_where_there_is_a_kernel(
         times = AttentionTimes(1.0, ours)
         monkeypatch.setattr(cpu_attention_times, "measure", lambda found, times=times: asked.append(found) or times)
         for _ in range(2):
-            assert cpu_choice.is_attention_faster(9, 500, 64, F32, True) == faster
-    assert asked == [CausalAttention(8, 512, 64, F32, True)] * 3
-    assert not cpu_choice.is_attention_faster(9, 500, 63, F32, True), "no kernel for such heads"
-    assert not cpu_choice.is_attention_faster(9, 500, 64, torch.float16, True)
-    assert not cpu_choice.is_attention_faster(9, 0, 64, F32, True)
-    assert not cpu_choice.is_attention_faster(0, 500, 64, F32, True)
+            assert cpu_choice.is_attention_faster(9, 500, 64, 48, F32, True) == faster
+    assert asked == [CausalAttention(8, 512, 64, 48, F32, True)] * 3
+    assert not cpu_choice.is_attention_faster(9, 500, 513, 513, F32, True), "no kernel for such heads"
+    assert not cpu_choice.is_attention_faster(9, 500, 64, 64, torch.float16, True)
+    assert not cpu_choice.is_attention_faster(9, 0, 64, 64, F32, True)
+    assert not cpu_choice.is_attention_faster(0, 500, 64, 64, F32, True)
     assert len(asked) == 3
 
 

@@ -42,7 +42,7 @@ def only_16(x: torch.dtype, weight: torch.dtype, block: int) -> str | None:
 def toy(kind: str, **more: Any) -> device.Device:
     return device.Device(
         kind,
-        why_no_attention=lambda dtype, size: f"the toy has no heads of {size}",
+        why_no_attention=lambda dtype, size, _: f"the toy has no heads of {size}",
         times=lambda layers, tuned: [device.at_crossover(layer, 0.4) for layer in layers],
         **{"why_unsupported": only_16, "default_block": 16, "finest_block": 16, **more},
     )
@@ -76,7 +76,7 @@ def test_an_unknown_device_runs_references_and_says_so() -> None:
     unknown = device.of("abacus")
     assert unknown.type == "abacus"
     assert unknown.why_unsupported(F32, F32, 32) == "no kernel for device abacus"
-    assert unknown.why_no_attention(F32, 64) == "no attention kernel for device abacus"
+    assert unknown.why_no_attention(F32, 64, 64) == "no attention kernel for device abacus"
     assert (unknown.default_block, unknown.finest_block) == (32, 4)
     layer = device.Layer(BlockGrid(64, 64, 32), False, 8, F32, F32, bias=True, trained=True)
     (times,) = unknown.times([layer], False)

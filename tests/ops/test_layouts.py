@@ -117,8 +117,11 @@ def attentions(draw: st.DrawFn) -> tuple[Any, ...]:
     drawing = Drawing(draw)
     batch, length = draw(st.sampled_from([(2, 20), (1, 33), (0, 20), (2, 0), (3, 1)]))
     heads, key_heads = draw(st.sampled_from([(2, 2), (4, 2), (1, 1), (0, 0)]))
-    dtype, size = draw(st.sampled_from([(F32, 32), (BF16, 32), (F32, 40), (F64, 8)]))
-    shapes = [(batch, n, length, size) for n in (heads, heads, key_heads, key_heads)]
+    dtype, size, value_size = draw(
+        st.sampled_from([(F32, 32, 32), (BF16, 32, 32), (F32, 39, 5), (BF16, 17, 30), (F64, 8, 3)])
+    )
+    of_heads = (heads, value_size), (heads, size), (key_heads, size), (key_heads, value_size)
+    shapes = [(batch, n, length, numbers) for n, numbers in of_heads]
     grad, q, k, v = (drawing.tensor(shape, dtype) for shape in shapes)
     mask = drawing.tensor((draw(st.sampled_from([batch, 1])), length), F32) > -1 if draw(st.booleans()) else None
     parts = combine(draw(st.sampled_from(COMBINATIONS)), 5, 4, gap=1, times=2).numbers

@@ -8,68 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_cases import Layers, X, Zeroed, assert_zero_outside, trained
 from helpers import compiled, static
 from mask_cases import element_masks
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mst_compile import Constant, sparsify
 from mst_compile.state import binding
-from mst_compile.state import weight as weights
-
-X = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
-
-
-class Layers(nn.Module):
-    """Two layers; ``more`` is one more use of the first one's weight in the graph."""
-
-    def __init__(self, more: Callable[[Tensor], Tensor] | None = None, again: bool = False) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
-        self.more, self.again = more, again
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = checkpoint(self.first, x, use_reentrant=False) if self.again else self.first(x)
-        y = self.second(torch.relu(x)).square().mean()
-        return y if self.more is None else y + self.more(self.first.weight)
-
-
-class Zeroed:
-    """How many gradients have been written zeros to."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.count = 0
-        original = weights.zero_all_inactive_
-
-        def zero(whole: Any) -> None:
-            self.count += len(whole)
-            original(whole)
-
-        monkeypatch.setattr(weights, "zero_all_inactive_", zero)
-
-    def by(self, run: Callable[[], object]) -> int:
-        before = self.count
-        run()
-        return self.count - before
 
 
 @pytest.fixture
 def zeroed(monkeypatch: pytest.MonkeyPatch) -> Zeroed:
     return Zeroed(monkeypatch)
-
-
-def trained(more: Callable[[Tensor], Tensor] | None = None, schedule: Any = None, **kwargs: Any) -> tuple[Layers, Any]:
-    torch.manual_seed(0)
-    model = sparsify(Layers(more, **kwargs), schedule or static(0.6), block=8)
-    return model, compiled(model)
-
-
-def assert_zero_outside(model: nn.Module) -> None:
-    for name, mask in element_masks(model).items():
-        gradient = model.get_parameter(name).grad
-        assert gradient is not None
-        assert not gradient[~mask].any(), name
-        assert gradient[mask].all(), name
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["plain", "activation checkpoint"])
@@ -140,13 +90,6 @@ def test_another_use_in_the_graph(more: Callable[[Tensor], Tensor], zeroed: Zero
     assert_zero_outside(model)
 
 
-def test_gradients_that_are_added_up(zeroed: Zeroed) -> None:
-    model, run = trained()
-    assert zeroed.by(lambda: run(X).backward()) == 0
-    assert zeroed.by(lambda: run(X).backward()) == 2
-    assert_zero_outside(model)
-
-
 def test_dense_products(zeroed: Zeroed) -> None:
     model, _ = trained()
     run = torch.compile(model, backend="mst", options={"mst.inner": "aot_eager", "mst.dense_threshold": 0.0})
@@ -191,3 +134,18 @@ def test_a_mask_that_changed_on_the_way(zeroed: Zeroed) -> None:
     weight.mask_gradient(gradient)
     assert zeroed.count == 1
     assert not gradient[~weight.grid.expand(weight.mask)].any()
+
+
+def test_another_part_of_the_same_memory(zeroed: Zeroed) -> None:
+    """As where one buffer holds several gradients, and a hook hands over another one."""
+    model, _ = trained()
+    weight = binding.of(model.first.weight)
+    assert weight is not None
+    mask = weight.grid.expand(weight.mask)
+    both = torch.stack([torch.where(mask, 1.0, 0.0), torch.ones(32, 32)])
+    for part in (both[1], both[0].t()):
+        weight.note_computed(both[0])
+        weight.take_computed(part)
+        weight.mask_gradient(part)
+        assert not part[~mask].any()
+    assert zeroed.count == 2

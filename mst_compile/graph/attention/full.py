@@ -29,7 +29,8 @@ def run(graph_module: fx.GraphModule, context: Context) -> int:
         q, k = value(found.q), value(found.k)
         if _heads(q) != _heads(k):
             continue
-        shape = _hint(q.shape[0]) * _hint(_heads(q)), _hint(q.shape[-2]), q.shape[-1]
+        sizes = q.shape[-1], value(found.v).shape[-1]
+        shape = _hint(q.shape[0]) * _hint(_heads(q)), _hint(q.shape[-2]), *sizes
         if context.attention_pays(q.device.type, *shape, q.dtype):
             replace(found, FULL, evaluators[region])
             changed += 1

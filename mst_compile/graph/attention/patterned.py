@@ -49,8 +49,8 @@ class _Rewrite:
         causal = reason is None
         if self._context.pattern is None:
             reason = reason or "the pattern is full"
-        query = () if reason else tuple(value(found.q).shape)
-        self._context.sites.append(Site(where(found.out), found.form, causal, reason is None, reason or "", query))
+        shape = () if reason else (*value(found.q).shape, value(found.v).shape[-1])
+        self._context.sites.append(Site(where(found.out), found.form, causal, reason is None, reason or "", shape))
         if reason is None and self._context.pattern is not None:
             found.padding = None if found.padding is None else region.receive(found.padding)
             replace(found, self._context.pattern, evaluator)
@@ -69,7 +69,8 @@ class _Rewrite:
         if reason is not None:
             return reason
         out = value(found.out)
-        return self._context.why_no_attention(out.device.type, out.dtype, value(found.q).shape[-1])
+        sizes = value(found.q).shape[-1], value(found.v).shape[-1]
+        return self._context.why_no_attention(out.device.type, out.dtype, *sizes)
 
     def _finding(self, region: Region, found: Attention, evaluator: Evaluator) -> Finding:
         at = found.out if found.reader is None else found.reader

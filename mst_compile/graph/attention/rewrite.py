@@ -41,8 +41,10 @@ def why_not(found: Attention) -> str | None:
         return f"its operands have {dims[0]}, {dims[1]} and {dims[2]} dimensions"
     if not (same_size(q[-2], k[-2]) and same_size(k[-2], v[-2])):
         return "queries and keys differ in length"
-    if not (same_size(q[-1], k[-1]) and same_size(k[-1], v[-1]) and isinstance(q[-1], int)):
-        return "queries and values differ in size"
+    if not same_size(q[-1], k[-1]):
+        return "queries and keys differ in size"
+    if not (isinstance(q[-1], int) and isinstance(v[-1], int)):
+        return "the size of its heads may differ from call to call"
     batch = v[0]
     if dims == (3, 3, 4):
         batch = v[0] * v[1]
