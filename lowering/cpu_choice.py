@@ -64,8 +64,13 @@ def is_attention_faster(heads: int, length: int, size: int, value_size: int, dty
 
 def is_dense_faster(product: Product, active: int) -> bool:
     """Whether the dense product is the faster one of a weight with ``active`` of its blocks active."""
+    return active >= dense_from(product)
+
+
+def dense_from(product: Product) -> float:
+    """From how many active blocks on the dense product is the faster one."""
     blocks = -(-product.rows // product.block) * -(-product.cols // product.block)
-    return active >= of_product(product).crossover * blocks
+    return of_product(product).crossover * blocks
 
 
 def times(layers: Sequence[Layer], _: bool) -> list[LayerTimes]:
@@ -75,9 +80,19 @@ def times(layers: Sequence[Layer], _: bool) -> list[LayerTimes]:
 
 def _in_graph(product: Product, layer: Layer) -> Times:
     """The times of a layer's product, with its call's: of groups as many as there are, of about as many tokens each."""
-    more, times, call = layer.tokens / product.tokens, of_product(product), of_call(product)
-    grows = more if product.kind == cpu_times.GRAD_WEIGHT else float(layer.groups)
-    return Times(times.dense * more, times.fixed * more, times.per_density * more, call * grows)
+    more, times = layer.tokens / product.tokens, of_product(product)
+    call = _call_in_graph(product, layer.groups, more)
+    return Times(times.dense * more, times.fixed * more, times.per_density * more, call)
+
+
+def _call_in_graph(product: Product, groups: int, more: float) -> float:
+    """What a product costs beside its kernel, of ``more`` times the tokens. Groups are one operator together, but zeros
+    in a weight's gradient are written for each."""
+    call = of_call(product)
+    if product.kind != cpu_times.GRAD_WEIGHT:
+        return call
+    once = 0.0 if groups == 1 else min(call, of_call(product._replace(kind=cpu_times.ROWS)))
+    return once + (call - once) * more
 
 
 def _of_layer(layer: Layer) -> dict[str, Product]:

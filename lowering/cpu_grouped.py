@@ -113,10 +113,14 @@ def _dense_ones(
     if not rows or not cols or not x.shape[1]:
         return set()
     threads, active = torch.get_num_threads(), index[:, NNZ].tolist()
+    dense_from: dict[cpu_times.Product, float] = {}  # many groups are asked about, of few sizes
     found = set()
     for e, (start, end) in enumerate(bounds):
-        if start < end:
-            product = cpu_linear.product_of(kind, rows, cols, block, end - start, x.dtype, stack.dtype, False, threads)
-            if cpu_choice.is_dense_faster(product, active[e]):
-                found.add(e)
+        if start == end:
+            continue
+        product = cpu_linear.product_of(kind, rows, cols, block, end - start, x.dtype, stack.dtype, False, threads)
+        if product not in dense_from:
+            dense_from[product] = cpu_choice.dense_from(product)
+        if active[e] >= dense_from[product]:
+            found.add(e)
     return found

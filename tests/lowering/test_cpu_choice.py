@@ -432,3 +432,20 @@ def test_several_threads_that_are_in_each_others_way_are_measured_by_one(monkeyp
         torch.set_num_threads(before)
     assert threads == [4, 1]
     assert found[:3] == pytest.approx((4.0, 4 * cpu_times._TICK, 4.0), abs=1e-6), "four threads' share of the tokens"
+
+
+def test_groups_are_timed_as_products_of_their_mean_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack is one operator: what that costs beside its products does not grow with the groups, but zeros in the
+    gradient of each of its matrices do."""
+    asked: list[Product] = []
+    calls = {cpu_times.ROWS: 2.0, cpu_times.COLS: 2.0, cpu_times.GRAD_WEIGHT: 5.0}
+    monkeypatch.setattr(cpu_choice, "of_product", lambda product: asked.append(product) or Times(7.0, 1.0, 4.0))
+    monkeypatch.setattr(cpu_choice, "of_call", lambda product: calls[product.kind])
+    grid, dtype = BlockGrid(64, 32, 8), torch.float32
+    layer = Layer(grid, False, 8 * 64, dtype, dtype, False, True, groups=8)
+    (times,) = cpu_choice.times([layer], True)
+    assert [product.tokens for product in asked] == [64, 64, 64]
+    assert times["forward"] == times["grad-input"] == Times(8 * 7.0, 8 * 1.0, 8 * 4.0, 2.0)
+    assert times["grad-weight"] == Times(8 * 7.0, 8 * 1.0, 8 * 4.0, 2.0 + 8 * (5.0 - 2.0))
+    (one,) = cpu_choice.times([dataclasses.replace(layer, tokens=64, groups=1)], True)
+    assert one["grad-weight"].call == 5.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -150,26 +151,25 @@ def test_grouped_products_and_gradients(case: Case, dense_grad: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def dense_is_faster() -> Iterator[list[tuple[str, int]]]:
-    """As where every dense product was measured to be faster; the kinds and tokens of those that were asked about."""
-    asked: list[tuple[str, int]] = []
+def dense_from() -> Iterator[dict[str, Any]]:
+    """From how many active blocks dense products are faster, as if measured; the kinds that were asked about."""
+    told: dict[str, Any] = {"blocks": 0.0, "kinds": []}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            cpu_choice, "is_dense_faster", lambda product, active: asked.append((product.kind, product.tokens)) or True
-        )
-        yield asked
+        patch.setattr(cpu_choice, "dense_from", lambda product: told["kinds"].append(product.kind) or told["blocks"])
+        yield told
 
 
 @settings(max_examples=100)
-@given(case=cases(), dense_grad=st.sampled_from([False, False, True]))
-def test_grouped_products_that_run_dense(dense_is_faster: list[tuple[str, int]], case: Case, dense_grad: bool) -> None:
-    """The library's products are as right as ours; each group with rows is asked about by itself."""
-    dense_is_faster.clear()
+@given(case=cases(), dense_grad=st.sampled_from([False, False, True]), blocks=st.sampled_from([0.0, 2.0, math.inf]))
+def test_grouped_products_that_run_dense(
+    dense_from: dict[str, Any], case: Case, dense_grad: bool, blocks: float
+) -> None:
+    """The library's products are as right as ours, of all groups or of those with many active blocks."""
+    dense_from.update(blocks=blocks, kinds=[])
     check(case, dense_grad, choose=True)
     if cpu_linear.why_unsupported(case.x.dtype, case.weight.dtype, case.block) is None:
-        kinds = ["cols", "rows"] if case.transposed else ["rows", "cols"]
-        kinds += [] if dense_grad else ["grad-weight"]
-        assert [kind for kind, _ in dense_is_faster] == [k for k in kinds for size in case.sizes if size]
+        kinds = {"cols", "rows"} | (set() if dense_grad else {"grad-weight"})
+        assert set(dense_from["kinds"]) == (kinds if any(case.sizes) else set())
 
 
 @given(cases())
