@@ -117,7 +117,9 @@ class RankRun:
         self.model, self.called, self.optimizer = self._make(program.layout, program.before)
         plain = net(program.dtype)
         own = mst_compile.sparsifier(self.model)
-        facts = {n: Fact(w.grid.rows, w.grid.cols, w.grid.block, None, program.guard) for n, w in own.weights.items()}
+        facts = {
+            n: Fact.of(plain.get_parameter(n).shape, w.grid.block, None, program.guard) for n, w in own.weights.items()
+        }
         make = OPTIMIZERS[program.optimizer]
         groups: Any = list(plain.parameters())
         laws: list[Any] = [None]
