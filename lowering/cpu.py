@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
 
-from . import cpu_attention, cpu_choice, cpu_facts, cpu_linear, cpu_packed, device
+from . import cpu_attention, cpu_choice, cpu_facts, cpu_grouped, cpu_linear, cpu_packed, device
 from .memory import keep_freed_memory
 
 
@@ -66,6 +66,9 @@ device.register(
             "linear": cpu_linear.linear,
             "linear_grad_input": cpu_linear.grad_input,
             "linear_grad_weight": cpu_linear.grad_weight,
+            "grouped_linear": cpu_grouped.linear,
+            "grouped_linear_grad_input": cpu_grouped.grad_input,
+            "grouped_linear_grad_weight": cpu_grouped.grad_weight,
             "packed_linear": cpu_packed.packed_linear,
             "attention": cpu_attention.attention,
             "attention_backward": cpu_attention.attention_backward,

@@ -69,20 +69,21 @@ def is_dense_faster(product: Product, active: int) -> bool:
 
 def times(layers: Sequence[Layer], _: bool) -> list[LayerTimes]:
     """Seconds of the products of each layer; of one that is not trained only the forward product is measured."""
-    return [{name: _in_graph(product, layer.tokens) for name, product in _of_layer(layer).items()} for layer in layers]
+    return [{name: _in_graph(product, layer) for name, product in _of_layer(layer).items()} for layer in layers]
 
 
-def _in_graph(product: Product, tokens: int) -> Times:
-    """The times of a product of so many tokens, with its call's."""
-    more, times, call = tokens / product.tokens, of_product(product), of_call(product)
-    grows = more if product.kind == cpu_times.GRAD_WEIGHT else 1.0
+def _in_graph(product: Product, layer: Layer) -> Times:
+    """The times of a layer's product, with its call's: of groups as many as there are, of about as many tokens each."""
+    more, times, call = layer.tokens / product.tokens, of_product(product), of_call(product)
+    grows = more if product.kind == cpu_times.GRAD_WEIGHT else float(layer.groups)
     return Times(times.dense * more, times.fixed * more, times.per_density * more, call * grows)
 
 
 def _of_layer(layer: Layer) -> dict[str, Product]:
     grid, kinds = layer.grid, (cpu_times.ROWS, cpu_times.COLS)
     forward, back = reversed(kinds) if layer.transposed else kinds
-    shape = grid.rows, grid.cols, grid.block, cpu_times.bucket(layer.tokens), layer.dtype, layer.weight_dtype
+    tokens = cpu_times.bucket(-(-layer.tokens // layer.groups))
+    shape = grid.rows, grid.cols, grid.block, tokens, layer.dtype, layer.weight_dtype
     found = {"forward": Product(forward, *shape, layer.bias)}
     if layer.trained:
         found["grad-input"] = Product(back, *shape)

@@ -36,12 +36,13 @@ def why_no_bias(dtype: torch.dtype) -> str | None:
     return None if kernels.supports_dtype(dtype) else f"no CPU kernel for a bias in {dtype}"
 
 
-def _supported(block: int, x: Tensor, weight_dtype: torch.dtype, *more: Tensor) -> bool:
+def supported(block: int, x: Tensor, weight_dtype: torch.dtype, *more: Tensor) -> bool:
+    """Whether there is a kernel for a product with ``x``, and all operands are where it can read them."""
     on_cpu = all(operand.device.type == "cpu" for operand in (x, *more))
     return on_cpu and kernels.supports(block, x.dtype, weight_dtype) and kernels.available()
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """``x`` as ``[M, features]`` with unit stride along the features."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return flat if kernels.has_unit_stride(flat) else flat.contiguous()
@@ -63,7 +64,7 @@ def linear(
 ) -> Tensor | None:
     """``mst::linear``; None where there is no kernel. The weight is read as it is, where it is not 0."""
     bias_fits = bias is None or (bias.device.type == "cpu" and why_no_bias(bias.dtype) is None)
-    if not _supported(block, x, weight.dtype, weight, index) or not bias_fits:
+    if not supported(block, x, weight.dtype, weight, index) or not bias_fits:
         return None
     out = x.new_empty((*x.shape[:-1], weight.shape[1 if transposed else 0]))
     linear_out(x, weight, index, bias, block=block, transposed=transposed, choose=choose, out=out)
@@ -80,7 +81,7 @@ def grad_input(
     choose: bool = False,
 ) -> Tensor | None:
     """``mst::linear_grad_input``; None where there is no kernel."""
-    if not _supported(block, grad, weight.dtype, weight, index):
+    if not supported(block, grad, weight.dtype, weight, index):
         return None
     out = grad.new_empty((*grad.shape[:-1], weight.shape[0 if transposed else 1]))
     linear_out(grad, weight, index, block=block, transposed=not transposed, choose=choose, out=out)
@@ -99,9 +100,9 @@ def grad_weight(
     choose: bool = False,
 ) -> tuple[Tensor, Tensor] | None:
     """``mst::linear_grad_weight``; None where there is no kernel, and for a gradient on all blocks."""
-    if not _supported(block, grad, dtype, x, index) or grad.dtype != x.dtype or kernels.number_at(index, DENSE_GRAD):
+    if not supported(block, grad, dtype, x, index) or grad.dtype != x.dtype or kernels.number_at(index, DENSE_GRAD):
         return None
-    gy, x2 = _rows(grad), _rows(x)
+    gy, x2 = rows_of(grad), rows_of(x)
     a, b = (x2, gy) if transposed else (gy, x2)
     gw = torch.empty(a.shape[1], b.shape[1], dtype=dtype, device="cpu")
     gb = torch.empty(gy.shape[1] if bias else 0, dtype=torch.float32, device="cpu")
@@ -117,12 +118,12 @@ def _is_dense_faster(kind: str, weight: Tensor, block: int, x: Tensor, bias: boo
     """Of a product with ``x`` ``[M, features]``; ``weight`` is one, or its gradient."""
     if not x.numel() or not weight.numel():
         return False
-    product = _product(kind, *weight.shape, block, x.shape[0], x.dtype, weight.dtype, bias, torch.get_num_threads())
+    product = product_of(kind, *weight.shape, block, x.shape[0], x.dtype, weight.dtype, bias, torch.get_num_threads())
     return cpu_choice.is_dense_faster(product, kernels.number_at(index, NNZ))
 
 
 @functools.lru_cache(maxsize=4096)  # asked at every call, and so after caches have lost what it takes to answer
-def _product(
+def product_of(
     kind: str,
     rows: int,
     cols: int,
@@ -180,7 +181,7 @@ def linear_out(
     Operands may have any layout (other ones than the kernels' are copied), ``out`` is contiguous. With ``choose`` the
     faster one of our product and the dense one runs.
     """
-    flat, rows = out if out.dim() == 2 else out.view(-1, out.shape[-1]), _rows(x)
+    flat, rows = out if out.dim() == 2 else out.view(-1, out.shape[-1]), rows_of(x)
     kind = cpu_times.COLS if transposed else cpu_times.ROWS
     if choose and _is_dense_faster(kind, weight, block, rows, bias is not None, index):
         cpu_dense.linear(rows, weight, bias, not transposed, flat)

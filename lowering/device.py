@@ -17,7 +17,7 @@ import torch
 from mst_compile.blocks.bulk import Kernels
 from mst_compile.blocks.bulk import register as register_bulk
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.ops import attention, linear, packed  # noqa: F401  (define what devices implement)
+from mst_compile.ops import attention, grouped, linear, packed  # noqa: F401  (define what devices implement)
 from mst_compile.ops.library import implement
 
 FINEST_BLOCK = 4  # that a weight gets by itself; finer ones are for those who ask
@@ -35,6 +35,7 @@ class Layer:
         dtype: of the activations. weight_dtype: of the weight.
         bias: whether a bias is added.
         trained: whether gradients are wanted.
+        groups: how many matrices of a stack, each with the grid, share the tokens.
     """
 
     grid: BlockGrid
@@ -44,6 +45,7 @@ class Layer:
     weight_dtype: torch.dtype
     bias: bool
     trained: bool
+    groups: int = 1
 
 
 class Times(NamedTuple):
@@ -75,7 +77,7 @@ LayerTimes = Mapping[str, Times]
 
 def at_crossover(layer: Layer, density: float) -> LayerTimes:
     """Times, in a unit of their own, of a layer of which no more is known than its crossover."""
-    size = layer.grid.rows * layer.grid.cols
+    size = layer.grid.rows * layer.grid.cols * layer.groups
     return {product: Times(density * size / WORTH, 0.0, size) for product in PRODUCTS[: 3 if layer.trained else 1]}
 
 

@@ -2,6 +2,7 @@
 
 from .attention import LSE_DTYPE, attention, attention_backward, supports_attention, supports_head
 from .build import choose_isa, why_inductor_has_no_compiler
+from .groups import grad_weight_groups, spmm_groups
 from .library import (
     FINEST_BLOCK,
     available,
@@ -30,6 +31,7 @@ __all__ = [
     "block_sumsq",
     "choose_isa",
     "grad_weight",
+    "grad_weight_groups",
     "has_unit_stride",
     "number_at",
     "packed",
@@ -37,6 +39,7 @@ __all__ = [
     "processor_name",
     "source_hash",
     "spmm",
+    "spmm_groups",
     "supports",
     "supports_attention",
     "supports_dtype",

@@ -37,6 +37,15 @@ struct MstSpmm {
 };
 MST_API int mst_spmm(const MstSpmm* arguments);
 
+// What mst_spmm does with each of `count` products, whose results do not overlap; on `threads` threads all together,
+// whatever the products say. Where one is refused others may have been written.
+struct MstSpmmGroups {
+  const MstSpmm* products;
+  int64_t count;
+  int32_t threads;
+};
+MST_API int mst_spmm_groups(const MstSpmmGroups* arguments);
+
 // y[m, outputs] = x[m, reduction] . W^T + bias, of a W [outputs, reduction] whose active blocks were packed; see
 // spmm_packed.cpp and mst_compile/blocks/packed.py. `index`: row_ptr[R + 1], then col_idx in CSR order. x, w and y have
 // one dtype; block is a power of two.
@@ -68,6 +77,14 @@ struct MstGradWeight {
   int32_t in_dtype, out_dtype, block, colsum_of_a, threads;
 };
 MST_API int mst_grad_weight(const MstGradWeight* arguments);
+
+// The same of many gradients, as of many products above.
+struct MstGradWeightGroups {
+  const MstGradWeight* products;
+  int64_t count;
+  int32_t threads;
+};
+MST_API int mst_grad_weight_groups(const MstGradWeightGroups* arguments);
 
 // Sets the inactive blocks of w to zero.
 struct MstZeroInactive {

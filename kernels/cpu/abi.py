@@ -77,6 +77,14 @@ class GradWeight(ctypes.Structure):
     )
 
 
+class SpmmGroups(ctypes.Structure):
+    _fields_ = (("products", _P), ("count", _L), ("threads", _I))
+
+
+class GradWeightGroups(ctypes.Structure):
+    _fields_ = (("products", _P), ("count", _L), ("threads", _I))
+
+
 class ZeroInactive(ctypes.Structure):
     _fields_ = (
         ("w", _P),
@@ -131,7 +139,9 @@ def packer(structure: type[ctypes.Structure]) -> struct.Struct:
     return made
 
 
-STRUCTURES = (Spmm, Packed, GradWeight, ZeroInactive, BlockSumsq, Heads, Parts, Attention)
+STRUCTURES = (
+    Spmm, SpmmGroups, Packed, GradWeight, GradWeightGroups, ZeroInactive, BlockSumsq, Heads, Parts, Attention,
+)  # fmt: skip
 
 
 def _checks(structure: type[ctypes.Structure]) -> Iterator[str]:

@@ -256,12 +256,13 @@ def code_of(tensor: Tensor) -> int:
 
 
 @functools.lru_cache(maxsize=1024)  # a product of few tokens takes not much longer than this
-def _index_length(rows: int, cols: int, block: int) -> int:
+def index_length(rows: int, cols: int, block: int) -> int:
+    """Length of the packed index of such a weight."""
     return BlockGrid(rows, cols, block).index_length
 
 
 def _check_index(index: Tensor, rows: int, cols: int, block: int) -> None:
-    length = _index_length(rows, cols, block)
+    length = index_length(rows, cols, block)
     if index.dtype != torch.int32 or index.numel() != length or not index.is_contiguous():
         raise ValueError(f"the index does not belong to a {rows} x {cols} weight with blocks of {block}")
 

@@ -33,6 +33,7 @@ from mst_compile.errors import ArgumentError, ForecastError
 from mst_compile.ops import attention as _attention_op  # noqa: F401  (defines the operators)
 from mst_compile.ops import linear as _linear_op  # noqa: F401
 from mst_compile.ops import watching
+from mst_compile.ops.grouped import groups
 from mst_compile.rules.checks import (
     LARGEST,
     as_number,
@@ -230,7 +231,7 @@ class CompiledFlopCounter(FlopCounterMode):
         if custom_mapping is not None:
             check_instance("custom_mapping", custom_mapping, dict, "a dict of operators and formulas")
         depth = check_whole("depth", depth, least=0, error=ArgumentError)
-        mapping = _not_in_pytorch() | (custom_mapping or {})
+        mapping = not_in_pytorch() | (custom_mapping or {})
         super().__init__(mods, depth, check_flag("display", display), mapping)
 
     def __enter__(self) -> CompiledFlopCounter:
@@ -260,8 +261,9 @@ class CompiledFlopCounter(FlopCounterMode):
         return "\n".join(f"{name:{wide}}  {count:>20,} FLOPs  {count / max(1, total):6.1%}" for name, count in rows)
 
 
-def _not_in_pytorch() -> dict[Any, Any]:
-    """Formulas of PyTorch's attention on a CPU, which its counter leaves out; as it counts other devices'."""
+def not_in_pytorch() -> dict[Any, Any]:
+    """Formulas that PyTorch's counter lacks, as its ``custom_mapping`` takes them: of its attention on a CPU, as it
+    counts other devices', and of grouped products, its own and those of transformers."""
     aten = torch.ops.aten
 
     def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -273,8 +275,46 @@ def _not_in_pytorch() -> dict[Any, Any]:
     found = {
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        **_of_grouped_products(),
     }
     return {operator: formula for operator, formula in found.items() if operator not in flop_registry}
+
+
+def _of_grouped_products() -> dict[Any, Any]:
+    """Formulas of dense products whose rows come in groups: those of no group do not count."""
+
+    def own(a: Tensor, b: Tensor, offsets: Tensor | None = None, *_: Any, **__: Any) -> int:
+        (*stack, m, k), n = a.shape, b.shape[-1]
+        if offsets is None:
+            return 2 * math.prod(stack) * m * k * n
+        if a.dim() == b.dim():  # a gradient of a stack: what is summed over is in groups
+            return 2 * m * _grouped_rows(offsets, k) * n
+        return 2 * k * (_grouped_rows(offsets, m) * n if b.dim() == 3 else m * _grouped_rows(offsets, n))
+
+    def fallback(x: Tensor, weight: Tensor, offsets: Tensor, *_: Any, **__: Any) -> int:
+        return 2 * _grouped_rows(offsets, x.shape[0]) * weight.shape[1] * weight.shape[2]
+
+    def fallback_backward(*args: Any, **named: Any) -> int:
+        return 2 * fallback(*args, **named)
+
+    formulas: dict[Any, Any] = {torch.ops.aten._grouped_mm: own}
+    library = torch.ops.transformers  # empty where the library is not imported, or an older one
+    if hasattr(library, "grouped_mm_fallback"):
+        formulas |= {
+            library.grouped_mm_fallback: fallback,
+            library.grouped_mm_fallback_backward: fallback_backward,
+        }
+    for formula in formulas.values():
+        formula._get_raw = True  # they take tensors: what offsets say is no shape
+    return formulas
+
+
+def _grouped_rows(offsets: Tensor, rows: int) -> int:
+    """How many of the rows are in groups; all where offsets have no data (while a graph is traced)."""
+    if _without_data(offsets):
+        return rows
+    bounds = groups(offsets, rows)
+    return bounds[-1][1] if bounds else 0
 
 
 def _without_data(tensor: Tensor) -> bool:
@@ -309,6 +349,30 @@ def _grad_weight(grad: Tensor, x: Tensor, index: Tensor, block: int, transposed:
     rows, cols = (x.shape[-1], grad.shape[-1]) if transposed else (grad.shape[-1], x.shape[-1])
     dense = not _without_data(index) and bool(index[DENSE_GRAD])
     return 2 * _tokens(grad) * (rows * cols if dense else _active(index, rows, cols, block))
+
+
+def _grouped(x: Tensor, offsets: Tensor, index: Tensor, rows: int, cols: int, block: int, gradient: bool) -> int:
+    """Of products of groups with the matrices ``[rows, cols]`` of a stack, each of its active blocks alone."""
+    if _without_data(index) or _without_data(offsets):
+        return 2 * x.shape[0] * rows * cols
+    total = 0
+    for own, (start, end) in zip(index, groups(offsets, x.shape[0]), strict=True):
+        dense = gradient and bool(own[DENSE_GRAD])
+        total += 2 * (end - start) * (rows * cols if dense else _active(own, rows, cols, block))
+    return total
+
+
+@register_flop_formula([torch.ops.mst.grouped_linear, torch.ops.mst.grouped_linear_grad_input], get_raw=True)
+def _grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor, block: int, *_: Any, **__: Any) -> int:
+    return _grouped(x, offsets, index, weight.shape[1], weight.shape[2], block, False)
+
+
+@register_flop_formula(torch.ops.mst.grouped_linear_grad_weight, get_raw=True)
+def _grouped_grad_weight(
+    grad: Tensor, x: Tensor, offsets: Tensor, index: Tensor, block: int, transposed: bool, *_: Any, **__: Any
+) -> int:
+    rows, cols = (x.shape[1], grad.shape[1]) if transposed else (grad.shape[1], x.shape[1])
+    return _grouped(x, offsets, index, rows, cols, block, True)
 
 
 @register_flop_formula(torch.ops.mst.packed_linear, get_raw=True)

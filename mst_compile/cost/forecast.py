@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mst_compile.api import sparsify
 from mst_compile.cost.decision import Decision, amdahl, disagreement, eaten, step_limit
-from mst_compile.cost.flops import check_tokens, dense_linear_training, elements_per_token
+from mst_compile.cost.flops import check_tokens, dense_linear_training, elements_per_token, not_in_pytorch
 from mst_compile.cost.hardware import bandwidth_of, default_options, estimate, table_of
 from mst_compile.cost.inputs import check_loss, check_optimizer, check_options, steps_of
 from mst_compile.cost.rates import Rates, differentiate, kept, measure
@@ -353,7 +353,7 @@ def _rest(model: nn.Module, own: Sparsifier, tokens: int, loss: Callable[[], Ten
     Runs in eager mode, where every product is dense, with attention written out: not all of its kernels are counted.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=not_in_pytorch())
     with kept(model), torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
         gradients = differentiate(model, loss, lambda found: torch.autograd.grad(found, trained, allow_unused=True))
     if all(gradient is None for gradient in gradients):

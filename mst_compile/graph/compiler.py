@@ -19,9 +19,9 @@ from mst_compile.graph import passes
 from mst_compile.graph.attention.constant import Constant
 from mst_compile.graph.context import Context, Product, Site
 from mst_compile.graph.fx import clone, placeholders, value
-from mst_compile.graph.linear import fake_index, multiplied_alone
 from mst_compile.graph.notes import note_attention, warn_unmatched
 from mst_compile.graph.passes import Stage
+from mst_compile.graph.served import fake_index, multiplied_alone
 from mst_compile.lowering import device
 from mst_compile.state import binding
 from mst_compile.state.weight import SparseWeight
@@ -173,7 +173,8 @@ class Compiler:
         self.slots = list(self._context.indices)
         self.products = self._context.products
         inputs = placeholders(sparse.graph)
-        self.masked = sorted(multiplied_alone(sparse, {inputs[i]: i for i in self.slots}))
+        stacks = {i for i in self.slots if found[i].stacked}
+        self.masked = sorted(multiplied_alone(sparse, {inputs[i]: i for i in self.slots}, stacks))
         tokens = _symbols(size for products in self.products.values() for p in products for size in p.shape[:-1])
         sizes = [x.shape if isinstance(x, Tensor) else [x] for x in self._inputs]
         self.varying = [i for i, own in enumerate(sizes) if _symbols(own) & tokens]

@@ -44,12 +44,14 @@ class Product:
         dtype: of its input and output.
         transposed: how the weight is stored, see :mod:`mst_compile.ops.linear`.
         bias: whether it adds one.
+        groups: of how many matrices of a stack, each of which multiplies some of the tokens.
     """
 
     shape: tuple[Any, ...]
     dtype: torch.dtype
     transposed: bool
     bias: bool
+    groups: int = 1
 
 
 def _nothing_against(*_: Any) -> str | None:

@@ -18,8 +18,8 @@ from mst_compile.errors import TopologyChangedError
 from mst_compile.graph.compiler import CompileFn, Compiler, Kind, Variant
 from mst_compile.graph.context import Product
 from mst_compile.graph.gain import SlotTimes, saves, uniform_threshold
-from mst_compile.graph.linear import fake_index
 from mst_compile.graph.notes import warn_written
+from mst_compile.graph.served import fake_index
 from mst_compile.lowering import device
 from mst_compile.lowering.device import Layer
 from mst_compile.state.binding import of
@@ -232,10 +232,12 @@ class Dispatch:
         found = iter(self._device.times([layer for layers in slots for layer in layers], tuned))
         return [[next(found) for _ in layers] for layers in slots]
 
-    def _layer(self, product: Product, weight: Tensor, signature: tuple[int, int, int], args: Sequence[Any]) -> Layer:
-        grid, tokens = BlockGrid(*signature), self._compiler.tokens(product, args)
+    def _layer(self, product: Product, weight: Tensor, signature: tuple[int, ...], args: Sequence[Any]) -> Layer:
+        grid, tokens = BlockGrid(*signature[:3]), self._compiler.tokens(product, args)
         trained = torch.is_grad_enabled()
-        return Layer(grid, product.transposed, tokens, product.dtype, weight.dtype, product.bias, trained)
+        return Layer(
+            grid, product.transposed, tokens, product.dtype, weight.dtype, product.bias, trained, product.groups
+        )
 
     def _patterned(self, args: Sequence[Any]) -> bool:
         """Whether attention is sparse in the model that is running: another may share this graph."""

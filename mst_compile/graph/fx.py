@@ -36,6 +36,8 @@ _PERMUTES = {torch.permute, "permute"}
 # Attributes are read with getattr up to torch 2.13, and are operators, with or without an overload, from 2.14 on.
 _aten = torch.ops.aten
 _OF_MATRICES = {torch.t, "t", "T", "H", _aten.t, _aten.numpy_T, _aten.matrix_H}
+UNBINDS = {torch.unbind, "unbind"}
+_SELECTS = {torch.select, "select"}
 _OF_LAST = {torch.adjoint, "adjoint", "mT", "mH", _aten.mT, _aten.mH, _aten.adjoint}
 _CONJUGATE = {torch.adjoint, "adjoint", "H", "mH", _aten.matrix_H, _aten.mH, _aten.adjoint}
 
@@ -200,8 +202,9 @@ def keeps_gradient(node: Any, source: Any, reader: fx.Node) -> bool:
     if not value(source).requires_grad or not is_recorded(reader):
         return True
     while node is not source:
-        # A view of a parameter says to require gradients even where it was made without recording any.
-        if not (value(node).requires_grad and is_recorded(node)):
+        # A view of a parameter says to require gradients even where it was made without recording any; what unbind
+        # returns is no tensor.
+        if not (getattr(value(node), "requires_grad", True) and is_recorded(node)):
             return False
         node = node.args[0]
     return True
@@ -226,6 +229,24 @@ def before_swap(node: Any) -> fx.Node | None:
         swaps = what in _OF_LAST or (what in _OF_MATRICES and dims == 2)
         swaps = swaps and not (what in _CONJUGATE and tensor.is_complex())
     return source if swaps else None  # type: ignore[return-value]
+
+
+def before_selection(node: Any) -> tuple[fx.Node | None, int]:
+    """The node of which ``node`` is one entry along the first dimension, and which one; None if it is something else,
+    or which one a tensor says."""
+    if not isinstance(node, fx.Node) or not computes(node) or not node.args:
+        return None, 0
+    source, at = node.args[0], node.args[-1]
+    if node.target is operator.getitem and isinstance(source, fx.Node) and calls(source, UNBINDS):
+        source = source.args[0] if arguments(source, "input", "dim").get("dim", 0) == 0 else None
+    elif calls(node, _SELECTS):
+        source = source if len(node.args) == 3 and node.args[1] == 0 else None
+    elif node.target is not operator.getitem:
+        return None, 0
+    tensor = value(source)
+    if type(at) is not int or not isinstance(tensor, Tensor) or type(tensor.shape[0]) is not int:
+        return None, 0
+    return source, at % tensor.shape[0]  # type: ignore[return-value]
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------

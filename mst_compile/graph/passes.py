@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from mst_compile.graph import linear, multihead
+from mst_compile.graph import grouped, linear, multihead, served
 from mst_compile.graph.attention import causal, full, patterned
 from mst_compile.graph.context import Context, Pass
 from mst_compile.graph.fx import recompile
@@ -28,7 +28,9 @@ class Stage(enum.Enum):
 PASSES: list[tuple[Stage, Pass]] = [
     (Stage.GRAPH, multihead.run),
     (Stage.GRAPH, causal.run),
+    (Stage.PRODUCTS, grouped.run),
     (Stage.PRODUCTS, linear.run),
+    (Stage.PRODUCTS, served.report),
     (Stage.PATTERN, patterned.run),
     (Stage.FULL, full.run),
 ]

@@ -19,7 +19,10 @@ from torch.utils.flop_counter import flop_registry
 # Who calls an operator asks this first, in the open, as a call would cost more than the question:
 #     profiler._is_profiler_enabled or counters
 Counter = Callable[[Any, int], None]  # of an operator and the FLOPs of a call
-_INDEX = {"linear": 3, "linear_grad_input": 2, "linear_grad_weight": 2}  # operator -> which argument the index is
+_INDEX = {  # operator -> which argument the index is
+    "linear": 3, "linear_grad_input": 2, "linear_grad_weight": 2,
+    "grouped_linear": 3, "grouped_linear_grad_input": 3, "grouped_linear_grad_weight": 3,
+}  # fmt: skip
 
 counters: list[Counter] = []  # that are told of calls that no dispatcher sees
 finders: list[Callable[[Tensor], str | None]] = []  # name of the weight whose index it is
