@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations import moe  # noqa: F401 - it registers what is called below
 
 EXPERTS = 3
 GAP = 1e-4  # between a router's choice and the next one, relative: closer ones are a matter of roundings
@@ -77,15 +78,21 @@ def _mine(chosen: Tensor) -> Tensor:
 
 
 def _grouped(m: StackedExperts, x: Tensor, chosen: Tensor) -> Tensor:
-    """By PyTorch's own product of sorted tokens, where it takes the dtype and the width."""
-    stacks = m.across(m.up), m.across(m.down)
-    fits = all(min(t.stride()) == 1 and max(t.stride()[-2:]) * t.element_size() % 16 == 0 for t in (x, *stacks))
-    if not fits or x.dtype == torch.float64 or any(x.dtype != t.dtype for t in stacks):
-        return _loop(m, x, chosen)
+    """Tokens sorted by expert, in one product."""
     order = chosen.argsort(stable=True)
     ends = _mine(chosen).sum((1, 2)).cumsum(0).int()
-    hidden = F.relu(F.grouped_mm(x[order], stacks[0], offs=ends))
-    return torch._grouped_mm(hidden, stacks[1], offs=ends)[order.argsort()]
+    hidden = F.relu(_product(F.grouped_mm, x[order], m.across(m.up), ends))
+    return _product(torch._grouped_mm, hidden, m.across(m.down), ends)[order.argsort()]
+
+
+def _product(by: Callable[..., Tensor], x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
+    """PyTorch's own, or that of transformers where that takes no such dtype or width, or does not compile."""
+    x, size = x.to(stack.dtype), stack.element_size()
+    fits = all(length * size % 16 == 0 for length in (*stack.shape[1:], max(stack.stride()[-2:])))
+    known = stack.dtype == torch.bfloat16 if torch.compiler.is_compiling() else size < 8
+    if fits and known:
+        return by(x, stack, offs=ends)
+    return torch.ops.transformers.grouped_mm_fallback(x, stack, ends)
 
 
 def _loop(m: StackedExperts, x: Tensor, chosen: Tensor) -> Tensor:
