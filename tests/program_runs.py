@@ -77,6 +77,21 @@ class Run(Steps):
                 for p in model.parameters():
                     p.add_(0.01)
 
+    def mask(self, which: int, seed: int) -> None:
+        """A program says which blocks of a weight are active: in every matrix of a stack another share of them."""
+        simulation = self.simulation
+        if not simulation.sparse:
+            return
+        name = sorted(simulation.weights)[which % len(simulation.weights)]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = []
+        for part in simulation.weights[name].split(simulation.masks[name]):
+            share = 0.2 + 0.7 * torch.rand((), generator=generator)
+            drawn.append(torch.rand(part.shape, generator=generator) < share)
+            drawn[-1][0, 0] = True
+        mst_compile.sparsifier(self.sparse.model).apply_mask(name, torch.cat(drawn))
+        simulation.change(name, torch.cat(drawn))
+
     def resume(self, order: tuple[str, ...], weights_apart: bool) -> None:
         """Save all, and load it into what another process would make."""
         if not self.simulation.sparse or self._written():

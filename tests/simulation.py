@@ -333,7 +333,7 @@ class Simulation:
                 self._check(name, densities[name], masks[name])
             except AssertionError as error:
                 raise AssertionError(f"{name}, event at step {self.count}: {error}") from error
-            self._change(name, masks[name].clone())
+            self.change(name, masks[name].clone())
         if event:
             self.scores, self.trained = {}, set()
         self.dense = self.course.dense_after(self.count)
@@ -364,7 +364,8 @@ class Simulation:
         scores_ = None if gradient is None else Interval(gradient * (1 - fact.error), gradient * (1 + fact.error))
         check_event(fact, self.course, Event(self.count, density, self.masks[name], new, magnitudes, scores_))
 
-    def _change(self, name: str, new: Tensor) -> None:
+    def change(self, name: str, new: Tensor) -> None:
+        """Other blocks are active: what is not is 0, and what was not begins at 0."""
         old, p = self.masks[name], self.parameters[name]
         grown = (new & ~old) | (self.grown.get(name, torch.zeros_like(new)) & new)
         self.masks[name] = new
