@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from expert_cases import BY_VALUE, EAGER, STACKS, Turning
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -150,13 +151,12 @@ class Multihead(nn.Module):
         return self.mha(x, x, x, need_weights=False)[0]
 
 
-class Experts(nn.Module):
+class Experts(Turning):
     """Two layers of which a flag of the program takes one: the other gets no gradient."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
-        self.flag = True
 
     def forward(self, x: Tensor) -> Tensor:
         return self.first(x) if self.flag else self.second(x)
@@ -189,6 +189,7 @@ PIECES: dict[str, Callable[[int, int], nn.Module]] = {
     "experts": lambda w, h: Experts(w),
     "twice": lambda w, h: Twice(w),
     **{rule: lambda w, h, rule=rule: Bare(w, w, rule) for rule in RULES},  # type: ignore[misc]
+    **STACKS,
 }
 RANDOM = "dropout"  # not the same numbers in eager and compiled mode
 
@@ -232,9 +233,8 @@ class Net:
             return None
         model = self.build()
         embeddings = {id(model.embedding.weight)} if self.tokens else set()
-        return [n for n, p in model.named_parameters() if p.dim() == 2 and id(p) not in embeddings] + (
-            ["head.weight"] if self.head == "tied" else []
-        )
+        matrices = [n for n, p in model.named_parameters() if p.dim() >= 2 and id(p) not in embeddings]
+        return [n for n in matrices if not n.endswith("bias")] + (["head.weight"] if self.head == "tied" else [])
 
 
 class Model(nn.Module):
@@ -279,7 +279,7 @@ class Model(nn.Module):
     def turn(self) -> None:
         """Let experts change places."""
         for module in self.modules():
-            if isinstance(module, Experts):
+            if isinstance(module, Turning):
                 module.flag = not module.flag
 
 
@@ -295,12 +295,15 @@ def loss_of(outputs: tuple[Tensor, ...]) -> Tensor:
 
 @st.composite
 def nets(draw: st.DrawFn, *, random: bool = True, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Net:
-    names = [*sorted(PIECES), "shared", *([RANDOM] if random else [])]
+    names = [*sorted(PIECES.keys() - (set() if random else {EAGER})), "shared", *([RANDOM] if random else [])]
     pieces = tuple(draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)))
     tokens = draw(st.booleans())
     heads = ["none", "linear", "two", *(["tied"] if tokens else [])]
     dtype = draw(st.sampled_from(dtypes))
     bare = {*RULES, "multihead"}
+    autocast = dtype == torch.float32 and draw(st.integers(0, 4)) == 4
+    if not random and (autocast or dtype == torch.bfloat16):  # another precision would send tokens elsewhere
+        pieces = tuple("stacks, batched" if piece in BY_VALUE else piece for piece in pieces)
     return Net(
         pieces,
         draw(st.sampled_from([8, 12, 16, 20])),
@@ -309,5 +312,5 @@ def nets(draw: st.DrawFn, *, random: bool = True, dtypes: tuple[torch.dtype, ...
         draw(st.sampled_from(heads)),
         draw(st.booleans()) or all(piece in bare for piece in pieces),
         dtype,
-        dtype == torch.float32 and draw(st.integers(0, 4)) == 4,
+        autocast,
     )

@@ -173,6 +173,8 @@ def operations(batches: st.SearchStrategy[Batch]) -> st.SearchStrategy[Op]:
         st.tuples(st.just("burst"), batches, st.integers(0, 9)),
         st.tuples(st.just("closure"), batches),
         st.tuples(st.just("skip"), batches),
+        st.tuples(st.just("lay"), batches, st.sampled_from(["none", "keep"])),
+        st.tuples(st.just("mask"), st.integers(0, 9), st.integers(0, 99)),
         st.tuples(st.just("evaluate"), batches, st.sampled_from(["grad", "no_grad", "inference"])),
         st.tuples(st.just("freeze"), st.integers(0, 9), st.booleans()),
         st.tuples(st.just("resume"), st.sampled_from(ORDERS), st.booleans()),
@@ -215,6 +217,8 @@ def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int 
     closures = mode == "plain" and "transposed" not in net.pieces
     optimizer = draw(st.sampled_from([name for name in sorted(OPTIMIZERS) if closures or name != "lbfgs"]))
     rates = draw(st.sampled_from(["none", "none", *SCHEDULERS]))
+    if "stacks, padded" in net.pieces and optimizer == "adamw fused":
+        optimizer = "adamw"  # PyTorch's fused kernels take the gaps in memory for elements
     if optimizer == "nadam" and course.regrown == "own steps" and rates == "one cycle":
         rates = "warm"  # young blocks know the first momentum of the moment, and not those before
     return Program(

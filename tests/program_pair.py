@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from expert_cases import GAP, StackedExperts, Turning
 from helpers import compiled
-from net_cases import Experts, Model, loss_of
+from hypothesis import reject
+from net_cases import Model, loss_of
 from oracles import assert_all_as_good_as, assert_same_bits, assert_within
 from program_cases import LAWS, OPTIMIZERS, SCHEDULERS, Batch, Maker, Program, Scheduler, schedule_of
 from simulated_rules import Fact, Law
@@ -39,7 +41,7 @@ class Pair:
         own = mst_compile.sparsifier(self.sparse.model)
         special = self._special(list(own.weights))
         facts = {
-            n: Fact(w.grid.rows, w.grid.cols, w.grid.block, special.get(n), program.guard)
+            n: Fact.of(plain.get_parameter(n).shape, w.grid.block, special.get(n), program.guard)
             for n, w in own.weights.items()
         }
         parts = [Part(o, self._maker(), laws) for o, laws in self._optimizers(plain, laws=True)]
@@ -145,10 +147,12 @@ class Pair:
                 wide.copy_(p.detach())
                 wide.requires_grad_(p.requires_grad)
         for mine, its in zip(self.wide.modules(), source.modules(), strict=True):
-            if isinstance(mine, Experts):
+            if isinstance(mine, Turning):
                 mine.flag = its.flag  # type: ignore[assignment]
         self._see(self.wide)
         outputs = self.wide(*self._inputs(batch, torch.float64))
+        if any(isinstance(m, StackedExperts) and m.gap < GAP for m in self.wide.modules()):
+            reject()  # which expert a token goes to may depend on roundings
         if not torch.is_grad_enabled():
             return outputs, {}
         named = {n: p for n, p in self.wide.named_parameters() if p.requires_grad}

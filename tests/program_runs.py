@@ -9,6 +9,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from expert_cases import BY_VALUE
 from hypothesis import reject
 from net_cases import loss_of
 from oracles import assert_same_bits
@@ -75,6 +76,21 @@ class Run(Steps):
             with torch.no_grad():
                 for p in model.parameters():
                     p.add_(0.01)
+
+    def mask(self, which: int, seed: int) -> None:
+        """A program says which blocks of a weight are active: in every matrix of a stack another share of them."""
+        simulation = self.simulation
+        if not simulation.sparse:
+            return
+        name = sorted(simulation.weights)[which % len(simulation.weights)]
+        generator = torch.Generator().manual_seed(seed)
+        drawn = []
+        for part in simulation.weights[name].split(simulation.masks[name]):
+            share = 0.2 + 0.7 * torch.rand((), generator=generator)
+            drawn.append(torch.rand(part.shape, generator=generator) < share)
+            drawn[-1][0, 0] = True
+        mst_compile.sparsifier(self.sparse.model).apply_mask(name, torch.cat(drawn))
+        simulation.change(name, torch.cat(drawn))
 
     def resume(self, order: tuple[str, ...], weights_apart: bool) -> None:
         """Save all, and load it into what another process would make."""
@@ -245,6 +261,8 @@ class Run(Steps):
         """Compute in another dtype for once, and come back: what is rounded stays so."""
         if self.program.course.pattern != "full":
             return  # each is a graph of its own, of which Dynamo makes a few
+        if self.wide is not None and dtype == torch.bfloat16 and {*self.net.pieces} & {*BY_VALUE}:
+            return  # tokens would go elsewhere in float64
         for model in self._models:
             model.to(dtype)
         with torch.no_grad():

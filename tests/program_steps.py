@@ -123,6 +123,19 @@ class Steps(Pair):
         self._step()
         self._zero(True)
 
+    def lay(self, batch: Batch, after: str) -> None:
+        """A step by gradients that the program has made of others: they lie in memory as their transposes would, and
+        are not 0 anywhere."""
+        if self._runs_closures or self.program.optimizer.endswith("fused"):
+            return self.step((batch,), "", after)  # which take all to lie alike
+        self._backward(batch)
+        for model in self._models:
+            for p in model.parameters():
+                if p.grad is not None and p.dim() >= 2:
+                    p.grad = (p.grad.mT.contiguous() + 0.01).mT
+        self._step()
+        self._forget(after)
+
     def _spoil(self, batch: Batch, by: float) -> None:
         """Gradients of a loss that is not finite."""
         for model in self._models:

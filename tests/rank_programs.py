@@ -50,6 +50,7 @@ class RankProgram:
     Attributes:
         before: whether a model is made sparse before it is spread.
         laws: whether rates follow the density.
+        experts: whether the model has stacks of matrices.
         ops: names of :class:`RankRun`'s methods and their arguments.
     """
 
@@ -64,6 +65,7 @@ class RankProgram:
     optimizer: str
     laws: bool
     recompute: bool
+    experts: bool
     ops: tuple[Op, ...]
 
 
@@ -99,7 +101,7 @@ def draw(seed: int) -> RankProgram:
     return RankProgram(
         seed, Course(kind, **common), r.choice(layouts[1:]), dtype, r.random() < 0.5, r.choice([1, 4, 4, 8]),
         r.choice(["coverage", "coverage", "backbone", "none"]), r.choice(["random", "magnitude"]), r.choice(MAKERS),
-        r.random() < 0.3, r.random() < 0.3, tuple(ops),
+        r.random() < 0.3, r.random() < 0.3, r.random() < 0.5, tuple(ops),
     )  # fmt: skip
 
 
@@ -115,9 +117,11 @@ class RankRun:
         self.program, self.folder = program, folder
         self.layout, self.seed, self.saves = program.layout, 1000 * program.seed, 0
         self.model, self.called, self.optimizer = self._make(program.layout, program.before)
-        plain = net(program.dtype)
+        plain = net(program.dtype, experts=program.experts)
         own = mst_compile.sparsifier(self.model)
-        facts = {n: Fact(w.grid.rows, w.grid.cols, w.grid.block, None, program.guard) for n, w in own.weights.items()}
+        facts = {
+            n: Fact.of(plain.get_parameter(n).shape, w.grid.block, None, program.guard) for n, w in own.weights.items()
+        }
         make = OPTIMIZERS[program.optimizer]
         groups: Any = list(plain.parameters())
         laws: list[Any] = [None]
@@ -138,7 +142,7 @@ class RankRun:
     def _make(self, layout: str, before: bool) -> tuple[nn.Module, nn.Module, optim.Optimizer]:
         """The model, what is called, and its optimizer."""
         p = self.program
-        model = net(p.dtype, recompute=p.recompute)
+        model = net(p.dtype, recompute=p.recompute, experts=p.experts)
         if not before:
             model = self._spread(model, layout)
         mst_compile.sparsify(
@@ -161,7 +165,8 @@ class RankRun:
         options: dict[str, Any] = {"reshard_after_forward": layout != "fsdp gathered"}
         if layout == MIXED:
             options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        for module in (model.first, model.second, model):
+        experts = (model.zeroth,) if self.program.experts else ()
+        for module in (*experts, model.first, model.second, model):
             fully_shard(module, **options)  # type: ignore[arg-type]
         return model
 
@@ -354,7 +359,7 @@ class RankRun:
             allowed = torch.where(where, near.allowed[key], allowed)
         if key == "exp_inf":  # Adamax adds its eps to all gradients: what is next takes that for nothing
             truth = torch.where((got <= 1e-8) & (want <= 1e-8), got.double(), truth)
-        elif name in self.simulation.weights and got.shape == want.shape and want.dim() == 2:
+        elif name in self.simulation.weights and got.shape == want.shape and want.dim() >= 2:
             nothing = self.simulation.outside(name) & (want == 0)  # Adagrad's sums begin above 0
             assert not got[nothing].any(), f"{what} outside its blocks"
         off = (got.double() - truth).abs()

@@ -144,22 +144,38 @@ class Residual(nn.Module):
         return self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
-class Net(nn.Module):
-    """Two residual blocks and a head of 5 rows, of which a fourth rank holds none."""
+class ResidualExperts(Residual):
+    """Three experts in stacks whose matrices two ranks cannot share alike. Where a token goes is said by the signs of
+    two of its features, as they come in: the same on every rank, and in every precision."""
 
-    def __init__(self, recompute: bool = False) -> None:
+    def __init__(self, width: int, hidden: int, recompute: bool) -> None:
+        super().__init__(width, hidden, recompute)
+        self.up = nn.Parameter(torch.randn(3, hidden, width) / width**0.5)  # type: ignore[assignment]
+        self.down = nn.Parameter(torch.randn(3, hidden, width) / hidden**0.5)  # type: ignore[assignment]
+
+    def inside(self, x: Tensor) -> Tensor:
+        sent = (x[:, :2] > 0).sum(1) == torch.arange(3)[:, None]
+        hidden = nn.functional.gelu(torch.matmul(self.norm(x), self.up.mT))  # type: ignore[operator]
+        return (torch.bmm(hidden, self.down) * sent[:, :, None]).sum(0)  # type: ignore[arg-type]
+
+
+class Net(nn.Module):
+    """Two residual blocks and a head of 5 rows, of which a fourth rank holds none; experts before them if so."""
+
+    def __init__(self, recompute: bool = False, experts: bool = False) -> None:
         super().__init__()
+        self.zeroth = ResidualExperts(30, 52, recompute) if experts else nn.Identity()
         self.first, self.second = Residual(30, 52, recompute), Residual(30, 52, recompute)
         self.head = nn.Linear(30, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(x)))
+        return self.head(self.second(self.first(self.zeroth(x))))
 
 
-def net(dtype: torch.dtype = torch.float64, *, recompute: bool = False) -> nn.Module:
+def net(dtype: torch.dtype = torch.float64, *, recompute: bool = False, experts: bool = False) -> nn.Module:
     """The same weights on every rank, whatever was drawn before."""
     torch.manual_seed(0)
-    return Net(recompute).to(dtype)
+    return Net(recompute, experts).to(dtype)
 
 
 def batches(steps: int = STEPS, dtype: torch.dtype = torch.float64, rows: int = 16) -> Iterator[tuple[Tensor, Tensor]]:

@@ -6,7 +6,7 @@ Nothing of the library is imported; :mod:`simulation` says what that is for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -148,7 +148,7 @@ class Course:
         if self.distribution == "uniform":
             return found | dict.fromkeys(free, 1 - sparsity)
         raw = {n: (w.rows + w.cols) / (w.rows * w.cols) for n, w in free.items()}
-        size = {n: w.rows * w.cols for n, w in free.items()}
+        size = {n: w.count * w.rows * w.cols for n, w in free.items()}
 
         def spent(scale: float) -> float:
             return sum(min(1.0, scale * raw[n]) * size[n] for n in free)
@@ -162,20 +162,54 @@ class Course:
 
 @dataclass(frozen=True)
 class Fact:
-    """One sparse weight, as the run has it: its shape, the edge of its blocks, its own sparsity, what guards it."""
+    """One sparse weight, as the run has it: its shape, the edge of its blocks, its own sparsity, what guards it.
+
+    A stack ``[matrices, rows, cols]`` is that many weights, each of ``rows`` and ``cols``, with the same number of
+    active blocks each: what masks say of their blocks, ``[R, C]`` of each, stands one below the other.
+
+    Attributes:
+        matrices: in the stack; 0 of a weight that is none.
+    """
 
     rows: int
     cols: int
     block: int
     sparsity: float | None = None
     guard: str = "coverage"
+    matrices: int = 0
+
+    @staticmethod
+    def of(shape: Sequence[int], block: int, sparsity: float | None = None, guard: str = "coverage") -> Fact:
+        *stack, rows, cols = shape
+        assert not stack or rows % block == 0, f"{shape}: blocks of {block} lie in two matrices"
+        return Fact(rows, cols, block, sparsity, guard, *stack)
+
+    @property
+    def count(self) -> int:
+        """Of matrices: 1 where it is no stack."""
+        return self.matrices or 1
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return (self.matrices, self.rows, self.cols) if self.matrices else (self.rows, self.cols)
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and columns of blocks of a matrix."""
         return -(-self.rows // self.block), -(-self.cols // self.block)
 
+    def full(self) -> Tensor:
+        """The mask of all blocks."""
+        rows, cols = self.shape
+        return torch.ones(self.count * rows, cols, dtype=torch.bool)
+
+    def split(self, blocks: Tensor) -> tuple[Tensor, ...]:
+        """What is said of the blocks of each matrix."""
+        return blocks.split(self.shape[0])
+
     def counts(self, density: float) -> set[int]:
-        """Numbers of active blocks; each row and column must have one where they are guarded."""
+        """Numbers of active blocks of a matrix; each row and column must have one where they are guarded."""
         blocks = self.shape[0] * self.shape[1]
         least = max(self.shape) if self.guard != "none" else 1
         return {min(blocks, max(least, n)) for n in rounded(density * blocks)}
@@ -183,11 +217,20 @@ class Fact:
     def expand(self, blocks: Tensor) -> Tensor:
         """Of blocks to elements."""
         ones = np.ones((self.block, self.block), dtype=blocks.numpy().dtype)
-        return torch.from_numpy(np.kron(blocks.numpy(), ones)[: self.rows, : self.cols].copy())
+        parts = [np.kron(part.numpy(), ones)[: self.rows, : self.cols] for part in self.split(blocks)]
+        return torch.from_numpy(np.stack(parts)).view(self.dims)
 
     def means(self, elements: Tensor) -> Tensor:
         """Mean of the elements of each block, float64."""
-        return block_sums(elements, self.block) / block_sums(torch.ones(self.rows, self.cols), self.block)
+        size = block_sums(torch.ones(self.rows, self.cols), self.block)
+        matrices = elements if self.matrices else elements[None]
+        return torch.cat([block_sums(matrix, self.block) / size for matrix in matrices])
+
+    def at(self, elements: Tensor, place: tuple[int, int]) -> Tensor:
+        """The elements of one block, a view."""
+        matrix, row = divmod(place[0], self.shape[0])
+        r, c = (slice(i * self.block, (i + 1) * self.block) for i in (row, place[1]))
+        return (elements[matrix] if self.matrices else elements)[r, c]
 
     @property
     def error(self) -> float:
@@ -203,6 +246,10 @@ class Interval(NamedTuple):
 
     least: Tensor
     most: Tensor
+
+    def split(self, fact: Fact) -> list[Interval]:
+        """Of the blocks of each matrix."""
+        return [Interval(*both) for both in zip(*map(fact.split, self), strict=True)]
 
 
 def _count(a: Tensor, b: Tensor, among: Tensor, *, equal: bool = False) -> Tensor:
@@ -242,7 +289,8 @@ def rounded(value: float) -> set[int]:
 
 @dataclass(frozen=True)
 class Event:
-    """What an event has to go by: the mask before it and after it, magnitudes, and growth scores if any were read."""
+    """What an event has to go by: the mask before it and after it, magnitudes, and growth scores if any were read; of
+    one matrix."""
 
     step: int
     density: float
@@ -254,7 +302,17 @@ class Event:
 
 def check_event(fact: Fact, course: Course, event: Event) -> None:
     """An event has turned one mask into another: by the numbers of the schedule, at the cost of the smallest blocks, in
-    favour of those with the largest gradients."""
+    favour of those with the largest gradients. Matrices of a stack have events of their own."""
+    scores = [None] * fact.count if event.gradient is None else event.gradient.split(fact)
+    own = zip(fact.split(event.old), fact.split(event.new), event.weight.split(fact), scores, strict=True)
+    for i, (old, new, weight, gradient) in enumerate(own):
+        try:
+            _check_matrix(fact, course, Event(event.step, event.density, old, new, weight, gradient))
+        except AssertionError as error:
+            raise AssertionError(f"matrix {i}: {error}" if fact.matrices else str(error)) from error
+
+
+def _check_matrix(fact: Fact, course: Course, event: Event) -> None:
     active = int(event.old.sum())
     share = course.drop_at(event.step) if event.density < 1 else 0.0
     problems: list[AssertionError] = []
@@ -271,7 +329,7 @@ def check_event(fact: Fact, course: Course, event: Event) -> None:
 
 
 def _check_numbers(fact: Fact, course: Course, event: Event, share: float, count: int, leave: int) -> None:
-    """As :func:`check_event`, with ``count`` blocks after it, of which ``leave`` active ones make way at least."""
+    """As :func:`_check_matrix`, with ``count`` blocks after it, of which ``leave`` active ones make way at least."""
     old, new, weight, gradient = event.old, event.new, event.weight, event.gradient
     active = int(old.sum())
     if count == old.numel():

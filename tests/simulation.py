@@ -101,7 +101,7 @@ class Simulation:
         self.model, self.course, self.weights, self.parts = model, course, weights, parts
         named = dict(model.named_parameters(remove_duplicate=False))
         self.parameters = {name: named[name] for name in weights}
-        self.masks = {name: torch.ones(w.shape, dtype=torch.bool) for name, w in weights.items()}
+        self.masks = {name: w.full() for name, w in weights.items()}
         self.count, self.sparse = 0, True
         self.grown: dict[str, Tensor] = {}
         self.blocks: dict[str, dict[tuple[int, int], Block]] = {name: {} for name in weights}
@@ -120,7 +120,9 @@ class Simulation:
         """The first masks; with ``rescale`` what stays grows by the square root of the density's inverse."""
         densities = self.course.densities(0, self.weights)
         for name, mask in masks.items():
-            assert int(mask.sum()) in self.weights[name].counts(densities[name]), f"{name}: blocks of the first mask"
+            fact = self.weights[name]
+            active = {int(part.sum()) for part in fact.split(mask)}
+            assert active <= fact.counts(densities[name]), f"{name}: blocks of the first mask"
             self.masks[name] = mask
             p = self.parameters[name]
             with torch.no_grad():
@@ -258,8 +260,7 @@ class Simulation:
             self._bound_second_moments(part, name, before)
         for place in self.grown.pop(name, torch.zeros(0, 2)).nonzero().tolist():
             own = self.course.regrown == "own steps" and type(part.optimizer) in OWN_COUNTS
-            r, c = (slice(i * fact.block, (i + 1) * fact.block) for i in place)
-            mine = nn.Parameter(before[r, c].double().clone())
+            mine = nn.Parameter(fact.at(before, place).double().clone())
             self.blocks[name][place[0], place[1]] = Block(mine, part.make([mine]) if own else None)
         self.grown.pop(name, None)
         for place, block in self.blocks[name].items():
@@ -280,9 +281,8 @@ class Simulation:
 
     def _step_block(self, part: Part, name: str, place: tuple[int, int], block: Block, before: Tensor) -> None:
         p, fact, length = self.parameters[name], self.weights[name], self.course.regrown_warmup
-        r, c = (slice(i * fact.block, (i + 1) * fact.block) for i in place)
         block.steps += 1
-        old, assumed = before[r, c].double(), p.detach()[r, c].double()
+        old, assumed = fact.at(before, place).double(), fact.at(p.detach(), place).double()
         rate, coarse = part.group_of(p)["lr"], {p.dtype}
         if isinstance(rate, Tensor):
             coarse.add(rate.dtype)
@@ -294,7 +294,7 @@ class Simulation:
             group = {k: v for k, v in part.group_of(p).items() if k != "params"}
             block.optimizer.param_groups[0].update(group, lr=float(rate))
             block.parameter.data.copy_(old)
-            block.parameter.grad = p.grad[r, c].double().clone()
+            block.parameter.grad = fact.at(p.grad, place).double().clone()
             block.optimizer.step()
             assumed = block.parameter.detach().clone()
         warms = length > 1 and block.steps < length
@@ -305,12 +305,12 @@ class Simulation:
         near = self.near.setdefault(name, Near(torch.zeros(p.shape, dtype=torch.bool)))
         if "" not in near.exact:
             near.exact[""], near.allowed[""] = p.detach().double(), torch.zeros(p.shape, dtype=torch.float64)
-        known = near.allowed[""][r, c] if block.optimizer is None else 0.0
+        known = fact.at(near.allowed[""], place) if block.optimizer is None else 0.0
         near.where = near.where.clone()
-        near.where[r, c] = True
-        near.exact[""][r, c] = new
-        near.allowed[""][r, c] = known + rounded * (size + 1e-6)
-        p.data[r, c] = new.to(p.dtype)
+        fact.at(near.where, place)[:] = True
+        fact.at(near.exact[""], place)[:] = new
+        fact.at(near.allowed[""], place)[:] = known + rounded * (size + 1e-6)
+        fact.at(p.data, place)[:] = new.to(p.dtype)
 
     # -- a training step is complete --
 
@@ -333,7 +333,7 @@ class Simulation:
                 self._check(name, densities[name], masks[name])
             except AssertionError as error:
                 raise AssertionError(f"{name}, event at step {self.count}: {error}") from error
-            self._change(name, masks[name].clone())
+            self.change(name, masks[name].clone())
         if event:
             self.scores, self.trained = {}, set()
         self.dense = self.course.dense_after(self.count)
@@ -344,8 +344,9 @@ class Simulation:
 
     def _not_finite(self, name: str, density: float) -> bool:
         """Whether what a weight would grow by is not finite, where anything moves and a choice is left."""
-        score, active = self.scores.get(name), int(self.masks[name].sum())
-        stays = self.course.drop_at(self.count) == 0 and active in self.weights[name].counts(density)
+        score, fact = self.scores.get(name), self.weights[name]
+        active = {int(part.sum()) for part in fact.split(self.masks[name])}
+        stays = self.course.drop_at(self.count) == 0 and active <= fact.counts(density)
         return density < 1 and not stays and score is not None and not bool(score.isfinite().all())
 
     def _check(self, name: str, density: float, new: Tensor) -> None:
@@ -363,7 +364,8 @@ class Simulation:
         scores_ = None if gradient is None else Interval(gradient * (1 - fact.error), gradient * (1 + fact.error))
         check_event(fact, self.course, Event(self.count, density, self.masks[name], new, magnitudes, scores_))
 
-    def _change(self, name: str, new: Tensor) -> None:
+    def change(self, name: str, new: Tensor) -> None:
+        """Other blocks are active: what is not is 0, and what was not begins at 0."""
         old, p = self.masks[name], self.parameters[name]
         grown = (new & ~old) | (self.grown.get(name, torch.zeros_like(new)) & new)
         self.masks[name] = new
