@@ -210,6 +210,60 @@ def block_mean_square(tensor: Tensor, grid: BlockGrid) -> Tensor:
     return grid.mean_of_sums_(sums) if sums is not None else _block_mean(tensor, grid, Tensor.square_)
 
 
+def block_means(whole: Sequence[tuple[Tensor, BlockGrid]], magnitude: str = "l2") -> Iterator[Tensor]:
+    """:func:`block_mean_square` of each tensor, or :func:`block_mean_abs` (``"l1"``), in their order.
+
+    Those on a GPU are computed at once, and one copy brings them: the host waits for the device once, not at each.
+    Others are computed when they are asked for.
+    """
+    alone, measure_ = (block_mean_abs, Tensor.abs_) if magnitude == "l1" else (block_mean_square, Tensor.square_)
+    together = [i for i, (tensor, _) in enumerate(whole) if _waits(tensor)]
+    sums = dict(zip(together, _downloaded([_block_sums(*whole[i], measure_) for i in together]), strict=True))
+    for i, (tensor, grid) in enumerate(whole):
+        yield grid.mean_of_sums_(sums[i]) if i in sums else alone(tensor, grid)
+
+
+def _waits(tensor: Tensor) -> bool:
+    """Whether the host waits for the device when it copies numbers from it, and the tensor is this rank's alone."""
+    return tensor.is_cuda and not is_sharded(tensor)
+
+
+@torch.no_grad()
+def _downloaded(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of a GPU, of one dtype, on the CPU: one copy from each device."""
+    found: dict[int, Tensor] = {}
+    for device in {tensor.device for tensor in tensors}:
+        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        parts = torch.cat([tensors[i].flatten() for i in here]).cpu().split([tensors[i].numel() for i in here])
+        found |= {i: part.view(tensors[i].shape) for i, part in zip(here, parts, strict=True)}
+    return [found[i] for i in range(len(tensors))]
+
+
+@torch.no_grad()
+def outside_of_all(whole: Sequence[tuple[Tensor, BlockGrid, Tensor]]) -> list[bool | None]:
+    """Whether any element of each tensor is not 0 outside the blocks of its mask (bool ``[R, C]`` on the CPU), where
+    looking at all of them at once saves the host from waiting for the device at each; None where it does not."""
+    found: list[bool | None] = [None] * len(whole)
+    together = [i for i, (tensor, _, _) in enumerate(whole) if _waits(tensor) and is_plain(tensor)]
+    largest = [_largest(*whole[i][:2]) for i in together]
+    for i, values in zip(together, _downloaded(largest), strict=True):
+        found[i] = bool((values != 0)[~whole[i][2]].any())
+    return found
+
+
+def _largest(tensor: Tensor, grid: BlockGrid) -> Tensor:
+    """The largest absolute value in each block, ``[R, C]``; NaN where there is one."""
+    values = _by_blocks(tensor.detach(), grid)
+    return torch.linalg.vector_norm(values, torch.inf, dim=(1, 3)).float()
+
+
+def _by_blocks(tensor: Tensor, grid: BlockGrid) -> Tensor:
+    """A tensor as ``[R, B, C, B]``, filled up with zeros at ragged edges."""
+    pad = (0, grid.block_cols * grid.block - grid.cols, 0, grid.block_rows * grid.block - grid.rows)
+    whole = torch.nn.functional.pad(tensor, pad) if any(pad) else tensor
+    return whole.reshape(grid.block_rows, grid.block, grid.block_cols, grid.block)
+
+
 @torch.no_grad()
 def block_mean_abs(tensor: Tensor, grid: BlockGrid) -> Tensor:
     """Mean absolute value of each block, as :func:`block_mean_square` has the mean square."""
@@ -223,10 +277,17 @@ def _block_mean(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Te
     tensor = as_matrix(tensor)
     if grid.block == 1:
         return measure_(tensor.detach().to(torch.float32, copy=True)).cpu()
-    pad = (0, grid.block_cols * grid.block - grid.cols, 0, grid.block_rows * grid.block - grid.rows)
-    measured = measure_(torch.nn.functional.pad(tensor.detach().float(), pad))
-    sums = measured.view(grid.block_rows, grid.block, grid.block_cols, grid.block).sum((1, 3))
-    return grid.mean_of_sums_(sums).cpu()
+    return grid.mean_of_sums_(_block_sums(tensor, grid, measure_)).cpu()
+
+
+@torch.no_grad()
+def _block_sums(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum over each block of what ``measure_``, one of the two above, makes of its elements: float32 ``[R, C]`` on the
+    tensor's device."""
+    values = _by_blocks(tensor.detach(), grid)
+    if values.dtype == torch.float32:  # no copy for what makes one
+        return (values.abs() if measure_ is Tensor.abs_ else values.square()).sum((1, 3))
+    return measure_(values.float()).sum((1, 3))
 
 
 def _sums_of_shards(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Tensor]) -> Tensor:

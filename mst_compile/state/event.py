@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.bulk import begins_a_pass, block_mean_abs, block_mean_square, zero_blocks_
+from mst_compile.blocks.bulk import begins_a_pass, block_means, zero_all_inactive_, zero_blocks_
+from mst_compile.blocks.grid import BlockGrid
 from mst_compile.rules.checks import check_share
 from mst_compile.rules.growth import Growth
 from mst_compile.rules.masks import generator, update_mask
@@ -48,9 +49,8 @@ def plan_event(
         parameters: the weights, with their growth scores, and their values.
         densities: target density of each.
     """
-    changes: dict[str, Tensor] = {}
     own = list(parameters)
-    measure = block_mean_abs if schedule.magnitude == "l1" else block_mean_square
+    wanted = []
     for density, (weight, parameter) in zip(densities, own, strict=True):
         if rests(weight, parameter, own):
             continue
@@ -60,7 +60,12 @@ def plan_event(
         if not any(drops) and all(n == count for n in active):
             continue
         only_grows = not any(drops) and all(n <= count for n in active)
-        magnitude = weight.mask.float() if only_grows else measure(parameter, weight.grid)
+        wanted.append((density, weight, parameter, count, drops, only_grows))
+    measured = [(parameter, weight.grid) for _, weight, parameter, _, _, only_grows in wanted if not only_grows]
+    magnitudes = block_means(measured, schedule.magnitude)
+    changes: dict[str, Tensor] = {}
+    for density, weight, _, count, drops, only_grows in wanted:
+        magnitude = weight.mask.float() if only_grows else next(magnitudes)
         for what, values in (("gradient", weight.scores), ("weight", magnitude)):
             if density < 1 and values is not None and not bool(values.isfinite().all()):
                 return Plan({}, f"the {what} of {weight.name} is not finite")
@@ -155,29 +160,33 @@ def change_to(weight: SparseWeight, parameter: Tensor, mask: Tensor) -> Change |
     return Change(mask, dropped, grown if bool(grown.any()) else weight.grown, few)
 
 
-def carry_out(
-    change: Change,
-    weight: SparseWeight,
-    parameter: nn.Parameter,
-    optimizers: Iterable[Optimizer],
-    *,
-    again: bool = False,
-) -> None:
-    """Take over a mask: dropped weights, their gradient and all their state in ``optimizers`` become exactly 0.
+Item = tuple[Change, SparseWeight, nn.Parameter]
 
-    Outside the active blocks weights and optimizer state are 0 already, so grown blocks start at 0.
+
+def carry_out(changes: Sequence[Item], optimizers: Iterable[Optimizer], *, again: bool = False) -> None:
+    """Take over masks: dropped weights, their gradient and all their state in ``optimizers`` become exactly 0.
+
+    Outside the active blocks weights and optimizer state are 0 already, so grown blocks start at 0. What is to become 0
+    of all weights is written in one go, in one launch on a GPU.
 
     Args:
         again: an earlier call may have been interrupted, anywhere.
     """
-    weight.grown = change.grown
-    weight.set_mask(change.mask)
-    drops = bool(change.dropped.any())
-    if drops or again:
-        alone = change.few and not again and not begins_a_pass(parameter, weight.grid, weight.index_of_whole)
-        _cut(weight, parameter, optimizers, change.dropped if alone else None)
-    if change.few or drops or again or weight.is_dense:
-        weight.note_clean(parameter)
+    known, later, clean = list(optimizers), [], []
+    try:
+        for change, weight, parameter in changes:
+            weight.grown = change.grown
+            weight.set_mask(change.mask)
+            drops = bool(change.dropped.any())
+            if drops or again:
+                alone = change.few and not again and not begins_a_pass(parameter, weight.grid, weight.index_of_whole)
+                later += _cut(weight, parameter, known, change.dropped if alone else None)
+            if change.few or drops or again or weight.is_dense:
+                clean.append((weight, parameter))
+    finally:  # also of those before one whose state cannot be written
+        zero_all_inactive_(later)
+        for weight, parameter in clean:
+            weight.note_clean(parameter)
 
 
 def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, optimizers: Iterable[Optimizer]) -> None:
@@ -186,20 +195,25 @@ def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, opt
     if change is None:
         return
     try:
-        carry_out(change, weight, parameter, known)
+        carry_out([(change, weight, parameter)], known)
     except BaseException:  # an interrupt, anywhere
-        carry_out(change, weight, parameter, known, again=True)
+        carry_out([(change, weight, parameter)], known, again=True)
         raise
 
 
 def _cut(
     weight: SparseWeight, parameter: nn.Parameter, optimizers: Iterable[Optimizer], dropped: Tensor | None
-) -> None:
-    """Make values, gradient and state 0 in the blocks ``dropped``, or in all that are not active."""
+) -> list[tuple[Tensor, BlockGrid, Tensor, Tensor | None]]:
+    """Make values, gradient and state 0 in the blocks ``dropped``, or in all that are not active; returns what is left
+    to become 0 in these."""
+    later: list[Tensor] = []
     for tensor in [parameter, *([] if parameter.grad is None else [parameter.grad])]:
         if dropped is not None:
             zero_blocks_(tensor, weight.grid, dropped)
         else:
-            weight.zero_inactive_(tensor)
+            later.append(tensor)
     for optimizer in optimizers:
-        zero_state_(optimizer, weight, parameter, dropped)
+        zero_state_(optimizer, weight, parameter, dropped, later=later)
+    one_each = {id(tensor): tensor for tensor in later}  # an optimizer and what wraps it have the same state
+    index = weight.index_of_whole
+    return [] if weight.is_dense else [(tensor, weight.grid, weight.mask, index) for tensor in one_each.values()]

@@ -200,12 +200,14 @@ def zero_state_(
     blocks: Tensor | None = None,
     *,
     first: bool = False,
+    later: list[Tensor] | None = None,
 ) -> None:
     """Set what ``optimizer`` remembers of a weight to 0 outside its active blocks.
 
     Args:
         blocks: bool ``[R, C]``, the only ones that can be anything else; None: all that are not active.
         first: the state has just been made: try whether it can hold a 0, also where it does.
+        later: takes up plain tensors of the weight's shape, which the caller will set to 0 outside the active blocks.
 
     Raises:
         OptimizerError: state in a tensor subclass cannot be read or written.
@@ -215,6 +217,8 @@ def zero_state_(
             _zero_wrapped_(f"{type(optimizer).__name__} keeps {key} of {weight.name}", value, weight, first)
         elif blocks is not None:
             zero_blocks_(value, weight.grid, blocks)
+        elif later is not None:
+            later.append(value)
         else:
             weight.zero_inactive_(value)
     if not keeps_zeros(optimizer) and not is_sharded(parameter):

@@ -254,10 +254,9 @@ class Run:
                 self.overdue = False
                 raise
         again, now.begun = now.begun, True
-        for weight, parameter in own:
-            change = (now.changes or {}).get(weight.name)
-            if change is not None:
-                carry_out(change, weight, parameter, self.optimizers, again=again)
+        planned = [((now.changes or {}).get(weight.name), weight, parameter) for weight, parameter in own]
+        changed = [(change, weight, parameter) for change, weight, parameter in planned if change is not None]
+        carry_out(changed, self.optimizers, again=again)
         if self.listeners.wanted and now.event is None:
             phase, found = phase_of(self.schedule, self.step_count), changes(now.before, self.weights)
             now.event = TopologyEvent(self.step_count, phase, self.density, now.skipped, found)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from mst_compile.blocks.bulk import block_mean_square
+from mst_compile.blocks.bulk import block_mean_square, outside_of_all
 from mst_compile.errors import MSTWarning
 from mst_compile.rules.guard import safe_among_all
 from mst_compile.rules.masks import following_mask
@@ -28,9 +28,15 @@ def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = Fal
         look: look at every weight, also where nobody is known to have written.
     """
     cut, changed = {}, False
-    for weight, parameter in own:
-        if not parameter.requires_grad or (not look and weight.is_clean(parameter)) or weight.look(parameter):
-            continue  # a frozen weight never changes
+    own = [
+        (weight, parameter)
+        for weight, parameter in own
+        if parameter.requires_grad and (look or not weight.is_clean(parameter))  # a frozen weight never changes
+    ]
+    found = outside_of_all([(parameter, weight.grid, weight.mask) for weight, parameter in own])
+    for (weight, parameter), outside_mask in zip(own, found, strict=True):
+        if weight.look(parameter, outside_mask):
+            continue
         whole = block_mean_square(parameter, weight.grid).double()
         if weight.follows:
             weight.set_mask(_following(weight, whole))

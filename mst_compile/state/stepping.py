@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.bulk import block_mean_square
+from mst_compile.blocks.bulk import block_means
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import is_sharded, lay_out_gradient
 from mst_compile.errors import MSTWarning
@@ -128,9 +128,8 @@ class Stepping:
         late, number = self._clock.completed
         try:
             if self._run.step_count == number - 1:  # else it has been completed, or a checkpoint was loaded meanwhile
-                for weight, parameter in self._run.weights.parameters():
-                    if weight.name in late:  # another optimizer's, whose turn is still to come
-                        _harvest(weight, parameter, 1.0, weight.scores)
+                # Another optimizer's, whose turn is still to come.
+                _harvest([(w, p, w.scores) for w, p in self._run.weights.parameters() if w.name in late], 1.0)
                 self._run.complete_step()
         except Exception:
             self._clock.done()
@@ -187,9 +186,8 @@ class Stepping:
         found = [(weight, parameter) for weight, parameter in own if parameter.grad is not None]
         for _, parameter in found:
             lay_out_gradient(parameter)
-        for weight, parameter in found:
-            if weight.name not in turn.late:
-                _harvest(weight, parameter, scale, turn.scores.get(weight.name), again=step.has_closure)
+        read = [(w, p, turn.scores.get(w.name)) for w, p in found if w.name not in turn.late]
+        _harvest(read, scale, again=step.has_closure)
         mask_gradients((weight, parameter.grad) for weight, parameter in found)  # type: ignore[misc]
         for weight, parameter in found:
             if weight.grown is not None and not regrown.by_own_steps(self._run.schedule, optimizer):
@@ -391,23 +389,26 @@ def _warn_if_shared(own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
         )
 
 
-def _harvest(
-    weight: SparseWeight, parameter: nn.Parameter, scale: float, base: Tensor | None, *, again: bool = False
-) -> None:
-    """Add a dense gradient (times ``scale``) to the growth scores ``base``, and zero its inactive part.
+def _harvest(own: list[tuple[SparseWeight, nn.Parameter, Tensor | None]], scale: float, *, again: bool = False) -> None:
+    """Add dense gradients (times ``scale``) to growth scores, and zero their inactive part.
 
     Args:
-        again: another dense gradient may take this one's place in the same step.
+        own: weights, and their scores before.
+        again: other dense gradients may take the place of these in the same step.
     """
-    if not weight.dense_grad or parameter.grad is None or weight.is_masked(parameter.grad):
-        return
-    lay_out_gradient(parameter)
-    gradient: Tensor = parameter.grad
-    score = block_mean_square(gradient, weight.grid) / (scale * scale)
-    weight.scores = score if base is None else base + score
-    weight.set_dense_grad(again)
-    weight.zero_inactive_(gradient)
-    weight.note_masked(gradient)
+    found: list[tuple[SparseWeight, Tensor, Tensor | None]] = []
+    for weight, parameter, base in own:
+        if weight.dense_grad and parameter.grad is not None and not weight.is_masked(parameter.grad):
+            lay_out_gradient(parameter)
+            found.append((weight, parameter.grad, base))
+    means = block_means([(gradient, weight.grid) for weight, gradient, _ in found])
+    for (weight, _, base), mean in zip(found, means, strict=True):
+        score = mean / (scale * scale)
+        weight.scores = score if base is None else base + score
+        weight.set_dense_grad(again)
+    mask_gradients((weight, gradient) for weight, gradient, _ in found)
+    for weight, gradient, _ in found:
+        weight.note_masked(gradient)  # a dense one's, too, that it is not read twice
 
 
 def _in_backward() -> bool:

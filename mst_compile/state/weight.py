@@ -310,15 +310,15 @@ class SparseWeight:
         """Whether the memory is gone in which the elements were known to be 0: ``parameter.data`` was replaced."""
         return self.memory is not None and self.memory.expired()
 
-    def look(self, parameter: Tensor) -> bool:
+    def look(self, parameter: Tensor, found: bool | None = None) -> bool:
         """Whether the parameter is 0 outside the active blocks, by its values; what was found is remembered.
 
-        Of a weight that is spread over ranks all of them must ask.
+        Of a weight that is spread over ranks all of them must ask. Of another the caller may say what it has ``found``.
         """
         if self.timed:
             return True
         if not is_sharded(parameter) or gathered(parameter):
-            return self.look_here(parameter)
+            return self.look_here(parameter, found)
         with unset_fake_temporarily():  # also while a graph is compiled
             found = bool(block_mean_square(parameter, self.grid)[~self.mask].any())
         if found:
@@ -327,7 +327,7 @@ class SparseWeight:
             self.note_clean(parameter)
         return not found
 
-    def look_here(self, parameter: Tensor) -> bool:
+    def look_here(self, parameter: Tensor, found: bool | None = None) -> bool:
         """As :meth:`look`, at what this rank holds: no other takes part. What is found of a part says nothing of the
         whole, whose ranks must know the same of it."""
         if self.unwritten:
@@ -336,8 +336,11 @@ class SparseWeight:
             return True
         with unset_fake_temporarily():
             local, part = local_part(parameter.detach())
-            found = not self.is_dense and bool(
-                ((local != 0) & part.of(self.grid.expand(~self._mask_on(local.device)))).any()
+            found = (
+                found
+                if found is not None
+                else not self.is_dense
+                and bool(((local != 0) & part.of(self.grid.expand(~self._mask_on(local.device)))).any())
             )
         if is_sharded(parameter):
             self.dirty, self.clean_here = (_written_at(parameter), None) if found else (None, _written_at(parameter))

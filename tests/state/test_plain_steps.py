@@ -15,9 +15,9 @@ from mask_cases import element_masks
 from oracles import assert_reordered
 from torch import Tensor, nn
 
-from mst_compile import densify, sparsifier
+from mst_compile import Constant, densify, sparsifier
 from mst_compile.graph import dispatch
-from mst_compile.state import binding, run, weights
+from mst_compile.state import binding, event, run, weights
 from mst_compile.state.weight import SparseWeight
 
 
@@ -71,6 +71,28 @@ def test_what_is_known_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> No
         "gradients written": 0,
         "optimizers looked through": 3,
     }
+
+
+def test_an_event_writes_zeros_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into all that it leaves of weights, gradients and moments."""
+    model, call = trained(schedule=Constant(0.6, growth="gradient", interval=2, drop_fraction=0.5))
+    optimizer = torch.optim.AdamW(model.parameters())
+    written: list[int] = []
+    original = event.zero_all_inactive_
+
+    def zero(whole: Any) -> None:
+        written.append(len(whole))
+        original(whole)
+
+    monkeypatch.setattr(event, "zero_all_inactive_", zero)
+    for _ in range(4):
+        call(X).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert written == [8, 8]  # two weights: values, gradient and two moments
+    outside = ~element_masks(model)["first.weight"]
+    for tensor in (model.first.weight, *optimizer.state[model.first.weight].values()):
+        assert tensor.dim() == 0 or not tensor[outside].any()
 
 
 def _move(model: Layers) -> None:
