@@ -174,7 +174,7 @@ def operations(batches: st.SearchStrategy[Batch]) -> st.SearchStrategy[Op]:
         st.tuples(st.just("closure"), batches),
         st.tuples(st.just("skip"), batches),
         st.tuples(st.just("lay"), batches, st.sampled_from(["none", "keep"])),
-        st.tuples(st.just("mask"), st.integers(0, 9), st.integers(0, 99)),
+        st.tuples(st.just("mask"), batches, st.integers(0, 9)),
         st.tuples(st.just("evaluate"), batches, st.sampled_from(["grad", "no_grad", "inference"])),
         st.tuples(st.just("freeze"), st.integers(0, 9), st.booleans()),
         st.tuples(st.just("resume"), st.sampled_from(ORDERS), st.booleans()),

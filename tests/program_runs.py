@@ -77,18 +77,21 @@ class Run(Steps):
                 for p in model.parameters():
                     p.add_(0.01)
 
-    def mask(self, which: int, seed: int) -> None:
-        """A program says which blocks of a weight are active: in every matrix of a stack another share of them."""
+    def mask(self, batch: Batch, which: int) -> None:
+        """After a step a program says which blocks of a weight are active: in every matrix of a stack another share."""
         simulation = self.simulation
-        if not simulation.sparse:
+        if not simulation.sparse or not self._trains():
             return
+        self.step((batch,), "", "none")
         name = sorted(simulation.weights)[which % len(simulation.weights)]
-        generator = torch.Generator().manual_seed(seed)
+        fact = simulation.weights[name]
+        least = fact.backbone() if fact.guard == "backbone" else torch.zeros(fact.shape, dtype=torch.bool)
+        least[0, 0] = True
+        generator = torch.Generator().manual_seed(batch[0])
         drawn = []
-        for part in simulation.weights[name].split(simulation.masks[name]):
+        for _ in range(fact.count):
             share = 0.2 + 0.7 * torch.rand((), generator=generator)
-            drawn.append(torch.rand(part.shape, generator=generator) < share)
-            drawn[-1][0, 0] = True
+            drawn.append((torch.rand(fact.shape, generator=generator) < share) | least)
         mst_compile.sparsifier(self.sparse.model).apply_mask(name, torch.cat(drawn))
         simulation.change(name, torch.cat(drawn))
 
@@ -119,6 +122,7 @@ class Run(Steps):
             members = [p for group in part.optimizer.param_groups for p in group["params"]]
             part.optimizer.state.clear()
             part.optimizer.state.update(part.make(members).state)  # Adagrad has some from the start
+        simulation.begin_grown()
 
     def roll_back(self, batch: Batch, bad: bool, order: tuple[str, ...]) -> None:
         """Save all, take a step, which may be of a loss that is NaN, and load it all back."""

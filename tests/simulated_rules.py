@@ -208,6 +208,14 @@ class Fact:
         """What is said of the blocks of each matrix."""
         return blocks.split(self.shape[0])
 
+    def backbone(self) -> Tensor:
+        """The wrapped diagonal of a matrix."""
+        rows, cols = self.shape
+        i = torch.arange(max(rows, cols))
+        found = torch.zeros(self.shape, dtype=torch.bool)
+        found[i % rows, i % cols] = True
+        return found
+
     def counts(self, density: float) -> set[int]:
         """Numbers of active blocks of a matrix; each row and column must have one where they are guarded."""
         blocks = self.shape[0] * self.shape[1]
@@ -268,14 +276,9 @@ def _largest_other(scores: Tensor, dim: int) -> Tensor:
 
 def _guarded(fact: Fact, mask: Tensor, scores: Interval) -> tuple[Tensor, Tensor]:
     """The blocks that may not be dropped, surely and possibly."""
-    rows, cols = fact.shape
-    none = torch.zeros(fact.shape, dtype=torch.bool)
-    if fact.guard == "none":
-        return none, none
-    if fact.guard == "backbone":
-        for i in range(max(rows, cols)):
-            none[i % rows, i % cols] = True
-        return none, none
+    if fact.guard != "coverage":
+        guarded = fact.backbone() & (fact.guard == "backbone")
+        return guarded, guarded
     least, most = (score.masked_fill(~mask, -torch.inf) for score in scores)
     surely = (least > _largest_other(most, 0)) | (least > _largest_other(most, 1))
     possibly = (most >= _largest_other(least, 0)) | (most >= _largest_other(least, 1))

@@ -375,6 +375,13 @@ class Simulation:
         if not torch.equal(old, new):
             self._clean([p, *([] if p.grad is None else [p.grad]), *self._state(name)], name)
 
+    def begin_grown(self) -> None:
+        """State that is not the run's is 0 in blocks that have just grown."""
+        for name, grown in self.grown.items():
+            for tensor in self._state(name):
+                if tensor.shape == self.parameters[name].shape:
+                    tensor.masked_fill_(self.weights[name].expand(grown), 0.0)
+
     def densify(self) -> None:
         """The model is an ordinary one from now on."""
         self.sparse, self.dense, self.near = False, False, {}

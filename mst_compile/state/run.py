@@ -224,6 +224,8 @@ class Run:
         if optimizer not in self.optimizers:
             for weight, parameter in own:
                 zero_state_(optimizer, weight, parameter)
+                if weight.grown is not None:  # by a mask that was given before the optimizer was known
+                    zero_state_(optimizer, weight, parameter, weight.grown)
             self.optimizers.add(optimizer)
         for weight, parameter in own:
             weight.version = parameter._version

@@ -181,8 +181,9 @@ class Sparsifier:
     def apply_mask(self, name: str, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule; call it between a step and the next forward.
 
-        Dropped weights, their gradient and their optimizer state become exactly 0, grown ones start at 0. The next
-        topology event goes on from this mask.
+        Dropped weights, their gradient and their optimizer state become exactly 0, grown ones start at 0; the state of
+        an optimizer that has not stepped since the model was made sparse, or a checkpoint loaded, when it does. The
+        next topology event goes on from this mask.
 
         Args:
             name: a key of :attr:`masks`.

@@ -13,7 +13,7 @@ from situations import train
 from torch import Tensor
 from training import assert_zero_outside
 
-from mst_compile import Constant, densify, sparsify
+from mst_compile import Constant, densify, sparsifier, sparsify
 from mst_compile.errors import OptimizerError
 
 
@@ -34,6 +34,38 @@ def test_state_from_before_is_cleaned(make: Callable[..., torch.optim.Optimizer]
         train(model, optimizer)
         assert_zero_outside(model, optimizer, gradients=False)
         densify(model)
+
+
+@pytest.mark.parametrize("way", ["made sparse", "loaded"])
+def test_blocks_that_are_given_start_at_zero(way: str) -> None:
+    """Of state from before a mask was given nothing moves what it lets grow."""
+    model = Blocks()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9)
+    train(model, optimizer, 3)
+    sparsify(model, static())
+    if way == "loaded":
+        train(model, optimizer)
+        optimizer.load_state_dict(optimizer.state_dict())
+    before = element_masks(model)
+    if way == "loaded":  # dropped, and let grow again
+        kept = sparsifier(model).masks
+        for name, mask in kept.items():
+            sparsifier(model).apply_mask(name, ~mask)
+        for name, mask in kept.items():
+            sparsifier(model).apply_mask(name, mask)
+        grown = before
+    else:
+        for name, mask in sparsifier(model).masks.items():
+            sparsifier(model).apply_mask(name, torch.ones_like(mask))
+        grown = {name: ~mask for name, mask in before.items()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, where in grown.items():
+        weight = model.get_parameter(name)
+        assert where.any(), name
+        assert not weight[where].any(), name
+        assert not optimizer.state[weight]["momentum_buffer"][where].any(), name
 
 
 class Coded(torch.Tensor):
