@@ -288,6 +288,8 @@ class Dispatch:
         targets: list[tuple[int, SparseWeight, Tensor]] = [
             (places[i], weight, args[i]) for i, weight in weights if i in places
         ]
+        if not targets:  # nor is there always a node that can be referred to
+            return
         itself: Any = weakref.ref(node)  # which holds its hooks
         waiting: list[Arrival] = []
 

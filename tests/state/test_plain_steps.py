@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mst_compile import Constant, densify, sparsifier
 from mst_compile.graph import dispatch
-from mst_compile.state import binding, event, run, weights
+from mst_compile.state import binding, event, weights
 from mst_compile.state.weight import SparseWeight
 
 
@@ -60,7 +60,7 @@ def test_what_is_known_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> No
         "bound": Calls(monkeypatch, weights, "bind"),
         "nodes looked through": Calls(monkeypatch, dispatch, "_parameter_of"),
         "gradients written": Calls(monkeypatch, SparseWeight, "mask_gradient"),
-        "optimizers looked through": Calls(monkeypatch, run.Run, "of"),
+        "optimizers looked through": Calls(monkeypatch, sparsifier(model)._run, "of"),
     }
     for _ in range(3):
         step()
