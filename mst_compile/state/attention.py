@@ -16,9 +16,8 @@ class AttentionState:
         pattern: name of the pattern of now, ``"full"`` or the schedule's sparse one.
         sparse: name of the sparse pattern that will come, was there, or never comes (``"full"``).
         parts: what queries see under the sparse pattern; what a variant with it is compiled for.
-        queries: while someone counts, shape of the queries, and then the size of a value, of each attention that trained
-            with the pattern; else None.
-        reasons: for attentions that the graph pass saw, what became of them; where -> what.
+        queries: while someone counts, shape of the queries, and then the size of a value, of each attention that
+            trained with the pattern; else None.
     """
 
     pattern: str = "full"
