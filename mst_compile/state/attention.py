@@ -18,6 +18,7 @@ class AttentionState:
         parts: what queries see under the sparse pattern; what a variant with it is compiled for.
         queries: while someone counts, shape of the queries, and then the size of a value, of each attention that
             trained with the pattern; else None.
+        reasons: for attentions that the graph pass saw, what became of them; where -> what.
     """
 
     pattern: str = "full"
