@@ -26,6 +26,7 @@ _CASE = re.compile(r"(?P<layer>\d+->\d+) M=(?P<tokens>\d+) B=(?P<block>\d+) d=(?
 _GPU_CASE = re.compile(
     r"M=(?P<tokens>\d+) N=(?P<n>\d+) K=(?P<k>\d+) B=(?P<block>\d+)(?: for=[\d.]+)? d=(?P<density>[\d.]+) sum"
 )
+_EXPERTS_CASE = re.compile(r"(?P<experts>\d+) experts (?P<layer>\d+->\d+) M=\d+ B=\d+ d=(?P<density>[\d.]+)")
 _MODEL_CASE = re.compile(r"(?P<model>\w+) (?P<what>\w+) d=(?P<density>[\d.]+)")
 _MODEL_DENSITIES = (1, 0.5, 0.2, 0.05)
 _FORMS = {"mst": "as trained", "packed": "packed"}  # of a sparse model's weights at inference, by side
@@ -138,6 +139,23 @@ def architectures_table(rows: list[dict[str, str]], machine: str = MACHINE) -> s
     for key in sorted(cells, key=lambda key: (order.index(key[1]), key[2] != "float32", key[0])):
         values = [cells[key].get(d, "") for d in _MODEL_DENSITIES]
         lines.append(f"| {' | '.join(key)} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def experts_table(rows: list[dict[str, str]], machine: str = MACHINE) -> str:
+    """Speed-up of products of experts over the density; in brackets over a loop of dense products."""
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        ours = row["benchmark"] == "experts" and machine in row["cpu"]
+        case = _EXPERTS_CASE.fullmatch(row["case"]) if ours else None
+        if case:
+            key = case["experts"], case["layer"], row["dtype"]
+            loop = float(row["note"].partition(" ")[0])
+            cells.setdefault(key, {})[f"{float(case['density']):.1f}"] = f"{float(row['ratio']):.2f}x ({loop:.1f}x)"
+    shown = sorted({d for ratios in cells.values() for d in ratios}, reverse=True)
+    lines = ["| experts | layer | dtype | " + " | ".join(f"d = {d}" for d in shown) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(shown))
+    lines += [f"| {' | '.join(key)} | {' | '.join(cells[key].get(d, '') for d in shown)} |" for key in sorted(cells)]
     return "\n".join(lines)
 
 
@@ -267,6 +285,7 @@ def tables(rows: list[dict[str, str]]) -> dict[str, str]:
         "layers, two threads": layers_table(rows, short=True),
         "models": model_table(rows),
         "architectures": architectures_table(rows),
+        "experts": experts_table(rows),
         "first steps": first_step_table(rows),
         "parallel": parallel_table(rows),
         "pretrain": pretrain_table(rows),
