@@ -27,7 +27,7 @@ from mst_compile.kernels.cpu.forks import Lock
 
 from mst_compile.errors import MSTWarning
 
-from . import cpu_attention_times, cpu_call_times, cpu_times, turns
+from . import cpu_attention_times, cpu_call_times, cpu_group_times, cpu_times, turns
 from .agreement import first_answer, several_ranks
 from .cpu_attention_times import AttentionTimes, CausalAttention
 from .cpu_times import Product
@@ -40,7 +40,14 @@ _MEASURED = 3  # of the numbers in Times, by cpu_times
 
 def of_product(product: Product) -> Times:
     """Seconds of a product, measured at the first call; without those of :func:`of_call`."""
-    return Times(*_products.of(product))
+    dense, fixed, per_density = _products.of(product)
+    return Times(dense, fixed, per_density)
+
+
+def of_groups(product: Product, groups: int, dense: str) -> Times:
+    """Seconds of each of several groups of a stack's, measured at the first call; without those of :func:`of_call`."""
+    usual, fixed, per_density = _groups.of(cpu_group_times.asked(product, groups, dense))
+    return Times(usual, fixed, per_density, falls_back=False)
 
 
 def of_call(product: Product) -> float:
@@ -80,9 +87,10 @@ def times(layers: Sequence[Layer], _: bool) -> list[LayerTimes]:
 
 def _in_graph(product: Product, layer: Layer) -> Times:
     """The times of a layer's product, with its call's: of groups as many as there are, of about as many tokens each."""
-    more, times = layer.tokens / product.tokens, of_product(product)
+    more = layer.tokens / product.tokens
+    times = of_product(product) if layer.groups == 1 else of_groups(product, layer.groups, layer.dense)
     call = _call_in_graph(product, layer.groups, more)
-    return Times(times.dense * more, times.fixed * more, times.per_density * more, call)
+    return Times(times.dense * more, times.fixed * more, times.per_density * more, call, times.falls_back)
 
 
 def _call_in_graph(product: Product, groups: int, more: float) -> float:
@@ -193,6 +201,12 @@ _products = _Answers(
 )
 _calls = _Answers(
     1, [1e-9], lambda product: f"call {_name_of_product(product)}", lambda product: [cpu_call_times.measure(product)]
+)
+_groups = _Answers(
+    _MEASURED,
+    Times(0.8 / WORTH, 0.0, 1.0)[:_MEASURED],
+    lambda asked: f"{asked.groups} {asked.dense} of {_name_of_product(asked.product)}",
+    lambda asked: cpu_group_times.measure(asked)[:_MEASURED],
 )
 _attentions = _Answers(
     len(AttentionTimes._fields),

@@ -82,14 +82,14 @@ def measure(product: Product) -> Times:
     grid = BlockGrid(rows, cols, product.block)
     with undisturbed():
         tokens = tokens_of(product, grid)
-        seconds = _interleaved(_sides(product, grid, tokens))
+        seconds = interleaved_sides(_sides(product, grid, tokens))
         threads = torch.get_num_threads()
         # Several threads on a busy machine wait at every product for the one that was put aside. Then one thread's
         # share of the work tells more.
         if threads > 1 and not _agree(seconds):
             tokens = max(1, tokens // threads)
             with one_thread():
-                seconds = _interleaved(_sides(product, grid, tokens))
+                seconds = interleaved_sides(_sides(product, grid, tokens))
     dense, low, high = (min(times) for times in seconds)
     slope = max((high - low) / (DENSITIES[1] - DENSITIES[0]), _TICK)
     fixed = max(low - slope * DENSITIES[0], _TICK)
@@ -148,7 +148,7 @@ def _sides(product: Product, grid: BlockGrid, tokens: int) -> list[Callable[[], 
     ]
 
 
-def _interleaved(sides: list[Callable[[], None]]) -> list[list[float]]:
+def interleaved_sides(sides: Sequence[Callable[[], object]]) -> list[list[float]]:
     """Seconds of each call of the dense product and ours at the densities, in turn."""
 
     def clear(dense: float, _: float, high: float) -> bool:

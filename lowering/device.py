@@ -22,6 +22,7 @@ from mst_compile.ops.library import implement
 
 FINEST_BLOCK = 4  # that a weight gets by itself; finer ones are for those who ask
 _BLOCK = 32
+GROUPED, LOOP, BATCH = "grouped", "looped", "batched"
 PRODUCTS = ("forward", "grad-input", "grad-weight")
 WORTH = 0.97  # of the dense time: what a sparse product may take to be called faster
 
@@ -36,6 +37,8 @@ class Layer:
         bias: whether a bias is added.
         trained: whether gradients are wanted.
         groups: how many matrices of a stack, each with the grid, share the tokens.
+        dense: how the dense model multiplies these: by the library's grouped product (``GROUPED``), a loop over them
+            (``LOOP``) or a batched product (``BATCH``); empty of a weight that is no stack.
     """
 
     grid: BlockGrid
@@ -46,19 +49,22 @@ class Layer:
     bias: bool
     trained: bool
     groups: int = 1
+    dense: str = ""
 
 
 class Times(NamedTuple):
     """Time of a dense product, and of the sparse one at density ``d``: ``fixed + per_density * d``.
 
     In any unit that the products of a graph share. ``call`` is what the product costs on top of either in a graph with
-    sparse products, beside what the same product costs in one with dense products alone.
+    sparse products, beside what the same product costs in one with dense products alone. ``falls_back``: a device that
+    chooses runs the dense product in its place where that is faster; of a stack's matrices together it does not.
     """
 
     dense: float
     fixed: float
     per_density: float
     call: float = 0.0
+    falls_back: bool = True
 
     def saved(self, density: float) -> float:
         """What the sparse product saves at ``density``; negative where it costs."""

@@ -46,6 +46,7 @@ class Product:
         transposed: how the weight is stored, see :mod:`mst_compile.ops.linear`.
         bias: whether it adds one.
         groups: of how many matrices of a stack, each of which multiplies some of the tokens.
+        dense: how the program multiplies these, see :class:`mst_compile.lowering.device.Layer`.
     """
 
     shape: tuple[Any, ...]
@@ -53,6 +54,7 @@ class Product:
     transposed: bool
     bias: bool
     groups: int = 1
+    dense: str = ""
 
 
 def _nothing_against(*_: Any) -> str | None:

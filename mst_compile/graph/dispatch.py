@@ -220,7 +220,8 @@ class Dispatch:
         """The products with a slot's weight that run dense within the variant with sparse ones."""
         if times is None or not self._device.chooses:
             return ()
-        names = (name for layer in times[slot] for name, t in layer.items() if density >= t.crossover)
+        found = (item for layer in times[slot] for item in layer.items())
+        names = (name for name, t in found if t.falls_back and density >= t.crossover)
         return tuple(dict.fromkeys(names))
 
     def _measured(self, args: Sequence[Any]) -> SlotTimes:
@@ -238,9 +239,8 @@ class Dispatch:
     def _layer(self, product: Product, weight: Tensor, signature: tuple[int, ...], args: Sequence[Any]) -> Layer:
         grid, tokens = BlockGrid(*signature[:3]), self._compiler.tokens(product, args)
         trained = torch.is_grad_enabled()
-        return Layer(
-            grid, product.transposed, tokens, product.dtype, weight.dtype, product.bias, trained, product.groups
-        )
+        told = product.bias, trained, product.groups, product.dense
+        return Layer(grid, product.transposed, tokens, product.dtype, weight.dtype, *told)
 
     def _patterned(self, args: Sequence[Any]) -> bool:
         """Whether attention is sparse in the model that is running: another may share this graph."""

@@ -25,7 +25,11 @@ def saves(slots: SlotTimes, densities: Sequence[float], chooses: bool) -> bool:
     every = [(t, density) for layers, density in zip(slots, densities, strict=True) for x in layers for t in x.values()]
     dense = sum(times.dense for times, _ in every)
     least = _LEAST if chooses else 1 - WORTH
-    saved = sum(times.saved(density) for times, density in every if not chooses or density < times.crossover)
+    saved = sum(
+        times.saved(density)
+        for times, density in every
+        if density < times.crossover or not (chooses and times.falls_back)
+    )
     return not every or saved - sum(times.call for times, _ in every) > least * dense
 
 

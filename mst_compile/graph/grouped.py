@@ -33,6 +33,7 @@ from mst_compile.graph.fx import (
     walk,
 )
 from mst_compile.graph.served import Operand, Serving, density_of, erase_dead, held_shape
+from mst_compile.lowering.device import BATCH, GROUPED, LOOP
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Match:
             which ``x`` may lack if every matrix multiplies the same, ``k`` for what is summed over, ``n`` for the
             outputs, others for tokens.
         plus: what is added, broadcast to the result.
+        dense: how the program multiplies, see :class:`mst_compile.lowering.device.Layer`.
     """
 
     x: Any
@@ -56,6 +58,7 @@ class Match:
     x_dims: str = "tk"
     out_dims: str = "tn"
     plus: Any = None
+    dense: str = BATCH
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------
@@ -73,7 +76,7 @@ def _grouped_mm(node: fx.Node) -> Match | None:
         return None
     if offsets is None:
         return Match(given["mat_a"], given["mat_b"], False, None, "etk", "etn")
-    return Match(given["mat_a"], given["mat_b"], False, offsets)
+    return Match(given["mat_a"], given["mat_b"], False, offsets, dense=GROUPED)
 
 
 def _fallback_of_transformers(node: fx.Node) -> Match | None:
@@ -83,7 +86,7 @@ def _fallback_of_transformers(node: fx.Node) -> Match | None:
     if "backward" in str(node.target):
         return None
     given = arguments(node, "input", "weight", "offs")
-    return Match(given["input"], given["weight"], False, given["offs"])
+    return Match(given["input"], given["weight"], False, given["offs"], dense=LOOP)
 
 
 def _product(node: fx.Node) -> Match | None:
@@ -229,7 +232,7 @@ def _replace(context: Context, node: fx.Node, found: Match, operand: Operand, in
         x = emit("reshape", x, -1, value(x).shape[-1])
     given = (operand.base, offsets, index, weight.grid.block, transposed, density_of(weight), context.choose)
     new = emit(torch.ops.mst.grouped_linear.default, x, *given)
-    product = Product(tuple(value(x).shape), out.dtype, transposed, False, matrices)
+    product = Product(tuple(value(x).shape), out.dtype, transposed, False, matrices, found.dense)
     context.products.setdefault(operand.key, []).append(product)
     if found.offsets is None:
         new = emit("view", new, *lead, value(new).shape[-1])
