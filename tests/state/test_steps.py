@@ -293,7 +293,8 @@ def test_gradients_that_were_changed_are_masked_in_one_call(monkeypatch: pytest.
     calls: list[int] = []
 
     def counted(whole: list[Any]) -> None:
-        calls.append(len(whole))
+        if whole:
+            calls.append(len(whole))
         zero_all_inactive_(whole)
 
     monkeypatch.setattr(weight_module, "zero_all_inactive_", counted)
