@@ -188,6 +188,7 @@ class RankRun:
         if clip == "norm" and self.layout != "tensor parallel":  # where PyTorch refuses to add norms of both kinds up
             for model in (self.model, self.simulation.model):
                 nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            self._adopt()  # the norm is a sum in another order, and decay may cancel what it scales
         elif clip:
             for model in (self.model, self.simulation.model):
                 nn.utils.clip_grad_value_(model.parameters(), 0.01, foreach=False)
