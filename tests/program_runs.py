@@ -122,7 +122,7 @@ class Run(Steps):
             members = [p for group in part.optimizer.param_groups for p in group["params"]]
             part.optimizer.state.clear()
             part.optimizer.state.update(part.make(members).state)  # Adagrad has some from the start
-        simulation.begin_grown()
+            part.met = False
 
     def roll_back(self, batch: Batch, bad: bool, order: tuple[str, ...]) -> None:
         """Save all, take a step, which may be of a loss that is NaN, and load it all back."""

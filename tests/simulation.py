@@ -52,11 +52,16 @@ class Block:
 
 @dataclass
 class Part:
-    """An optimizer of the run: PyTorch's own on the plain model, what makes another, and the laws of its groups."""
+    """An optimizer of the run: PyTorch's own on the plain model, what makes another, and the laws of its groups.
+
+    Attributes:
+        met: whether it has stepped since it was made.
+    """
 
     optimizer: optim.Optimizer
     make: Callable[[list[nn.Parameter]], optim.Optimizer]
     laws: list[tuple[Law, Law] | None]
+    met: bool = False
 
     def group_of(self, parameter: Tensor) -> dict[str, Any]:
         return next(g for g in self.optimizer.param_groups if any(p is parameter for p in g["params"]))
@@ -167,6 +172,11 @@ class Simulation:
             if self.parameters[name].requires_grad:
                 self._clean([self.parameters[name]], name)
             self._clean(self._state(name), name)
+            if not part.met and name in self.grown:  # state that the run did not see grow
+                for tensor in self._state(name):
+                    if tensor.shape == self.parameters[name].shape:
+                        tensor.masked_fill_(self.weights[name].expand(self.grown[name]), 0.0)
+        part.met = True
 
     def step(self, part: Part, closure: Callable[[], Tensor] | None = None) -> None:
         """One optimizer's step; ``closure`` computes gradients anew, which count as the last that it has computed."""
@@ -374,13 +384,6 @@ class Simulation:
         self.blocks[name] = {place: b for place, b in self.blocks[name].items() if new[place]}
         if not torch.equal(old, new):
             self._clean([p, *([] if p.grad is None else [p.grad]), *self._state(name)], name)
-
-    def begin_grown(self) -> None:
-        """State that is not the run's is 0 in blocks that have just grown."""
-        for name, grown in self.grown.items():
-            for tensor in self._state(name):
-                if tensor.shape == self.parameters[name].shape:
-                    tensor.masked_fill_(self.weights[name].expand(grown), 0.0)
 
     def densify(self) -> None:
         """The model is an ordinary one from now on."""
