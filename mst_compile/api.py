@@ -54,15 +54,16 @@ def sparsify(
     optimizer's state dict serve the whole model then, :func:`sparsifier` one module.
 
     Args:
-        model: any module. Weights of ``nn.Linear`` and Hugging Face ``Conv1D`` are eligible, a tied LM head included;
-            embeddings, norms and biases stay dense, and so do frozen weights (``requires_grad`` False) and adapters
-            (``lora_A``, ``lora_B``, ...) unless ``include`` names them; :func:`explain` says so.
+        model: any module. Weights of ``nn.Linear`` and Hugging Face ``Conv1D`` are eligible, a tied LM head included,
+            and stacks of experts' matrices in one Parameter ``[experts, rows, cols]``, each of which is trained as a
+            weight of its own; embeddings, norms and biases stay dense, and so do frozen weights (``requires_grad``
+            False) and adapters (``lora_A``, ``lora_B``, ...) unless ``include`` names them; :func:`explain` says so.
         schedule: :class:`MixedSparsity`, :class:`Constant` or an own one derived from :class:`Schedule`.
         block: edge of the square blocks, a power of two; default 8 on a CPU, 64 on NVIDIA GPUs, 32 elsewhere. It
             shrinks for a weight whose backbone would take more than half of the target density (:func:`explain` says
             so), to no less than 4. ``1`` gives unstructured masks; for 1 and 2 there are kernels on a CPU alone.
-        include: shell-style patterns of parameter names; only these become sparse. Names of other 2-D parameters, of
-            frozen weights and of adapters are accepted too.
+        include: shell-style patterns of parameter names; only these become sparse. Names of other matrices and stacks
+            of matrices, of frozen weights and of adapters are accepted too.
         exclude: patterns of names that stay dense.
         overrides: patterns of names -> :class:`Override`, for weights with a sparsity or a block of their own. The
             first pattern that matches counts.
@@ -74,7 +75,7 @@ def sparsify(
             ``"magnitude"``: the blocks of largest mean square (or as the schedule's ``magnitude`` says) of each weight,
             at the density that the schedule's distribution gives it, and with what ``guard`` keeps. A mapping of names
             of sparse weights to bool masks of their blocks, ``[ceil(rows / block), ceil(cols / block)]``, or elements,
-            ``[rows, cols]``: taken as they are, until a topology event returns to the schedule's density; other weights
+            ``[rows, cols]`` (of a stack with ``experts`` in front): taken as they are, until a topology event returns to the schedule's density; other weights
             get masks by the default. None: ``"magnitude"`` if a weight was loaded by transformers' ``from_pretrained``
             (from its version 5 on) or holds values that no initialiser draws, else ``"random"``; the log
             ``"mst_compile"``, ``sparsifier(model).first_masks`` and :func:`explain` say which, and why. Of freshly
