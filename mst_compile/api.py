@@ -75,11 +75,11 @@ def sparsify(
             ``"magnitude"``: the blocks of largest mean square (or as the schedule's ``magnitude`` says) of each weight,
             at the density that the schedule's distribution gives it, and with what ``guard`` keeps. A mapping of names
             of sparse weights to bool masks of their blocks, ``[ceil(rows / block), ceil(cols / block)]``, or elements,
-            ``[rows, cols]`` (of a stack with ``experts`` in front): taken as they are, until a topology event returns to the schedule's density; other weights
-            get masks by the default. None: ``"magnitude"`` if a weight was loaded by transformers' ``from_pretrained``
-            (from its version 5 on) or holds values that no initialiser draws, else ``"random"``; the log
-            ``"mst_compile"``, ``sparsifier(model).first_masks`` and :func:`explain` say which, and why. Of freshly
-            initialised models one in a million is mistaken
+            ``[rows, cols]`` (of a stack with ``experts`` in front): taken as they are, until a topology event returns
+            to the schedule's density; other weights get masks by the default. None: ``"magnitude"`` if a weight was
+            loaded by transformers' ``from_pretrained`` (from its version 5 on) or holds values that no initialiser
+            draws, else ``"random"``; the log ``"mst_compile"``, ``sparsifier(model).first_masks`` and :func:`explain`
+            say which, and why. Of freshly initialised models one in a million is mistaken
             (:func:`mst_compile.rules.fresh.looks_trained`); a short training may go unnoticed. A schedule that starts
             dense draws no first masks: what it drops on its way goes by magnitude anyway.
         rescale: where the schedule starts sparse, multiply the weights that stay by ``density ** -0.5``, so that a
