@@ -77,7 +77,8 @@ class Ticking:
         files = {str(f): _ticking(f) for room in rooms for f in sorted((_OURS / room).rglob("*.py"))}
         self._codes: list[tuple[FunctionType, CodeType, CodeType]] = []
         for function in gc.get_objects():
-            if isinstance(function, FunctionType) and function.__code__.co_filename in files:
+            # By its type: what asks for the class of a weak proxy asks what it stands for, which may be gone.
+            if type(function) is FunctionType and function.__code__.co_filename in files:
                 code = function.__code__
                 new = files[code.co_filename].get((code.co_qualname, code.co_firstlineno))
                 if new is not None and new.co_freevars == code.co_freevars:

@@ -42,9 +42,10 @@ def offsets() -> Tensor:
 
 
 def grouped(x: Tensor, w: Tensor) -> Tensor:
-    """As torchtitan does it; what stands in rows of no group is anybody's guess."""
-    y = F.grouped_mm(x.bfloat16(), w.bfloat16(), offs=offsets()).type_as(x)
-    return torch.where(torch.arange(len(x))[:, None] < ENDS[-1], y, 0)
+    """As torchtitan does it; what stands in rows of no group, and in their gradients, is anybody's guess."""
+    inside = torch.arange(len(x))[:, None] < ENDS[-1]
+    y = F.grouped_mm(torch.where(inside, x, 0).bfloat16(), w.bfloat16(), offs=offsets()).type_as(x)
+    return torch.where(inside, y, 0)
 
 
 def by_transformers(x: Tensor, w: Tensor) -> Tensor:
