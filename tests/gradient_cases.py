@@ -63,3 +63,15 @@ def assert_zero_outside(model: nn.Module) -> None:
         assert gradient is not None
         assert not gradient[~mask].any(), name
         assert gradient[mask].all(), name
+
+
+def noise(gradient: Tensor) -> Tensor:
+    return gradient + 1.0
+
+
+def noise_in_place(gradient: Tensor) -> None:
+    gradient.add_(1.0)
+
+
+def noise_without_a_trace(gradient: Tensor) -> None:
+    gradient.data.add_(1.0)

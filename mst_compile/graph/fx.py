@@ -79,6 +79,16 @@ def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
+def einsum_of_two(node: fx.Node, at: int, weight_at: int) -> tuple[str, str, str] | None:
+    """The letters of an einsum's input, weight and result, of which the first two are its arguments ``at`` and
+    ``weight_at``; None if it is none of two operands that says its result."""
+    if not calls(node, EINSUMS) or len(node.args) != 3 or not isinstance(node.args[0], str):
+        return None
+    operands, _, out = node.args[0].replace(" ", "").partition("->")
+    x, _, w = operands.partition(",") if at < weight_at else operands.rpartition(",")[::-1]
+    return (x, w, out) if x and w and out else None
+
+
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 

@@ -21,13 +21,13 @@ from torch import Tensor, fx
 from mst_compile.blocks.shards import is_sharded
 from mst_compile.graph.context import Context, Product
 from mst_compile.graph.fx import (
-    EINSUMS,
     PRODUCTS,
     Emitter,
     Region,
     arguments,
     calls,
     describe,
+    einsum_of_two,
     same_size,
     value,
     walk,
@@ -142,10 +142,10 @@ def _einsum_from_left(node: fx.Node) -> Match | None:
 
 def _summed(node: fx.Node, at: int, weight_at: int) -> Match | None:
     """An einsum of an input and a stack, which are the arguments ``at`` and ``weight_at``."""
-    if not calls(node, EINSUMS) or len(node.args) != 3 or not isinstance(node.args[0], str):
+    letters = einsum_of_two(node, at, weight_at)
+    if letters is None:
         return None
-    operands, _, out = node.args[0].replace(" ", "").partition("->")
-    x, _, w = operands.partition(",") if at < weight_at else operands.rpartition(",")[::-1]
+    x, w, out = letters
     if not (x + w + out).isalpha() or len(w) != 3 or any(len(set(dims)) != len(dims) for dims in (x, w, out)):
         return None
     summed, outputs = set(w[1:]) - set(out), set(w[1:]) - set(x)

@@ -21,7 +21,6 @@ from mst_compile.blocks.shards import is_sharded
 from mst_compile.graph import spread
 from mst_compile.graph.context import Context, Product
 from mst_compile.graph.fx import (
-    EINSUMS,
     LINEARS,
     PRODUCTS,
     Emitter,
@@ -30,6 +29,7 @@ from mst_compile.graph.fx import (
     before_local,
     calls,
     describe,
+    einsum_of_two,
     same_size,
     value,
     walk,
@@ -94,11 +94,11 @@ def _einsum_from_left(node: fx.Node) -> Match | None:
 
 def _summed(node: fx.Node, at: int, weight_at: int) -> Match | None:
     """An einsum of an input and a weight, which are the arguments ``at`` and ``weight_at``."""
-    if not calls(node, EINSUMS) or len(node.args) != 3 or not isinstance(node.args[0], str):
+    letters = einsum_of_two(node, at, weight_at)
+    if letters is None:
         return None
-    operands, _, out = node.args[0].replace(" ", "").partition("->")
-    x, _, w = operands.partition(",") if at < weight_at else operands.rpartition(",")[::-1]
-    if not out or len(w) != 2 or not x or x[-1] not in w or len(set(x.replace("...", ""))) != len(x.replace("...", "")):
+    x, w, out = letters
+    if len(w) != 2 or x[-1] not in w or len(set(x.replace("...", ""))) != len(x.replace("...", "")):
         return None
     reduced = x[-1]
     feature = w.replace(reduced, "")

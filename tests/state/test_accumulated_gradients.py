@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from gradient_cases import Layers, X, Zeroed, assert_zero_outside, trained
+from gradient_cases import (
+    Layers,
+    X,
+    Zeroed,
+    assert_zero_outside,
+    noise,
+    noise_in_place,
+    noise_without_a_trace,
+    trained,
+)
 from helpers import compiled
 from mask_cases import element_masks
 from oracles import assert_reordered
@@ -108,23 +117,11 @@ def test_gradients_that_were_set_to_zero(zeroed: Zeroed) -> None:
     assert_zero_outside(model)
 
 
-def _noise(gradient: Tensor) -> Tensor:
-    return gradient + 1.0
-
-
-def _noise_in_place(gradient: Tensor) -> None:
-    gradient.add_(1.0)
-
-
-def _noise_without_a_trace(gradient: Tensor) -> None:
-    gradient.data.add_(1.0)
-
-
 def _turned(gradient: Tensor) -> Tensor:
     return gradient.t()
 
 
-HOOKS = [_noise, _noise_in_place, _noise_without_a_trace, _turned]
+HOOKS = [noise, noise_in_place, noise_without_a_trace, _turned]
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_cases import Layers, X, Zeroed, assert_zero_outside, trained
+from gradient_cases import (
+    Layers,
+    X,
+    Zeroed,
+    assert_zero_outside,
+    noise,
+    noise_in_place,
+    noise_without_a_trace,
+    trained,
+)
 from helpers import compiled, static
 from mask_cases import element_masks
 from torch import Tensor, nn
@@ -33,19 +42,7 @@ def test_nothing_is_written_to_what_products_computed(again: bool, zeroed: Zeroe
         optimizer.zero_grad()
 
 
-def _noise(gradient: Tensor) -> Tensor:
-    return gradient + 1.0
-
-
-def _noise_in_place(gradient: Tensor) -> None:
-    gradient.add_(1.0)
-
-
-def _noise_without_a_trace(gradient: Tensor) -> None:
-    gradient.data.add_(1.0)
-
-
-@pytest.mark.parametrize("hook", [_noise, _noise_in_place, _noise_without_a_trace])
+@pytest.mark.parametrize("hook", [noise, noise_in_place, noise_without_a_trace])
 def test_a_hook_on_the_way(hook: Any, zeroed: Zeroed) -> None:
     model, run = trained()
     model.first.weight.register_hook(hook)
