@@ -1,10 +1,13 @@
-"""Which tensors a kernel may read by their data pointer."""
+"""Which tensors a kernel may read by their data pointer, and where that leads."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
+from torch.nn import Parameter
 
 # Tensors whose values are not what their pointer leads to, if it leads anywhere: subclasses that intercept operators
 # (DTensor, fake and functional tensors, every wrapper), those within functorch's transforms, and lazy ones.
@@ -31,3 +34,13 @@ def is_plain(tensor: Tensor) -> bool:
     """
     keys: int = torch._C._dispatch_keys(tensor).raw_repr()
     return tensor.layout is torch.strided and not tensor.is_meta and not keys & _BITS
+
+
+def address_of(tensor: Tensor) -> int:
+    """Where the elements are; 0 of tensors that wrap others."""
+    return tensor.data_ptr() if type(tensor) in (Parameter, Tensor) else 0
+
+
+def lying(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a plain tensor's elements are, and how they lie there."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()

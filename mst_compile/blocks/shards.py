@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mst_compile.blocks.layout import Part, as_matrix, part_of
+from mst_compile.blocks.memory import address_of
 from mst_compile.errors import ParallelismError, WeightError
 
 if TYPE_CHECKING or torch.distributed.is_available():
@@ -118,6 +119,17 @@ def _part(tensor: DTensor) -> Part | None:
 
 def _layout(tensor: DTensor) -> str:
     return f"placements {tuple(tensor.placements)} on {tensor.device_mesh}, {tuple(tensor.to_local().shape)} of it here"
+
+
+def written_at(tensor: Tensor) -> tuple[int, int]:
+    """What is another when somebody has written: the version, and where the elements are.
+
+    Of a DTensor those of what this rank holds of it: a write through the one does not show in the version of the other.
+    """
+    if not is_sharded(tensor):
+        return tensor._version, address_of(tensor)
+    local = tensor._local_tensor  # type: ignore[attr-defined]
+    return tensor._version + local._version, address_of(local)
 
 
 def sum_over_shards(part: Tensor, tensor: Tensor) -> Tensor:

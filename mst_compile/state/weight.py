@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef
 
 from mst_compile.blocks.bulk import block_mean_square, zero_all_inactive_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import DENSE_GRAD, new_index, read_mask, write_index
 from mst_compile.blocks.layout import Part, reaching
+from mst_compile.blocks.memory import address_of, lying
 from mst_compile.blocks.shards import (
     gathered,
     is_sharded,
     local_part,
     part_multiplied,
+    written_at,
 )
 from mst_compile.lowering import device as devices
 from mst_compile.rules.density import active_count
@@ -284,11 +285,11 @@ class SparseWeight:
 
     def note_clean(self, parameter: Tensor) -> None:
         """The parameter is 0 outside the active blocks, as it is now."""
-        address = _address(parameter)
+        address = address_of(parameter)
         if address != self.address or self.memory is None or self.memory.expired():
             self.memory = StorageWeakRef(parameter.untyped_storage()) if address else None
         self.clean, self.address, self.dirty, self.follows = parameter._version, address, None, False
-        self.clean_here = _written_at(parameter) if is_sharded(parameter) else None
+        self.clean_here = written_at(parameter) if is_sharded(parameter) else None
 
     def forget(self) -> None:
         """Nothing is known of the parameter's values any more."""
@@ -304,7 +305,7 @@ class SparseWeight:
             self._write_index()
         if self.is_dense or is_sharded(parameter):
             return self.is_dense or self.clean != UNKNOWN
-        return self.clean == parameter._version and self.address == _address(parameter) and not self.was_freed()
+        return self.clean == parameter._version and self.address == address_of(parameter) and not self.was_freed()
 
     def was_freed(self) -> bool:
         """Whether the memory is gone in which the elements were known to be 0: ``parameter.data`` was replaced."""
@@ -322,7 +323,7 @@ class SparseWeight:
         with unset_fake_temporarily():  # also while a graph is compiled
             found = bool(block_mean_square(parameter, self.grid)[~self.mask].any())
         if found:
-            self.clean, self.dirty, self.clean_here = UNKNOWN, _written_at(parameter), None
+            self.clean, self.dirty, self.clean_here = UNKNOWN, written_at(parameter), None
         else:
             self.note_clean(parameter)
         return not found
@@ -336,16 +337,13 @@ class SparseWeight:
             return True
         with unset_fake_temporarily():
             local, part = local_part(parameter.detach())
-            found = (
-                found
-                if found is not None
-                else not self.is_dense
-                and bool(((local != 0) & part.of(self.grid.expand(~self._mask_on(local.device)))).any())
-            )
+            if found is None:
+                outside = part.of(self.grid.expand(~self._mask_on(local.device)))
+                found = not self.is_dense and bool(((local != 0) & outside).any())
         if is_sharded(parameter):
-            self.dirty, self.clean_here = (_written_at(parameter), None) if found else (None, _written_at(parameter))
+            self.dirty, self.clean_here = (written_at(parameter), None) if found else (None, written_at(parameter))
         elif found:
-            self.clean, self.dirty = UNKNOWN, _written_at(parameter)
+            self.clean, self.dirty = UNKNOWN, written_at(parameter)
         elif not gathered(parameter):
             self.note_clean(parameter)
         return not found
@@ -356,7 +354,7 @@ class SparseWeight:
 
         What FSDP2 has gathered is known by what it was gathered from.
         """
-        now = _written_at(parameter)
+        now = written_at(parameter)
         if is_sharded(parameter) and not gathered(parameter):
             known = self.is_dense or self.clean_here == now
         else:
@@ -370,7 +368,7 @@ class SparseWeight:
         known = self.masked
         same = known is not None and known[0]() is gradient
         reference = known[0] if same else TensorWeakRef(gradient)  # type: ignore[index]
-        self.masked = reference, gradient._version, _address(gradient), self.changes
+        self.masked = reference, gradient._version, address_of(gradient), self.changes
 
     def is_masked(self, gradient: Tensor) -> bool:
         """Whether nobody has written to the gradient since it was masked with the present mask."""
@@ -378,12 +376,12 @@ class SparseWeight:
 
     def _was_masked(self, gradient: Tensor, at: int) -> bool:
         reference, version, address, changes = self.masked  # type: ignore[misc]
-        same = changes == self.changes and version == at and address == _address(gradient)
+        same = changes == self.changes and version == at and address == address_of(gradient)
         return same and reference() is gradient
 
     def note_computed(self, gradient: Tensor) -> None:
         """A backward pass has computed this of the gradient, with zeros outside the active blocks."""
-        known = StorageWeakRef(gradient.untyped_storage()), _lies(gradient), gradient._version, self.changes
+        known = StorageWeakRef(gradient.untyped_storage()), lying(gradient), gradient._version, self.changes
         self.computed, self.adding = None if self.dense_grad else known, None
 
     def _is_computed(self, gradient: Tensor) -> bool:
@@ -398,7 +396,7 @@ class SparseWeight:
             return False
         reference, lies, version, changes = computed
         same = reference.cdata == gradient.untyped_storage()._cdata and version == gradient._version
-        return same and changes == self.changes and lies == _lies(gradient)
+        return same and changes == self.changes and lies == lying(gradient)
 
     def take_computed(self, gradient: Tensor) -> bool:
         """A gradient has arrived: where it is the one that was computed, it is masked. Returns whether it is."""
@@ -457,24 +455,3 @@ def _has_index(grid: BlockGrid, device: torch.device) -> bool:
 
 def _new_index(grid: BlockGrid, device: torch.device) -> Tensor | None:
     return new_index(grid, device) if _has_index(grid, device) else None
-
-
-def _address(parameter: Tensor) -> int:
-    """Where the elements are; 0 of tensors that wrap others."""
-    return parameter.data_ptr() if type(parameter) in (Parameter, Tensor) else 0
-
-
-def _lies(gradient: Tensor) -> tuple[Any, ...]:
-    """Where a plain tensor's elements are, and how they lie there."""
-    return gradient.data_ptr(), gradient.shape, gradient.stride()
-
-
-def _written_at(parameter: Tensor) -> tuple[int, int]:
-    """What is another when somebody has written: the version, and where the elements are.
-
-    Of a DTensor those of what this rank holds of it: a write through the one does not show in the version of the other.
-    """
-    if not is_sharded(parameter):
-        return parameter._version, _address(parameter)
-    local = parameter._local_tensor  # type: ignore[attr-defined]
-    return parameter._version + local._version, _address(local)

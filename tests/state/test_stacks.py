@@ -290,6 +290,16 @@ def test_masks_are_taken_in_every_form() -> None:
     assert_zero_outside(model)
 
 
+def test_random_masks_are_each_matrix_s_own() -> None:
+    masks = sparsifier(sparsify(Experts(True), static(), block=4, masks="random")).masks
+    again = sparsifier(sparsify(Experts(True), static(), block=4, masks="random")).masks
+    for name, mask in masks.items():
+        assert torch.equal(mask, again[name])
+        parts = mask.chunk(EXPERTS)
+        assert len({part.sum().item() for part in parts}) == 1
+        assert not torch.equal(parts[0], parts[1])
+
+
 def test_masks_that_do_not_fit_are_refused() -> None:
     model = sparsify(Experts(True), static(), block=4)
     before = sparsifier(model).masks
