@@ -77,6 +77,18 @@ def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
         )
 
 
+def make_uneven(one: nn.Module, other: nn.Module) -> None:
+    """Give the matrices masks of different numbers of blocks, the same on both sides."""
+    generator = torch.Generator().manual_seed(4)
+    for name, weight in sparsifier(one).weights.items():
+        parts = weight.grid.split(weight.mask)
+        masks = [part | (torch.rand(part.shape, generator=generator) < i * 0.3) for i, part in enumerate(parts)]
+        assert len({int(mask.sum()) for mask in masks}) == EXPERTS
+        sparsifier(one).apply_mask(name, torch.cat(masks))
+        for i, mask in enumerate(masks):
+            sparsifier(other).apply_mask(f"{name}.{i}", mask)
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, skip: int = 0) -> None:
     for i, (x, y) in enumerate(batches(skip + steps)):
         if i >= skip:
@@ -99,7 +111,7 @@ SCHEDULES = {
     "several gradients": MixedSparsity(20, sparsity=0.7, warmup=0.3, interval=4, growth="gradient", gradient_steps=2),
     "gentle": GENTLE,
     "uniform": MixedSparsity(20, sparsity=0.6, warmup=0.2, interval=3, growth="gradient", distribution="uniform"),
-    "prunes": GradualPruning(15, sparsity=0.75, interval=3, growth="gradient"),
+    "prunes": GradualPruning(15, sparsity=0.75, end=0.9, interval=3, growth="gradient"),
     "l1": MixedSparsity(20, sparsity=0.7, warmup=0.2, interval=3, growth="gradient", magnitude="l1"),
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -134,6 +146,20 @@ def test_whatever_optimizer_steps_it(optimizer: str) -> None:
         train(model, OPTIMIZERS[optimizer](model.parameters()), 20)
     same(one, other)
     assert_zero_outside(one)
+
+
+@pytest.mark.parametrize("schedule", ["prunes", "gradients"])
+def test_matrices_with_different_numbers_of_blocks(schedule: str) -> None:
+    """Each loses as many as it has too many."""
+    one, other = pair(SCHEDULES[schedule])
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2) for model in (one, other)]
+    for i in range(12):
+        for model, optimizer in zip((one, other), optimizers, strict=True):
+            train(model, optimizer, 1, skip=i)
+        if i == 6:
+            make_uneven(one, other)
+        same(one, other)
+    assert_zero_outside(one, optimizers[0])
 
 
 @settings(max_examples=30)
@@ -348,6 +374,7 @@ def test_a_resumed_run_is_the_same_run(by: str) -> None:
 
 def test_masks_follow_values_that_are_loaded_matrix_by_matrix() -> None:
     one, other = pair(static())
+    make_uneven(one, other)
     donor = Experts(True)
     with torch.no_grad():
         for parameter in donor.parameters():
