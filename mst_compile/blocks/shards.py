@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mst_compile.blocks.layout import Part, as_matrix, part_of
-from mst_compile.blocks.memory import address_of
+from mst_compile.blocks.memory import address_of, is_plain
 from mst_compile.errors import ParallelismError, WeightError
 
 if TYPE_CHECKING or torch.distributed.is_available():
@@ -244,6 +245,20 @@ def is_made_of_others(parameter: Tensor) -> bool:
     base = parameter._base if parameter._is_view() else parameter
     flat = getattr(base, "_is_flat_param", False) or getattr(parameter, "_is_flat_param", False)
     return flat or hasattr(parameter, _LOCALISED)
+
+
+def is_copied_by(parameter: Tensor, optimizer: Optimizer) -> bool:
+    """Whether DeepSpeed lets ``optimizer`` train a copy of the Parameter in its place, of which this rank holds a
+    part."""
+    stage3 = getattr(parameter, "_z3_optimizer", None)
+    if stage3 is not None:
+        return getattr(stage3, "optimizer", None) is optimizer
+    copy = getattr(getattr(parameter, "_hp_mapping", None), "hp_fragment", None)
+    if not isinstance(copy, Tensor):
+        return False
+    memory = copy.untyped_storage().data_ptr()
+    trained = (p for group in optimizer.param_groups for p in group["params"])
+    return any(is_plain(p) and p.untyped_storage().data_ptr() == memory for p in trained)
 
 
 def _flattened(name: str, what: str) -> ParallelismError:

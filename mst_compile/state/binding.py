@@ -24,8 +24,8 @@ from .weight import SparseWeight, epoch
 
 _ATTRIBUTE = "_mst_weight"
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> handle of its gradient hook
-# Who is told, once, that a weight has got its first gradient. Weak methods, as they lead back to the weight.
-first_gradients: weakref.WeakKeyDictionary[SparseWeight, weakref.WeakMethod[Callable[[SparseWeight, Tensor], None]]] = (
+# Who is told of a weight's gradients as they arrive, as long as it wants to be. Weak methods, as they lead back to it.
+gradients: weakref.WeakKeyDictionary[SparseWeight, weakref.WeakMethod[Callable[[SparseWeight, Tensor], None]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -96,7 +96,7 @@ def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     if weight.is_orphan and not weight.orphaned:
         weight.orphaned = True
         warn_orphaned(weight.name)
-    told = first_gradients.pop(weight, None) if first_gradients else None
+    told = gradients.get(weight) if gradients else None
     tell = None if told is None else told()
     if tell is not None:
         tell(weight, parameter)

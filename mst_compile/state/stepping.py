@@ -29,15 +29,15 @@ from mst_compile.blocks.shards import is_sharded, lay_out_gradient
 from mst_compile.errors import MSTWarning
 
 from . import optimizers, regrown
-from .binding import first_gradients
+from .binding import gradients
 from .clock import StepClock
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
+from .standstill import Standstill
 from .steps import Step
 from .weight import SparseWeight, mask_gradients
 
 _NOWHERE = -1  # id of no backward pass
-_PATIENCE = 10  # foreign optimizer steps with gradients on sparse weights before the user is warned
 
 
 @dataclass
@@ -106,11 +106,10 @@ class Stepping:
         self._turns: dict[Step, _Turn] = {}  # steps under way
         self._deferred = _NOWHERE  # the backward pass for whose end a step within it waits
         self._making_state = False  # the optimizer that steps now only makes its state
-        self._masked: list[object] = []  # what was known of gradients at the last such step
-        self._foreign_steps = 0  # of optimizers without sparse weights; -1: warned
-        self._has_stepped = False
+        self._standstill = Standstill(run, auto_step)
+        self._has_stepped = self._had_gradient = False
         for weight in run.weights:
-            first_gradients[weight] = weakref.WeakMethod(self._tell_of_gradient)
+            gradients[weight] = weakref.WeakMethod(self._gradient_arrived)
 
     def step(self) -> None:
         """A training step is complete."""
@@ -119,6 +118,9 @@ class Stepping:
         weights.rebind()
         self._clock.complete(weights.with_gradients(), self._run.step_count + 1)
         self._finish()
+        if not self._standstill.is_over:
+            self._standstill.counted()
+            self._stop_listening()
 
     def _finish(self) -> None:
         """Do what follows from a training step that was counted: what an interrupt has left of it, or all."""
@@ -142,6 +144,7 @@ class Stepping:
         own = run.of(optimizer)
         if not own and run.active:
             run.weights.check_not_flattened(optimizer)
+            self._standstill.check(optimizer)
         if not own or self._making_state or optimizers.skipped_by_scaler(optimizer):
             return
         self._finish()
@@ -227,7 +230,7 @@ class Stepping:
         if not self._auto_step:
             return
         if own:
-            self._foreign_steps = min(self._foreign_steps, 0)
+            self._standstill.own_step()
             if _in_backward():
                 self._step_after_backward()
             elif self._clock.completed is not None:
@@ -235,7 +238,7 @@ class Stepping:
             elif self._clock.is_complete(run.weights.with_gradients()):
                 self.step()  # of several optimizers the last one completes the step
         elif run.active:
-            self._warn_if_not_stepped(optimizer)
+            self._standstill.foreign_step(optimizer)
 
     def _write_young(self, step: Step, own: list[tuple[SparseWeight, nn.Parameter]], turn: _Turn) -> None:
         """Let young blocks step as the schedule says: once, whoever steps around the one that has moved them."""
@@ -260,11 +263,20 @@ class Stepping:
                 self._follow(step, turn, own)
         self._turns.pop(step, None)
 
-    def _tell_of_gradient(self, weight: SparseWeight, parameter: Tensor) -> None:
-        for other in self._run.weights:  # one is told of, the first
-            first_gradients.pop(other, None)
-        for watcher in _run_watchers:
-            watcher.first_gradient(self._run, weight, parameter)
+    def _gradient_arrived(self, weight: SparseWeight, parameter: Tensor) -> None:
+        """A gradient has arrived before a step was counted in this process."""
+        if not self._had_gradient:
+            self._had_gradient = True
+            for watcher in _run_watchers:
+                watcher.first_gradient(self._run, weight, parameter)
+        if not self._turns:
+            self._standstill.arrived(weight, parameter)
+        if self._standstill.is_over:
+            self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        for weight in self._run.weights:
+            gradients.pop(weight, None)
 
     def _step_after_backward(self) -> None:
         """Optimizers that step within the backward pass, one a parameter: count once, when all gradients are there."""
@@ -327,50 +339,6 @@ class Stepping:
                 MSTWarning,
                 stacklevel=6,
             )
-
-    def _warn_if_not_stepped(self, optimizer: Optimizer) -> None:
-        if self._foreign_steps < 0:
-            return
-        if self._run.step_count > 0 and not self._had_backward():
-            return  # gradients that were left over: the model is not trained any more
-        if self._run.weights.with_gradients():
-            what = (
-                "owns none of the sparse weights. Build the optimizer from model.parameters() of the sparsified model "
-                "as it is now (load_state_dict(assign=True), for one, makes other Parameters), or pass auto_step=False "
-                "to sparsify and call sparsifier(model).step() yourself"
-            )
-        elif self._run.step_count == 0 and self._trains_around(optimizer):
-            what = (
-                "trains other Parameters of the model while all sparse weights are frozen, which keep their values and "
-                "masks. That is right for adapters on a sparse base; else unfreeze them, or densify(model) and train "
-                "what is left as an ordinary model"
-            )
-        else:
-            return
-        self._foreign_steps += 1
-        if self._foreign_steps >= _PATIENCE:
-            self._foreign_steps = -1
-            if self._run.weights.with_gradients() and any(self._run.of(other) for other in optimizers.alive()):
-                return  # whose turn is still to come, as where two models train in turn
-            warnings.warn(
-                f"the sparsity schedule does not advance: {type(optimizer).__name__} has stepped {_PATIENCE} times but "
-                f"{what}",
-                MSTWarning,
-                stacklevel=4,
-            )
-
-    def _had_backward(self) -> bool:
-        """Whether gradients have been computed since this was asked last."""
-        before, self._masked = self._masked, [weight.masked for weight in self._run.weights]
-        return len(before) == len(self._masked) and any(a is not b for a, b in zip(before, self._masked, strict=True))
-
-    def _trains_around(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer trains Parameters of the model, whose sparse weights are all frozen."""
-        model = self._run.root()
-        if model is None or any(parameter.requires_grad for _, parameter in self._run.weights.held()):
-            return False
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return any(id(parameter) in known for parameter in model.parameters())
 
 
 def _warn_if_shared(own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
