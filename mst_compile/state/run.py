@@ -18,6 +18,7 @@ from .attention import AttentionState
 from .checkpoint_hooks import take_unclaimed
 from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_event
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
+from .indexes import want_dense_gradients
 from .listeners import Listeners, TopologyEvent, changes
 from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
@@ -294,8 +295,8 @@ class Run:
         whose growth reads gradients, have them computed on all blocks."""
         self.attention.pattern = attention_of(self.schedule, self.step_count)
         wanted = self.schedule.wants_gradient_after(self.step_count)
-        for weight in self.weights:
-            weight.set_dense_grad(wanted and weight.density_target < 1)
+        want_dense_gradients((weight for weight in self.weights if weight.density_target >= 1 or not wanted), False)
+        want_dense_gradients((weight for weight in self.weights if weight.density_target < 1 and wanted), True)
 
     def change_mask(self, weight: SparseWeight, parameter: nn.Parameter, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule."""

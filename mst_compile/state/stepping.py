@@ -31,6 +31,7 @@ from mst_compile.errors import MSTWarning
 from . import optimizers, regrown
 from .binding import first_gradients
 from .clock import StepClock
+from .indexes import want_dense_gradients
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
 from .steps import Step
@@ -405,7 +406,7 @@ def _harvest(own: list[tuple[SparseWeight, nn.Parameter, Tensor | None]], scale:
     for (weight, _, base), mean in zip(found, means, strict=True):
         score = mean / (scale * scale)
         weight.scores = score if base is None else base + score
-        weight.set_dense_grad(again)
+    want_dense_gradients((weight for weight, _, _ in found), again)
     mask_gradients((weight, gradient) for weight, gradient, _ in found)
     for weight, gradient, _ in found:
         weight.note_masked(gradient)  # a dense one's, too, that it is not read twice
