@@ -9,7 +9,7 @@ import torch
 from mst_compile.kernels import cpu as kernels
 from torch import Tensor
 
-from mst_compile.blocks.bulk import Kind
+from mst_compile.blocks.bulk import Average, Kind
 from mst_compile.blocks.grid import BlockGrid
 
 from . import cpu_attention, cpu_choice, cpu_facts, cpu_grouped, cpu_linear, cpu_packed, device
@@ -50,6 +50,12 @@ class _Bulk:
     def measure(self, tensors: Sequence[Tensor], grids: Sequence[BlockGrid], kind: Kind) -> Tensor:
         found = [kernels.block_sumsq(t, grid.block).flatten() for t, grid in zip(tensors, grids, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def begins(self, average: Average) -> bool:
+        return False  # PyTorch's passes are a small part of the step that follows an event
+
+    def begin(self, averages: Sequence[Average], scale: float) -> None:
+        raise NotImplementedError
 
 
 def _lowerings() -> Mapping[str, Callable[..., Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mst_compile.blocks.bulk import Kind
+from mst_compile.blocks.bulk import Average, Kind
 from mst_compile.blocks.grid import TILE_BLOCK, BlockGrid
 
 from . import crossover, device
@@ -125,6 +125,14 @@ class _Bulk:
         from mst_compile.kernels.triton import measure
 
         return measure.measure(tensors, grids, kind)
+
+    def begins(self, average: Average) -> bool:
+        return average.gradient.dtype in _FLOATS and average.average.dtype in _FLOATS
+
+    def begin(self, averages: Sequence[Average], scale: float) -> None:
+        from mst_compile.kernels.triton import averages as kernel
+
+        kernel.begin(averages, scale)
 
 
 def _times(layers: Sequence[device.Layer], tuned: bool) -> list[device.LayerTimes]:

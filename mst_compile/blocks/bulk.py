@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,24 @@ from mst_compile.blocks.shards import is_sharded, local_part, sum_over_shards, u
 
 # Of each block the sum of squares, that of absolute values, or 1 where any element is not 0 (as NaN is not), else 0.
 Kind = Literal["squares", "magnitudes", "nonzero"]
+
+
+class Average(NamedTuple):
+    """A running average of a gradient's squares, which is to begin anew in some blocks, at its first estimate.
+
+    Attributes:
+        gradient, average: ``[rows, cols]`` each.
+        blocks: bool ``[R, C]`` on the CPU, where it begins.
+        beta: how the average decays where its owner divides it by ``1 - beta**steps``; 0 where it does not.
+        steps: how many the owner has taken, where it keeps that; a number of a device's is left there.
+    """
+
+    gradient: Tensor
+    average: Tensor
+    grid: BlockGrid
+    blocks: Tensor
+    beta: float
+    steps: Tensor | float
 
 
 class Kernels(Protocol):
@@ -40,6 +58,12 @@ class Kernels(Protocol):
     def measure(self, tensors: Sequence[Tensor], grids: Sequence[BlockGrid], kind: Kind) -> Tensor:
         """A number for each block of all the tensors, ``[rows, cols]`` each, of one device: float32 ``[blocks]`` there,
         row by row, one tensor after the other."""
+
+    def begins(self, average: Average) -> bool:
+        """Whether :meth:`begin` is faster than PyTorch; asked where it takes both tensors."""
+
+    def begin(self, averages: Sequence[Average], scale: float) -> None:
+        """Do what :func:`begin_averages` does, of one device."""
 
 
 _kernels: dict[str, Kernels] = {}
@@ -299,6 +323,30 @@ def _measure(tensor: Tensor, grid: BlockGrid, kind: Kind) -> Tensor:
     if values.dtype == torch.float32:  # no copy for what makes one
         return (values.abs() if kind == "magnitudes" else values.square()).sum((1, 3))
     return _MEASURES[kind](values.float()).sum((1, 3))
+
+
+@torch.no_grad()
+def begin_averages(averages: Sequence[Average], scale: float) -> list[Average]:
+    """Set averages, in their blocks, to the square of each element's gradient or to the block's mean square where that
+    is larger, times ``1 - beta**(steps + 1)``, as far as there are kernels for it; returns the others.
+
+    Args:
+        scale: factor by which the gradients are too large.
+    """
+    taken: dict[torch.device, list[Average]] = {}
+    left = []
+    for one in averages:
+        gradient, average, grid = one[:3]
+        matrices = gradient.dim() == average.dim() == 2 and not is_sharded(gradient) and not is_sharded(average)
+        kernels = _native(gradient, grid, average) if matrices else None
+        if kernels is not None and kernels.takes(average, grid) and kernels.begins(one):
+            taken.setdefault(average.device, []).append(one)
+        else:
+            left.append(one)
+    for device, own in taken.items():
+        _kernels[device.type].begin(own, scale)
+        torch.autograd.graph.increment_version([one.average for one in own])
+    return left
 
 
 def _sums_of_shards(tensor: Tensor, grid: BlockGrid, kind: Kind) -> Tensor:

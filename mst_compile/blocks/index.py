@@ -60,7 +60,7 @@ def write_index(
 class Content(NamedTuple):
     """What is to be written to an index: the arguments of :func:`write_index`."""
 
-    index: Tensor
+    to: Tensor
     grid: BlockGrid
     mask: Tensor
     dense_grad: bool
@@ -82,7 +82,7 @@ def write_indexes(contents: Sequence[Content]) -> None:
         packed = torch.cat([_packed(c.grid, c.mask, c.dense_grad, c.changes) for c in own])
         there = torch.empty_like(packed, device=device)
         upload_(there, packed)
-        indexes = [content.index.view(-1) for content in own]
+        indexes = [content.to.view(-1) for content in own]
         torch._foreach_copy_(indexes, there.split([index.numel() for index in indexes]))
 
 

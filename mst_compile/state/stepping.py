@@ -34,6 +34,7 @@ from .clock import StepClock
 from .indexes import want_dense_gradients
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
+from .second_moments import start_second_moments
 from .steps import Step
 from .weight import SparseWeight, mask_gradients
 
@@ -190,9 +191,9 @@ class Stepping:
         read = [(w, p, turn.scores.get(w.name)) for w, p in found if w.name not in turn.late]
         _harvest(read, scale, again=step.has_closure)
         mask_gradients((weight, parameter.grad) for weight, parameter in found)  # type: ignore[misc]
-        for weight, parameter in found:
-            if weight.grown is not None and not regrown.by_own_steps(self._run.schedule, optimizer):
-                optimizers.start_second_moment(optimizer, parameter, weight.grid, weight.grown)
+        grown = [(weight, parameter) for weight, parameter in found if weight.grown is not None]
+        if grown and not regrown.by_own_steps(self._run.schedule, optimizer):
+            start_second_moments(optimizer, grown)
 
     def after_step(self, step: Step) -> None:
         """An optimizer has stepped: count the step if it owns sparse weights, and completes a training step."""

@@ -65,12 +65,12 @@ def test_indexes_that_go_together_are_those_of_each_alone(data: st.DataObject) -
         contents.append(Content(index, grid, mask, *told))
         alone.append(new_index(grid))
         write_index(alone[-1], grid, mask, dense_grad=told[0], changes=told[1])
-    before = [(c.index.data_ptr(), c.index._version) for c in contents]
+    before = [(c.to.data_ptr(), c.to._version) for c in contents]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexes, "_goes_far", lambda index, mask: True)
         write_indexes(contents)
-    assert all(torch.equal(content.index, one) for content, one in zip(contents, alone, strict=True))
-    assert [(c.index.data_ptr(), c.index._version) for c in contents] == [(at, v + 1) for at, v in before]
+    assert all(torch.equal(content.to, one) for content, one in zip(contents, alone, strict=True))
+    assert [(c.to.data_ptr(), c.to._version) for c in contents] == [(at, v + 1) for at, v in before]
 
 
 def test_the_word_of_many_indexes() -> None:
