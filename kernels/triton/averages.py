@@ -1,8 +1,9 @@
 """Averages of squares that begin where blocks have just grown, for any number of weights in one launch.
 
-A program reads one block of a gradient, for its mean square and once more out of the cache, and writes the same block of
-what an optimizer keeps: nothing else is touched, and the host waits for no number. In PyTorch that is ten launches a
-weight, passes over all of it, and a wait for the block's mean and another for the optimizer's step count.
+A program reads one block of a gradient, for its mean square and once more out of the cache, and writes the same block
+of what an optimizer keeps: nothing else is touched, and the host waits for no number. In PyTorch that is sixteen
+launches and copies a weight, passes over all of it, and four waits, for the block's mean and the optimizer's step count
+among them.
 
 Sums are in the order of ``measure.py``, so that ranks with the same gradients begin with the same bits.
 """
@@ -82,8 +83,8 @@ def _factors(averages: Sequence[Average], scale: float) -> Tensor:
     counts = [a.steps for a in averages]
     there = [isinstance(count, Tensor) and count.device == device for count in counts]
     if any(there):
-        zero = torch.zeros((), dtype=torch.float32, device=device)
-        steps = torch.stack([c.detach().float() if t else zero for c, t in zip(counts, there, strict=True)])  # type: ignore[union-attr]
+        zero = None if all(there) else torch.zeros((), dtype=torch.float32, device=device)
+        steps = torch.stack([c.detach().float() if t else zero for c, t in zip(counts, there, strict=True)])  # type: ignore[union-attr, misc]
         known = torch.tensor([0.0 if t else float(c) for c, t in zip(counts, there, strict=True)], dtype=torch.float64)
         both = tables.upload(torch.stack([betas, known]), device)
         factors = (1 - both[0] ** (steps.double() + both[1] + 1)) / (scale * scale)
@@ -100,15 +101,15 @@ def begin(averages: Sequence[Average], scale: float) -> None:
             groups.setdefault((one.grid.block, one.gradient.dtype, one.average.dtype), []).append(one)
     for (block, *dtypes), own in groups.items():
         device = own[0].average.device
-        places = [
-            (a.gradient.data_ptr(), a.average.data_ptr(), a.grid.rows, a.grid.cols, a.gradient.stride(0), a.average.stride(0))
-            for a in own
-        ]  # fmt: skip
+        places = tuple(
+            (g.data_ptr(), average.data_ptr(), grid.rows, grid.cols, g.stride(0), average.stride(0))
+            for g, average, grid, *_ in own
+        )
         grown = [a.blocks.nonzero().int() for a in own]
         numbers = [torch.full((len(blocks), 1), i, dtype=torch.int32, device="cpu") for i, blocks in enumerate(grown)]
         programs = torch.cat([torch.cat(numbers), torch.cat(grown)], 1)
         with torch.cuda.device(device):
             begin_averages[len(programs),](
-                tables.rows_of(tuple(places), device), _factors(own, scale), tables.upload(programs, device),
+                tables.rows_of(places, device), _factors(own, scale), tables.upload(programs, device),
                 **constants(*dtypes, block), **OPTIONS,
             )  # fmt: skip
