@@ -99,11 +99,11 @@ def begin(averages: Sequence[Average], scale: float) -> None:
     for one in averages:
         if bool(one.blocks.any()):
             groups.setdefault((one.grid.block, one.gradient.dtype, one.average.dtype), []).append(one)
-    for (block, *dtypes), own in groups.items():
+    for (block, gradient, average), own in groups.items():
         device = own[0].average.device
         places = tuple(
-            (g.data_ptr(), average.data_ptr(), grid.rows, grid.cols, g.stride(0), average.stride(0))
-            for g, average, grid, *_ in own
+            (a.gradient.data_ptr(), a.average.data_ptr(), *a.average.shape, a.gradient.stride(0), a.average.stride(0))
+            for a in own
         )
         grown = [a.blocks.nonzero().int() for a in own]
         numbers = [torch.full((len(blocks), 1), i, dtype=torch.int32, device="cpu") for i, blocks in enumerate(grown)]
@@ -111,5 +111,5 @@ def begin(averages: Sequence[Average], scale: float) -> None:
         with torch.cuda.device(device):
             begin_averages[len(programs),](
                 tables.rows_of(places, device), _factors(own, scale), tables.upload(programs, device),
-                **constants(*dtypes, block), **OPTIONS,
+                **constants(gradient, average, block), **OPTIONS,
             )  # fmt: skip

@@ -175,7 +175,7 @@ class Run:
                 self._go_on_completing()
             except Exception:  # what cannot be is left out; what was interrupted is made up for
                 self._completion, self.overdue = None, False
-                self._note_versions()
+                self._note_versions(self.weights.parameters())
                 self.prepare_next_step()
             raise
 
@@ -194,7 +194,7 @@ class Run:
             self.overdue = now.due
         if self.overdue:
             self._change_topology(now, own)
-        self._note_versions()
+        self._note_versions(own)
         self.prepare_next_step()
         event, self._completion = now.event, None
         if self._steps_here == _PATIENCE:
@@ -202,8 +202,9 @@ class Run:
         if event is not None:  # last: what a callback raises finds a step that is complete
             self.listeners.tell(event)
 
-    def _note_versions(self) -> None:
-        for weight, parameter in self.weights.parameters():
+    @staticmethod
+    def _note_versions(own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
+        for weight, parameter in own:
             weight.version = parameter._version
 
     def skip_step(self) -> None:

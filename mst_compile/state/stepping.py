@@ -117,9 +117,12 @@ class Stepping:
     def step(self) -> None:
         """A training step is complete."""
         self._finish()
-        weights = self._run.weights
-        weights.rebind()
-        self._clock.complete(weights.with_gradients(), self._run.step_count + 1)
+        self._run.weights.rebind()
+        self._complete(self._run.weights.with_gradients())
+
+    def _complete(self, pending: set[str]) -> None:
+        """Count a training step of weights that are bound; ``pending`` have gradients."""
+        self._clock.complete(pending, self._run.step_count + 1)
         self._finish()
 
     def _finish(self) -> None:
@@ -131,7 +134,8 @@ class Stepping:
         try:
             if self._run.step_count == number - 1:  # else it has been completed, or a checkpoint was loaded meanwhile
                 # Another optimizer's, whose turn is still to come.
-                _harvest([(w, p, w.scores) for w, p in self._run.weights.parameters() if w.name in late], 1.0)
+                if late:
+                    _harvest([(w, p, w.scores) for w, p in self._run.weights.parameters() if w.name in late], 1.0)
                 self._run.complete_step()
         except Exception:
             self._clock.done()
@@ -234,8 +238,8 @@ class Stepping:
                 self._step_after_backward()
             elif self._clock.completed is not None:
                 self._finish()  # it was counted, and then interrupted
-            elif self._clock.is_complete(run.weights.with_gradients()):
-                self.step()  # of several optimizers the last one completes the step
+            elif self._clock.is_complete(pending := run.weights.with_gradients()):
+                self._complete(pending)  # of several optimizers the last one completes the step
         elif run.active:
             self._warn_if_not_stepped(optimizer)
 

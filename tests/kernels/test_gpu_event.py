@@ -1,4 +1,4 @@
-"""Topology events whose reading and writing is done by the GPU's kernels, in Triton's interpreter: the same decisions."""
+"""Topology events read and written by the GPU's kernels, in Triton's interpreter: the same decisions."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_events_decide_alike() -> None:
     with kernels_of_a_gpu() as launched:
         found, other = trained(8)
     assert {"zero_inactive", "measure_blocks", "begin_averages"} <= set(launched)
-    # Two events: scores, values outside, magnitudes, of all weights each. And values are looked at when training begins.
+    # Two events: scores, values outside and magnitudes of all weights each. And values are looked at at the beginning.
     assert launched.count("measure_blocks") >= 6
     assert launched.count("begin_averages") == 2
     for name, mask in usual.items():
