@@ -9,6 +9,7 @@ import torch
 from mst_compile.kernels import cpu as kernels
 from torch import Tensor
 
+from mst_compile.blocks.bulk import Average, Kind
 from mst_compile.blocks.grid import BlockGrid
 
 from . import cpu_attention, cpu_choice, cpu_facts, cpu_grouped, cpu_linear, cpu_packed, device
@@ -43,8 +44,18 @@ class _Bulk:
         for tensor, index, grid in zip(tensors, indexes, grids, strict=True):
             kernels.zero_inactive_(tensor, index, grid.block)
 
-    def sum_of_squares(self, tensor: Tensor, grid: BlockGrid) -> Tensor:
-        return kernels.block_sumsq(tensor, grid.block)
+    def measures(self, tensor: Tensor, kind: Kind) -> bool:
+        return kind == "squares"
+
+    def measure(self, tensors: Sequence[Tensor], grids: Sequence[BlockGrid], kind: Kind) -> Tensor:
+        found = [kernels.block_sumsq(t, grid.block).flatten() for t, grid in zip(tensors, grids, strict=True)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def begins(self, average: Average) -> bool:
+        return False  # PyTorch's passes are a small part of the step that follows an event
+
+    def begin(self, averages: Sequence[Average], scale: float) -> None:
+        raise NotImplementedError
 
 
 def _lowerings() -> Mapping[str, Callable[..., Any]]:

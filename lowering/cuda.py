@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mst_compile.blocks.bulk import Average, Kind
 from mst_compile.blocks.grid import TILE_BLOCK, BlockGrid
 
 from . import crossover, device
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_FLOATS = (*_DTYPES, torch.float64)  # whose blocks kernels can measure
 _MIN_HEAD, _MAX_HEAD, _MAX_HEAD_FLOAT32 = 16, 256, 128  # accumulators of larger ones do not fit the registers
 _WIDEST = 8  # bytes of an element that kernels can write zeros to
 _MIN_CAPABILITY = (8, 0)  # bfloat16 and asynchronous copies
@@ -116,8 +118,21 @@ class _Bulk:
 
         zero.zero_inactive_(tensors, indexes, grids)
 
-    def sum_of_squares(self, tensor: Tensor, grid: BlockGrid) -> None:
-        """PyTorch's: it is asked for at topology events alone."""
+    def measures(self, tensor: Tensor, kind: Kind) -> bool:
+        return tensor.dtype in _FLOATS
+
+    def measure(self, tensors: Sequence[Tensor], grids: Sequence[BlockGrid], kind: Kind) -> Tensor:
+        from mst_compile.kernels.triton import measure
+
+        return measure.measure(tensors, grids, kind)
+
+    def begins(self, average: Average) -> bool:
+        return average.gradient.dtype in _FLOATS and average.average.dtype in _FLOATS
+
+    def begin(self, averages: Sequence[Average], scale: float) -> None:
+        from mst_compile.kernels.triton import averages as kernel
+
+        kernel.begin(averages, scale)
 
 
 def _times(layers: Sequence[device.Layer], tuned: bool) -> list[device.LayerTimes]:

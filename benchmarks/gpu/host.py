@@ -37,6 +37,7 @@ from .checkout import ROOT, make_importable
 TESTS = ROOT / "tests"
 _WARMUP = 6  # steps: the first look at values, and addresses repeat after a few
 _EVENT = 20  # steps between topology events
+AROUND = ("before an event", "event", "behind an event")
 MODELS = {
     "small": plan.MODELS[0],
     "llama": plan.ModelCell("llama", 768, 12, 12, 32000, 16, 1024),
@@ -131,14 +132,15 @@ class Side:
 
     Attributes:
         step: a training step, of as many backward passes as it is told.
-        trace: of a step; passes: of one with two backward passes; event: of one with a topology event.
+        trace: of a step; passes: of one with two backward passes.
+        around: of the step before a topology event, of that with the event and of the one behind it.
         seconds: of the host, of each step that was timed.
     """
 
     step: Callable[..., object]
     trace: Any = None
     passes: Any = None
-    event: Any = None
+    around: dict[str, Any] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     sources: dict[str, float] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
@@ -228,12 +230,14 @@ def _traced(side: Side, idle: Any, passes: int) -> Any:
 
 
 def _find_event(args: argparse.Namespace, idle: Any) -> Side:
-    """A side of a schedule, with the trace of the step whose masks change."""
+    """A side of a schedule, with traces of the step whose masks change, of the one before, which computes gradients on
+    all blocks, and of the one behind, the first of blocks that have grown."""
     side = prepare("event", args, idle)
-    for _ in range(_WARMUP, _EVENT - 1):  # the first one: what the next ones find is no model, as nothing computes
+    for _ in range(_WARMUP, _EVENT - 2):  # the first one: what the next ones find is no model, as nothing computes
         side.step()
-    with idle.tracing() as side.event:
-        side.step()
+    for name in AROUND:
+        with idle.tracing() as side.around[name]:
+            side.step()
     return side
 
 
@@ -266,7 +270,7 @@ def _print_times(sides: dict[str, Side], steps: int) -> None:
 
 def _account(side: Side, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, trace in (("step", side.trace), ("two passes", side.passes), ("event", side.event)):
+    for name, trace in (("step", side.trace), ("two passes", side.passes), *side.around.items()):
         if trace is not None:
             found[name] = {
                 "launches": trace.launches, "kernels": dict(trace.kernels), "operators": dict(trace.operators),
@@ -302,8 +306,9 @@ def work(args: argparse.Namespace) -> int:
         sides.clear()
         if not args.no_event:
             event = _find_event(args, idle)
-            _print_counts("mst, a step with a topology event", event.event)
-            _print_waits(event.event)
+            for name, trace in event.around.items():
+                _print_counts(f"mst, step: {name}", trace)
+                _print_waits(trace)
             found["event"] = _account(event, 0)
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1))

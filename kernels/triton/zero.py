@@ -3,9 +3,6 @@
 A program stores zeros into the inactive blocks of a piece of a block row and touches nothing else, so that a pass moves
 the bytes of the zeros once. ``masked_fill_`` reads and writes every element, after two kernels that make its mask: for
 the gradients of GPT-2 small at 90 %, .5 GB against 1 GB, and a launch against 147.
-
-Addresses, shapes and strides stand in a table on the device. The caching allocator gives the gradients of one step the
-addresses of the step before, so that a table is uploaded once and found again from then on.
 """
 
 from __future__ import annotations
@@ -17,14 +14,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from mst_compile.kernels.triton import tables
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.index import upload_
 
 _ELEMENTS = 8192  # of a program's tile, 64 a thread
 _INTEGERS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}  # zero is zero bits in every dtype
-_ALIGNMENT = 16  # bytes of one store
 
 
 @triton.jit
@@ -89,44 +85,14 @@ def width_of(block: int) -> int:
 
 def alignment(places: Sequence[Place], size: int) -> int:
     """Into how many elements of ``size`` bytes, up to a store's, all addresses, strides and columns can be divided."""
-    wanted = _ALIGNMENT // size
-    fits = all(p.address % _ALIGNMENT == 0 and p.stride % wanted == p.cols % wanted == 0 for p in places)
-    return wanted if fits else 1
-
-
-def program_map(shapes: Sequence[tuple[int, int]], block: int) -> list[list[int]]:
-    """Which of the tensors of these shapes, block row and piece of it each program takes."""
-    width = width_of(block)
-    return [
-        [i, row, piece]
-        for i, (rows, cols) in enumerate(shapes)
-        for row in range(-(-rows // block))
-        for piece in range(-(-cols // width))
-    ]
-
-
-@functools.lru_cache(maxsize=1024)
-def _table(places: tuple[Place, ...], device: torch.device) -> Tensor:
-    return _upload(torch.tensor(places, device="cpu"), device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _programs(shapes: tuple[tuple[int, int], ...], block: int, device: torch.device) -> Tensor:
-    """Of GPT-2 small 15000, which take the host longer than a step may wait: they outlive the addresses."""
-    return _upload(torch.tensor(program_map(shapes, block), dtype=torch.int32, device="cpu"), device)
+    return tables.divides(size, [p.address for p in places], [n for p in places for n in (p.stride, p.cols)])
 
 
 @functools.lru_cache(maxsize=1024)
 def _launch(places: tuple[Place, ...], block: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Table, programs and alignment: found again at once, as long as nothing moves."""
-    programs = _programs(tuple((p.rows, p.cols) for p in places), block, device)
-    return _table(places, device), programs, alignment(places, size)
-
-
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    there = torch.empty_like(tensor, device=device)
-    upload_(there, tensor)
-    return there
+    programs = tables.programs_of(tuple((p.rows, p.cols) for p in places), block, width_of(block), device)
+    return tables.rows_of(places, device), programs, alignment(places, size)
 
 
 def zero_inactive_(tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: Sequence[BlockGrid]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,27 @@ from mst_compile.blocks.index import read_mask, upload_
 from mst_compile.blocks.layout import Part, are_one_matrix, as_matrix
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import is_sharded, local_part, sum_over_shards, unsharded
+
+# Of each block the sum of squares, that of absolute values, or 1 where any element is not 0 (as NaN is not), else 0.
+Kind = Literal["squares", "magnitudes", "nonzero"]
+
+
+class Average(NamedTuple):
+    """A running average of a gradient's squares, which is to begin anew in some blocks, at its first estimate.
+
+    Attributes:
+        gradient, average: ``[rows, cols]`` each.
+        blocks: bool ``[R, C]`` on the CPU, where it begins.
+        beta: how the average decays where its owner divides it by ``1 - beta**steps``; 0 where it does not.
+        steps: how many the owner has taken, where it keeps that; a number of a device's is left there.
+    """
+
+    gradient: Tensor
+    average: Tensor
+    grid: BlockGrid
+    blocks: Tensor
+    beta: float
+    steps: Tensor | float
 
 
 class Kernels(Protocol):
@@ -31,8 +52,18 @@ class Kernels(Protocol):
     def zero_inactive_(self, tensors: Sequence[Tensor], indexes: Sequence[Tensor], grids: Sequence[BlockGrid]) -> None:
         """Zero what lies outside the active blocks of each of the tensors, which are of one device, in place."""
 
-    def sum_of_squares(self, tensor: Tensor, grid: BlockGrid) -> Tensor | None:
-        """Sum of squares of each block, float32 ``[R, C]`` on the CPU; None: PyTorch is as fast."""
+    def measures(self, tensor: Tensor, kind: Kind) -> bool:
+        """Whether :meth:`measure` is faster than PyTorch; asked of what it takes."""
+
+    def measure(self, tensors: Sequence[Tensor], grids: Sequence[BlockGrid], kind: Kind) -> Tensor:
+        """A number for each block of all the tensors, ``[rows, cols]`` each, of one device: float32 ``[blocks]`` there,
+        row by row, one tensor after the other."""
+
+    def begins(self, average: Average) -> bool:
+        """Whether :meth:`begin` is faster than PyTorch; asked where it takes both tensors."""
+
+    def begin(self, averages: Sequence[Average], scale: float) -> None:
+        """Do what :func:`begin_averages` does, of one device."""
 
 
 _kernels: dict[str, Kernels] = {}
@@ -204,23 +235,35 @@ def block_mean_square(tensor: Tensor, grid: BlockGrid) -> Tensor:
     Of a tensor that is spread over ranks, every rank gets the scores of the whole tensor, bit for bit the same; all
     must call it.
     """
-    tensor = tensor if is_sharded(tensor) else as_matrix(tensor)
-    native = None if is_sharded(tensor) or grid.block == 1 else _native(tensor, grid)
-    sums = None if native is None else native.sum_of_squares(tensor.detach(), grid)
-    return grid.mean_of_sums_(sums) if sums is not None else _block_mean(tensor, grid, Tensor.square_)
+    return _block_mean(tensor, grid, "squares")
 
 
+@torch.no_grad()
+def block_mean_abs(tensor: Tensor, grid: BlockGrid) -> Tensor:
+    """Mean absolute value of each block, as :func:`block_mean_square` has the mean square."""
+    return _block_mean(tensor, grid, "magnitudes")
+
+
+def _block_mean(tensor: Tensor, grid: BlockGrid, kind: Kind) -> Tensor:
+    if is_sharded(tensor):
+        return grid.mean_of_sums_(_sums_of_shards(tensor, grid, kind)).float().cpu()
+    if grid.block == 1:
+        return _MEASURES[kind](as_matrix(tensor).detach().to(torch.float32, copy=True)).cpu()
+    return grid.mean_of_sums_(_measured([(tensor, grid)], kind)[0])
+
+
+@torch.no_grad()
 def block_means(whole: Sequence[tuple[Tensor, BlockGrid]], magnitude: str = "l2") -> Iterator[Tensor]:
     """:func:`block_mean_square` of each tensor, or :func:`block_mean_abs` (``"l1"``), in their order.
 
     Those on a GPU are computed at once, and one copy brings them: the host waits for the device once, not at each.
     Others are computed when they are asked for.
     """
-    alone, measure_ = (block_mean_abs, Tensor.abs_) if magnitude == "l1" else (block_mean_square, Tensor.square_)
+    kind: Kind = "magnitudes" if magnitude == "l1" else "squares"
     together = [i for i, (tensor, _) in enumerate(whole) if _waits(tensor)]
-    sums = dict(zip(together, _downloaded([_block_sums(*whole[i], measure_) for i in together]), strict=True))
+    sums = dict(zip(together, _measured([whole[i] for i in together], kind), strict=True))
     for i, (tensor, grid) in enumerate(whole):
-        yield grid.mean_of_sums_(sums[i]) if i in sums else alone(tensor, grid)
+        yield grid.mean_of_sums_(sums[i]) if i in sums else _block_mean(tensor, grid, kind)
 
 
 def _waits(tensor: Tensor) -> bool:
@@ -229,32 +272,37 @@ def _waits(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _downloaded(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of a GPU, of one dtype, on the CPU: one copy from each device."""
-    found: dict[int, Tensor] = {}
-    for device in {tensor.device for tensor in tensors}:
-        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        parts = torch.cat([tensors[i].flatten() for i in here]).cpu().split([tensors[i].numel() for i in here])
-        found |= {i: part.view(tensors[i].shape) for i, part in zip(here, parts, strict=True)}
-    return [found[i] for i in range(len(tensors))]
-
-
-@torch.no_grad()
 def outside_of_all(whole: Sequence[tuple[Tensor, BlockGrid, Tensor]]) -> list[bool | None]:
     """Whether any element of each tensor is not 0 outside the blocks of its mask (bool ``[R, C]`` on the CPU), where
     looking at all of them at once saves the host from waiting for the device at each; None where it does not."""
     found: list[bool | None] = [None] * len(whole)
     together = [i for i, (tensor, _, _) in enumerate(whole) if _waits(tensor) and is_plain(tensor)]
-    largest = [_largest(*whole[i][:2]) for i in together]
-    for i, values in zip(together, _downloaded(largest), strict=True):
-        found[i] = bool((values != 0)[~whole[i][2]].any())
+    for i, held in zip(together, _measured([whole[i][:2] for i in together], "nonzero"), strict=True):
+        found[i] = bool((held != 0)[~whole[i][2]].any())
     return found
 
 
-def _largest(tensor: Tensor, grid: BlockGrid) -> Tensor:
-    """The largest absolute value in each block, ``[R, C]``; NaN where there is one."""
-    values = _by_blocks(tensor.detach(), grid)
-    return torch.linalg.vector_norm(values, torch.inf, dim=(1, 3)).float()
+@torch.no_grad()
+def _measured(whole: Sequence[tuple[Tensor, BlockGrid]], kind: Kind) -> list[Tensor]:
+    """A number for each block of tensors of which none is spread over ranks: float32 ``[R, C]`` each, on the CPU.
+
+    One copy brings those of a device, and where it has kernels for them one call of these computes all.
+    """
+    found: dict[int, Tensor] = {}
+    matrices = [as_matrix(tensor.detach()) for tensor, _ in whole]
+    for device in {matrix.device for matrix in matrices}:
+        here = [i for i, matrix in enumerate(matrices) if matrix.device == device]
+        kernels = {i: _native(matrices[i], whole[i][1]) for i in here}
+        taken = [i for i in here if (own := kernels[i]) is not None and own.measures(matrices[i], kind)]
+        parts = [_measure(matrices[i], whole[i][1], kind).flatten() for i in here if i not in taken]
+        if taken:
+            grids = [whole[i][1] for i in taken]
+            parts.append(_kernels[device.type].measure([matrices[i] for i in taken], grids, kind))
+        order = [*(i for i in here if i not in taken), *taken]
+        numbers = (parts[0] if len(parts) == 1 else torch.cat(parts)).cpu()
+        split = numbers.split([whole[i][1].blocks for i in order])
+        found |= {i: own.view(whole[i][1].shape) for i, own in zip(order, split, strict=True)}
+    return [found[i] for i in range(len(whole))]
 
 
 def _by_blocks(tensor: Tensor, grid: BlockGrid) -> Tensor:
@@ -264,38 +312,49 @@ def _by_blocks(tensor: Tensor, grid: BlockGrid) -> Tensor:
     return whole.reshape(grid.block_rows, grid.block, grid.block_cols, grid.block)
 
 
-@torch.no_grad()
-def block_mean_abs(tensor: Tensor, grid: BlockGrid) -> Tensor:
-    """Mean absolute value of each block, as :func:`block_mean_square` has the mean square."""
-    return _block_mean(tensor, grid, Tensor.abs_)
+_MEASURES: dict[Kind, Callable[[Tensor], Tensor]] = {"squares": Tensor.square_, "magnitudes": Tensor.abs_}  # in place
 
 
-def _block_mean(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean over each block of what ``measure_`` makes of a tensor of its elements, in place."""
-    if is_sharded(tensor):
-        return grid.mean_of_sums_(_sums_of_shards(tensor, grid, measure_)).float().cpu()
-    tensor = as_matrix(tensor)
-    if grid.block == 1:
-        return measure_(tensor.detach().to(torch.float32, copy=True)).cpu()
-    return grid.mean_of_sums_(_block_sums(tensor, grid, measure_)).cpu()
-
-
-@torch.no_grad()
-def _block_sums(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum over each block of what ``measure_``, one of the two above, makes of its elements: float32 ``[R, C]`` on the
-    tensor's device."""
-    values = _by_blocks(tensor.detach(), grid)
+def _measure(tensor: Tensor, grid: BlockGrid, kind: Kind) -> Tensor:
+    """A number for each block of a matrix: float32 ``[R, C]`` on its device."""
+    values = _by_blocks(tensor, grid)
+    if kind == "nonzero":
+        return (torch.linalg.vector_norm(values, torch.inf, dim=(1, 3)) != 0).float()
     if values.dtype == torch.float32:  # no copy for what makes one
-        return (values.abs() if measure_ is Tensor.abs_ else values.square()).sum((1, 3))
-    return measure_(values.float()).sum((1, 3))
+        return (values.abs() if kind == "magnitudes" else values.square()).sum((1, 3))
+    return _MEASURES[kind](values.float()).sum((1, 3))
 
 
-def _sums_of_shards(tensor: Tensor, grid: BlockGrid, measure_: Callable[[Tensor], Tensor]) -> Tensor:
+@torch.no_grad()
+def begin_averages(averages: Sequence[Average], scale: float) -> list[Average]:
+    """Set averages, in their blocks, to the square of each element's gradient or to the block's mean square where that
+    is larger, times ``1 - beta**(steps + 1)``, as far as there are kernels for it; returns the others.
+
+    Args:
+        scale: factor by which the gradients are too large.
+    """
+    taken: dict[torch.device, list[Average]] = {}
+    left = []
+    for one in averages:
+        gradient, average, grid = one[:3]
+        matrices = gradient.dim() == average.dim() == 2 and not is_sharded(gradient) and not is_sharded(average)
+        kernels = _native(gradient, grid, average) if matrices else None
+        if kernels is not None and kernels.takes(average, grid) and kernels.begins(one):
+            taken.setdefault(average.device, []).append(one)
+        else:
+            left.append(one)
+    for device, own in taken.items():
+        _kernels[device.type].begin(own, scale)
+        torch.autograd.graph.increment_version([one.average for one in own])
+    return left
+
+
+def _sums_of_shards(tensor: Tensor, grid: BlockGrid, kind: Kind) -> Tensor:
     """Sum over each block of what is measured, float64 ``[R, C]``: a block may be spread over several ranks."""
     local, part = local_part(tensor)
     sums = torch.zeros(grid.shape, dtype=torch.float64, device=local.device)
     for r, c, of_blocks, size in _pieces(part, grid.block):
-        inside = measure_(local[r, c].to(torch.float64, copy=True))
+        inside = _MEASURES[kind](local[r, c].to(torch.float64, copy=True))
         sums[of_blocks] = inside.unflatten(1, (-1, size[1])).unflatten(0, (-1, size[0])).sum((1, 3))
     return sum_over_shards(sums, tensor)
 

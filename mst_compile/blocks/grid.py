@@ -9,6 +9,7 @@ matrix after the other. ``block`` divides the rows of each, so that none of its 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,17 +120,7 @@ class BlockGrid:
 
     def lines(self, by_rows: bool, *, union: bool = False) -> Lines:
         """Block rows (``by_rows``) or block columns, or the unions of them."""
-        count, length = self.shape if by_rows else self.shape[::-1]
-        orders = self.active + self.blocks
-        if not union:
-            ptr, idx = (self.row_ptr, self.col_idx) if by_rows else (self.col_ptr, self.row_idx)
-            order = -1 if not self.tiled else orders if by_rows else orders + self.block_rows
-            return Lines(count, length, ptr, idx, order)
-        start = orders + self.block_rows + self.block_cols
-        if not by_rows:
-            start += _length(self.lines(True, union=True))
-        count = -(-count // self.union)
-        return Lines(count, length, start, start + count + 1, start + count + 1 + count * length)
+        return _lines(self, by_rows, union)
 
     @property
     def index_length(self) -> int:
@@ -170,3 +161,18 @@ class BlockGrid:
 
 def _length(lines: Lines) -> int:
     return lines.count + 1 + lines.count * lines.length + lines.count
+
+
+@functools.lru_cache(maxsize=4096)
+def _lines(grid: BlockGrid, by_rows: bool, union: bool) -> Lines:
+    count, length = grid.shape if by_rows else grid.shape[::-1]
+    orders = grid.active + grid.blocks
+    if not union:
+        ptr, idx = (grid.row_ptr, grid.col_idx) if by_rows else (grid.col_ptr, grid.row_idx)
+        order = -1 if not grid.tiled else orders if by_rows else orders + grid.block_rows
+        return Lines(count, length, ptr, idx, order)
+    start = orders + grid.block_rows + grid.block_cols
+    if not by_rows:
+        start += _length(grid.lines(True, union=True))
+    count = -(-count // grid.union)
+    return Lines(count, length, start, start + count + 1, start + count + 1 + count * length)

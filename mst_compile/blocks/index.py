@@ -17,6 +17,9 @@ That of a stack of matrices is ``[matrices, length]``: an index of this kind for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -42,22 +45,73 @@ def write_index(
     Args:
         changes: how many there were with this one; None: one more than the index says, which a GPU is waited for.
     """
-    if grid.matrices:
-        number = int(index[0, CHANGES]) + 1 if changes is None else changes
-        upload_(index, torch.stack([_packed(grid.matrix, one, dense_grad, number) for one in grid.split(mask)]))
-        return
-    if not grid.tiled and index.device == mask.device:  # no copy: that of fine blocks would be larger than the weight
+    if not grid.tiled and not grid.matrices and index.device == mask.device:
+        # No copy: that of fine blocks would be larger than the weight.
         words = index.data  # has a version of its own
         words[CHANGES] = int(words[CHANGES]) + 1 if changes is None else changes
         words[DENSE_GRAD] = int(dense_grad)
         _write_compressed(words, grid, mask, int(words[NNZ]))
         torch.autograd.graph.increment_version(index)
         return
-    upload_(index, _packed(grid, mask, dense_grad, int(index[CHANGES]) + 1 if changes is None else changes))
+    number = int(index.view(-1)[CHANGES]) + 1 if changes is None else changes
+    upload_(index, _packed(grid, mask, dense_grad, number).view(index.shape))
+
+
+class Content(NamedTuple):
+    """What is to be written to an index: the arguments of :func:`write_index`."""
+
+    to: Tensor
+    grid: BlockGrid
+    mask: Tensor
+    dense_grad: bool
+    changes: int
+
+
+@torch.no_grad()
+def write_indexes(contents: Sequence[Content]) -> None:
+    """:func:`write_index` of each, where the host's masks go to a GPU all at once: one transfer, out of one piece of
+    pinned memory, and one launch that hands out what has arrived to the indexes, whose memory compiled graphs know."""
+    together: dict[torch.device, list[Content]] = {}
+    for content in contents:
+        index, grid, mask, dense_grad, changes = content
+        if _goes_far(index, mask):
+            together.setdefault(index.device, []).append(content)
+        else:
+            write_index(index, grid, mask, dense_grad=dense_grad, changes=changes)
+    for device, own in together.items():
+        packed = torch.cat([_packed(c.grid, c.mask, c.dense_grad, c.changes) for c in own])
+        there = torch.empty_like(packed, device=device)
+        upload_(there, packed)
+        indexes = [content.to.view(-1) for content in own]
+        torch._foreach_copy_(indexes, there.split([index.numel() for index in indexes]))
+
+
+def _goes_far(index: Tensor, mask: Tensor) -> bool:
+    """Whether each index of its own would be a transfer."""
+    return index.is_cuda and mask.device.type == "cpu"
+
+
+@torch.no_grad()
+def write_dense_grad(indexes: Sequence[Tensor], wanted: bool) -> None:
+    """Say in indexes whether the gradient is wanted on all blocks: one launch for those of a GPU."""
+    words = [one[DENSE_GRAD] for index in indexes for one in (index if index.dim() == 2 else (index,))]
+    if not words:
+        return
+    # They are 0 or 1, and nothing sets a list to a number; an assignment would copy one from the host, each time.
+    if wanted:
+        torch._foreach_clamp_min_(words, 1)
+    else:
+        torch._foreach_zero_(words)
 
 
 def _packed(grid: BlockGrid, mask: Tensor, dense_grad: bool, changes: int) -> Tensor:
-    """The index of one matrix, where its mask is."""
+    """The index, where its mask is; of a stack those of all its matrices, one after the other."""
+    if not grid.matrices:
+        return _packed_matrix(grid, mask, dense_grad, changes)
+    return torch.cat([_packed_matrix(grid.matrix, one, dense_grad, changes) for one in grid.split(mask)])
+
+
+def _packed_matrix(grid: BlockGrid, mask: Tensor, dense_grad: bool, changes: int) -> Tensor:
     new = torch.zeros(grid.index_length, dtype=torch.int32, device=mask.device)
     new[DENSE_GRAD] = int(dense_grad)
     new[CHANGES] = changes

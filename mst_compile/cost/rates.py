@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.bulk import block_mean_square
-from mst_compile.blocks.index import new_index, write_index
+from mst_compile.blocks.bulk import block_means
+from mst_compile.blocks.index import Content, new_index, write_indexes
 from mst_compile.cost.baseline import Baseline
 from mst_compile.cost.flops import attention_saving, elements_per_token
 from mst_compile.errors import ForecastError, MSTError
@@ -303,17 +303,22 @@ def _event(model: nn.Module, rounds: int, steps: int) -> float:
         for _ in range(rounds):
             _synchronize()
             start = time.perf_counter()
-            for weight, parameter in own.parameters():
-                # Reading the weight takes as long as reading its gradient.
-                reads = own.schedule.reads_gradient_at(step)
-                weight.scores = block_mean_square(parameter, weight.grid) if reads else None
+            pairs, reads = list(own.parameters()), own.schedule.reads_gradient_at(step)
+            # Reading the weights takes as long as reading their gradients.
+            means = block_means([(parameter, weight.grid) for weight, parameter in pairs if reads])
+            for weight, _ in pairs:
+                weight.scores = next(means, None)
             plan = plan_event(
                 own.parameters(), own.densities(own.schedule.sparsity_at(step)), own.schedule, step, own.seed
             )
-            for name, mask in plan.masks.items():
-                grid, index = own.weights[name].grid, own.weights[name].index
-                if index is not None:
-                    write_index(new_index(grid, index.device), grid, mask)
+            held = [(own.weights[name], mask) for name, mask in plan.masks.items()]
+            write_indexes(
+                [
+                    Content(new_index(w.grid, w.index.device), w.grid, m, False, 0)
+                    for w, m in held
+                    if w.index is not None
+                ]
+            )
             _synchronize()
             found.append(time.perf_counter() - start)
     finally:

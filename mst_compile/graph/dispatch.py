@@ -25,8 +25,9 @@ from mst_compile.graph.served import fake_index
 from mst_compile.lowering import device
 from mst_compile.lowering.device import Layer
 from mst_compile.state.binding import Arrival, of
+from mst_compile.state.indexes import epoch
 from mst_compile.state.uses import Baseline
-from mst_compile.state.weight import SparseWeight, epoch
+from mst_compile.state.weight import SparseWeight
 
 _MOST_SIZES = 64  # that a graph keeps its products' times for, as of batches of several lengths
 _FIRST_CALLS = 2  # at which the values of weights are looked at

@@ -16,8 +16,8 @@ from mst_compile.graph.compiler import CompileFn, compiling_late, given_inputs, 
 from mst_compile.graph.dispatch import Dispatch
 from mst_compile.graph.fx import clone
 from mst_compile.state import binding
+from mst_compile.state.indexes import epoch
 from mst_compile.state.uses import note_compiled
-from mst_compile.state.weight import epoch
 
 
 class Late:

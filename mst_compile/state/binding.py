@@ -19,8 +19,9 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import check_placement, gathered, holder_of, stored
 
+from .indexes import epoch
 from .uses import warn_orphaned
-from .weight import SparseWeight, epoch
+from .weight import SparseWeight
 
 _ATTRIBUTE = "_mst_weight"
 _hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> handle of its gradient hook

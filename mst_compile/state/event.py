@@ -16,6 +16,7 @@ from mst_compile.rules.growth import Growth
 from mst_compile.rules.masks import generator, update_mask
 from mst_compile.rules.schedule import Schedule
 
+from .indexes import write_taken
 from .optimizers import zero_state_
 from .weight import SparseWeight
 
@@ -167,7 +168,7 @@ def carry_out(changes: Sequence[Item], optimizers: Iterable[Optimizer], *, again
     """Take over masks: dropped weights, their gradient and all their state in ``optimizers`` become exactly 0.
 
     Outside the active blocks weights and optimizer state are 0 already, so grown blocks start at 0. What is to become 0
-    of all weights is written in one go, in one launch on a GPU.
+    of all weights is written in one go, in one launch on a GPU, behind the indexes of all, which it goes by.
 
     Args:
         again: an earlier call may have been interrupted, anywhere.
@@ -176,14 +177,15 @@ def carry_out(changes: Sequence[Item], optimizers: Iterable[Optimizer], *, again
     try:
         for change, weight, parameter in changes:
             weight.grown = change.grown
-            weight.set_mask(change.mask)
+            weight.take_mask(change.mask)
             drops = bool(change.dropped.any())
             if drops or again:
-                alone = change.few and not again and not begins_a_pass(parameter, weight.grid, weight.index_of_whole)
+                alone = change.few and not again and not begins_a_pass(parameter, weight.grid, weight.place_of_index)
                 later += _cut(weight, parameter, known, change.dropped if alone else None)
             if change.few or drops or again or weight.is_dense:
                 clean.append((weight, parameter))
     finally:  # also of those before one whose state cannot be written
+        write_taken(weight for _, weight, _ in changes)
         zero_all_inactive_(later)
         for weight, parameter in clean:
             weight.note_clean(parameter)
@@ -215,5 +217,5 @@ def _cut(
     for optimizer in optimizers:
         zero_state_(optimizer, weight, parameter, dropped, later=later)
     one_each = {id(tensor): tensor for tensor in later}  # an optimizer and what wraps it have the same state
-    index = weight.index_of_whole
+    index = weight.place_of_index
     return [] if weight.is_dense else [(tensor, weight.grid, weight.mask, index) for tensor in one_each.values()]

@@ -10,7 +10,8 @@ from torch import Tensor
 from mst_compile.ops import watching
 
 from .binding import bound, of
-from .weight import SparseWeight, epoch
+from .indexes import epoch
+from .weight import SparseWeight
 
 
 class _Names:

@@ -1,4 +1,4 @@
-"""What is known about optimizers: which state belongs to which weight, and how regrown weights start.
+"""What is known about optimizers: which state belongs to which weight.
 
 Zero gradient and zero state give a zero update in the optimizers listed here, so a weight that is masked stays 0 in
 them. After a step of any other optimizer the weight is masked once more.
@@ -22,11 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, optim
 from torch.nn import Parameter
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mst_compile.blocks.bulk import block_mean_square, zero_blocks_
-from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.shards import any_nonzero, is_sharded, local_part
+from mst_compile.blocks.bulk import zero_blocks_
+from mst_compile.blocks.shards import any_nonzero, is_sharded
 from mst_compile.errors import OptimizerError
 
 from .weight import SparseWeight
@@ -42,9 +40,6 @@ _ELEMENTWISE = {
     optim.Adadelta,
     optim.RMSprop,
 }
-_ENOUGH = 4  # edge of a block whose mean square is an estimate
-# Key of the state -> how its average decays; "state2" is bitsandbytes' second moment.
-_SECOND_MOMENTS = {"exp_avg_sq": "beta2", "square_avg": "alpha", "state2": "beta2"}
 _CODES = 256  # in a code book of 8-bit state
 
 
@@ -138,7 +133,7 @@ def _survey(optimizer: optim.Optimizer) -> Survey:
     # What describes codes: the book, and the scales of groups of them, which are never 0 divided by.
     for key, book in codes.items():
         foreign.pop(book, None)
-        foreign.pop(_scale_of(key), None)
+        foreign.pop(scale_of(key), None)
     if basis:
         foreign |= {key: f"{key}, perhaps in the basis of these" for key in sorted(elements - spoiled)}
         elements = set()
@@ -167,17 +162,17 @@ def _may_be_basis(tensor: Tensor) -> bool:
 
 def _code_book(key: str, codes: Tensor, state: Mapping[str, Any]) -> str | None:
     """Key of the code book of 8-bit codes, as bitsandbytes keeps it: ``state1`` has ``qmap1``, which holds a 0."""
-    name = _book_of(key)
+    name = book_of(key)
     book = state.get(name)
     fits = codes.dtype == torch.uint8 and name != key and isinstance(book, Tensor) and book.shape == (_CODES,)
     return name if fits and bool((book == 0).any()) else None  # type: ignore[union-attr]
 
 
-def _book_of(key: str) -> str:
+def book_of(key: str) -> str:
     return key.replace("state", "qmap")
 
 
-def _scale_of(key: str) -> str:
+def scale_of(key: str) -> str:
     return key.replace("state", "absmax")
 
 
@@ -295,90 +290,3 @@ def gradient_scale(optimizer: optim.Optimizer) -> float:
     """Factor that the optimizer will take out of the gradients itself (fused optimizers under ``GradScaler``)."""
     scale = getattr(optimizer, "grad_scale", None)
     return 1.0 if scale is None else float(scale)
-
-
-@torch.no_grad()
-def start_second_moment(optimizer: optim.Optimizer, parameter: Tensor, grid: BlockGrid, grown: Tensor) -> None:
-    """Before the first step of regrown blocks: let their second moment begin at its first estimate, not at 0.
-
-    Adam divides the average of squared gradients, begun at 0, by ``1 - beta2**step`` because it knows how few it has
-    seen; but the step count is the whole weight's. After thousands of steps nothing is corrected, the average of a
-    regrown weight is ``1 - beta2`` of one square, and its first updates are ``(1 - beta1) / sqrt(1 - beta2)`` (3.2 for
-    the default betas) and later up to 7 times the learning rate. Begun at the square of its first gradient, or at the
-    block's mean square where that is larger, no first update exceeds ``1 - beta1`` of the learning rate and the rate
-    then rises as the first moment fills, as for a weight that has been there for long. One element says too little of
-    its block if there are few: below blocks of 4 the mean is that of all blocks that grew. (The trouble is described
-    in SMET, arXiv 2606.00888.)
-
-    Args:
-        grown: bool ``[R, C]`` on the CPU, the blocks that grew at the last topology event.
-    """
-    if parameter.grad is None:
-        return
-    state = optimizer.state.get(parameter, {})
-    averages = {k: v for k, v in state_like(optimizer, parameter) if k in _SECOND_MOMENTS}
-    codes = [] if keeps_zeros(optimizer) or is_sharded(parameter) else _coded_averages(optimizer, state)
-    if not averages and not codes:
-        return
-    scale = gradient_scale(optimizer)
-    gradient, part = local_part(parameter.grad)
-    means = block_mean_square(parameter.grad, grid)
-    if grid.block < _ENOUGH:
-        means = torch.full_like(means, means[grown].mean().item())
-    mask = part.of(grid.expand(grown)).to(gradient.device)
-    least = part.of(grid.expand(means)).to(gradient.device)
-    square = torch.maximum(gradient.float().square(), least) / (scale * scale)
-    for key, average in averages.items():
-        begun = square * _correction(optimizer, parameter, state, key)
-        local = local_part(average)[0]
-        if is_traceable_wrapper_subclass(local):  # 8-bit state: through its own copies
-            plain = torch.empty(local.shape, dtype=torch.float32, device=local.device).copy_(local)
-            local.copy_(torch.where(mask, begun, plain))
-        else:
-            local.copy_(torch.where(mask, begun.to(local.dtype), local))
-    for key in codes:
-        _write_codes(state, key, mask, square * _correction(optimizer, parameter, state, key))
-
-
-def _coded_averages(optimizer: optim.Optimizer, state: Mapping[str, Any]) -> list[str]:
-    """Keys of second moments in 8-bit codes, with a scale for each group of them."""
-    codes = survey(optimizer).codes
-    return [k for k in codes if k in _SECOND_MOMENTS and k in state and isinstance(state.get(_scale_of(k)), Tensor)]
-
-
-def _write_codes(state: dict[str, Any], key: str, mask: Tensor, values: Tensor) -> None:
-    """Let 8-bit codes say ``values`` under ``mask``.
-
-    The scale of a group, by which its codes are multiplied, grows where a value is larger, and its other codes are then
-    written anew; all other groups stay as they are, bit for bit. How codes are grouped must follow from how many scales
-    there are, or nothing is written.
-    """
-    codes, book, scales = state[key], state[_book_of(key)], state[_scale_of(key)]
-    size = _group_size(codes.numel(), scales.numel())
-    if size is None:
-        return
-    group = torch.arange(codes.numel(), device=codes.device) // size
-    mask, values = mask.reshape(-1), values.reshape(-1)
-    flat = codes.reshape(-1)
-    said = book[flat.long()] * scales.reshape(-1)[group]
-    wanted = torch.where(mask, values, said)
-    largest = scales.reshape(-1).scatter_reduce(0, group, wanted.where(mask, 0.0).to(scales.dtype), "amax")
-    changed = mask | (largest > scales.reshape(-1))[group]
-    order = book.argsort()
-    middles = (book[order][1:] + book[order][:-1]) / 2
-    nearest = order[torch.bucketize(wanted / largest[group].clamp_min(torch.finfo(scales.dtype).tiny), middles)]
-    codes.copy_(torch.where(changed, nearest.to(codes.dtype), flat).view_as(codes))
-    scales.copy_(largest.view_as(scales))
-
-
-def _group_size(elements: int, groups: int) -> int | None:
-    """How many codes share a scale, a power of 2, if that many groups follow from it."""
-    return next((size for size in (1 << i for i in range(4, 16)) if -(-elements // size) == groups), None)
-
-
-def _correction(optimizer: optim.Optimizer, parameter: Tensor, state: dict[str, Any], key: str) -> float:
-    """``1 - beta2**step`` of the coming step where the optimizer will divide by it, else 1."""
-    if _SECOND_MOMENTS[key] != "beta2" or "step" not in state:
-        return 1.0
-    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
-    return 1.0 - float(group["betas"][1]) ** (float(state["step"]) + 1.0) if "betas" in group else 1.0

@@ -18,6 +18,7 @@ from .attention import AttentionState
 from .checkpoint_hooks import take_unclaimed
 from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_event
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
+from .indexes import want_dense_gradients
 from .listeners import Listeners, TopologyEvent, changes
 from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
@@ -174,7 +175,7 @@ class Run:
                 self._go_on_completing()
             except Exception:  # what cannot be is left out; what was interrupted is made up for
                 self._completion, self.overdue = None, False
-                self._note_versions()
+                self._note_versions(self.weights.parameters())
                 self.prepare_next_step()
             raise
 
@@ -193,7 +194,7 @@ class Run:
             self.overdue = now.due
         if self.overdue:
             self._change_topology(now, own)
-        self._note_versions()
+        self._note_versions(own)
         self.prepare_next_step()
         event, self._completion = now.event, None
         if self._steps_here == _PATIENCE:
@@ -201,8 +202,9 @@ class Run:
         if event is not None:  # last: what a callback raises finds a step that is complete
             self.listeners.tell(event)
 
-    def _note_versions(self) -> None:
-        for weight, parameter in self.weights.parameters():
+    @staticmethod
+    def _note_versions(own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
+        for weight, parameter in own:
             weight.version = parameter._version
 
     def skip_step(self) -> None:
@@ -294,8 +296,8 @@ class Run:
         whose growth reads gradients, have them computed on all blocks."""
         self.attention.pattern = attention_of(self.schedule, self.step_count)
         wanted = self.schedule.wants_gradient_after(self.step_count)
-        for weight in self.weights:
-            weight.set_dense_grad(wanted and weight.density_target < 1)
+        want_dense_gradients((weight for weight in self.weights if weight.density_target >= 1 or not wanted), False)
+        want_dense_gradients((weight for weight in self.weights if weight.density_target < 1 and wanted), True)
 
     def change_mask(self, weight: SparseWeight, parameter: nn.Parameter, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule."""

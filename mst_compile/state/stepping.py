@@ -31,8 +31,10 @@ from mst_compile.errors import MSTWarning
 from . import optimizers, regrown
 from .binding import gradients
 from .clock import StepClock
+from .indexes import want_dense_gradients
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
+from .second_moments import start_second_moments
 from .standstill import Standstill
 from .steps import Step
 from .weight import SparseWeight, mask_gradients
@@ -114,9 +116,12 @@ class Stepping:
     def step(self) -> None:
         """A training step is complete."""
         self._finish()
-        weights = self._run.weights
-        weights.rebind()
-        self._clock.complete(weights.with_gradients(), self._run.step_count + 1)
+        self._run.weights.rebind()
+        self._complete(self._run.weights.with_gradients())
+
+    def _complete(self, pending: set[str]) -> None:
+        """Count a training step of weights that are bound; ``pending`` have gradients."""
+        self._clock.complete(pending, self._run.step_count + 1)
         self._finish()
         if not self._standstill.is_over:
             self._standstill.counted()
@@ -131,7 +136,8 @@ class Stepping:
         try:
             if self._run.step_count == number - 1:  # else it has been completed, or a checkpoint was loaded meanwhile
                 # Another optimizer's, whose turn is still to come.
-                _harvest([(w, p, w.scores) for w, p in self._run.weights.parameters() if w.name in late], 1.0)
+                if late:
+                    _harvest([(w, p, w.scores) for w, p in self._run.weights.parameters() if w.name in late], 1.0)
                 self._run.complete_step()
         except Exception:
             self._clock.done()
@@ -192,9 +198,9 @@ class Stepping:
         read = [(w, p, turn.scores.get(w.name)) for w, p in found if w.name not in turn.late]
         _harvest(read, scale, again=step.has_closure)
         mask_gradients((weight, parameter.grad) for weight, parameter in found)  # type: ignore[misc]
-        for weight, parameter in found:
-            if weight.grown is not None and not regrown.by_own_steps(self._run.schedule, optimizer):
-                optimizers.start_second_moment(optimizer, parameter, weight.grid, weight.grown)
+        grown = [(weight, parameter) for weight, parameter in found if weight.grown is not None]
+        if grown and not regrown.by_own_steps(self._run.schedule, optimizer):
+            start_second_moments(optimizer, grown)
 
     def after_step(self, step: Step) -> None:
         """An optimizer has stepped: count the step if it owns sparse weights, and completes a training step."""
@@ -235,8 +241,8 @@ class Stepping:
                 self._step_after_backward()
             elif self._clock.completed is not None:
                 self._finish()  # it was counted, and then interrupted
-            elif self._clock.is_complete(run.weights.with_gradients()):
-                self.step()  # of several optimizers the last one completes the step
+            elif self._clock.is_complete(pending := run.weights.with_gradients()):
+                self._complete(pending)  # of several optimizers the last one completes the step
         elif run.active:
             self._standstill.foreign_step(optimizer)
 
@@ -373,7 +379,7 @@ def _harvest(own: list[tuple[SparseWeight, nn.Parameter, Tensor | None]], scale:
     for (weight, _, base), mean in zip(found, means, strict=True):
         score = mean / (scale * scale)
         weight.scores = score if base is None else base + score
-        weight.set_dense_grad(again)
+    want_dense_gradients((weight for weight, _, _ in found), again)
     mask_gradients((weight, gradient) for weight, gradient, _ in found)
     for weight, gradient, _ in found:
         weight.note_masked(gradient)  # a dense one's, too, that it is not read twice

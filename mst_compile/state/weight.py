@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef
 
 from mst_compile.blocks.bulk import block_mean_square, zero_all_inactive_, zero_inactive_
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.index import DENSE_GRAD, new_index, read_mask, write_index
+from mst_compile.blocks.index import Content, read_mask, write_dense_grad, write_index
 from mst_compile.blocks.layout import Part, reaching
 from mst_compile.blocks.memory import address_of, lying
 from mst_compile.blocks.shards import (
@@ -24,26 +24,16 @@ from mst_compile.blocks.shards import (
     part_multiplied,
     written_at,
 )
-from mst_compile.lowering import device as devices
 from mst_compile.rules.density import active_count
 from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
 from mst_compile.state.attention import AttentionState
+from mst_compile.state.indexes import epoch, has_index, index_for
 from mst_compile.state.selection import Candidate
 from mst_compile.state.uses import Baseline, Uses
 from mst_compile.state.young import Young
 
 UNKNOWN = -1  # no version of a tensor
-
-
-class _Epoch:
-    """Counts what changes between calls of a compiled graph beside the versions of weights: masks, and who holds
-    them."""
-
-    value = 0
-
-
-epoch = _Epoch()
 
 
 @dataclass(eq=False)
@@ -140,7 +130,7 @@ class SparseWeight:
         assert grid is not None
         mask = torch.ones(grid.shape, dtype=torch.bool, device="cpu")
         backbone = torch.zeros_like(mask) if guard == "none" else _backbone(grid)
-        index = _new_index(grid, candidate.parameter.device)
+        index = index_for(grid, candidate.parameter.device)
         told = candidate.tied, candidate.note, candidate.visits
         weight = cls(candidate.name, grid, candidate.density, mask, backbone, guard, index, *told, attention=attention)
         weight.set_mask(mask)
@@ -218,25 +208,39 @@ class SparseWeight:
 
     def set_mask(self, mask: Tensor) -> None:
         """Take over ``mask`` and write the index in place."""
+        self.take_mask(mask)
+        self._write_index()
+
+    def take_mask(self, mask: Tensor) -> None:
+        """Take over ``mask``; the index is still to be written, and is when it is next asked for."""
         young = self.young if self.young is None or self.timed else self.young.inside(mask)
         changed = {"mask": mask, "active": self.grid.count_elements(mask), "changes": self.changes + 1, "young": young}
         # At once, so that no interrupt comes between; an index that is kept from being written is when next asked for.
         self.__dict__.update(changed, clean=UNKNOWN, dirty=None, clean_here=None, unwritten=True)
-        self._write_index()
+        epoch.value += 1
 
     def _write_index(self) -> None:
         self.unwritten = True
         epoch.value += 1
-        if self.index is not None:
-            mask = self.mask if self.part is None else reaching(self.mask, self.part, self.grid.block)
-            write_index(self.index, self._indexed, mask, dense_grad=self.dense_grad, changes=self.changes)
+        content = self.content
+        if content is not None:
+            index, grid, mask, dense_grad, changes = content
+            write_index(index, grid, mask, dense_grad=dense_grad, changes=changes)
         self.unwritten = False
+
+    @property
+    def content(self) -> Content | None:
+        """What the index has to hold, if there is one."""
+        if self.index is None:
+            return None
+        mask = self.mask if self.part is None else reaching(self.mask, self.part, self.grid.block)
+        return Content(self.index, self._indexed, mask, self.dense_grad, self.changes)
 
     def set_dense_grad(self, wanted: bool) -> None:
         """Ask kernels for the gradient on all blocks (growth reads it), or on the active ones alone."""
         if wanted != self.dense_grad:
             if self.index is not None:
-                self.index[..., DENSE_GRAD].fill_(int(wanted))  # an assignment would copy a number from the host
+                write_dense_grad([self.index], wanted)
             self.dense_grad = wanted
 
     def outside(self, device: torch.device) -> Tensor:
@@ -259,6 +263,11 @@ class SparseWeight:
         """The index where it is that of the whole weight."""
         if self.unwritten:
             self._write_index()
+        return self.place_of_index
+
+    @property
+    def place_of_index(self) -> Tensor | None:
+        """Where the index of the whole weight is, which may still have to be written."""
         return self.index if self.part is None else None
 
     def follow(self, parameter: Tensor) -> None:
@@ -274,11 +283,11 @@ class SparseWeight:
         """Follow a weight that was moved."""
         if self.index is None:
             with unset_fake_temporarily(), torch.inference_mode(False):  # also while a graph is compiled
-                self.index = _new_index(self._indexed, device)
+                self.index = index_for(self._indexed, device)
                 if self.index is not None:
                     self._write_index()
         elif self.index.device != device:
-            self.index = self.index.to(device) if _has_index(self._indexed, device) else None
+            self.index = self.index.to(device) if has_index(self._indexed, device) else None
             epoch.value += 1
 
     # -- zeros: what is known of them --
@@ -443,15 +452,3 @@ def mask_gradients(gradients: Iterable[tuple[SparseWeight, Tensor]]) -> None:
 
 def _backbone(grid: BlockGrid) -> Tensor:
     return wrapped_diagonal(grid.matrix.shape).repeat(grid.count, 1)
-
-
-def _has_index(grid: BlockGrid, device: torch.device) -> bool:
-    """Whether a device may have kernels for such blocks. An index of fine ones is larger than the weight itself; and of
-    some weights a rank holds nothing."""
-    if grid.matrices and not devices.of(device.type).multiplies_stacks:
-        return False
-    return grid.rows * grid.cols > 0 and grid.block >= min(devices.of(device.type).finest_block, devices.FINEST_BLOCK)
-
-
-def _new_index(grid: BlockGrid, device: torch.device) -> Tensor | None:
-    return new_index(grid, device) if _has_index(grid, device) else None

@@ -56,8 +56,23 @@ def test_an_event_waits_thrice(account: dict[str, Any]) -> None:
     assert [wait[0] for wait in event["waits"]] == ["download"] * 3
     # Zeros in gradients that were read whole, and in all that masks have left: weights, gradients and their moments.
     assert event["kernels"]["zero_inactive"] == 2
-    # Of five weights: squares and sums, twice, the largest value in each block, an index, and a word of it.
-    assert event["launches"] - step["launches"] <= 5 * 7 + 8
+    # Three things are read, each in a launch and a copy; the indexes come in one copy, to be handed out by a launch,
+    # and another writes a word of each. The rest are tables, of programs and of addresses: two that are read by and two
+    # of what is zeroed.
+    assert event["kernels"]["measure_blocks"] == 3
+    assert event["operators"]["_foreach_copy_"] == event["operators"]["_foreach_zero_"] == 1
+    assert event["launches"] - step["launches"] <= 3 + 3 + 2 + 1 + 5
+
+
+def test_the_steps_around_an_event_wait_for_nothing(account: dict[str, Any]) -> None:
+    """A word of all indexes before; behind it, second moments of what has grown begin by the optimizer's step counts,
+    which a fused one keeps on the device."""
+    before, behind = (account["event"][f"{where} an event"] for where in ("before", "behind"))
+    assert before["waits"] == behind["waits"] == []
+    launches = account["mst"]["step"]["launches"]
+    assert before["launches"] == launches + 1
+    assert behind["kernels"]["begin_averages"] == 1
+    assert behind["launches"] - launches <= 1 + 3 + 9  # three uploads, and what makes a factor of step counts
 
 
 def test_times_are_told_by_source(account: dict[str, Any]) -> None:

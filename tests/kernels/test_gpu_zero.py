@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_cases import block_masks, expand, index_of
-from mst_compile.kernels.triton import zero
+from mst_compile.kernels.triton import tables, zero
 from mst_compile.lowering import cuda
 from oracles import assert_same_bits
 from pretend_gpu import cross_compile_jit
@@ -24,7 +24,7 @@ from mst_compile.blocks.grid import BlockGrid
 def interpreted() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zero, "zero_inactive", InterpretedFunction(zero.zero_inactive.fn))
-        patch.setattr(zero, "_upload", lambda tensor, device: tensor)
+        patch.setattr(tables, "upload", lambda tensor, device: tensor)
         patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         yield
 
@@ -60,20 +60,21 @@ def test_any_number_of_tensors_in_one_call(data: st.DataObject) -> None:
 def test_a_table_serves_until_something_moves() -> None:
     grid = BlockGrid(64, 96, 32)
     index = index_of(torch.eye(2, 3, dtype=torch.bool), 64, 96, 32)
-    zero._table.cache_clear()
-    zero._programs.cache_clear()
+    zero._launch.cache_clear()
+    tables.rows_of.cache_clear()
+    tables.programs_of.cache_clear()
     tensor = torch.ones(64, 96)
     zero.zero_inactive_([tensor], [index], [grid])
-    assert zero._table.cache_info().misses == 1
+    assert tables.rows_of.cache_info().misses == 1
     index.copy_(index_of(torch.ones(2, 3, dtype=torch.bool), 64, 96, 32))  # an event writes into the same index
     tensor.fill_(2)
     zero.zero_inactive_([tensor], [index], [grid])
     assert (tensor == 2).all()
-    assert zero._table.cache_info().misses == 1
+    assert tables.rows_of.cache_info().misses == 1
     other = torch.ones(64, 96)
     zero.zero_inactive_([other], [index], [grid])
-    assert zero._table.cache_info().misses == 2
-    assert zero._programs.cache_info().misses == 1  # which do not go by addresses
+    assert tables.rows_of.cache_info().misses == 2
+    assert tables.programs_of.cache_info().misses == 1  # which do not go by addresses
 
 
 def test_nothing_to_do() -> None:

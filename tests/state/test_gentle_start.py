@@ -13,7 +13,7 @@ from torch import nn
 from training import OPTIMIZERS, batches, fresh, train
 
 from mst_compile import Constant, sparsifier, sparsify
-from mst_compile.state import optimizers
+from mst_compile.state import second_moments, stepping
 
 GENTLE: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     **{n: OPTIMIZERS[n] for n in ("adamw", "adamw foreach", "adamw fused", "adamw amsgrad")},
@@ -60,7 +60,7 @@ def test_first_updates_of_regrown_weights_are_not_too_large(
     assert grown <= 1.5 * others, "regrown weights move like the ones around them"
     assert grown >= (0.3 if name == "rmsprop" else 0.7) * others, "and no less"
     if name in ("adamw", "rmsprop"):
-        monkeypatch.setattr(optimizers, "start_second_moment", lambda *_: None)
+        monkeypatch.setattr(stepping, "start_second_moments", lambda *_: None)
         careless, _ = largest_updates(GENTLE[name], block)
         assert careless > 2.5 * others, "and would not if their second moment began at 0"
 
@@ -99,7 +99,7 @@ def test_regrown_weights_start_gently_where_state_is_coded(name: str, monkeypatc
         make = packaged("bitsandbytes.optim", name, min_8bit_size=16, **options)
     grown, others = largest_updates(make, 8)
     assert 0.7 * others <= grown <= 1.5 * others
-    monkeypatch.setattr(optimizers, "start_second_moment", lambda *_: None)
+    monkeypatch.setattr(stepping, "start_second_moments", lambda *_: None)
     careless, _ = largest_updates(make, 8)
     assert careless > 2.5 * others
 
@@ -117,7 +117,7 @@ def test_codes_are_written_where_they_are_wanted_and_nowhere_else(elements: int)
     mask[3:30] = True
     for largest in (0.01, 3.0):  # below the scale of the group, and above
         values = torch.rand(elements, generator=generator) * largest
-        optimizers._write_codes(state, "state2", mask, values)
+        second_moments._write_codes(state, "state2", mask, values)
         now = book[state["state2"].long()] * state["absmax2"][torch.arange(elements) // 256]
         half = (float(book[2] / book[1]) - 1) / 2  # of the way from a code to the next, relatively
         least = float(book[1] * state["absmax2"].max())
