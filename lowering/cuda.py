@@ -120,10 +120,27 @@ class _Bulk:
         """PyTorch's: it is asked for at topology events alone."""
 
 
+_NEVER = 1e-6  # in place of a crossover of 0, at which a sparse product would take forever
+
+
 def _times(layers: Sequence[device.Layer], tuned: bool) -> list[device.LayerTimes]:
-    """One crossover for the whole graph: its products are all dense or all sparse."""
-    density = crossover.of_weights([layer.grid for layer in layers], tuned)
-    return [device.at_crossover(layer, density) for layer in layers]
+    """One crossover for all weights of a graph that are no stacks, one for each stack. A graph's products are all dense
+    or all sparse, so that what they take must be in one unit: that of dense products, which grows with their tokens."""
+    single = [layer.grid for layer in layers if not layer.dense]
+    density = crossover.of_weights(single, tuned) if single else 0.0
+    return [_at_crossover(layer, _of_stack(layer) if layer.dense else density) for layer in layers]
+
+
+def _of_stack(layer: device.Layer) -> float:
+    return crossover.of_stack(layer.grid, layer.tokens / max(1, layer.groups))
+
+
+def _at_crossover(layer: device.Layer, density: float) -> device.LayerTimes:
+    """Times of a layer whose dense products take as many operations as it has, and its sparse ones as long at
+    ``density``."""
+    size = layer.grid.rows * layer.grid.cols * max(1, layer.tokens)
+    times = device.Times(size, 0.0, device.WORTH * size / max(density, _NEVER))
+    return dict.fromkeys(device.PRODUCTS[: 3 if layer.trained else 1], times)
 
 
 def _lowerings() -> Mapping[str, Callable[..., Any]]:
@@ -143,6 +160,7 @@ device.register(
         default_block=64,
         finest_block=TILE_BLOCK,  # a coarse grid costs density, a finer one all that could be saved
         rounds_weights=True,  # tensor cores take two operands of one dtype
+        multiplies_stacks=True,
         bulk=_Bulk(),
         lowerings=_lowerings,
         why_absent=_why_absent,
