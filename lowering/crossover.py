@@ -10,7 +10,7 @@ The ranks of one run agree, see :mod:`mst_compile.lowering.agreement`.
 
 Products with stacks of matrices are not timed beside dense ones: the library's grouped product takes bfloat16 alone, and
 leaves rows of no group as they were. For them a bound by arithmetic serves
-(:func:`mst_compile.kernels.triton.table.grouped_dense_from`), which is the same on all ranks.
+(:func:`mst_compile.kernels.triton.table.grouped_shares`), which is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mst_compile.kernels.triton.table import dense_from, grouped_dense_from
+from mst_compile.kernels.triton.table import dense_from
 from torch._inductor.custom_graph_pass import get_hash_for_files
 
 from mst_compile.blocks.grid import BlockGrid
@@ -60,11 +60,6 @@ def of_weights(grids: Sequence[BlockGrid], tuned: bool = False) -> float:
     else:
         answer = given_answer(question)
     return _mean((g, dense_from(g)) for g in grids) if answer is None else float(answer)
-
-
-def of_stack(grid: BlockGrid, tokens: float) -> float:
-    """Crossover density of the three products of a stack of matrices on ``grid``, each with that many rows."""
-    return grouped_dense_from(grid, tokens)
 
 
 def from_tuning(timings: dict[Any, float], *_: Any) -> None:

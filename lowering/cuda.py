@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from mst_compile.kernels.triton.table import grouped_shares
 from torch import Tensor
 
 from mst_compile.blocks.grid import TILE_BLOCK, BlockGrid
@@ -120,26 +121,25 @@ class _Bulk:
         """PyTorch's: it is asked for at topology events alone."""
 
 
-_NEVER = 1e-6  # in place of a crossover of 0, at which a sparse product would take forever
+_LEAST = 1e-6  # a crossover that stands for 0, of products that are never faster sparse
 
 
 def _times(layers: Sequence[device.Layer], tuned: bool) -> list[device.LayerTimes]:
-    """One crossover for all weights of a graph that are no stacks, one for each stack. A graph's products are all dense
-    or all sparse, so that what they take must be in one unit: that of dense products, which grows with their tokens."""
+    """One crossover for all weights of a graph that are no stacks, a bound for each stack. A graph's products are all
+    dense or all sparse, so that their times have one unit: the operations of dense ones."""
     single = [layer.grid for layer in layers if not layer.dense]
-    density = crossover.of_weights(single, tuned) if single else 0.0
-    return [_at_crossover(layer, _of_stack(layer) if layer.dense else density) for layer in layers]
+    density = crossover.of_weights(single, tuned) if single else 1.0
+    return [_of_layer(layer, *(_of_stack(layer) if layer.dense else (0.0, 1 / max(density, _LEAST)))) for layer in layers]
 
 
-def _of_stack(layer: device.Layer) -> float:
-    return crossover.of_stack(layer.grid, layer.tokens / max(1, layer.groups))
+def _of_stack(layer: device.Layer) -> tuple[float, float]:
+    return grouped_shares(layer.grid, layer.tokens / max(1, layer.groups))
 
 
-def _at_crossover(layer: device.Layer, density: float) -> device.LayerTimes:
-    """Times of a layer whose dense products take as many operations as it has, and its sparse ones as long at
-    ``density``."""
-    size = layer.grid.rows * layer.grid.cols * max(1, layer.tokens)
-    times = device.Times(size, 0.0, device.WORTH * size / max(density, _NEVER))
+def _of_layer(layer: device.Layer, fixed: float, per_density: float) -> device.LayerTimes:
+    """Times of a layer whose sparse products take ``fixed + per_density * density`` of what dense ones do."""
+    dense = layer.grid.rows * layer.grid.cols * max(1, layer.tokens)
+    times = device.Times(dense, device.WORTH * dense * fixed, device.WORTH * dense * per_density)
     return dict.fromkeys(device.PRODUCTS[: 3 if layer.trained else 1], times)
 
 

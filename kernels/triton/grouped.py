@@ -20,12 +20,14 @@ kernel may depend on it, and the host does not wait for it. The loop nests::
 where the next group's begin: ``(s + n) // BLOCK_M - s // BLOCK_M + 1`` of them, at least the ``ceil(n / BLOCK_M)`` that it
 needs, since a remainder of s and one of n together may reach into one slot more. So ``M // BLOCK_M + E + 1`` slots hold
 any E groups, with the rows behind the last one as a group that no matrix multiplies (their results are 0), and a program
-finds its group by counting the groups that begin at its slot or before it: each lane loads one offset, one running
-maximum sees to offsets that do not ascend, one sum counts. Nothing is looped over, as it would be where persistent
-programs walk over all groups, and no launch of its own writes a table. A slot too many ends after that.
+finds its group by a minimum over lanes that hold one offset each: an offset b, the j-th, says that groups from the j-th
+on have their slots behind slot p if their number is more than ``p - b // BLOCK_M``, so that the first one behind p is the
+least ``max(j, p - b // BLOCK_M + 1)``; the group before it is p's. Two maxima find where it begins and ends, of all offsets
+so far, as they need not ascend. Nothing is looped over, as it would be where persistent programs walk over all groups, and
+no launch of its own writes a table. A slot too many ends after that.
 
-What it costs, by arithmetic, as no card has run it: a load from the L2 cache and about ten exchanges among the lanes of a
-warp (with more than 32 groups also of warps, through shared memory), 1 us at most, before the three loads that each need
+What it costs, by arithmetic, as no card has run it: a load from the L2 cache and three reductions over the lanes of a warp
+(with more than 30 groups over warps too, through shared memory), 1 us at most, before the three loads that each need
 the one before which a program of gather_gemm.py begins with too; and up to E + 1 slots a line that are left at once, about
 as long each. The rest is that product's: the same loop (its macros), operands loaded and results stored 16 bytes a thread.
 

@@ -21,7 +21,7 @@ are counted in full against a library that is taken to have neither, so that the
   the forward pass and ``2 B^2 t`` in grad-weight, 42 and 21 us for blocks of 128, K = 4096 and t = 2048; the mean share
   of the three products is what density falls by.
 
-With these numbers and N = 14336 dense products take over at .71, not .78; with groups of 64 rows at .12, and with
+With these numbers and N = 14336 dense products take over at .72, not .78; with groups of 64 rows at .13, and with
 groups of 16 at 0: always.
 """
 
@@ -56,13 +56,19 @@ _PROGRAM_ROWS = 128
 _PROGRAM_RATE = 835e12 / 264  # operations a second of a dense product, by the share of one program
 
 
-def grouped_dense_from(grid: BlockGrid, tokens: float) -> float:
-    """The same of a stack of matrices on this grid with that many rows each, by arithmetic; 0 with few rows."""
-    if tokens <= 0:
-        return 0.0
+def grouped_shares(grid: BlockGrid, tokens: float) -> tuple[float, float]:
+    """What the three products of a stack of matrices on this grid take at most, with that many rows each, as a share of
+    dense ones by arithmetic: ``first + second * density``."""
+    tokens = max(1.0, tokens)
     made = [_PROGRAM_ROWS * grid.block * reduced for reduced in (grid.rows, grid.cols)] + [grid.block**2 * tokens]
-    share = sum(_BEGINNING * _PROGRAM_RATE / (2 * operations) for operations in made) / len(made)
-    return max(0.0, dense_from(grid) * tokens / (tokens + _WASTED_ROWS) * (1 - share))
+    beginning = sum(_BEGINNING * _PROGRAM_RATE / (2 * operations) for operations in made) / len(made)
+    return beginning, (tokens + _WASTED_ROWS) / tokens / dense_from(grid)
+
+
+def grouped_dense_from(grid: BlockGrid, tokens: float) -> float:
+    """Density from which the three products of a stack of matrices may take as long as dense ones; 0 with few rows."""
+    beginning, per_density = grouped_shares(grid, tokens)
+    return max(0.0, (1 - beginning) / per_density)
 
 
 def _grad_weight_dense_from(grid: BlockGrid) -> float:

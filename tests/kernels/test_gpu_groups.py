@@ -32,14 +32,12 @@ def generated(case: Groups, choice: int = 0, **kwargs: Any) -> Generated:
     for graph in made.graphs.values():
         code = "\n".join(line for line in graph.source.splitlines() if not line.lstrip().startswith("#"))
         assert "ops.mst" not in code
-        assert "extern_kernels" not in code
+        assert "extern_kernels." not in code
     return made
 
 
 def run_and_check(made: Generated, case: Groups, interpreter: Interpreter) -> tuple[Tensor, Tensor, Tensor]:
     """Run code that was made for operands of these sizes on these; result and gradients."""
-    numbers = [x for x in made.forward.inputs if isinstance(x, int)]
-    assert all(number == made.forward.inputs[1].shape[0] or numbers for number in numbers)
     tensors = iter(t.detach() for t in case.arguments())
     inputs = [len(case.x) if isinstance(old, int) else next(tensors) for old in made.forward.inputs]
     y, *saved = interpreter.run_on(made.forward.source, inputs).outputs
@@ -57,21 +55,6 @@ def test_lanes_hold_every_bound() -> None:
         count = grouped.lanes(matrices)
         assert matrices + 2 <= count < 2 * (matrices + 2)
         assert count & (count - 1) == 0
-
-
-def test_slots_are_enough_and_a_group_has_its_own() -> None:
-    """The arithmetic of grouped.py, in plain numbers: every tile of a group has a slot, no slot belongs to two."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
-        tile = int(torch.randint(1, 9, (), generator=generator))
-        sizes = torch.randint(0, 20, (5,), generator=generator).tolist()  # the last one that of nobody
-        begin, free = 0, 0
-        for number, size in enumerate(sizes):
-            first = begin // tile + number
-            assert first >= free
-            free = first + -(-size // tile)
-            begin += size
-        assert free <= sum(sizes) // tile + len(sizes)
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -148,12 +131,10 @@ def test_offsets_that_do_not_ascend(offsets: list[int], interpreter: Interpreter
 @pytest.mark.parametrize("transposed", [False, True])
 def test_many_matrices_and_any_number_of_tokens(transposed: bool, interpreter: Interpreter) -> None:
     """More groups than a warp has lanes, most of them empty; and the code knows no number of tokens."""
-    matrices = 40
-    stored = (32, 48) if transposed else (48, 32)
-    masks = some_masks(*stored, 32, matrices)
+    matrices = 34
+    masks = some_masks(*((32, 48) if transposed else (48, 32)), 32, matrices)
     sizes = [5 * (e % 7 == 3) for e in range(matrices)]
     case = groups(sizes, 32, 48, masks, 32, more=3, transposed=transposed, dtype=F32)
-    torch._dynamo.mark_dynamic(case.x, 0)
     arguments = case.arguments()
     torch._dynamo.mark_dynamic(arguments[0], 0)
     made = generate(case.function(), arguments, choose=lambda *_: 0, config=TUNED)
