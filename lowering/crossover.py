@@ -8,8 +8,8 @@ been measured, what was on an H100 serves (:func:`mst_compile.kernels.triton.tab
 
 The ranks of one run agree, see :mod:`mst_compile.lowering.agreement`.
 
-Products with stacks of matrices are not timed beside dense ones: the library's grouped product takes bfloat16 alone, and
-leaves rows of no group as they were. For them a bound by arithmetic serves
+Products with stacks of matrices are not timed beside dense ones: the library's grouped product takes bfloat16 alone,
+and leaves rows of no group as they were. For them a bound by arithmetic serves
 (:func:`mst_compile.kernels.triton.table.grouped_shares`), which is the same on all ranks.
 """
 

@@ -129,7 +129,8 @@ def _times(layers: Sequence[device.Layer], tuned: bool) -> list[device.LayerTime
     dense or all sparse, so that their times have one unit: the operations of dense ones."""
     single = [layer.grid for layer in layers if not layer.dense]
     density = crossover.of_weights(single, tuned) if single else 1.0
-    return [_of_layer(layer, *(_of_stack(layer) if layer.dense else (0.0, 1 / max(density, _LEAST)))) for layer in layers]
+    weight = 0.0, 1 / max(density, _LEAST)
+    return [_of_layer(layer, *(_of_stack(layer) if layer.dense else weight)) for layer in layers]
 
 
 def _of_stack(layer: device.Layer) -> tuple[float, float]:

@@ -112,7 +112,11 @@ def _loop(cells: Sequence[Cell], run: Run, args: argparse.Namespace, finished: F
             continue
         print(f"-- {cell.case}", flush=True)
         start, failures = time.monotonic(), len(run.failures)
-        run.index, run.cut, run.runs = index, False, args.runs or (20 if isinstance(cell, LayerCell | ExpertsCell) else 10)
+        run.index, run.cut, run.runs = (
+            index,
+            False,
+            args.runs or (20 if isinstance(cell, LayerCell | ExpertsCell) else 10),
+        )
         try:
             _run_cell(cell, run, args, keeper)
         except Exception as error:

@@ -22,7 +22,7 @@ BENCHMARK = "gpu_experts"
 
 
 class Stack(Layer):
-    """Operands of experts with a weight ``[n, k]`` each, and ``m`` rows that went to them as a router would send them."""
+    """Operands of experts with a weight ``[n, k]`` each, and ``m`` rows that went to them as a router sends them."""
 
     benchmark, library = BENCHMARK, "torch._grouped_mm"
 

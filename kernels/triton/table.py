@@ -11,17 +11,17 @@ Bytes from the L2 cache decide between sparse and dense, and they grow with the 
 that one crossover a block serves, by the edge of the weight: products that take 100 us have no time to hide their
 beginnings and ends. Those of narrow weights were measured at 3072 x 768 and 768 x 3072.
 
-Of stacks of matrices nothing was measured. Their products are those of single ones but for two costs (grouped.py), which
-are counted in full against a library that is taken to have neither, so that the crossover is a lower bound of theirs:
+Of stacks of matrices nothing was measured. Their products are those of single ones but for two costs (grouped.py),
+which are counted in full against a library that is taken to have neither, so that the crossover is a lower bound:
 
 - The last tile of each group is partly filled. Half of it is wasted on average; a whole one of 128 rows is counted, so
   that groups of t rows take ``(t + 128) / t`` of the time.
 - A program finds its group, 1 us. That is compared with the time that the dense product takes for what the program
   makes, at the rate of one of the 264 that run at once, 835 TFLOP/s / 264 = 3.2 TFLOP/s: ``2 * 128 B K`` operations in
-  the forward pass and ``2 B^2 t`` in grad-weight, 42 and 21 us for blocks of 128, K = 4096 and t = 2048; the mean share
-  of the three products is what density falls by.
+  the forward pass and ``2 B^2 t`` in grad-weight, 42 us each for blocks of 128, K = 4096 and t = 4096. The mean share
+  of the three products is added at any density.
 
-With these numbers and N = 14336 dense products take over at .72, not .78; with groups of 64 rows at .13, and with
+With these numbers and N = 14336 dense products take over at .75, not .78; with groups of 64 rows at .13, and with
 groups of 16 at 0: always.
 """
 

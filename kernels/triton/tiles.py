@@ -111,8 +111,8 @@ GRAD_WEIGHT = {
 }  # fmt: skip
 
 # Of stacks of matrices (grouped.py), of which no card has timed any: what was the fastest with single ones, without
-# chains, whose tiles need not be of one group, and a smaller one for groups of few rows. Each list has one that fits the
-# shared memory of every GPU that is supported.
+# chains, whose tiles need not be of one group, and a smaller one for groups of few rows. Each list has one that fits
+# the shared memory of every GPU that is supported.
 GROUPED_GEMM = {
     (128, "half"): [GemmTile(128, 64, 8, 3), GemmTile(64, 64, 4, 3)],
     (64, "half"): [GemmTile(128, 64, 4, 3), GemmTile(256, 32, 8, 4), GemmTile(64, 64, 4, 3)],

@@ -1,4 +1,4 @@
-"""Every tile of the products with stacks of matrices as machine code for an H100, made without one; and which is taken."""
+"""Every tile of the products with stacks of matrices as machine code for an H100; and which is taken."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def templates(
 @pytest.mark.parametrize(("kind", "tf32"), [("half", False), ("tf32", True), ("ieee", False)], indirect=["tf32"])
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_tile_of_groups_compiles_to_good_machine_code(block: int, kind: str, tf32: bool) -> None:
-    """Tensor core instructions, no spills, buffers as deep as asked for, operands read and results stored by 16 bytes."""
+    """Tensor core instructions, no spills, buffers as deep as asked for, operands and gradients moved by 16 bytes."""
     gemm, grad_weight = tiles.GROUPED_GEMM[block, kind], tiles.GROUPED_GRAD_WEIGHT[block, kind]
     dtype = BF16 if kind == "half" else F32
     for choice in range(max(len(gemm), len(grad_weight))):
@@ -113,7 +113,7 @@ def test_small_groups_get_small_tiles(block: int) -> None:
 
 def test_dense_products_take_over_from_stacks_as_the_arithmetic_says() -> None:
     grid = BlockGrid(14336, 4096, 128)
-    assert table.grouped_dense_from(grid, 2048) == pytest.approx(0.715, abs=0.001)
+    assert table.grouped_dense_from(grid, 4096) == pytest.approx(0.746, abs=0.001)
     assert table.grouped_dense_from(grid, 64) == pytest.approx(0.127, abs=0.001)
     assert table.grouped_dense_from(grid, 16) == 0
     assert table.grouped_dense_from(grid, 0) == 0

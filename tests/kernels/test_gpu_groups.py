@@ -18,8 +18,8 @@ from pretend_gpu import Generated, Interpreter, generate, kernels_of
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.ops.grouped import groups as bounds_of
 from mst_compile.ops.grouped import grouped_linear_reference
+from mst_compile.ops.grouped import groups as bounds_of
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -63,7 +63,7 @@ def test_lanes_hold_every_bound() -> None:
 @st.composite
 def structures(draw: st.DrawFn, block: int) -> Groups:
     """What code is generated for; its values are nothing special."""
-    in_features, out_features = draw(st.integers(1, 3 * block)), draw(st.integers(1, 3 * block))
+    in_features, out_features = draw(st.integers(2, 3 * block)), draw(st.integers(2, 3 * block))
     if draw(st.booleans()):  # as in real models
         in_features, out_features = -(-in_features // 16) * 16, -(-out_features // 16) * 16
     matrices, transposed = draw(st.integers(1, 5)), draw(st.booleans())
