@@ -21,7 +21,7 @@ which are counted in full against a library that is taken to have neither, so th
   the forward pass and ``2 B^2 t`` in grad-weight, 42 us each for blocks of 128, K = 4096 and t = 4096. The mean share
   of the three products is added at any density.
 
-With these numbers and N = 14336 dense products take over at .75, not .78; with groups of 64 rows at .13, and with
+With these numbers and N = 14336 dense products take over at .74, not .78; with groups of 64 rows at .13, and with
 groups of 16 at 0: always.
 """
 

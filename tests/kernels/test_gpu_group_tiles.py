@@ -37,10 +37,12 @@ def templates(
     )
     asked = {question.name: len(question.choices) for question in made.questions}
     kind = "half" if dtype != F32 else "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    assert asked == {
+    offered = {
         "mst_grouped_linear": len(tiles.GROUPED_GEMM[block, kind]),
         "mst_grouped_grad_weight": len(tiles.GROUPED_GRAD_WEIGHT[block, kind]),
-    }, "no dense product among them"
+    }
+    # Inductor asks where there is a choice.
+    assert asked == {name: count for name, count in offered.items() if count > 1}, "no dense product among them"
     forward, backward = (
         [k for k in kernels_of(graph.source) if k.kind == "template"] for graph in (made.forward, made.backward)
     )
@@ -113,7 +115,7 @@ def test_small_groups_get_small_tiles(block: int) -> None:
 
 def test_dense_products_take_over_from_stacks_as_the_arithmetic_says() -> None:
     grid = BlockGrid(14336, 4096, 128)
-    assert table.grouped_dense_from(grid, 4096) == pytest.approx(0.746, abs=0.001)
+    assert table.grouped_dense_from(grid, 4096) == pytest.approx(0.743, abs=0.001)
     assert table.grouped_dense_from(grid, 64) == pytest.approx(0.127, abs=0.001)
     assert table.grouped_dense_from(grid, 16) == 0
     assert table.grouped_dense_from(grid, 0) == 0

@@ -348,6 +348,15 @@ def test_strides(how: str, interpreter: Interpreter) -> None:
     check_backward(case, [dx, *(t for t in interpreter.run(made.backward) if t is not None)], g)
 
 
+def test_features_that_lie_apart(interpreter: Interpreter) -> None:
+    """As a convolution leaves them: tokens side by side in memory, to be laid out anew, with strides that are known."""
+    case = product((3, 16), 96, 80, random_mask(96, 80, 32, False), 32)
+    case.x = case.x.mT.contiguous().mT
+    made, _ = generated(case)
+    check_forward(case, interpreter.run(made.forward))
+    check_backward(case, interpreter.run(made.backward), upstream(case, made))
+
+
 # -- padded operands ---------------------------------------------------------------------------------------------------
 
 
