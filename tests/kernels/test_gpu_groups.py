@@ -181,3 +181,27 @@ def test_what_the_table_takes_for_stacks(density: float, interpreter: Interprete
     made = generate(function, case.arguments())
     assert not made.questions
     run_and_check(made, case, interpreter)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_follows_a_gradient_is_fused_into_its_store(transposed: bool, interpreter: Interpreter) -> None:
+    """Each element is stored once, by whoever it belongs to, zeros too."""
+    stored = (64, 96) if transposed else (96, 64)
+    case = groups([20, 0, 30], 64, 96, some_masks(*stored, 32, 3), 32, more=4, transposed=transposed, dtype=F32)
+
+    def function(x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor) -> Tensor:
+        return torch.ops.mst.grouped_linear(x, weight * 0.5, offsets, index, 32, transposed)
+
+    made = generate(function, case.arguments(), choose=lambda *_: 0, config=TUNED)
+    (kernel,) = (k for k in kernels_of(made.backward.source) if "arg_DY" in k.source)
+    assert "mul" in kernel.name
+    for actual, expected in zip(interpreter.run(made.backward), made.backward.outputs, strict=True):
+        if isinstance(expected, Tensor):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_a_single_element_is_the_references(interpreter: Interpreter) -> None:
+    case = groups([1], 64, 1, [torch.ones(1, 2, dtype=torch.bool)], 32)
+    made = generate(case.function(), case.arguments())
+    assert "torch.ops.mst.grouped_linear.default(" in made.forward.source
+    check_results(case, interpreter.run(made.forward)[0])

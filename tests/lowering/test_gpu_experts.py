@@ -23,7 +23,7 @@ from mst_compile.blocks.grid import BlockGrid
 from mst_compile.graph import backend
 
 BF16 = torch.bfloat16
-EXPERTS, WIDTH, HIDDEN = 4, 64, 96
+EXPERTS, WIDTH, HIDDEN = 4, 128, 192
 
 
 class Experts(nn.Module):
@@ -60,7 +60,7 @@ def code(source: str) -> str:
 def test_experts_through_the_backend(interpreter: Interpreter) -> None:
     """Forward and backward are our kernels, with what follows fused in, and read the offsets where they are made."""
     model = mst_compile.sparsify(Experts(), static(0.5), block=32, include=["up", "down"], rescale=False)
-    made = through_backend(model, torch.randn(50, WIDTH))
+    made = through_backend(model, torch.randn(50, WIDTH, requires_grad=True))
     forward, backward = (
         [k for k in kernels_of(graph.source) if k.kind == "template" and "arg_OFFSETS" in k.source]
         for graph in (made.forward, made.backward)
