@@ -139,19 +139,18 @@ def test_groups_of_several_tiles(block: int, choice: int, transposed: bool, inte
     run_and_check(made, case, interpreter)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_many_matrices_and_any_number_of_tokens(transposed: bool, interpreter: Interpreter) -> None:
+def test_many_matrices_and_any_number_of_tokens(interpreter: Interpreter) -> None:
     """More groups than a warp has lanes, most of them empty; and the code knows no number of tokens."""
     matrices = 34
-    masks = some_masks(*((32, 48) if transposed else (48, 32)), 32, matrices)
+    masks = some_masks(48, 32, 32, matrices)
     sizes = [5 * (e % 7 == 3) for e in range(matrices)]
-    case = groups(sizes, 32, 48, masks, 32, more=3, transposed=transposed, dtype=F32)
+    case = groups(sizes, 32, 48, masks, 32, more=3, dtype=F32)
     arguments = case.arguments()
     torch._dynamo.mark_dynamic(arguments[0], 0)
     made = generate(case.function(), arguments, choose=lambda *_: 0, config=TUNED)
     for more, last in ((3, 0), (0, 300)):
         sizes[-1] = last
-        other = groups(sizes, 32, 48, masks, 32, more=more, transposed=transposed, dtype=F32, seed=last)
+        other = groups(sizes, 32, 48, masks, 32, more=more, dtype=F32, seed=last)
         run_and_check(made, other, interpreter)
 
 
@@ -194,14 +193,12 @@ def test_what_the_table_takes_for_stacks(density: float, interpreter: Interprete
     run_and_check(made, case, interpreter)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_what_follows_a_gradient_is_fused_into_its_store(transposed: bool, interpreter: Interpreter) -> None:
+def test_what_follows_a_gradient_is_fused_into_its_store(interpreter: Interpreter) -> None:
     """Each element is stored once, by whoever it belongs to, zeros too."""
-    stored = (64, 96) if transposed else (96, 64)
-    case = groups([20, 0, 30], 64, 96, some_masks(*stored, 32, 3), 32, more=4, transposed=transposed, dtype=F32)
+    case = groups([20, 0, 30], 64, 96, some_masks(96, 64, 32, 3), 32, more=4, dtype=F32)
 
     def function(x: Tensor, weight: Tensor, offsets: Tensor, index: Tensor) -> Tensor:
-        return torch.ops.mst.grouped_linear(x, weight * 0.5, offsets, index, 32, transposed)
+        return torch.ops.mst.grouped_linear(x, weight * 0.5, offsets, index, 32, False)
 
     made = generate(function, case.arguments(), choose=lambda *_: 0, config=TUNED)
     (kernel,) = (k for k in kernels_of(made.backward.source) if "arg_DY" in k.source)
