@@ -7,6 +7,10 @@ measured is kept on disk, since compiled code that comes out of Inductor's cache
 been measured, what was on an H100 serves (:func:`mst_compile.kernels.triton.table.dense_from`).
 
 The ranks of one run agree, see :mod:`mst_compile.lowering.agreement`.
+
+Products with stacks of matrices are not timed beside dense ones: the library's grouped product takes bfloat16 alone,
+and leaves rows of no group as they were. For them a bound by arithmetic serves
+(:func:`mst_compile.kernels.triton.table.grouped_shares`), which is the same on all ranks.
 """
 
 from __future__ import annotations

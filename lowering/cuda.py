@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from mst_compile.kernels.triton.table import grouped_shares
 from torch import Tensor
 
 from mst_compile.blocks.bulk import Average, Kind
@@ -135,10 +136,27 @@ class _Bulk:
         kernel.begin(averages, scale)
 
 
+_LEAST = 1e-6  # a crossover that stands for 0, of products that are never faster sparse
+
+
 def _times(layers: Sequence[device.Layer], tuned: bool) -> list[device.LayerTimes]:
-    """One crossover for the whole graph: its products are all dense or all sparse."""
-    density = crossover.of_weights([layer.grid for layer in layers], tuned)
-    return [device.at_crossover(layer, density) for layer in layers]
+    """One crossover for all weights of a graph that are no stacks, a bound for each stack. A graph's products are all
+    dense or all sparse, so that their times have one unit: the operations of dense ones."""
+    single = [layer.grid for layer in layers if not layer.dense]
+    density = crossover.of_weights(single, tuned) if single else 1.0
+    weight = 0.0, 1 / max(density, _LEAST)
+    return [_of_layer(layer, *(_of_stack(layer) if layer.dense else weight)) for layer in layers]
+
+
+def _of_stack(layer: device.Layer) -> tuple[float, float]:
+    return grouped_shares(layer.grid, layer.tokens / max(1, layer.groups))
+
+
+def _of_layer(layer: device.Layer, fixed: float, per_density: float) -> device.LayerTimes:
+    """Times of a layer whose sparse products take ``fixed + per_density * density`` of what dense ones do."""
+    dense = layer.grid.rows * layer.grid.cols * max(1, layer.tokens)
+    times = device.Times(dense, device.WORTH * dense * fixed, device.WORTH * dense * per_density)
+    return dict.fromkeys(device.PRODUCTS[: 3 if layer.trained else 1], times)
 
 
 def _lowerings() -> Mapping[str, Callable[..., Any]]:
@@ -158,6 +176,7 @@ device.register(
         default_block=64,
         finest_block=TILE_BLOCK,  # a coarse grid costs density, a finer one all that could be saved
         rounds_weights=True,  # tensor cores take two operands of one dtype
+        multiplies_stacks=True,
         bulk=_Bulk(),
         lowerings=_lowerings,
         why_absent=_why_absent,

@@ -28,7 +28,7 @@ from . import compat, crossover, gpu_operands, gpu_tiles, tuning
 from .gpu_operands import static
 
 # Tokens that all lines are multiplied with before the next ones: of 256 to 4096 the fastest on an H100 at density .1.
-_GROUP_ROWS = 512
+GROUP_ROWS = 512
 compat.on_tuned(crossover.from_tuning)
 
 
@@ -39,7 +39,7 @@ def _index_generator(grid: BlockGrid, density: float) -> Any:
     return lambda index: tuning.realistic_index(grid, density, index.get_device())
 
 
-def _mark(choices: list[Any], grid: BlockGrid, product: str, x: Any, density: float) -> None:
+def mark(choices: list[Any], grid: BlockGrid, product: str, x: Any, density: float) -> None:
     """Let :func:`crossover.from_tuning` know our own choices again, and what they compute."""
     name = f"{product} {x.get_dtype()} {compat.hint(x.get_size()[0])}"
     for choice in choices:
@@ -92,26 +92,26 @@ def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool, density: 
             BLOCK=block,
             OUT=out_features,
             REDUCE=reduced,
-            **_line_constants(lines),
+            **line_constants(lines),
             A_WIDTH=static(a.get_size()[1]),
             W_WIDTH=static(weight.get_size()[1]),
             A_STRIDE=static(a.get_stride()[0]),
             W_STRIDE=static(weight.get_stride()[0]),
             REDUCE_LAST=by_rows,
             EVEN_M=bool(V.graph.sizevars.statically_known_multiple_of(m, tile.rows)),
-            GROUP_M=max(1, _GROUP_ROWS // (tile.rows * tile.chain)),
+            GROUP_M=max(1, GROUP_ROWS // (tile.rows * tile.chain)),
             PRECISION=gpu_tiles.precision(a.get_dtype()),
         )
         if error is not None:
             raise error
-    _mark(choices, grid, "forward" if by_rows else "transposed", a, density)
+    mark(choices, grid, "forward" if by_rows else "transposed", a, density)
     if dense:
         choices.append(_DENSE_LINEAR.bind(inputs, layout, transpose=by_rows))
     out = compat.select("mst_linear", choices, inputs, layout, input_gen_fns={2: _index_generator(grid, density)})
     return gpu_operands.unflatten(out, lead)
 
 
-def _line_constants(lines: Lines) -> dict[str, int]:
+def line_constants(lines: Lines) -> dict[str, int]:
     return {"LINES": lines.count, "PTR": lines.ptr, "IDX": lines.idx, "ORDER": lines.order}
 
 
@@ -206,7 +206,7 @@ def _partials(
             BLOCK_M=tile.tokens,
             BLOCK=grid.block,
             LENGTH=lines.length,
-            **_line_constants(lines),
+            **line_constants(lines),
             DENSE_GRAD=DENSE_GRAD,
             OUT=out_features,
             IN=in_features,
@@ -222,7 +222,7 @@ def _partials(
         )
         if error is not None:
             raise error
-    _mark(choices, grid, "grad-weight", x, density)
+    mark(choices, grid, "grad-weight", x, density)
     if with_dense:
         choices.append(_DENSE_GRAD_WEIGHT.bind(inputs, layout, out_first=out_first, rows=grid.rows))
     # The caller must know which kind won: only the template fills the column sums.

@@ -11,7 +11,7 @@ from torch._inductor.virtualized import V
 
 from mst_compile.ops.linear import DENSITY
 
-from . import device, gpu, gpu_attention, gpu_operands
+from . import device, gpu, gpu_attention, gpu_grouped, gpu_operands
 
 
 def _takes(x: Any, weight_dtype: torch.dtype, block: int, out_features: Any) -> bool:
@@ -64,6 +64,39 @@ def _grad_weight(
     return gpu.grad_weight(grad, x, index, block, transposed, dtype, bias, density)
 
 
+def _grouped_linear(
+    x: Any, weight: Any, offsets: Any, index: Any, block: int, transposed: bool, density: float = DENSITY, *_: Any
+) -> Any:
+    if not _takes(x, weight.get_dtype(), block, weight.get_size()[2 if transposed else 1]):
+        return None
+    return gpu_grouped.linear(x, weight, offsets, index, block, not transposed, density)
+
+
+def _grouped_grad_input(
+    grad: Any, weight: Any, offsets: Any, index: Any, block: int, transposed: bool, density: float = DENSITY, *_: Any
+) -> Any:
+    if not _takes(grad, weight.get_dtype(), block, weight.get_size()[1 if transposed else 2]):
+        return None
+    return gpu_grouped.linear(grad, weight, offsets, index, block, transposed, density)
+
+
+def _grouped_grad_weight(
+    grad: Any,
+    x: Any,
+    offsets: Any,
+    index: Any,
+    block: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    density: float = DENSITY,
+    *_: Any,
+) -> Any:
+    elements = x.get_size()[-1] * grad.get_size()[-1] * offsets.get_size()[0]
+    if elements == 1 or x.get_dtype() != grad.get_dtype() or not _takes(grad, dtype, block, elements):
+        return None
+    return gpu_grouped.grad_weight(grad, x, offsets, index, block, transposed, dtype, density)
+
+
 def _takes_attention(q: Any, k: Any, v: Any) -> bool:
     dtype = q.get_dtype()
     same = {k.get_dtype(), v.get_dtype()} == {dtype}
@@ -83,6 +116,9 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "linear": _linear,
     "linear_grad_input": _grad_input,
     "linear_grad_weight": _grad_weight,
+    "grouped_linear": _grouped_linear,
+    "grouped_linear_grad_input": _grouped_grad_input,
+    "grouped_linear_grad_weight": _grouped_grad_weight,
     "attention": _attention,
     "attention_backward": _attention_backward,
 }

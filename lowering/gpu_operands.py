@@ -90,7 +90,11 @@ def _rows(x: Any) -> Any:
         return _pad(x)
     if len(lead) != 1:
         x = lowerings[torch.ops.aten.view.default](x, [-1, features])
-    x = ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(x))
+    x = ir.ExternKernel.realize_input(x)
+    if isinstance(x.get_layout(), ir.FlexibleLayout):
+        # A copy that the view has made: templates are given its strides now, and Inductor would choose them later.
+        x = ir.ExternKernel.require_contiguous(x)
+    x = ir.ExternKernel.require_stride1(x)
     return x if _wide(x) else ir.ExternKernel.require_contiguous(ir.ExternKernel.copy_input(x))
 
 

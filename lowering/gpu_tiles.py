@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from mst_compile.kernels.triton import splits, table
-from mst_compile.kernels.triton.tiles import GEMM, GRAD_WEIGHT, GemmTile, GradWeightTile
+from mst_compile.kernels.triton.tiles import (
+    GEMM,
+    GRAD_WEIGHT,
+    GROUPED_GEMM,
+    GROUPED_GRAD_WEIGHT,
+    GemmTile,
+    GradWeightTile,
+)
 from torch._inductor import config
 
 from mst_compile.blocks.grid import BlockGrid
@@ -60,6 +67,24 @@ def grad_weight(x: Any, grid: BlockGrid, density: float) -> tuple[list[GradWeigh
     if tunes():
         return _runnable(GRAD_WEIGHT[grid.block, kind(dtype)], grid.block, x), True
     return _one(table.grad_weight(grid, kind(dtype), density), grid.block, x)
+
+
+def grouped_gemm(a: Any, grid: BlockGrid, matrices: int, by_rows: bool, density: float) -> list[GemmTile]:
+    """Tiles of forward or grad-input of a stack of matrices with this grid each; there is no dense product to offer:
+    the library's leaves rows of no group as they come out of the allocator, and takes bfloat16 alone."""
+    tiles = _runnable(GROUPED_GEMM[grid.block, kind(a.get_dtype())], grid.block, a)
+    if tunes() or not tiles:
+        return tiles
+    tokens, lines = compat.hint(a.get_size()[0]), grid.lines(by_rows).count
+    asked = kind(a.get_dtype()), density, tokens, matrices, _properties(a).multi_processor_count
+    return [table.grouped_gemm(tiles, grid, lines, *asked)]
+
+
+def grouped_grad_weight(x: Any, grid: BlockGrid, density: float) -> list[GradWeightTile]:
+    """Tiles of grad-weight of a stack of matrices with this grid each."""
+    own = kind(x.get_dtype())
+    tiles = _runnable(GROUPED_GRAD_WEIGHT[grid.block, own], grid.block, x)
+    return tiles if tunes() or not tiles else [table.grouped_grad_weight(tiles, grid.block, own, density)]
 
 
 def parts(x: Any, grid: BlockGrid, out_first: bool, tile: GradWeightTile, density: float) -> int:

@@ -13,16 +13,16 @@ import torch
 from torch._inductor import config as inductor_config
 
 from ..ledger import device_name
-from . import attention, layers, models, rivals
+from . import attention, experts, layers, models, rivals
 from .keep import Lines, fingerprint
 from .options import cells_of, parse
-from .plan import AttentionCell, Budget, Cell, LayerCell
+from .plan import AttentionCell, Budget, Cell, ExpertsCell, LayerCell
 from .report import Run
 from .supervisor import BROKEN
 from .tuning import Keeper
 
 # Seconds that a cell may take before one has been seen; a fresh process compiles for a good part of a minute.
-_GUESSES = {"layer": 25.0, "model": 75.0, "attention": 30.0}
+_GUESSES = {"layer": 25.0, "model": 75.0, "attention": 30.0, "experts": 40.0}
 _TUNING = 15.0  # beyond those
 
 
@@ -57,7 +57,7 @@ class Finished:
 
 
 def _key(cell: Cell) -> str:
-    return f"{cell.case} at {cell.densities}" if isinstance(cell, LayerCell) else cell.case
+    return f"{cell.case} at {cell.densities}" if isinstance(cell, LayerCell | ExpertsCell) else cell.case
 
 
 def _kind(cell: Cell) -> str:
@@ -75,6 +75,8 @@ def _run_cell(cell: Cell, run: Run, args: argparse.Namespace, keeper: Keeper) ->
             layers.measure(cell, run)
         elif isinstance(cell, AttentionCell):
             attention.measure(cell, run)
+        elif isinstance(cell, ExpertsCell):
+            experts.measure(cell, run)
         else:
             models.measure(cell, run, args.model_block)
 
@@ -82,6 +84,8 @@ def _run_cell(cell: Cell, run: Run, args: argparse.Namespace, keeper: Keeper) ->
 def _benchmark(cell: Cell) -> str:
     if isinstance(cell, AttentionCell):
         return attention.BENCHMARK
+    if isinstance(cell, ExpertsCell):
+        return experts.BENCHMARK
     return layers.BENCHMARK if isinstance(cell, LayerCell) else models.BENCHMARK
 
 
@@ -108,7 +112,11 @@ def _loop(cells: Sequence[Cell], run: Run, args: argparse.Namespace, finished: F
             continue
         print(f"-- {cell.case}", flush=True)
         start, failures = time.monotonic(), len(run.failures)
-        run.index, run.cut, run.runs = index, False, args.runs or (20 if isinstance(cell, LayerCell) else 10)
+        run.index, run.cut, run.runs = (
+            index,
+            False,
+            args.runs or (20 if isinstance(cell, LayerCell | ExpertsCell) else 10),
+        )
         try:
             _run_cell(cell, run, args, keeper)
         except Exception as error:

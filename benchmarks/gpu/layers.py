@@ -19,7 +19,7 @@ from mst_compile.rules.density import active_count
 from mst_compile.rules.guard import backbone
 
 from . import rivals
-from .plan import LayerCell, crossover, verdict
+from .plan import ExpertsCell, LayerCell, crossover, verdict
 from .report import Run
 from .timing import Call, median_times
 
@@ -31,7 +31,13 @@ _ALLOWED = {torch.float32: 200.0, torch.bfloat16: 4.0, torch.float16: 4.0}
 
 
 class Layer:
-    """Operands of one layer with weight ``[n, k]`` and ``m`` tokens; the topology changes in place."""
+    """Operands of one layer with weight ``[n, k]`` and ``m`` tokens; the topology changes in place.
+
+    Attributes:
+        benchmark: the ledger's name of what is measured with it. library: what the dense products are.
+    """
+
+    benchmark, library = BENCHMARK, "torch.mm"
 
     def __init__(self, cell: LayerCell, device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -104,15 +110,17 @@ def ours(layer: Layer, tuned_for: float) -> dict[str, Call]:
     def grad_weight(grad: Tensor, x: Tensor, index: Tensor) -> Tensor:
         return torch.ops.mst.linear_grad_weight(grad, x, index, block, False, dtype, False, tuned_for)[0]
 
-    def compiled(function: Callable[..., Tensor], *args: Tensor) -> Call:
-        run = torch.compile(function, fullgraph=True, backend="inductor", dynamic=False)
-        return lambda: run(*args)
-
     return {
         "forward": compiled(linear, layer.x, layer.weight, layer.index),
         "grad-input": compiled(grad_input, layer.grad, layer.weight, layer.index),
         "grad-weight": compiled(grad_weight, layer.grad, layer.x, layer.index),
     }
+
+
+def compiled(function: Callable[..., Tensor], *args: Tensor) -> Call:
+    """A function of these tensors as Inductor compiles it, at its first call."""
+    run = torch.compile(function, fullgraph=True, backend="inductor", dynamic=False)
+    return lambda: run(*args)
 
 
 @torch.no_grad()
@@ -123,11 +131,11 @@ def measure(cell: LayerCell, run: Run) -> None:
     points: dict[str, list[tuple[float, float]]] = {}
     dense_s: dict[str, float] = {}
     graphs = 0
-    for density in _densities(cell, layer, run, "mst"):
-        ratios, dense_s = _time(cell, layer, run, density, "mst", calls)
-        compiled, graphs = graphs, counters["stats"]["unique_graphs"]
-        if compiled not in (0, graphs):
-            run.failed(BENCHMARK, _case(cell, layer), "mst", "the new topology made it compile again")
+    for density in densities_of(cell, layer, run, "mst"):
+        ratios, dense_s = compare(cell, layer, run, density, "mst", calls)
+        before, graphs = graphs, counters["stats"]["unique_graphs"]
+        if before not in (0, graphs):
+            run.failed(BENCHMARK, case_of(cell, layer), "mst", "the new topology made it compile again")
         for operation, ratio in ratios.items():
             points.setdefault(operation, []).append((layer.density, ratio))
     if len(cell.densities) > 1:
@@ -141,17 +149,17 @@ def measure(cell: LayerCell, run: Run) -> None:
             print(f"{cell.case} without {name}: {unfit}")
             continue
         run.stage(name)
-        for density in _densities(cell, layer, run, name):
+        for density in densities_of(cell, layer, run, name):
             try:
-                _time(cell, layer, run, density, name, make(layer.x, layer.weight, layer.grad, layer.block))
+                compare(cell, layer, run, density, name, make(layer.x, layer.weight, layer.grad, layer.block))
             except Exception as failure:
-                run.failed(BENCHMARK, _case(cell, layer), name, f"{type(failure).__name__}: {failure}")
+                run.failed(BENCHMARK, case_of(cell, layer), name, f"{type(failure).__name__}: {failure}")
                 if not run.usable():
                     return
                 break
 
 
-def _densities(cell: LayerCell, layer: Layer, run: Run, side: str) -> Iterator[float]:
+def densities_of(cell: LayerCell | ExpertsCell, layer: Layer, run: Run, side: str) -> Iterator[float]:
     """Set each density in turn while time is left; those that this grid cannot tell apart come once."""
     done: set[int] = set()
     for i, density in enumerate(cell.densities):
@@ -165,12 +173,12 @@ def _densities(cell: LayerCell, layer: Layer, run: Run, side: str) -> Iterator[f
             yield density
 
 
-def _case(cell: LayerCell, layer: Layer, operation: str = "all") -> str:
+def case_of(cell: LayerCell | ExpertsCell, layer: Layer, operation: str = "all") -> str:
     return f"{cell.case} d={layer.density:.3f} {operation}"
 
 
-def _time(
-    cell: LayerCell, layer: Layer, run: Run, density: float, side: str, calls: dict[str, Call]
+def compare(
+    cell: LayerCell | ExpertsCell, layer: Layer, run: Run, density: float, side: str, calls: dict[str, Call]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Check, time and record ``side`` against dense; speed-ups and dense seconds by operation (and "sum")."""
     reference = layer.reference()
@@ -180,7 +188,7 @@ def _time(
         if complaint is None:
             good[operation] = call
         else:
-            run.failed(BENCHMARK, _case(cell, layer, operation), side, complaint)
+            run.failed(layer.benchmark, case_of(cell, layer, operation), side, complaint)
     del reference
     sides = {f"{op} dense": call for op, call in layer.dense().items() if op in good}
     median = median_times(sides | {f"{op} {side}": call for op, call in good.items()}, run.device, run.runs)
@@ -195,16 +203,17 @@ def _time(
 
 
 def _record(
-    cell: LayerCell, layer: Layer, run: Run, density: float, side: str, operation: str, dense: float, own: float
-) -> None:
+    cell: LayerCell | ExpertsCell, layer: Layer, run: Run, density: float, side: str, operation: str, dense: float,
+    own: float,
+) -> None:  # fmt: skip
     products = len(OPERATIONS) if operation == "sum" else 1
     tera = 2e-12 * products * cell.m * cell.n * cell.k
-    case, ratio = _case(cell, layer, operation), dense / own
+    case, ratio = case_of(cell, layer, operation), dense / own
     note = f"{tera * layer.density / own:.4g} TFLOP/s in active blocks"
     judged = verdict(cell.goal(density), ratio) if side == "mst" and operation == "sum" else ""
     if side == "mst":
-        run.record(BENCHMARK, case, "dense", dense, 1.0, f"{tera / dense:.4g} TFLOP/s, torch.mm")
-    run.record(BENCHMARK, case, side, own, ratio, "; ".join(filter(None, (note, judged))))
+        run.record(layer.benchmark, case, "dense", dense, 1.0, f"{tera / dense:.4g} TFLOP/s, {layer.library}")
+    run.record(layer.benchmark, case, side, own, ratio, "; ".join(filter(None, (note, judged))))
     print(f"{case}: {side} {own * 1e3:.3f} ms, {ratio:.2f}x dense {judged}".rstrip(), flush=True)
     figures = f"{dense * 1e3:.3f}", f"{own * 1e3:.3f}", f"{ratio:.2f}x"
     run.rows.append((cell.case, f"{layer.density:.3f}", operation, side, *figures, judged))

@@ -11,10 +11,11 @@ from .keep import FOLDER
 from .plan import Cell, ModelCell
 
 _MINUTES = {"all": 9.0, "speed": 6.0}
-_PARTS = {"layer": "layers", "model": "models", "attention": "attention"}  # of each kind of cell
+_PARTS = {"layer": "layers", "model": "models", "attention": "attention", "experts": "experts"}  # of each kind of cell
 _RIVALS = (*plan.RIVALS, "flex")
 _SMOKE_TOKENS, _SMOKE_SHAPES, _SMOKE_BLOCKS, _SMOKE_DENSITIES = (64,), ((128, 96),), (32,), (0.3, 1.0)
 SMOKE_ATTENTIONS = (plan.AttentionCell("sparse", 70, 2, 32, 2, 16, 16),)
+SMOKE_EXPERTS = (plan.ExpertsCell(90, 3, 128, 96, 32, (0.3, 1.0)),)
 _SMOKE_MODELS = (ModelCell("tiny", 64, 1, 2, 128, 2, 32),)
 
 
@@ -86,4 +87,5 @@ def _all(args: argparse.Namespace) -> list[Cell]:
         args.tune_each,
     )
     some_models = _SMOKE_MODELS if smoke else plan.MODELS
-    return plan.order(some_layers, some_models, SMOKE_ATTENTIONS if smoke else plan.ATTENTIONS)
+    some_experts = SMOKE_EXPERTS if smoke else plan.EXPERTS
+    return plan.order(some_layers, some_models, SMOKE_ATTENTIONS if smoke else plan.ATTENTIONS, some_experts)

@@ -113,7 +113,30 @@ class AttentionCell:
         return ATTENTION_GOALS.get((self.pattern, self.length))
 
 
-Cell = LayerCell | ModelCell | AttentionCell
+@dataclass(frozen=True)
+class ExpertsCell:
+    """One layer of a mixture of experts: ``m`` rows, each multiplied by one of ``experts`` weights ``[n, k]``."""
+
+    m: int
+    experts: int
+    n: int
+    k: int
+    block: int
+    densities: tuple[float, ...]
+    tuned_for: float = TUNED_FOR
+    tune: bool = False
+    kind: str = "experts"
+
+    @property
+    def case(self) -> str:
+        return f"experts={self.experts} M={self.m} N={self.n} K={self.k} B={self.block}{_TUNED * self.tune}"
+
+    def goal(self, density: float) -> float | None:
+        """None: nothing is known of what they can do."""
+        return None
+
+
+Cell = LayerCell | ModelCell | AttentionCell | ExpertsCell
 
 MODELS = (
     ModelCell("small", 768, 12, 12, 50304, 16, 1024),
@@ -126,6 +149,10 @@ ATTENTIONS = tuple(
     AttentionCell(pattern, length, batch=max(1, 16384 // length))
     for length in (4096, 1024, 16384) for pattern in ("sparse", "fixed", "full")
 )  # fmt: skip
+
+
+# As Mixtral's, of 16384 tokens that go to two experts each; the narrow matrix goes the other way, as grad-input does.
+EXPERTS = tuple(ExpertsCell(32768, 8, 14336, 4096, block, GOAL_DENSITIES) for block in (128, 64))
 
 
 def by_importance(given: Sequence[float]) -> tuple[float, ...]:
@@ -153,11 +180,14 @@ def layer_cells(
 
 
 def order(
-    layers: Sequence[LayerCell], models: Sequence[ModelCell], attentions: Sequence[AttentionCell] = ()
+    layers: Sequence[LayerCell],
+    models: Sequence[ModelCell],
+    attentions: Sequence[AttentionCell] = (),
+    experts: Sequence[ExpertsCell] = (),
 ) -> list[Cell]:
-    """Goal cells, then whole models, attention, and the other layers."""
+    """Goal cells, then whole models, attention, experts, and the other layers."""
     goals = [cell for cell in layers if (cell.m, cell.n, cell.k) == GOAL]
-    return [*goals, *models, *attentions, *(cell for cell in layers if cell not in goals)]
+    return [*goals, *models, *attentions, *experts, *(cell for cell in layers if cell not in goals)]
 
 
 def tuned(cell: Cell) -> Cell:
@@ -166,7 +196,8 @@ def tuned(cell: Cell) -> Cell:
 
 
 def speed_cells() -> list[Cell]:
-    """What decides, most important first: all that has a goal, as users get it and then tuned, and the rest.
+    """What decides, most important first: all that has a goal, as users get it, experts, of which nothing is known, the
+    goals tuned, and the rest.
 
     Each density is compiled for, as a schedule's is. No model is tuned: Inductor would tune all of its dense products
     too, a quarter of a minute each on an H100.
@@ -175,7 +206,7 @@ def speed_cells() -> list[Cell]:
     layers += [LayerCell(*CUBE, block, (CUBE_DENSITY,), CUBE_DENSITY) for block in (128, 64)]
     attentions = [cell for cell in ATTENTIONS if cell.goal is not None]
     wanted = [cell for cell in layers if cell.goal(cell.tuned_for) is not None]
-    first = [*layers, MODELS[0], *attentions, *map(tuned, [*wanted, *attentions])]
+    first = [*layers, MODELS[0], *attentions, *EXPERTS, *map(tuned, [*wanted, *attentions])]
     rest = order(layer_cells(TOKENS, SHAPES, BLOCKS, DENSITIES), MODELS, ATTENTIONS)
     return [*first, *(cell for cell in rest if cell not in first)]
 

@@ -6,3 +6,8 @@ from pathlib import Path
 from torch._inductor.utils import load_template
 
 load = partial(load_template, template_dir=Path(__file__).parent / "templates")
+
+
+def source(*names: str) -> str:
+    """Several texts as one: templates cannot import, so that the macros that they share stand before each."""
+    return "".join(map(load, names))

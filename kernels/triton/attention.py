@@ -52,7 +52,7 @@ from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 
 from mst_compile.rules.patterns import Parts
 
-from . import load
+from . import source
 
 _FAR = 2**29  # further than any two positions, which are int32 here, as are sums of two such numbers
 
@@ -138,8 +138,7 @@ def _backward_grid(
 
 
 def _source(*names: str) -> str:
-    """Templates cannot import: the macros that they share stand before each."""
-    return "".join(load(f"attention_{name}") for name in ("macros", *names))
+    return source(*(f"attention_{name}" for name in ("macros", *names)))
 
 
 forward = TritonTemplate(name="mst_attention", grid=_forward_grid, source=_source("forward"))

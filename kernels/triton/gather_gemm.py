@@ -42,8 +42,8 @@ Three things make it fast, each seen in the generated code:
 - Features and strides are constants. With a symbolic stride there is no asynchronous copy at all.
 - Tokens are the M dimension of the tensor core instruction, so that blocks of 32 and 64 use wgmma too.
 
-Triton functions cannot import, hence one source text, ``templates/gather_gemm.py.jinja``, completed by Inductor
-(``torch._inductor.select_algorithm``).
+Triton functions cannot import, hence one source text, ``templates/gather_gemm.py.jinja`` behind the macros that it
+shares with grouped.py, completed by Inductor (``torch._inductor.select_algorithm``).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from typing import Any
 
 from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
 
-from . import load
+from . import source
 
 
 @SymbolicGridFn
@@ -61,4 +61,4 @@ def _grid(m: Any, _: Any, meta: dict[str, Any], *, cdiv: Callable[..., Any]) -> 
     return cdiv(m, meta["BLOCK_M"] * meta["CHAIN"]) * meta["LINES"], 1, 1
 
 
-template = TritonTemplate(name="mst_gather_gemm", grid=_grid, source=load("gather_gemm"))
+template = TritonTemplate(name="mst_gather_gemm", grid=_grid, source=source("gather_macros", "gather_gemm"))

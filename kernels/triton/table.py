@@ -10,16 +10,29 @@ with others, and is 1.1 times as fast without any.
 Bytes from the L2 cache decide between sparse and dense, and they grow with the products in all precisions alike, so
 that one crossover a block serves, by the edge of the weight: products that take 100 us have no time to hide their
 beginnings and ends. Those of narrow weights were measured at 3072 x 768 and 768 x 3072.
+
+Of stacks of matrices nothing was measured. Their products are those of single ones but for two costs (grouped.py),
+which are counted in full against a library that is taken to have neither, so that the crossover is a lower bound:
+
+- The last tile of each group is partly filled. Half of it is wasted on average; a whole one of 128 rows is counted, so
+  that groups of t rows take ``(t + 128) / t`` of the time.
+- A program finds its group, 1 us. That is compared with the time that the dense product takes for what the program
+  makes, at the rate of one of the 264 that run at once, 835 TFLOP/s / 264 = 3.2 TFLOP/s: ``2 * 128 B K`` operations in
+  the forward pass and ``2 B^2 t`` in grad-weight, 42 us each for blocks of 128, K = 4096 and t = 4096. The mean share
+  of the three products is added at any density.
+
+With these numbers and N = 14336 dense products take over at .74, not .78; with groups of 64 rows at .13, and with
+groups of 16 at 0: always.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from mst_compile.blocks.grid import BlockGrid
 
-from .tiles import GEMM, GRAD_WEIGHT, GemmTile, GradWeightTile
+from .tiles import GEMM, GRAD_WEIGHT, GROUPED_GRAD_WEIGHT, GemmTile, GradWeightTile
 
 _Tile = TypeVar("_Tile")
 
@@ -35,6 +48,27 @@ def dense_from(grid: BlockGrid) -> float:
     """Density from which the three products of a weight take as long as dense ones."""
     known = _NARROW_DENSE_FROM if min(grid.rows, grid.cols) < _NARROW else _DENSE_FROM
     return known.get(grid.block, min(known.values()))
+
+
+_WASTED_ROWS = 128  # of each group
+_BEGINNING = 1e-6  # seconds in which a program finds its group
+_PROGRAM_ROWS = 128
+_PROGRAM_RATE = 835e12 / 264  # operations a second of a dense product, by the share of one program
+
+
+def grouped_shares(grid: BlockGrid, tokens: float) -> tuple[float, float]:
+    """What the three products of a stack of matrices on this grid take at most, with that many rows each, as a share of
+    dense ones by arithmetic: ``first + second * density``."""
+    tokens = max(1.0, tokens)
+    made = [_PROGRAM_ROWS * grid.block * reduced for reduced in (grid.rows, grid.cols)] + [grid.block**2 * tokens]
+    beginning = sum(_BEGINNING * _PROGRAM_RATE / (2 * operations) for operations in made) / len(made)
+    return beginning, (tokens + _WASTED_ROWS) / tokens / dense_from(grid)
+
+
+def grouped_dense_from(grid: BlockGrid, tokens: float) -> float:
+    """Density from which the three products of a stack of matrices may take as long as dense ones; 0 with few rows."""
+    beginning, per_density = grouped_shares(grid, tokens)
+    return max(0.0, (1 - beginning) / per_density)
 
 
 def _grad_weight_dense_from(grid: BlockGrid) -> float:
@@ -86,6 +120,39 @@ def grad_weight(grid: BlockGrid, kind: str, density: float) -> GradWeightTile | 
         return None
     known = _GRAD_WEIGHT.get((grid.block, kind))
     return _up_to(density, known) if known else GRAD_WEIGHT[grid.block, kind][0]
+
+
+def grouped_gemm(
+    offered: Sequence[GemmTile], grid: BlockGrid, lines: int, kind: str, density: float, tokens: int, matrices: int,
+    processors: int,
+) -> GemmTile:  # fmt: skip
+    """The tile for a stack of matrices, of those offered.
+
+    What is read grows with ``(rows + B) / rows``, and a group wastes half a tile: the least of the product, of tiles
+    that are no taller than that of a single matrix of this density.
+
+    Args:
+        lines: of the result's columns.
+        tokens: rows of all groups together, of which each is taken to have its share.
+    """
+    known = _GEMM.get((grid.block, kind))
+    tallest = _up_to(density, known).rows if known else max(tile.rows for tile in offered)
+    share = max(1.0, tokens / matrices)
+
+    def cost(tile: GemmTile) -> float:
+        return (1 + tile.rows / (2 * share)) * (1 + grid.block / tile.rows)
+
+    tile = min((t for t in offered if t.rows <= tallest), key=cost, default=offered[0])
+    if (-(-tokens // tile.rows) + matrices) * lines < processors:
+        return min(offered, key=lambda t: t.rows)
+    return tile
+
+
+def grouped_grad_weight(offered: Sequence[GradWeightTile], block: int, kind: str, density: float) -> GradWeightTile:
+    """The tile for grad-weight of a stack of matrices, of those offered."""
+    known = _GRAD_WEIGHT.get((block, kind))
+    wanted = _up_to(density, known) if known else GROUPED_GRAD_WEIGHT[block, kind][0]
+    return wanted if wanted in offered else offered[0]
 
 
 def _up_to(density: float, known: Iterable[tuple[float, _Tile]]) -> _Tile:

@@ -109,3 +109,30 @@ GRAD_WEIGHT = {
     (64, "ieee"): [GradWeightTile(1, 16, 8, 3), GradWeightTile(1, 32, 8, 3)],
     (32, "ieee"): [GradWeightTile(2, 16, 4, 3), GradWeightTile(4, 16, 8, 3)],
 }  # fmt: skip
+
+# Of stacks of matrices (grouped.py), of which no card has timed any: what was the fastest with single ones, without
+# chains, whose tiles need not be of one group, and a smaller one for groups of few rows. Each list has one that fits
+# the shared memory of every GPU that is supported.
+GROUPED_GEMM = {
+    (128, "half"): [GemmTile(128, 64, 8, 3), GemmTile(64, 64, 4, 3)],
+    (64, "half"): [GemmTile(128, 64, 4, 3), GemmTile(256, 32, 8, 4), GemmTile(64, 64, 4, 3)],
+    (32, "half"): [GemmTile(256, 32, 4, 4), GemmTile(128, 32, 4, 4)],
+    (128, "tf32"): [GemmTile(128, 32, 8, 4), GemmTile(64, 32, 4, 4)],
+    (64, "tf32"): [GemmTile(128, 32, 4, 4)],
+    (32, "tf32"): [GemmTile(128, 32, 4, 4)],
+    (128, "ieee"): [GemmTile(64, 32, 8, 3)],
+    (64, "ieee"): [GemmTile(64, 32, 8, 3)],
+    (32, "ieee"): [GemmTile(64, 32, 4, 3)],
+}
+
+GROUPED_GRAD_WEIGHT = {
+    (128, "half"): [GradWeightTile(1, 64, 4, 3)],
+    (64, "half"): [GradWeightTile(2, 64, 4, 3), GradWeightTile(4, 64, 8, 4)],
+    (32, "half"): [GradWeightTile(8, 64, 4, 2)],
+    (128, "tf32"): [GradWeightTile(1, 32, 8, 3)],
+    (64, "tf32"): [GradWeightTile(2, 32, 8, 3)],
+    (32, "tf32"): [GradWeightTile(4, 32, 8, 3)],
+    (128, "ieee"): [GradWeightTile(1, 16, 8, 3)],
+    (64, "ieee"): [GradWeightTile(1, 16, 8, 3)],
+    (32, "ieee"): [GradWeightTile(2, 16, 4, 3)],
+}

@@ -78,6 +78,8 @@ def test_smoke_records_every_part(rows, capsys, monkeypatch: pytest.MonkeyPatch)
     assert steps.keys() == {"inductor", "mst"}
     assert all("tokens/s" in r["note"] for r in steps.values())
     attention = {(r["side"], "backward" in r["case"]) for r in found if r["benchmark"] == "gpu_attention"}
+    experts = {(r["case"].split()[-1], r["side"]) for r in found if r["benchmark"] == "gpu_experts"}
+    assert experts == {(operation, side) for operation in (*layers.OPERATIONS, "sum") for side in ("dense", "mst")}
     assert attention == {(side, backward) for side in ("sdpa", "mst") for backward in (False, True)}
     out = capsys.readouterr().out
     assert "without bsr: needs a GPU" in out
@@ -110,7 +112,7 @@ def test_failing_cell_is_recorded_and_the_rest_goes_on(rows, monkeypatch: pytest
     assert failed["benchmark"] == "gpu_train_step"
     assert failed["note"] == "failed: RuntimeError: no such kernel"
     assert math.isnan(float(failed["median_s"]))
-    assert {r["benchmark"] for r in others} == {"gpu_layers", "gpu_attention"}
+    assert {r["benchmark"] for r in others} == {"gpu_layers", "gpu_attention", "gpu_experts"}
 
 
 def test_wrong_result_gets_no_time(rows, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +205,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     def measure(cell: plan.Cell, *_: object) -> None:
         begun.append((cell.case, inductor_config.max_autotune_gemm))
 
-    for part in (cli.layers, cli.models, cli.attention):
+    for part in (cli.layers, cli.models, cli.attention, cli.experts):
         monkeypatch.setattr(part, "measure", measure)
     monkeypatch.setattr(cli, "_broken", lambda _: False)  # collects garbage, a second for each run
     return begun
@@ -222,7 +224,8 @@ def test_speed_begins_with_what_decides() -> None:
     assert cases[11].startswith("gpt-small")
     assert cases[12] == "sparse T=4096 heads=12x64 batch=4"
     tuned = [cell for cell in cells if cell.tune]
-    assert cells[13 : 13 + len(tuned)] == tuned
+    assert cases[13:15] == [f"experts=8 M=32768 N=14336 K=4096 B={block}" for block in (128, 64)]
+    assert cells[15 : 15 + len(tuned)] == tuned
     wanted = [(block, density) for block, some in goals.items() for density in some] + [(128, 0.125)]
     assert [(c.block, *c.densities) for c in tuned if isinstance(c, LayerCell)] == wanted
     assert all("max-autotune" in cell.case for cell in tuned)
@@ -260,7 +263,7 @@ def test_tuning_is_a_property_of_the_cell(rows, measured) -> None:
 
 def test_a_second_run_goes_on_where_the_first_ended(tmp_path, measured, capsys, monkeypatch) -> None:
     speed = ["speed", *SMOKE, "--out", str(tmp_path / "out")]
-    model, attended, layer = (cell.case for cell in _cells(*speed))
+    model, attended, experts, layer = (cell.case for cell in _cells(*speed))
     record = cli.layers.measure
 
     def cut(cell: plan.Cell, run: Any) -> None:
@@ -275,7 +278,7 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path, measured, capsys, 
         patch.setattr(cli.layers, "measure", cut)
         patch.setattr(cli.models, "measure", fail)
         assert cli.run(speed) == 1
-    assert [case for case, _ in measured] == [model, attended, layer]
+    assert [case for case, _ in measured] == [model, attended, experts, layer]
     assert "failed: RuntimeError: no such kernel" in (tmp_path / "out" / "ledger.csv").read_text()
     measured.clear()
     assert cli.run(speed) == 0
@@ -285,7 +288,7 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path, measured, capsys, 
     assert cli.run(speed) == 0
     assert not measured
     assert cli.run([*speed, "--again"]) == 0
-    assert len(measured) == 3
+    assert len(measured) == 4
     measured.clear()
     with monkeypatch.context() as patch:
         patch.setattr(cli, "fingerprint", lambda: "other code")
@@ -293,7 +296,7 @@ def test_a_second_run_goes_on_where_the_first_ended(tmp_path, measured, capsys, 
     with monkeypatch.context() as patch:
         patch.setattr(cli, "device_name", lambda _: "another card")
         assert cli.run(speed) == 0
-    assert len(measured) == 6
+    assert len(measured) == 8
 
 
 def test_a_cell_that_died_is_not_begun_again(tmp_path, measured) -> None:

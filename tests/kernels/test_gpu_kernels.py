@@ -4,7 +4,6 @@ and run by Triton's interpreter against float64."""
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_cases import BLOCKS, EPILOGUES, TUNED, Product, check_backward, check_forward, product
+from gpu_machine_code import check_tile, kind_of, sizes_of_accesses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mask_cases import block_masks
@@ -67,34 +67,6 @@ def all_templates_of(made: Generated) -> list[GeneratedKernel]:
     return [kernel for kernel in kernels if kernel.kind == "template"]
 
 
-def kind_of(kernel: GeneratedKernel) -> str:
-    return "sum" if "arg_PARTIALS" in kernel.source else "grad_weight" if "GROUPS" in kernel.source else "gemm"
-
-
-def sizes_of_accesses(kernel: GeneratedKernel, dtype: torch.dtype, *, tf32: bool) -> dict[str, Any]:
-    """Bounds for `check`: operands are read by 16 bytes a thread where a tile has as many, and so are partials written.
-
-    TF32 products want the reduced dimension contiguous: an operand that has the other so is transposed on its way into
-    shared memory, element by element.
-    """
-    values = dict(re.findall(r"(\w+) : tl.constexpr = (\w+)", kernel.source))
-    if values.get("TMA") == "True":
-        return {}
-    size = {name: int(value) for name, value in values.items() if value.isdigit()}
-
-    def bytes_of(*tile: str, reduced_last: bool) -> int:
-        elements = math.prod(size[name] for name in tile) // (32 * kernel.num_warps)
-        return min(16, (1 if tf32 and not reduced_last else elements) * dtype.itemsize)
-
-    if kind_of(kernel) == "gemm":
-        a = bytes_of("BLOCK_M", "BLOCK_K", reduced_last=True)
-        w = bytes_of("BLOCK_K", "WIDTH", reduced_last=values["REDUCE_LAST"] == "True")
-        return {"reads": {"arg_A": a, "arg_W": w}}
-    x = bytes_of("BLOCK_M", "GATHER", "BLOCK", reduced_last=False)
-    dy = bytes_of("BLOCK_M", "BLOCK", reduced_last=False)
-    return {"reads": {"arg_X": x, "arg_DY": dy}, "writes": {"out_ptr0": 16}}
-
-
 GATES = [
     # dtype, tf32, M, transposed, epilogue
     (BF16, False, 512, False, "none"),
@@ -126,30 +98,6 @@ def test_every_tile_compiles_to_good_machine_code(
             # Inductor fuses no epilogue where that spills, as it does here, and takes long to compile.
             if not (which == "gemm" and tile.wide(block) and "erf(" in kernel.source):
                 check_tile(tile, kernel, block, dtype, kind)
-
-
-def check_tile(tile: Any, kernel: GeneratedKernel, block: int, dtype: torch.dtype, kind: str) -> None:
-    """Hold the machine code of one tile against what it asks for."""
-    facts, gemm, wgmma = cross_compile(kernel), isinstance(tile, tiles.GemmTile), kind != "ieee"
-    check(
-        facts,
-        wgmma=wgmma,
-        # The column sums of grad-weight hold on to a buffer of dy for one step longer; IEEE products read their
-        # operands from shared memory into registers one step ahead.
-        stages=kernel.num_stages - (not gemm or not wgmma),
-        spills=0,
-        atomics=0,
-        shared=tile.shared(block, dtype.itemsize),
-        **sizes_of_accesses(kernel, dtype, tf32=kind == "tf32"),
-    )
-    if wgmma:
-        by_descriptor = gemm and tile.tma
-        assert bool(facts.tma) == by_descriptor
-        assert bool(facts.cp_async) != by_descriptor
-    if gemm:
-        # A product is waited for before the loop's next one is issued; only where a row tile ends, for all.
-        waits = "".join(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", facts.ptx))
-        assert waits == ("" if not wgmma else "100" if tile.chain > 1 else "10")
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -398,6 +346,15 @@ def test_strides(how: str, interpreter: Interpreter) -> None:
     g = upstream(case, made)
     dx = (g.double() @ case.weight.double()).to(BF16)
     check_backward(case, [dx, *(t for t in interpreter.run(made.backward) if t is not None)], g)
+
+
+def test_features_that_lie_apart(interpreter: Interpreter) -> None:
+    """As a convolution leaves them: tokens side by side in memory, to be laid out anew, with strides that are known."""
+    case = product((3, 16), 96, 80, random_mask(96, 80, 32, False), 32)
+    case.x = case.x.mT.contiguous().mT
+    made, _ = generated(case)
+    check_forward(case, interpreter.run(made.forward))
+    check_backward(case, interpreter.run(made.backward), upstream(case, made))
 
 
 # -- padded operands ---------------------------------------------------------------------------------------------------
