@@ -191,6 +191,7 @@ PIECES: dict[str, Callable[[int, int], nn.Module]] = {
     **{rule: lambda w, h, rule=rule: Bare(w, w, rule) for rule in RULES},  # type: ignore[misc]
     **STACKS,
 }
+TURNING = {"experts", *STACKS}  # what a program can let others work in
 RANDOM = "dropout"  # not the same numbers in eager and compiled mode
 
 

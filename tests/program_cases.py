@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from net_cases import Net, nets
+from net_cases import TURNING, Net, nets
 from simulated_rules import Course, Law
 from torch import optim
 from torch.optim import lr_scheduler
@@ -162,8 +162,8 @@ def batches(lengths: list[int]) -> st.SearchStrategy[Batch]:
     return st.tuples(st.integers(0, 99), st.sampled_from([2, 3, 3, 1]), st.sampled_from(lengths))
 
 
-def operations(batches: st.SearchStrategy[Batch]) -> st.SearchStrategy[Op]:
-    """What may happen: mostly steps, of scaled losses too."""
+def operations(draw: st.DrawFn, batches: st.SearchStrategy[Batch], few: bool) -> st.SearchStrategy[Op]:
+    """What may happen: mostly steps, of scaled losses too; with ``few`` of all else a choice, and that more often."""
     several = st.lists(batches, min_size=1, max_size=3).map(tuple)
     clips, zeros = st.sampled_from(["", "", "norm", "value"]), st.sampled_from(["none", "none", "zero", "keep"])
     steps = st.tuples(st.just("step"), several, clips, zeros)
@@ -175,6 +175,7 @@ def operations(batches: st.SearchStrategy[Batch]) -> st.SearchStrategy[Op]:
         st.tuples(st.just("skip"), batches),
         st.tuples(st.just("lay"), batches, st.sampled_from(["none", "keep"])),
         st.tuples(st.just("mask"), batches, st.integers(0, 9)),
+        st.tuples(st.just("bring"), st.integers(0, 99), st.sampled_from([0.2, 0.5, 1.0]), batches),
         st.tuples(st.just("evaluate"), batches, st.sampled_from(["grad", "no_grad", "inference"])),
         st.tuples(st.just("freeze"), st.integers(0, 9), st.booleans()),
         st.tuples(st.just("resume"), st.sampled_from(ORDERS), st.booleans()),
@@ -186,8 +187,12 @@ def operations(batches: st.SearchStrategy[Batch]) -> st.SearchStrategy[Op]:
         st.tuples(st.just("cast"), batches, st.sampled_from(CASTS)),
         *(st.tuples(st.just(name)) for name in ("turn", "rest", "write", "round_trip", "densify")),
     ]
+    kinds = draw(st.lists(st.sampled_from(others), min_size=1, max_size=4)) if few else others
     # By flatmap, as one_of would draw from all of these at once.
-    return st.one_of(steps, steps, scaled, st.sampled_from(others).flatmap(lambda kind: kind))
+    other = st.sampled_from(kinds).flatmap(lambda kind: kind)
+    if not few:
+        return st.one_of(steps, steps, scaled, other)
+    return st.one_of(steps, draw(st.sampled_from([steps, scaled])), other)
 
 
 def _patterned(draw: st.DrawFn, net: Net, course: Course) -> tuple[Net, Course]:
@@ -221,6 +226,13 @@ def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int 
         optimizer = "adamw"  # PyTorch's fused kernels take the gaps in memory for elements
     if optimizer == "nadam" and course.regrown == "own steps" and rates == "one cycle":
         rates = "warm"  # young blocks know the first momentum of the moment, and not those before
+    few = draw(st.booleans())
+    ops = tuple(draw(st.lists(operations(draw, batches(lengths), few), min_size=least, max_size=most)))
+    named = {op[0] for op in ops} if few else set()
+    if "turn" in named and not {*net.pieces} & TURNING:
+        net = replace(net, pieces=("experts", *net.pieces[1:]))
+    if "scaled" in named and optimizer.startswith("adamw") and "stacks, padded" not in net.pieces:
+        optimizer = "adamw fused"  # which is told of scales
     return Program(
         net,
         course,
@@ -235,5 +247,5 @@ def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int 
         optimizer,
         draw(st.sampled_from(LAYOUTS)) if optimizer != "lbfgs" else "one",
         rates,
-        tuple(draw(st.lists(operations(batches(lengths)), min_size=least, max_size=most))),
+        ops,
     )

@@ -77,6 +77,29 @@ class Run(Steps):
                 for p in model.parameters():
                     p.add_(0.01)
 
+    def bring(self, seed: int, share: float, batch: Batch) -> None:
+        """A checkpoint brings values alone: of sparse weights ``share`` of the blocks, wherever they are, hold any."""
+        simulation = self.simulation
+        if not simulation.sparse:
+            return
+        generator = torch.Generator().manual_seed(seed)
+        values = {n: v.detach().clone() for n, v in simulation.model.state_dict().items()}
+        for name, fact in simulation.weights.items():
+            value = torch.randn(fact.dims, generator=generator, dtype=torch.float64) / fact.cols**0.5
+            drawn = torch.rand(len(simulation.masks[name]), fact.shape[1], generator=generator) < share
+            for same in self._names_of(name):
+                values[same].copy_(value * fact.expand(drawn))
+        self.sparse.model.load_state_dict(values)
+        simulation.bring(values)
+        with torch.no_grad():
+            self._same_outputs(*self._models, batch)
+
+    def _names_of(self, name: str) -> list[str]:
+        """All names of a Parameter."""
+        plain = self.simulation.model
+        mine = plain.get_parameter(name)
+        return [n for n, p in plain.named_parameters(remove_duplicate=False) if p is mine]
+
     def mask(self, batch: Batch, which: int) -> None:
         """After a step a program says which blocks of a weight are active: in every matrix of a stack another share."""
         simulation = self.simulation
@@ -84,6 +107,8 @@ class Run(Steps):
             return
         self.step((batch,), "", "none")
         name = sorted(simulation.weights)[which % len(simulation.weights)]
+        if name in simulation.brought:
+            return  # it is frozen: which of both is newer, values or mask, would be said by nobody
         fact = simulation.weights[name]
         least = fact.backbone() if fact.guard == "backbone" else torch.zeros(fact.shape, dtype=torch.bool)
         least[0, 0] = True
@@ -181,7 +206,7 @@ class Run(Steps):
             part.optimizer.load_state_dict(part.optimizer.state_dict())
 
     def _written(self) -> bool:
-        """Whether values stand outside the masks: where these are loaded, masks follow them, which is not simulated."""
+        """Whether values stand outside the masks: where these are loaded, masks follow them, see :meth:`bring`."""
         own = self.simulation
         return own.sparse and any(bool(p[own.outside(n)].any()) for n, p in own.parameters.items())
 

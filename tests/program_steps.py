@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from hypothesis import reject
@@ -69,7 +71,7 @@ class Steps(Pair):
 
     def scaled(self, batches: tuple[Batch, ...], clips: bool, bad: bool, after: str) -> None:
         """Step as ``GradScaler`` does; in a ``bad`` step gradients are not finite."""
-        if self._runs_closures or not self._trains():
+        if self._runs_closures or not self._trains() or self.simulation.brought:
             return
         for batch in batches:
             self._backward(batch, self.scale.scale / len(batches))
@@ -156,10 +158,13 @@ class Steps(Pair):
             return self.step((batch,), "", "none")
         (optimizer,), (part,) = self.sparse.optimizers, self.simulation.parts
         if self.program.mode == "plain":
-            optimizer.step(self._closure(self.sparse.model, batch))
+            with self._following():
+                optimizer.step(self._closure(self.sparse.model, batch))
             self.simulation.step(part, self._closure(self.simulation.model, batch))
             self._complete()
             return self._zero(True)
+        if self.simulation.brought:
+            return self.step((batch,), "", "none")
         self.simulation.settle(part)
 
         def compute() -> Tensor:
@@ -190,9 +195,26 @@ class Steps(Pair):
         if not any(p.grad is not None for p in self.sparse.model.parameters()):
             return
         for optimizer, part in zip(self.sparse.optimizers, self.simulation.parts, strict=True):
-            optimizer.step()
+            with self._following():
+                optimizer.step()
             self.simulation.step(part)
         self._complete()
+
+    @contextlib.contextmanager
+    def _following(self) -> Iterator[None]:
+        """What masks have followed values to is seen when an optimizer begins to step: an event may change it then."""
+
+        def look(*_: Any) -> None:
+            if self.simulation.sparse:
+                self.simulation.following.update(mst_compile.sparsifier(self.sparse.model).masks)
+
+        looks = self.sparse.optimizers if self.simulation.brought else []
+        handles = [optimizer.register_step_pre_hook(look) for optimizer in looks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _complete(self, *, counts: bool = True) -> None:
         for scheduler in [*self.sparse.schedulers, *self.schedulers]:

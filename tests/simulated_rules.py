@@ -366,6 +366,36 @@ def _check_numbers(fact: Fact, course: Course, event: Event, share: float, count
         assert not (grown & (larger >= by_gradient)).any(), "growth has taken a small gradient"
 
 
+def check_following(fact: Fact, old: Tensor, new: Tensor, values: Tensor) -> None:
+    """A mask has followed values that came without theirs: as many blocks of each matrix are active as before, those
+    that the guard would keep if all were, and the largest; or all that are not 0, and beside them some that were."""
+    size = fact.means(values.double().square())
+    for before, after, mean in zip(*map(fact.split, (old, new, size)), strict=True):
+        count = int(before.sum())
+        assert int(after.sum()) == count, f"{int(after.sum())} blocks follow, {count} were active"
+        filled = mean > 0
+        if int(filled.sum()) <= count:
+            assert not (filled & ~after).any(), "a block that holds values is not active, though there is room for it"
+            assert not (after & ~filled & ~before).any(), "an empty block is active that was not"
+            continue
+        least, most = mean * (1 - fact.error), mean * (1 + fact.error)
+        safe = fact.backbone() & (fact.guard != "none")
+        if fact.guard == "coverage":
+            ones = torch.ones_like(before)
+            surely, possibly = _guarded(fact, ones, Interval(least, most))
+            if int(possibly.sum()) <= count:
+                safe = possibly
+                for dim in (0, 1):
+                    assert (after & possibly).any(dim).all(), "a row or column of blocks has lost its largest"
+            elif int(surely.sum()) <= count:
+                continue  # whether the guard asks for more than there is room for is a matter of ties
+        assert fact.guard == "coverage" or not (safe & ~after).any(), "a block of the backbone does not follow"
+        left = ~safe & ~after
+        kept = ~safe & after
+        if left.any() and kept.any():
+            assert most[kept].min() >= least[left].max(), "a block follows that is smaller than one that does not"
+
+
 # -- laws --------------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from oracles import of_rounding, of_sum
-from simulated_rules import Course, Event, Fact, Interval, Law, check_event, factor
+from simulated_rules import Course, Event, Fact, Interval, Law, check_event, check_following, factor
 from torch import Tensor, nn, optim
 
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
@@ -100,6 +100,8 @@ class Simulation:
 
     Attributes:
         near: what the last step has left that is known by a bound, by weight.
+        brought: weights to which a checkpoint has brought values, whose masks follow these when they are settled.
+        following: the masks that the run's have come to thereby, by weight, as far as they were seen.
     """
 
     def __init__(self, model: nn.Module, course: Course, weights: dict[str, Fact], parts: list[Part]) -> None:
@@ -113,6 +115,8 @@ class Simulation:
         self.scores: dict[str, Tensor] = {}
         self.trained: set[str] = set()
         self.near: dict[str, Near] = {}
+        self.brought: set[str] = set()
+        self.following: dict[str, Tensor] = {}
         self.dense = course.dense_after(0)
         self._masked: dict[str, tuple[Tensor, int]] = {}
 
@@ -170,6 +174,7 @@ class Simulation:
         """An optimizer begins to step: what was written outside the masks is cut, and what it remembers there."""
         for name in self.own(part):
             if self.parameters[name].requires_grad:
+                self._follow(name)
                 self._clean([self.parameters[name]], name)
             self._clean(self._state(name), name)
             if not part.met and name in self.grown:  # state that the run did not see grow
@@ -177,6 +182,27 @@ class Simulation:
                     if tensor.shape == self.parameters[name].shape:
                         tensor.masked_fill_(self.weights[name].expand(self.grown[name]), 0.0)
         part.met = True
+
+    def bring(self, values: Mapping[str, Tensor]) -> None:
+        """A checkpoint brings these values, without the masks that they were trained with."""
+        self.model.load_state_dict(values)
+        self.brought |= {n for n, p in self.parameters.items() if bool(p[self.outside(n)].any())}
+
+    def _follow(self, name: str) -> None:
+        """Of values that were brought as many blocks stay as are active, the largest; what has grown and is not among
+        them has not grown."""
+        p = self.parameters[name]
+        if name not in self.brought:
+            return
+        self.brought.discard(name)
+        if not p[self.outside(name)].any():
+            return
+        new = self.following.pop(name)
+        check_following(self.weights[name], self.masks[name], new, p.detach())
+        self.masks[name] = new
+        if name in self.grown:
+            self.grown[name] = self.grown[name] & new
+        self.blocks[name] = {place: b for place, b in self.blocks[name].items() if new[place]}
 
     def step(self, part: Part, closure: Callable[[], Tensor] | None = None) -> None:
         """One optimizer's step; ``closure`` computes gradients anew, which count as the last that it has computed."""
@@ -387,4 +413,4 @@ class Simulation:
 
     def densify(self) -> None:
         """The model is an ordinary one from now on."""
-        self.sparse, self.dense, self.near = False, False, {}
+        self.sparse, self.dense, self.near, self.brought = False, False, {}, set()

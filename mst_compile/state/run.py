@@ -65,7 +65,8 @@ class Run:
     """What steps and checkpoints work on.
 
     Attributes:
-        optimizers: those that have stepped since masks were last loaded: their state is 0 outside the active blocks.
+        optimizers: those that have stepped since masks were last loaded, or have followed values that were: their state
+            is 0 outside the active blocks.
         active: False once the model was made dense again.
         root: the model, if it is known: a copy's is not.
         overdue: a topology event has been missed and is made up for at the next step.
@@ -84,7 +85,8 @@ class Run:
         self.root: Callable[[], nn.Module | None] = _unknown
         self._steps_here = 0  # in this process, until weights that no graph takes were looked for
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._sizes: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # how many each trains
+        # All that have stepped, and how many Parameters each trains: what a topology change drops is 0 in all of them.
+        self._sizes: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self.listeners = Listeners()
         self.first_masks = FirstMasks()
         self._drive()
@@ -246,8 +248,7 @@ class Run:
             self.go_on(progress, topologies)
 
     def _settle(self, own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = False) -> None:
-        if settle(own, look=look):
-            self.optimizers.clear()
+        settle(own, self.optimizers.clear, look=look)
 
     def _change_topology(self, now: Completion, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Change masks, or go on with it, and note what happens, if anybody wants to know."""
@@ -260,7 +261,7 @@ class Run:
         again, now.begun = now.begun, True
         planned = [((now.changes or {}).get(weight.name), weight, parameter) for weight, parameter in own]
         changed = [(change, weight, parameter) for change, weight, parameter in planned if change is not None]
-        carry_out(changed, self.optimizers, again=again)
+        carry_out(changed, list(self._sizes), again=again)
         if self.listeners.wanted and now.event is None:
             phase, found = phase_of(self.schedule, self.step_count), changes(now.before, self.weights)
             now.event = TopologyEvent(self.step_count, phase, self.density, now.skipped, found)
@@ -302,7 +303,7 @@ class Run:
     def change_mask(self, weight: SparseWeight, parameter: nn.Parameter, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule."""
         self.finish()
-        change_mask(weight, parameter, mask.detach().cpu().clone(), self.optimizers)
+        change_mask(weight, parameter, mask.detach().cpu().clone(), list(self._sizes))
 
     def go_on(self, progress: Progress, topologies: dict[str, Topology]) -> None:
         """Continue from a checkpoint."""

@@ -8,7 +8,7 @@ said.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -21,13 +21,16 @@ from mst_compile.rules.masks import following_mask
 from .weight import SparseWeight
 
 
-def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = False) -> bool:
-    """Let weights be 0 outside their active blocks; returns whether a mask has changed.
+def settle(
+    own: Iterable[tuple[SparseWeight, nn.Parameter]], before: Callable[[], None], *, look: bool = False
+) -> None:
+    """Let weights be 0 outside their active blocks.
 
     Args:
+        before: is called before a mask changes.
         look: look at every weight, also where nobody is known to have written.
     """
-    cut, changed = {}, False
+    cut = {}
     own = [
         (weight, parameter)
         for weight, parameter in own
@@ -39,8 +42,8 @@ def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = Fal
             continue
         whole = block_mean_square(parameter, weight.grid).double()
         if weight.follows:
-            weight.set_mask(_following(weight, whole))
-            changed = True
+            before()
+            _follow(weight, _following(weight, whole))
         outside = whole[~weight.mask].sum()
         if bool(outside):
             cut[weight.name] = float(outside / whole.sum())
@@ -48,7 +51,14 @@ def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = Fal
         weight.note_clean(parameter)
     if cut:
         _warn(cut)
-    return changed
+
+
+def _follow(weight: SparseWeight, mask: torch.Tensor) -> None:
+    """Take over a mask; what has just grown and is not in it is a block like any other that is not active."""
+    if weight.grown is not None:
+        left = weight.grown & mask
+        weight.grown = left if bool(left.any()) else None
+    weight.set_mask(mask)
 
 
 def _following(weight: SparseWeight, magnitude: torch.Tensor) -> torch.Tensor:
