@@ -93,6 +93,8 @@ def _row(part: Part, name: str, weight: SparseWeight, parameter: nn.Parameter) -
         status += "; values stand outside the active blocks: dense products until an optimizer steps"
     if weight.cuts_blocks:
         status += f"; this rank's part begins within blocks of {weight.grid.block}: products take more than is active"
+    if not parameter.requires_grad:
+        status += "; frozen: it keeps this mask whatever the schedule says"
     status += f"; {weight.note}" if weight.note else ""
     status += "; tied" if weight.tied else ""
     grid = weight.grid
