@@ -104,7 +104,7 @@ def _what(text: str) -> str:
 
 def _why(status: str | None, weight: Tensor) -> str:
     """Why the products with a weight stay dense, without names and sizes."""
-    if status is None:
+    if status is None or "that no linear layer holds" in status or "no matrix and no stack" in status:
         own = "which `include` can name" if weight.dim() == 2 else "of three dimensions"
         return f"a Parameter of the model's own, {own}"
     status = re.sub(r"; FLOPs of a token in .* matrices$", "", status)

@@ -90,7 +90,7 @@ class Explanation:
 
     def _total(self) -> str:
         total, dense = sum(r.flops for r in self.rows), sum(r.dense_flops for r in self.rows)
-        stacks = sum(len(r.shape) == 3 and r.block is None for r in self.rows)
+        stacks = sum(len(r.shape) > 2 and r.block is None for r in self.rows)
         more = f"; without {stacks} stack{'s' * (stacks > 1)} of matrices" if stacks else ""
         return f"linear layers: {total / 1e6:.3f} of {dense / 1e6:.3f} MFLOPs/token ({total / max(1, dense):.1%}){more}"
 

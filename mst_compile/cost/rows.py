@@ -17,6 +17,7 @@ from mst_compile.graph.skipped import skipped
 from mst_compile.lowering import device
 from mst_compile.state.binding import of
 from mst_compile.state.sparsifier import Part
+from mst_compile.state.uses import is_multiplied
 from mst_compile.state.weight import SparseWeight
 
 
@@ -57,17 +58,32 @@ def rows_of(part: Part) -> Iterator[Row]:
 
 
 def _skipped(part: Part) -> Iterator[Row]:
-    """The linear weights of a sparsified module that stay dense."""
+    """The linear weights of a sparsified module that stay dense, and what else its compiled graphs multiply."""
     parameters = {name: p for name, p in part.module.named_parameters() if not is_lazy(p)}
     for name, reason in part.sparsifier.skipped.items():
         parameter = parameters.get(name)
         if of(parameter) is not None:
             continue  # it became sparse with a part of its own
-        shape: tuple[int, ...] = _shape(parameter)
-        flops, nonzero = 6 * shape[0] * shape[1], 1.0 if parameter is None else _nonzero(parameter)
-        if parameter is not None and parameter.dim() == 3:
-            shape = tuple(parameter.shape)
-        yield Row(part.full(name), shape, None, 1.0, nonzero, 1.0, "dense", f"skipped: {reason}", flops, flops)
+        yield _left_dense(part, name, parameter, reason)
+    for name, parameter in parameters.items():
+        if name not in part.sparsifier.skipped and of(parameter) is None and is_multiplied(parameter):
+            yield _left_dense(part, name, parameter, _why_own(parameter))
+
+
+def _why_own(parameter: nn.Parameter) -> str:
+    """Why a Parameter that products take, and no linear layer holds, is not sparse."""
+    if parameter.dim() == 2:
+        return "a matrix that no linear layer holds: include it to make it sparse"
+    return f"no matrix and no stack of matrices, by its shape {tuple(parameter.shape)}"
+
+
+def _left_dense(part: Part, name: str, parameter: nn.Parameter | None, reason: str) -> Row:
+    """The row of a weight that was not made sparse."""
+    shape: tuple[int, ...] = _shape(parameter)
+    flops, nonzero = 6 * shape[0] * shape[1], 1.0 if parameter is None else _nonzero(parameter)
+    if parameter is not None and parameter.dim() > 2:
+        shape = tuple(parameter.shape)
+    return Row(part.full(name), shape, None, 1.0, nonzero, 1.0, "dense", f"skipped: {reason}", flops, flops)
 
 
 def _row(part: Part, name: str, weight: SparseWeight, parameter: nn.Parameter) -> Row:
@@ -77,6 +93,8 @@ def _row(part: Part, name: str, weight: SparseWeight, parameter: nn.Parameter) -
         status += "; values stand outside the active blocks: dense products until an optimizer steps"
     if weight.cuts_blocks:
         status += f"; this rank's part begins within blocks of {weight.grid.block}: products take more than is active"
+    if not parameter.requires_grad:
+        status += "; frozen: it keeps this mask whatever the schedule says"
     status += f"; {weight.note}" if weight.note else ""
     status += "; tied" if weight.tied else ""
     grid = weight.grid

@@ -21,9 +21,10 @@ from mst_compile.graph.context import Context, Product, Site
 from mst_compile.graph.fx import clone, placeholders, value
 from mst_compile.graph.notes import note_attention, warn_unmatched
 from mst_compile.graph.passes import Stage
-from mst_compile.graph.served import fake_index, multiplied_alone
+from mst_compile.graph.served import fake_index, multiplied_alone, multiplied_inputs
 from mst_compile.lowering import device
 from mst_compile.state import binding
+from mst_compile.state.uses import note_multiplied
 from mst_compile.state.weight import SparseWeight
 
 _MANY_TOKENS = 1 << 16
@@ -172,7 +173,9 @@ class Compiler:
         passes.apply(passes.of(Stage.PRODUCTS), sparse, self._context)
         self.slots = list(self._context.indices)
         self.products = self._context.products
-        inputs = placeholders(sparse.graph)
+        inputs, given = placeholders(sparse.graph), given_inputs(graph_module, example_inputs)
+        multiplied = sorted(multiplied_inputs(sparse) - found.keys())
+        note_multiplied(given[i] for i in multiplied if i < len(given) and isinstance(given[i], torch.nn.Parameter))
         stacks = {i for i in self.slots if found[i].stacked}
         self.masked = sorted(multiplied_alone(sparse, {inputs[i]: i for i in self.slots}, stacks))
         tokens = _symbols(size for products in self.products.values() for p in products for size in p.shape[:-1])

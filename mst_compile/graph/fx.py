@@ -81,10 +81,13 @@ def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
 
 def einsum_of_two(node: fx.Node, at: int, weight_at: int) -> tuple[str, str, str] | None:
     """The letters of an einsum's input, weight and result, of which the first two are its arguments ``at`` and
-    ``weight_at``; None if it is none of two operands that says its result."""
+    ``weight_at``; None if it is none of two operands. Where it does not say its result, that has the letters that
+    occur once, in the order of the alphabet."""
     if not calls(node, EINSUMS) or len(node.args) != 3 or not isinstance(node.args[0], str):
         return None
-    operands, _, out = node.args[0].replace(" ", "").partition("->")
+    operands, said, out = node.args[0].replace(" ", "").partition("->")
+    if not said and "." not in operands:
+        out = "".join(sorted(c for c in operands if c != "," and operands.count(c) == 1))
     x, _, w = operands.partition(",") if at < weight_at else operands.rpartition(",")[::-1]
     return (x, w, out) if x and w and out else None
 

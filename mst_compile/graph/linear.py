@@ -61,10 +61,35 @@ def _linear(node: fx.Node) -> Match | None:
 
 
 def _addmm(node: fx.Node) -> Match | None:
-    if not calls(node, {torch.addmm}) or node.kwargs or len(node.args) != 3:
+    if not calls(node, {torch.addmm, "addmm"}):
         return None
-    bias, x, weight = node.args
-    return Match(x, weight, False, bias)
+    given = arguments(node, "input", "mat1", "mat2")
+    if given.keys() - {"input", "mat1", "mat2", "beta", "alpha"} or (given.get("beta", 1), given.get("alpha", 1)) != (
+        1,
+        1,
+    ):
+        return None
+    return Match(given["mat1"], given["mat2"], False, given["input"])
+
+
+def _inner(node: fx.Node) -> Match | None:
+    if not calls(node, {torch.inner, "inner"}) or node.kwargs or len(node.args) != 2:
+        return None
+    return Match(node.args[0], node.args[1], True)
+
+
+def _tensordot(node: fx.Node) -> Match | None:
+    """Over the last dimension of the input and either of the weight's."""
+    if not calls(node, {torch.tensordot}):
+        return None
+    given = arguments(node, "a", "b", "dims", "out")
+    x, dims = value(given["a"]), given.get("dims", 2)
+    along = ((-1,), (0,)) if dims == 1 else dims
+    pair = isinstance(along, list | tuple) and all(isinstance(d, list | tuple) and len(d) == 1 for d in along)
+    if not pair or len(along) != 2 or "out" in given or not isinstance(x, torch.Tensor):
+        return None
+    (own,), (weights,) = along
+    return Match(given["a"], given["b"], weights % 2 == 1) if own % x.dim() == x.dim() - 1 else None
 
 
 def _product(node: fx.Node) -> Match | None:
@@ -108,7 +133,7 @@ def _summed(node: fx.Node, at: int, weight_at: int) -> Match | None:
 
 
 FORMS: list[Callable[[fx.Node], Match | None]] = [
-    _linear, _addmm, _product, _einsum, _product_from_left, _einsum_from_left,
+    _linear, _addmm, _product, _inner, _tensordot, _einsum, _product_from_left, _einsum_from_left,
 ]  # fmt: skip
 """The ways to write a linear layer. Each looks at one node and says what product it computes, or None."""
 

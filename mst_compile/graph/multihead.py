@@ -3,6 +3,9 @@
 ``nn.MultiheadAttention`` and the layers of ``nn.Transformer`` are a single node in Dynamo's graph. Written out, their
 projections can become sparse products and their attention can be recognised. What comes out is the function's own
 definition; forms that few use (extra key and value biases, attention weights that are used, ...) stay as they were.
+
+In evaluation, without gradients, layers of ``nn.TransformerEncoder`` with ``batch_first`` are one function of PyTorch's
+own, ``torch._transformer_encoder_layer_fwd``; it is written out too.
 """
 
 from __future__ import annotations
@@ -12,12 +15,20 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from mst_compile.graph.context import Context
-from mst_compile.graph.fx import ATTENTION, LINEAR, MULTIHEAD, Emitter, calls, value, walk
+from mst_compile.graph.fx import ATTENTION, LINEAR, MULTIHEAD, Emitter, arguments, calls, value, walk
 
 _SIGNATURE = inspect.signature(MULTIHEAD)
+_LAYER = torch._transformer_encoder_layer_fwd
+# It has no signature in Python: its arguments by its schema, in PyTorch's native_functions.yaml.
+_OF_LAYER = (
+    "src", "embed_dim", "num_heads", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "use_gelu", "norm_first",
+    "eps", "norm_weight_1", "norm_bias_1", "norm_weight_2", "norm_bias_2", "ffn_weight_1", "ffn_bias_1",
+    "ffn_weight_2", "ffn_bias_2", "mask", "mask_type",
+)  # fmt: skip
 
 
 def run(graph_module: fx.GraphModule, _: Context) -> int:
@@ -26,7 +37,12 @@ def run(graph_module: fx.GraphModule, _: Context) -> int:
     for _region, node in walk(graph_module):
         if is_multihead(node) and why_opaque(node) is None:
             _expand(node, _arguments(node))
-            changed += 1
+        elif calls(node, {_LAYER}) and not value(node.args[0]).is_nested:
+            node.replace_all_uses_with(_layer(Emitter(node), arguments(node, *_OF_LAYER)))
+            node.graph.erase_node(node)
+        else:
+            continue
+        changed += 1
     return changed
 
 
@@ -107,3 +123,46 @@ def _mask(emit: Emitter, given: dict[str, Any]) -> fx.Node | None:
         emit("to", emit(torch.where, m, -torch.inf, 0.0), dtype) if value(m).dtype == torch.bool else m for m in masks
     ]
     return emit(torch.add, *masks) if len(masks) == 2 else masks[0]
+
+
+# ---- a layer in evaluation -------------------------------------------------------------------------------------------
+
+
+def _heads(emit: Emitter, x: fx.Node, given: dict[str, Any]) -> fx.Node:
+    """Self-attention of ``x``, ``[batch, length, features]``."""
+    heads = given["num_heads"]
+    thirds = _thirds(emit, emit(LINEAR, x, given["qkv_weight"], given["qkv_bias"]), -1)
+    q, k, v = (emit("transpose", emit("unflatten", third, -1, (heads, -1)), 1, 2) for third in thirds)
+    hidden = given.get("mask")
+    if hidden is None:
+        attended = emit(ATTENTION, q, k, v)
+    else:
+        # It takes whatever is not 0 in a mask as hidden. A query that sees no key gets NaN from a softmax, as there;
+        # scaled_dot_product_attention would say 0.
+        hidden = emit("to", hidden, torch.bool)
+        if given.get("mask_type") == 1:  # of keys, [batch, length]
+            hidden = emit("unsqueeze", emit("unsqueeze", hidden, 1), 1)
+        scores = emit(torch.matmul, emit(operator.mul, q, value(q).shape[-1] ** -0.5), emit("transpose", k, -2, -1))
+        weights = emit(torch.softmax, emit("masked_fill", scores, hidden, -torch.inf), -1)
+        attended = emit(torch.matmul, weights, v)
+    joined = emit("flatten", emit("transpose", attended, 1, 2), -2)
+    return emit(LINEAR, joined, given["proj_weight"], given["proj_bias"])
+
+
+def _layer(emit: Emitter, given: dict[str, Any]) -> fx.Node:
+    """A layer of ``nn.TransformerEncoder``, as ``nn.TransformerEncoderLayer.forward`` writes it."""
+    x, first = given["src"], given["norm_first"]
+
+    def norm(x: fx.Node, which: int) -> fx.Node:
+        weight, bias = given[f"norm_weight_{which}"], given[f"norm_bias_{which}"]
+        return emit(F.layer_norm, x, (given["embed_dim"],), weight, bias, given["eps"])
+
+    def feedforward(x: fx.Node) -> fx.Node:
+        hidden = emit(LINEAR, x, given["ffn_weight_1"], given["ffn_bias_1"])
+        hidden = emit(F.gelu if given["use_gelu"] else F.relu, hidden)
+        return emit(LINEAR, hidden, given["ffn_weight_2"], given["ffn_bias_2"])
+
+    x = emit(operator.add, x, _heads(emit, norm(x, 1) if first else x, given))
+    x = x if first else norm(x, 1)
+    x = emit(operator.add, x, feedforward(norm(x, 2) if first else x))
+    return x if first else norm(x, 2)

@@ -18,6 +18,9 @@ from mst_compile.graph import spread
 from mst_compile.graph.context import Context
 from mst_compile.graph.fx import (
     CHECKPOINT,
+    EINSUMS,
+    LINEARS,
+    PRODUCTS,
     UNBINDS,
     Emitter,
     Region,
@@ -43,6 +46,8 @@ from mst_compile.state.weight import SparseWeight
 
 # Products that take a sparse weight as their second argument.
 _MULTIPLY = {torch.ops.mst.linear.default, torch.ops.mst.grouped_linear.default}
+# Products as models write them.
+_PRODUCTS = {*LINEARS, *PRODUCTS, *EINSUMS, torch.addmm, torch.baddbmm, "addmm", "baddbmm"}
 # What may use a weight that is served. In backward passes, as compiled autograd hands them over, are the products of
 # graphs that were compiled before, and gradients are added up.
 SERVED = {
@@ -207,12 +212,13 @@ def report(graph_module: fx.GraphModule, context: Context) -> int:
         for _, user in _uses(node, context.weights[key].stacked) if key is not None else ():
             served = user.target in SERVED or user.meta.get(ROUNDS)
             if not served and name(user) != _ACCUMULATE and before_local(user) is None:
-                context.unmatched.setdefault(key, [_why_dense(user)])  # type: ignore[arg-type]
+                reason = _why_dense(user, context.weights[key].stacked)
+                context.unmatched.setdefault(key, [reason])  # type: ignore[arg-type]
     return 0
 
 
-def _why_dense(user: fx.Node) -> str:
-    if calls(user, {operator.getitem}) and not isinstance(user.args[1], int | slice):
+def _why_dense(user: fx.Node, stacked: bool) -> str:
+    if stacked and calls(user, {operator.getitem}) and not isinstance(user.args[1], int | slice):
         return f"{describe(user)}: copies matrices of a stack as a tensor says; grouped products read them in place"
     return f"used by {describe(user)}"
 
@@ -224,6 +230,19 @@ def _uses(node: fx.Node, stacked: bool) -> Iterator[tuple[fx.Node, fx.Node]]:
             yield from _uses(user, calls(user, UNBINDS))
         else:
             yield node, user
+
+
+def multiplied_inputs(graph_module: fx.GraphModule) -> set[int]:
+    """Positions of the inputs, matrices or of more dimensions, that products take as an operand."""
+    inputs = {node: i for i, node in enumerate(placeholders(graph_module.graph))}
+    found: set[int] = set()
+    for region, node in walk(graph_module):
+        for operand in node.all_input_nodes if calls(node, _PRODUCTS) else ():
+            at = inputs.get(region.origin(_way_from_source(operand)[0][0]))
+            tensor = None if at is None else value(operand)
+            if isinstance(tensor, Tensor) and tensor.dim() > 1:
+                found.add(at)  # type: ignore[arg-type]
+    return found
 
 
 def multiplied_alone(graph_module: fx.GraphModule, keys: Mapping[fx.Node, int], stacks: set[int]) -> set[int]:

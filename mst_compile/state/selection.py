@@ -205,7 +205,7 @@ class _Found:
         if not (self.is_named(include) if include is not None else self.is_linear):
             if self.stacked and include is None:
                 return "a stack of matrices that nothing says are weights of linear layers: include it if they are"
-            return "not in include" if self.is_linear else ""
+            return "not in include" if self.is_linear else _why_recurrent(self.holders)
         if self.is_named(exclude):
             return "in exclude"
         reason = _left_out(self.parameter, self.aliases) if include is None else None
@@ -287,6 +287,13 @@ def _left_out(parameter: Tensor, aliases: Iterable[str]) -> str | None:
     if any(part in ADAPTERS for alias in aliases for part in alias.split(".")):
         return "an adapter: include it to make it sparse"
     return None
+
+
+def _why_recurrent(holders: Iterable[tuple[nn.Module, str]]) -> str:
+    """Why a weight of a recurrent layer stays dense; empty if it is none of one."""
+    layers = (type(module).__name__ for module, _ in holders if isinstance(module, nn.RNNBase | nn.RNNCellBase))
+    kind = next(layers, None)
+    return f"a weight of nn.{kind}, whose products are one function of PyTorch's that takes no masks" if kind else ""
 
 
 def _parametrized(model: nn.Module) -> dict[str, str]:

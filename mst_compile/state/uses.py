@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from mst_compile.errors import MSTWarning
 
 _compiled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # sparse Parameter that a graph takes -> True
+_multiplied: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # other Parameter that a graph multiplies -> True
 _graphs = 0
 
 ORPHANED = (
@@ -39,6 +40,16 @@ def note_compiled(parameters: Iterable[Tensor]) -> None:
     _graphs += 1
     for parameter in parameters:
         _compiled[parameter] = True
+
+
+def note_multiplied(parameters: Iterable[Tensor]) -> None:
+    """A compiled graph with sparse weights multiplies these Parameters too, as they are."""
+    _multiplied.update(dict.fromkeys(parameters, True))
+
+
+def is_multiplied(parameter: Tensor) -> bool:
+    """Whether a compiled graph with sparse weights multiplies this Parameter as it is."""
+    return parameter in _multiplied
 
 
 def is_compiled(parameter: Tensor) -> bool:

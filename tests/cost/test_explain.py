@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import DEBUG, Blocks, static, statuses
 from torch import Tensor, nn
 
@@ -195,6 +196,75 @@ def test_a_frame_that_dynamo_skipped_is_named() -> None:
     assert "TORCH_LOGS=graph_breaks" in explain(model).summary()
     torch._dynamo.reset()
     assert statuses(sparsify(Broken(), static(), block=4))["first.weight"] == 'not seen by backend="mst" yet'
+
+
+class Recurrent(nn.Module):
+    """Dynamo leaves a frame with an LSTM to Python, and makes no graphs of frames of PyTorch's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(32, 32, proj_size=16), nn.Linear(16, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+def test_the_frame_that_is_named_is_the_users_and_recurrent_weights_are_told() -> None:
+    torch._dynamo.reset()
+    model = sparsify(Recurrent(), static(), block=4)
+    torch.compile(model, backend="mst", options=DEBUG)(torch.randn(4, 2, 32))
+    found = statuses(model)
+    assert "Recurrent.forward (test_explain.py:" in found.pop("head.weight")
+    assert set(found) == {f"lstm.weight_{kind}_l0" for kind in ("ih", "hh", "hr")}
+    assert all(status.startswith("skipped: a weight of nn.LSTM") for status in found.values())
+
+
+def test_the_last_frame_of_pytorch_is_named_where_no_other_was_skipped() -> None:
+    torch._dynamo.reset()
+    model = sparsify(nn.AdaptiveLogSoftmaxWithLoss(32, 64, [16, 32]), static(), block=4)
+    loss = torch.compile(lambda x, y: model(x, y).loss, backend="mst", options=DEBUG)
+    loss(torch.randn(8, 32), torch.arange(8) * 8)
+    found = statuses(model)["head.weight"]
+    assert found.startswith("matched") or "AdaptiveLogSoftmaxWithLoss.forward (adaptive.py:" in found
+
+
+class Own(nn.Module):
+    """A linear layer, and Parameters that it holds itself: of products, and of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.words = nn.Linear(32, 32), nn.Embedding(16, 32)
+        self.router, self.left = nn.Parameter(torch.randn(8, 32)), nn.Parameter(torch.randn(4, 32))
+        self.heads, self.scale = nn.Parameter(torch.randn(32, 4, 2, 4)), nn.Parameter(torch.ones(6, 32))
+        self.unused = nn.Parameter(torch.randn(8, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x) * self.scale
+        by_head = torch.einsum("td,dgij->tgij", x, self.heads).sum()
+        return x @ self.words.weight.T.to(x.dtype) + by_head + F.linear(x, self.router).sum() + (self.left @ x.T).sum()
+
+
+def test_parameters_that_products_take_are_told_though_no_layer_holds_them() -> None:
+    torch._dynamo.reset()
+    model = sparsify(Own(), static(), block=4)
+    assert set(statuses(model)) == {"layer.weight"}
+    torch.compile(model, backend="mst", options=DEBUG)(torch.randn(6, 32))
+    found = statuses(model)
+    assert found.pop("layer.weight").startswith("matched")
+    assert found.pop("heads") == "skipped: no matrix and no stack of matrices, by its shape (32, 4, 2, 4)"
+    assert set(found) == {"words.weight", "router", "left"}
+    matrix = "skipped: a matrix that no linear layer holds: include it to make it sparse"
+    assert set(found.values()) == {matrix}
+    rows = {row.name: row for row in explain(model)}
+    assert (rows["router"].shape, rows["router"].flops) == ((8, 32), 6 * 8 * 32)
+    assert (rows["heads"].shape, rows["heads"].flops) == ((32, 4, 2, 4), 0)
+
+
+def test_a_weight_that_is_read_by_rows_is_no_stack() -> None:
+    torch._dynamo.reset()
+    layer = sparsify(nn.Linear(32, 32), static(), block=4)
+    torch.compile(lambda x: F.conv1d(x, layer.weight[:, :, None]), backend="mst", options=DEBUG)(torch.randn(2, 32, 5))
+    assert statuses(layer)["weight"] == "not matched: used by getitem"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from attention_backend import (
 from attention_models import HEADS, WIDTH, Case
 from torch import Tensor, fx, nn
 
+import mst_compile
+
 
 class Heads(nn.Module):
     """``nn.MultiheadAttention`` with everything that its function may be given."""
@@ -103,3 +105,42 @@ def test_bool_masks_of_the_function_say_what_to_hide(masks: tuple[bool, bool]) -
     backend = Backend()
     assert_close(compiled(attend, backend)(*args), attend(*args))
     assert backend.expanded == 1
+
+
+# -- in evaluation, layers that take batches first are one function of PyTorch's own ---------------------------------
+
+PADDED = torch.arange(T)[None] >= torch.tensor([T, T - 3])[:, None]
+MASKS: dict[str, tuple[Tensor | None, Tensor | None]] = {
+    "no mask": (None, None),
+    "keys": (None, PADDED),
+    "causal": (HIDDEN, None),
+    "both": (HIDDEN, PADDED),
+    "a query sees nothing": (None, torch.tensor([[False] * T, [True] * T])),
+}
+LAYERS: dict[str, dict[str, Any]] = {
+    "norms after": {"activation": "relu"},
+    "norms before": {"norm_first": True, "activation": "gelu", "layer_norm_eps": 1e-2},
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("masks", MASKS)
+def test_a_layer_in_evaluation_is_written_out(masks: str, kind: str) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(WIDTH, HEADS, 2 * WIDTH, batch_first=True, **LAYERS[kind]).eval()
+    for parameter in model.parameters():  # norms and biases that do nothing would show nothing
+        nn.init.normal_(parameter, std=0.3)
+    mst_compile.sparsify(model, mst_compile.Constant(0.7, growth="none"), block=4)
+    x, (mask, padding) = torch.randn(2, T, WIDTH), MASKS[masks]
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="mst", options={"mst.inner": "eager", "mst.dense_threshold": 1})
+    with torch.no_grad():
+        got, want = fast(x, mask, padding), model(x, mask, padding)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert got.isnan().any() == (masks == "a query sees nothing")
+    assert_close(got.nan_to_num(), want.nan_to_num(), 4 * WIDTH)
+    rows = list(mst_compile.explain(model))
+    assert len(rows) == 4
+    for row in rows:
+        assert row.status.startswith("matched (1 use)"), row
+        assert "used by" not in row.status, row

@@ -93,6 +93,9 @@ def test_include_names_frozen_weights_and_adapters() -> None:
     assert len([n for n in own.weights if "lora_A" in n]) == 2
     assert all(weight.density < 1 for weight in own.weights.values())
     assert not any(p.requires_grad for n, p in model.named_parameters() if "base_layer" in n)
+    for row in explain(model):
+        frozen = row.name in own.weights and "base_layer" in row.name
+        assert ("frozen: it keeps this mask" in row.status) is frozen
 
 
 @pytest.mark.parametrize("early", [True, False])
