@@ -22,7 +22,7 @@ from .weight import SparseWeight
 
 
 def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = False) -> bool:
-    """Let weights be 0 outside their active blocks; returns whether a mask has changed.
+    """Let weights be 0 outside their active blocks; returns whether any was not, or a mask has changed.
 
     Args:
         look: look at every weight, also where nobody is known to have written.
@@ -48,7 +48,7 @@ def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = Fal
         weight.note_clean(parameter)
     if cut:
         _warn(cut)
-    return changed
+    return changed or bool(cut)
 
 
 def _following(weight: SparseWeight, magnitude: torch.Tensor) -> torch.Tensor:
