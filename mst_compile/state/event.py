@@ -20,6 +20,7 @@ from mst_compile.rules.masks import generator, update_mask
 from mst_compile.rules.schedule import Schedule
 
 from .optimizers import zero_state_
+from .strides import lay_out
 from .weight import SparseWeight
 
 _DROP = "drop_fraction_at(step) of the schedule"
@@ -300,6 +301,7 @@ def _cut(
     """Make values, gradient and state 0 in the blocks ``dropped``, or in all that are not active; returns what is left
     to become 0 in these."""
     later: list[Tensor] = []
+    lay_out(parameter, set())  # an expanded gradient cannot be written in parts
     for tensor in [parameter, *([] if parameter.grad is None else [parameter.grad])]:
         if dropped is not None:
             zero_blocks_(tensor, weight.grid, dropped)

@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_compile.blocks.bulk import block_mean_square, zero_blocks_
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.memory import overlaps
 from mst_compile.blocks.shards import any_nonzero, is_sharded, local_part
 from mst_compile.errors import OptimizerError
 
@@ -127,6 +128,9 @@ def _survey(optimizer: optim.Optimizer) -> Survey:
                 spoiled.add(key)
                 basis |= _may_be_basis(value)
                 foreign.setdefault(key, f"{key} of shape {tuple(value.shape)}")
+            elif value.layout is torch.strided and overlaps(value):
+                spoiled.add(key)
+                foreign.setdefault(key, f"{key}, one number for several elements")
             elif value.shape == parameter.shape and value.is_floating_point():
                 elements.add(key)
             elif value.numel() > 1:

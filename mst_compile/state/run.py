@@ -25,6 +25,7 @@ from .packing import TOPOLOGY, check_entry
 from .regrown import follows
 from .resume import Progress, Topology, from_entry, restore
 from .settle import settle
+from .strides import lay_out_state
 from .unseen import warn_unseen
 from .weight import UNKNOWN, SparseWeight
 from .weights import Weights
@@ -241,6 +242,7 @@ class Run:
     def _clean(self, optimizer: Optimizer, own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Let an optimizer's state be 0 outside the active blocks, and where they have just grown."""
         self.optimizers.discard(optimizer)  # until it is
+        lay_out_state(optimizer, own)
         for weight, parameter in own:
             zero_state_(optimizer, weight, parameter)
             if weight.grown is not None:  # by a mask that was given before the optimizer was known
