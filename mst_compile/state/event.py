@@ -174,7 +174,7 @@ def carry_out(changes: Sequence[Item], optimizers: Iterable[Optimizer], *, again
     does the state of grown blocks, whoever may have written to it.
 
     Outside the active blocks weights are 0 already, so grown blocks start at 0. What is to become 0 of all weights is
-    written in one go, in one launch on a GPU.
+    written in one go, in one launch on a GPU, and one before for state where blocks grow.
 
     Args:
         again: an earlier call may have been interrupted, anywhere.
@@ -223,6 +223,8 @@ class _Failures:
 
     def zero(self, whole: Sequence[_Whole]) -> None:
         """As :func:`zero_all_inactive_`; one by one, if that fails."""
+        if not whole:
+            return
         try:
             zero_all_inactive_(whole)
         except Exception as error:
