@@ -53,8 +53,6 @@ train()
 sys.settrace(lambda *_: sys.gettrace())
 train()
 sys.settrace(None)
-importlib.reload(mst_compile)
-train()
 for name in ("mst_compile.state.binding", "mst_compile.api", "mst_compile"):
     importlib.reload(sys.modules[name])
 train()
