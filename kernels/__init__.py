@@ -22,6 +22,6 @@ elif not os.path.isfile(__file__):
     from mst_compile.errors import MissingPackageError
 
     raise MissingPackageError(
-        f"mst_compile lies in an archive ({__file__}), and its kernels are files that compilers read: install it into a "
-        "folder (pex --venv or an unzipped pex, no zipimport)"
+        f"mst_compile lies in an archive ({__file__}), and its kernels are files that compilers read: install it into "
+        "a folder (pex --venv or an unzipped pex, no zipimport)"
     )

@@ -239,8 +239,8 @@ class _Failures:
             if isinstance(error, OptimizerError):
                 raise error
             raise OptimizerError(
-                f"what an optimizer keeps of a weight cannot be written ({error}), so that dropped or grown blocks would "
-                "keep old state. Masks have changed all the same"
+                f"what an optimizer keeps of a weight cannot be written ({error}), so that dropped or grown blocks "
+                "would keep old state. Masks have changed all the same"
             ) from error
 
 
@@ -251,7 +251,7 @@ def _clear_new(changes: Sequence[Item], known: Sequence[Optimizer], failed: _Fai
         if not bool(change.new.any()):
             continue
         index = weight.index_of_whole
-        # Of all that is inactive, where that is one launch for all weights; after an interrupt, the new mask may be set.
+        # Of all that is inactive, where that is one launch for all; after an interrupt, the new mask may be set.
         together = not again and begins_a_pass(parameter, weight.grid, index)
         states: list[Tensor] = []
         for optimizer in known:

@@ -18,8 +18,8 @@ from .attention import AttentionState
 from .checkpoint_hooks import take_unclaimed
 from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_event
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
-from .lookout import Lookout
 from .listeners import Listeners, TopologyEvent, changes
+from .lookout import Lookout
 from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
@@ -284,7 +284,9 @@ class Run:
             "values were written outside the active blocks without a trace, through .data of a weight or of its "
             "gradient, whose writes PyTorch does not count: compiled calls may have left them out. Write to the tensor "
             "itself under torch.no_grad(), which is seen at once"
-            + (". Weights are looked at and gradients masked at every step from now on" if self._traceless == 2 else ""),
+            + (
+                ". Weights are looked at and gradients masked at every step from now on" if self._traceless == 2 else ""
+            ),
             MSTWarning,
             stacklevel=6,
         )

@@ -114,9 +114,7 @@ def test_a_given_mask_may_lack_what_the_guard_keeps(
     mask = masks.random_mask(torch.zeros_like(spine), data.draw(st.integers(0, most)), masks.generator(1, 0, "w"))
     count = data.draw(st.integers(least, most))
     magnitude = scores_without_ties(rows, cols, data)
-    new = masks.update_mask(
-        mask, spine, magnitude, None, count, drop_fraction, Mixed(), masks.generator(0, 7, "w")
-    )
+    new = masks.update_mask(mask, spine, magnitude, None, count, drop_fraction, Mixed(), masks.generator(0, 7, "w"))
     assert int(new.sum()) == count
     assert bool((new | ~spine).all())
     if count < most:

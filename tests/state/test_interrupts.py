@@ -192,7 +192,9 @@ def test_a_backward_pass_that_ends_early_defers_no_later_step(queued: bool, monk
     """Optimizers step within the backward pass, for whose end the count waits: one that never comes, or one that was
     queued twice, because an interrupt came between being queued and being known to be."""
     torch.manual_seed(0)
-    model = sparsify(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), Constant(0.5, interval=_EVENT, growth="random"), block=4)
+    model = sparsify(
+        nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), Constant(0.5, interval=_EVENT, growth="random"), block=4
+    )
     changed: list[int] = []
     sparsifier(model).on_event(lambda event: changed.append(event.step))
     for p in model.parameters():

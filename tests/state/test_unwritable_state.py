@@ -66,7 +66,10 @@ class BookedSGD(torch.optim.Optimizer):
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             state = self.state[p]
             if not state:
-                state["qmap1"], state["state1"] = torch.linspace(-1, 1, 257)[1:], torch.full_like(p, 127, dtype=torch.uint8)
+                state["qmap1"], state["state1"] = (
+                    torch.linspace(-1, 1, 257)[1:],
+                    torch.full_like(p, 127, dtype=torch.uint8),
+                )
                 state["qmap1"][127] = 0.0
             p.sub_(state["qmap1"][state["state1"].long()] + p.grad, alpha=self.param_groups[0]["lr"])
             state["state1"].add_((p.grad * 10).round().to(torch.int8).to(torch.uint8))
