@@ -232,8 +232,9 @@ class Run:
             self.weights.check_replaced(self.root())
             self._sizes[optimizer] = size
         first = optimizer not in self.optimizers  # of which nothing is known, nor of what came before it
-        found = not first and self._lookout.sees(own)
-        self._settle(own, look=first or found, found=found)
+        seen = not first and self._lookout.sees(own)
+        # Of spread weights all ranks must ask, and what is seen here others may not see.
+        self._settle(own, look=first or seen, alone=seen)
         if optimizer not in self.optimizers:
             self._clean(optimizer, own)
         for weight, parameter in own:
@@ -241,7 +242,6 @@ class Run:
 
     def _clean(self, optimizer: Optimizer, own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Let an optimizer's state be 0 outside the active blocks, and where they have just grown."""
-        self.optimizers.discard(optimizer)  # until it is
         lay_out_state(optimizer, own)
         for weight, parameter in own:
             zero_state_(optimizer, weight, parameter)
@@ -263,14 +263,21 @@ class Run:
             self.go_on(progress, topologies)
 
     def _settle(
-        self, own: Sequence[tuple[SparseWeight, nn.Parameter]], *, look: bool = False, found: bool = False
+        self, own: Sequence[tuple[SparseWeight, nn.Parameter]], *, look: bool = False, alone: bool = False
     ) -> None:
         """Let weights be 0 outside their active blocks; where one was not, or a mask has changed, the state of
-        optimizers too: a gradient that was written may have gone into it."""
-        if settle(own, look=look):
-            if found:
+        optimizers too: a gradient that was written may have gone into it.
+
+        Args:
+            look, alone: as :func:`settle` has them.
+        """
+        told = alone and any(p.requires_grad and not weight.is_clean(p) for weight, p in own)
+        if settle(own, look=look, alone=alone):
+            if alone and not told:
                 self._distrust()
-            for optimizer in list(self.optimizers):
+            known = list(self.optimizers)
+            self.optimizers.clear()  # until they are cleaned: state may not be writable
+            for optimizer in known:
                 self._clean(optimizer, own)
 
     def _distrust(self) -> None:

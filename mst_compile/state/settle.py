@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mst_compile.blocks.bulk import block_mean_square, outside_of_all
+from mst_compile.blocks.shards import is_sharded
 from mst_compile.errors import MSTWarning
 from mst_compile.rules.guard import safe_among_all
 from mst_compile.rules.masks import following_mask
@@ -21,17 +22,19 @@ from mst_compile.rules.masks import following_mask
 from .weight import SparseWeight
 
 
-def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = False) -> bool:
+def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = False, alone: bool = False) -> bool:
     """Let weights be 0 outside their active blocks; returns whether any was not, or a mask has changed.
 
     Args:
         look: look at every weight, also where nobody is known to have written.
+        alone: but not at those that are spread over ranks, of which all would have to.
     """
     cut, changed = {}, False
     own = [
         (weight, parameter)
         for weight, parameter in own
-        if parameter.requires_grad and (look or not weight.is_clean(parameter))  # a frozen weight never changes
+        if parameter.requires_grad  # a frozen weight never changes
+        and ((look and not (alone and is_sharded(parameter))) or not weight.is_clean(parameter))
     ]
     found = outside_of_all([(parameter, weight.grid, weight.mask) for weight, parameter in own])
     for (weight, parameter), outside_mask in zip(own, found, strict=True):
