@@ -3,9 +3,10 @@
 # Installed, this is mst_compile.kernels. In the repository's root Python also finds it as "kernels", the name of a
 # package of Hugging Face's: transformers asks for that one's version and then imports from what has the name, which
 # bitsandbytes does as well. So under that name it makes way for the package, or is of a version that is nobody's.
+import os
+
 if __name__ == "kernels":
     import importlib.util
-    import os
     import sys
     from importlib.machinery import PathFinder
 
@@ -17,3 +18,10 @@ if __name__ == "kernels":
         _module = importlib.util.module_from_spec(_spec)
         sys.modules[__name__] = _module  # what import returns
         _spec.loader.exec_module(_module)
+elif not os.path.isfile(__file__):
+    from mst_compile.errors import MissingPackageError
+
+    raise MissingPackageError(
+        f"mst_compile lies in an archive ({__file__}), and its kernels are files that compilers read: install it into "
+        "a folder (pex --venv or an unzipped pex, no zipimport)"
+    )

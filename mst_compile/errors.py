@@ -64,7 +64,8 @@ class MaskError(CheckpointError):
 
 
 class OptimizerError(MSTError, RuntimeError):
-    """An optimizer keeps state of a sparse weight in which dropped blocks cannot be made 0."""
+    """An optimizer keeps state of a sparse weight in which dropped blocks cannot be made 0, or would take elements of
+    the weight from wrong places."""
 
 
 class ParallelismError(MSTError, RuntimeError):

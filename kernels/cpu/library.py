@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.memory import is_plain
+from mst_compile.errors import MSTWarning
 
 from . import abi, build, table
 from .forks import Lock, survive_forks
+from .private import copy_of
 
 FINEST_BLOCK = min(table.BLOCKS)
 # After a product, which sweeps the caches, what Python runs before the next one takes five times as long as when it is
@@ -216,15 +220,42 @@ class Library:
 
 
 def _open(isa: str | None) -> ctypes.CDLL:
-    """Load the library. One that came out of the cache and does not load, as it was built where other system libraries
-    are, or has just been replaced, is built once more."""
+    """Load the library. Where nothing in the cache can be run, as on a disk that is mounted so, a copy is loaded. One
+    that came out of the cache and does not load, as it was built where other system libraries are, or has just been
+    replaced, is built once more."""
     path = build.build(isa)
     try:
         return ctypes.CDLL(str(path))
-    except OSError:
+    except OSError as error:
+        found = _open_copy(path, error)
+        if found is not None:
+            return found
         if path in build.made:
             raise
-    return ctypes.CDLL(str(build.build(isa, rejected=path)))
+    path = build.build(isa, rejected=path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        found = _open_copy(path, error)
+        if found is None:
+            raise
+        return found
+
+
+def _open_copy(path: Path, error: OSError) -> ctypes.CDLL | None:
+    """Load a copy that is this process's alone; None where that does not load either."""
+    try:
+        found = ctypes.CDLL(str(copy_of(path)))
+    except OSError:
+        return None
+    warnings.warn(
+        f"the compiled kernels cannot be loaded from {path.parent} ({str(error).removeprefix(f'{path}: ')}), as on a "
+        "disk that is mounted noexec: this process has loaded a copy. Set MST_COMPILE_CACHE_DIR to a folder from which "
+        "libraries can be loaded",
+        MSTWarning,
+        stacklevel=2,
+    )
+    return found
 
 
 def has_unit_stride(tensor: Tensor) -> bool:

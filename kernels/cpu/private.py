@@ -52,6 +52,17 @@ def private_folder() -> Path:
     return _made[own]
 
 
+def copy_of(library: Path) -> Path:
+    """A copy of a library in the folder.
+
+    Raises:
+        OSError: there is no place for it, or it cannot be read.
+    """
+    copy = private_folder() / f"copy_of_{library.name}"  # not by the name that a library of the cache has
+    shutil.copyfile(library, copy)
+    return copy
+
+
 def say_why(folder: Path, error: OSError) -> None:
     """Warn that what is compiled is not kept."""
     warnings.warn(

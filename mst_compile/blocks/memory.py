@@ -44,3 +44,24 @@ def address_of(tensor: Tensor) -> int:
 def lying(tensor: Tensor) -> tuple[Any, ...]:
     """Where a plain tensor's elements are, and how they lie there."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether elements share memory, as after ``expand``."""
+    return _extent(tensor) is None
+
+
+def fills(tensor: Tensor) -> bool:
+    """Whether its elements, in some order, are all that there is between the first of them and the last."""
+    return _extent(tensor) == tensor.numel()
+
+
+def _extent(tensor: Tensor) -> int | None:
+    """Elements from the first to the last in memory; None where some share it."""
+    extent = min(1, tensor.numel())
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return None
+            extent += stride * (size - 1)
+    return extent

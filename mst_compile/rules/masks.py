@@ -72,7 +72,9 @@ def update_mask(
     if count >= mask.numel():
         return torch.ones_like(mask)
     active = int(mask.count_nonzero())
-    drop = min(max(round(drop_fraction * active), active - count), active - int((safe & mask).count_nonzero()))
+    coming = int((safe & ~mask).count_nonzero())  # of a given mask, which may lack some of the backbone
+    drop = max(round(drop_fraction * active), active + coming - count)
+    drop = min(drop, active - int((safe & mask).count_nonzero()))
     score = magnitude.masked_fill(safe, torch.inf).masked_fill(~mask, -torch.inf)
     kept = largest(score, active - drop) | safe
     wanted = count - int(kept.count_nonzero())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch.optim import Optimizer
 
 from mst_compile.blocks.bulk import begins_a_pass, block_means, zero_all_inactive_, zero_blocks_
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.shards import local_part
+from mst_compile.errors import MSTWarning, OptimizerError
 from mst_compile.rules.checks import check_share
 from mst_compile.rules.growth import Growth
 from mst_compile.rules.masks import generator, update_mask
@@ -18,6 +21,7 @@ from mst_compile.rules.schedule import Schedule
 
 from .indexes import write_taken
 from .optimizers import zero_state_
+from .strides import lay_out
 from .weight import SparseWeight
 
 _DROP = "drop_fraction_at(step) of the schedule"
@@ -140,12 +144,14 @@ class Change:
 
     Attributes:
         dropped: blocks that were active and will not be, bool ``[R, C]``.
+        new: blocks that were not active and will be, likewise.
         grown: blocks that have not been stepped since they grew, likewise; None if there are none.
         few: whether visiting the dropped blocks alone may beat a pass over the weight, where nothing else can be wrong.
     """
 
     mask: Tensor
     dropped: Tensor
+    new: Tensor
     grown: Tensor | None
     few: bool
 
@@ -154,26 +160,32 @@ def change_to(weight: SparseWeight, parameter: Tensor, mask: Tensor) -> Change |
     """What a mask would change; None if it is the weight's."""
     if torch.equal(weight.mask, mask):
         return None
-    dropped, grown = weight.mask & ~mask, mask & ~weight.mask
-    if weight.grown is not None:
-        grown |= weight.grown & mask
+    dropped, new = weight.mask & ~mask, mask & ~weight.mask
+    grown = new if weight.grown is None else new | weight.grown & mask
     few = int(dropped.count_nonzero()) < _FEW * dropped.numel() and weight.is_clean(parameter)
-    return Change(mask, dropped, grown if bool(grown.any()) else weight.grown, few)
+    return Change(mask, dropped, new, grown if bool(grown.any()) else weight.grown, few)
 
 
 Item = tuple[Change, SparseWeight, nn.Parameter]
+_Whole = tuple[Tensor, BlockGrid, Tensor, Tensor | None]
 
 
 def carry_out(changes: Sequence[Item], optimizers: Iterable[Optimizer], *, again: bool = False) -> None:
-    """Take over masks: dropped weights, their gradient and all their state in ``optimizers`` become exactly 0.
+    """Take over masks: dropped weights, their gradient and all their state in ``optimizers`` become exactly 0, and so
+    does the state of grown blocks, whoever may have written to it.
 
-    Outside the active blocks weights and optimizer state are 0 already, so grown blocks start at 0. What is to become 0
-    of all weights is written in one go, in one launch on a GPU, behind the indexes of all, which it goes by.
+    Outside the active blocks weights are 0 already, so grown blocks start at 0. What is to become 0 of all weights is
+    written in one go, in one launch on a GPU, behind the indexes of all, which it goes by; and in one before that for
+    state where blocks grow.
 
     Args:
         again: an earlier call may have been interrupted, anywhere.
+
+    Raises:
+        OptimizerError: state cannot be written. All else has happened, for all weights.
     """
-    known, later, clean = list(optimizers), [], []
+    known, later, clean, failed = list(optimizers), [], [], _Failures()
+    _clear_new(changes, known, failed, again)
     try:
         for change, weight, parameter in changes:
             weight.grown = change.grown
@@ -181,41 +193,133 @@ def carry_out(changes: Sequence[Item], optimizers: Iterable[Optimizer], *, again
             drops = bool(change.dropped.any())
             if drops or again:
                 alone = change.few and not again and not begins_a_pass(parameter, weight.grid, weight.place_of_index)
-                later += _cut(weight, parameter, known, change.dropped if alone else None)
+                later += _cut(weight, parameter, known, change.dropped if alone else None, failed)
             if change.few or drops or again or weight.is_dense:
                 clean.append((weight, parameter))
-    finally:  # also of those before one whose state cannot be written
+    finally:  # also of those before an interrupt
         write_taken(weight for _, weight, _ in changes)
-        zero_all_inactive_(later)
+        failed.zero(later)
         for weight, parameter in clean:
             weight.note_clean(parameter)
+    failed.tell()
+
+
+class _Failures:
+    """State of optimizers that could not be written: everything else is done before it is said."""
+
+    def __init__(self) -> None:
+        self._errors: list[Exception] = []
+
+    def clear(
+        self,
+        optimizer: Optimizer,
+        weight: SparseWeight,
+        parameter: nn.Parameter,
+        blocks: Tensor | None,
+        later: list[Tensor] | None,
+    ) -> None:
+        """As :func:`zero_state_`."""
+        try:
+            zero_state_(optimizer, weight, parameter, blocks, later=later)
+        except Exception as error:
+            self._errors.append(error)
+
+    def zero(self, whole: Sequence[_Whole]) -> None:
+        """As :func:`zero_all_inactive_`; one by one, if that fails."""
+        if not whole:
+            return
+        try:
+            zero_all_inactive_(whole)
+        except Exception as error:
+            if len(whole) == 1:
+                self._errors.append(error)
+            for one in whole if len(whole) > 1 else ():
+                self.zero([one])
+
+    def tell(self) -> None:
+        """Raise what has failed first."""
+        for error in self._errors[:1]:
+            if isinstance(error, OptimizerError):
+                raise error
+            raise OptimizerError(
+                f"what an optimizer keeps of a weight cannot be written ({error}), so that dropped or grown blocks "
+                "would keep old state. Masks have changed all the same"
+            ) from error
+
+
+def _clear_new(changes: Sequence[Item], known: Sequence[Optimizer], failed: _Failures, again: bool) -> None:
+    """Make the optimizers' state 0 in blocks that grow, before they do."""
+    before: list[_Whole] = []
+    for change, weight, parameter in changes:
+        if not bool(change.new.any()):
+            continue
+        index = weight.index_of_whole
+        # Of all that is inactive, where that is one launch for all; after an interrupt, the new mask may be set.
+        together = not again and begins_a_pass(parameter, weight.grid, index)
+        states: list[Tensor] = []
+        for optimizer in known:
+            failed.clear(optimizer, weight, parameter, None if together else change.new, states)
+        before += _inactive(weight, states)
+    failed.zero(before)
 
 
 def change_mask(weight: SparseWeight, parameter: nn.Parameter, mask: Tensor, optimizers: Iterable[Optimizer]) -> None:
     """:func:`carry_out` what a mask changes; what is interrupted is brought to its end, and then raises."""
+    loaded = weight.follows
+    if not weight.is_dense:
+        weight.look_here(parameter)  # .data leaves no trace
     change, known = change_to(weight, parameter, mask), list(optimizers)
     if change is None:
         return
+    if weight.dirty is not None and not loaded:
+        _warn_of_values(weight, parameter, change.new)
     try:
         carry_out([(change, weight, parameter)], known)
+    except OptimizerError:
+        raise
     except BaseException:  # an interrupt, anywhere
         carry_out([(change, weight, parameter)], known, again=True)
         raise
 
 
+def _warn_of_values(weight: SparseWeight, parameter: Tensor, new: Tensor) -> None:
+    """Say that blocks do not begin at 0: what a program has written where a mask was to be given stays, as what it has
+    loaded does."""
+    local, part = local_part(parameter.detach())
+    if not bool(((local != 0) & part.of(weight.grid.expand(new)).to(local.device).view_as(local)).any()):
+        return
+    warnings.warn(
+        f"{weight.name} now has in its mask blocks that the program has written values to: they keep them, and do not "
+        "start at 0 as blocks that grow do. If that was not meant, write to weights after apply_mask",
+        MSTWarning,
+        stacklevel=5,
+    )
+
+
 def _cut(
-    weight: SparseWeight, parameter: nn.Parameter, optimizers: Iterable[Optimizer], dropped: Tensor | None
-) -> list[tuple[Tensor, BlockGrid, Tensor, Tensor | None]]:
+    weight: SparseWeight,
+    parameter: nn.Parameter,
+    optimizers: Iterable[Optimizer],
+    dropped: Tensor | None,
+    failed: _Failures,
+) -> list[_Whole]:
     """Make values, gradient and state 0 in the blocks ``dropped``, or in all that are not active; returns what is left
     to become 0 in these."""
     later: list[Tensor] = []
+    lay_out(parameter, set())  # an expanded gradient cannot be written in parts
     for tensor in [parameter, *([] if parameter.grad is None else [parameter.grad])]:
         if dropped is not None:
             zero_blocks_(tensor, weight.grid, dropped)
         else:
             later.append(tensor)
     for optimizer in optimizers:
-        zero_state_(optimizer, weight, parameter, dropped, later=later)
-    one_each = {id(tensor): tensor for tensor in later}  # an optimizer and what wraps it have the same state
+        failed.clear(optimizer, weight, parameter, dropped, later)
+    return _inactive(weight, later)
+
+
+def _inactive(weight: SparseWeight, tensors: Iterable[Tensor]) -> list[_Whole]:
+    """What says that tensors of the weight's shape shall become 0 outside its active blocks, as its index will have
+    them by then."""
+    one_each = {id(tensor): tensor for tensor in tensors}  # an optimizer and what wraps it have the same state
     index = weight.place_of_index
     return [] if weight.is_dense else [(tensor, weight.grid, weight.mask, index) for tensor in one_each.values()]

@@ -24,6 +24,7 @@ from torch import Tensor, optim
 from torch.nn import Parameter
 
 from mst_compile.blocks.bulk import zero_blocks_
+from mst_compile.blocks.memory import overlaps
 from mst_compile.blocks.shards import any_nonzero, is_sharded
 from mst_compile.errors import OptimizerError
 
@@ -122,6 +123,9 @@ def _survey(optimizer: optim.Optimizer) -> Survey:
                 spoiled.add(key)
                 basis |= _may_be_basis(value)
                 foreign.setdefault(key, f"{key} of shape {tuple(value.shape)}")
+            elif value.layout is torch.strided and overlaps(value):
+                spoiled.add(key)
+                foreign.setdefault(key, f"{key}, one number for several elements")
             elif value.shape == parameter.shape and value.is_floating_point():
                 elements.add(key)
             elif value.numel() > 1:
@@ -200,7 +204,8 @@ def zero_state_(
     """Set what ``optimizer`` remembers of a weight to 0 outside its active blocks.
 
     Args:
-        blocks: bool ``[R, C]``, the only ones that can be anything else; None: all that are not active.
+        blocks: bool ``[R, C]``, to be 0 whether they are active or not, and the only ones that can be anything else;
+            None: all that are not active.
         first: the state has just been made: try whether it can hold a 0, also where it does.
         later: takes up plain tensors of the weight's shape, which the caller will set to 0 outside the active blocks.
 
@@ -209,7 +214,8 @@ def zero_state_(
     """
     for key, value in state_like(optimizer, parameter):
         if type(value) not in (Tensor, Parameter) and not is_sharded(value):
-            _zero_wrapped_(f"{type(optimizer).__name__} keeps {key} of {weight.name}", value, weight, first)
+            outside = _outside(weight, blocks, value.device)
+            _zero_wrapped_(f"{type(optimizer).__name__} keeps {key} of {weight.name}", value, outside, first)
         elif blocks is not None:
             zero_blocks_(value, weight.grid, blocks)
         elif later is not None:
@@ -220,8 +226,14 @@ def zero_state_(
         state = optimizer.state.get(parameter, {})
         for key, book in survey(optimizer).codes.items():
             if key in state:
-                outside = weight.outside(state[key].device)
+                outside = _outside(weight, blocks, state[key].device)
                 state[key].masked_fill_(outside, int((state[book] == 0).nonzero()[0]))
+
+
+def _outside(weight: SparseWeight, blocks: Tensor | None, device: torch.device) -> Tensor:
+    """The elements that lie outside the active blocks, and those of ``blocks``: bool, of the weight's shape."""
+    wanted = ~weight.mask if blocks is None else ~weight.mask | blocks
+    return weight.grid.expand(wanted).view(weight.shape).to(device)
 
 
 def not_of_elements(optimizer: optim.Optimizer, weight: SparseWeight, parameter: Tensor) -> list[str]:
@@ -235,16 +247,15 @@ def not_of_elements(optimizer: optim.Optimizer, weight: SparseWeight, parameter:
     return found
 
 
-def _zero_wrapped_(what: str, value: Tensor, weight: SparseWeight, first: bool) -> None:
+def _zero_wrapped_(what: str, value: Tensor, outside: Tensor, first: bool) -> None:
     """Through the subclass's own copies, as of 8-bit state: what an address would show is not its numbers. Where all is
     0 already nothing is written, unless it is the ``first`` time: what is coded anew may be rounded anew."""
-    outside = weight.outside(value.device)
     try:
         plain = torch.empty(value.shape, dtype=torch.float32, device=value.device)
         plain.copy_(value)
         if not first and not bool((plain[outside] != 0).any()):
             return
-        weight.zero_inactive_(plain)
+        plain.masked_fill_(outside, 0)
         value.copy_(plain)
         plain.copy_(value)
     except (NotImplementedError, RuntimeError, TypeError) as error:

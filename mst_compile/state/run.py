@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.errors import ArgumentError, MSTWarning
+from mst_compile.errors import ArgumentError, MSTWarning, OptimizerError
 from mst_compile.rules.schedule import Schedule, attention_of, phase_of, sparsity_of
 
 from .attention import AttentionState
@@ -20,11 +20,13 @@ from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
 from .indexes import want_dense_gradients
 from .listeners import Listeners, TopologyEvent, changes
+from .lookout import Lookout
 from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
 from .resume import Progress, Topology, from_entry, restore
 from .settle import settle
+from .strides import lay_out_state
 from .unseen import warn_unseen
 from .weight import UNKNOWN, SparseWeight
 from .weights import Weights
@@ -49,6 +51,7 @@ class Completion:
         skipped: why the event is none.
         begun: whether a change may have been made.
         event: what listeners will be told.
+        failed: what of optimizers' state could not be written.
     """
 
     number: int
@@ -59,6 +62,7 @@ class Completion:
     skipped: str = ""
     begun: bool = False
     event: TopologyEvent | None = None
+    failed: OptimizerError | None = None
 
 
 class Run:
@@ -89,6 +93,8 @@ class Run:
         self._sizes: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self.listeners = Listeners()
         self.first_masks = FirstMasks()
+        self._lookout = Lookout()
+        self._traceless = 0  # times that values were found which nobody was seen to write
         self._drive()
 
     def _drive(self) -> None:
@@ -102,7 +108,10 @@ class Run:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy knows none yet.
         self.__dict__.update(
-            {"_completion": None} | state, optimizers=weakref.WeakSet(), root=_unknown, listeners=Listeners()
+            {"_completion": None, "_traceless": 0, "_lookout": Lookout()} | state,
+            optimizers=weakref.WeakSet(),
+            root=_unknown,
+            listeners=Listeners(),
         )
         self._sizes = weakref.WeakKeyDictionary()
         self._drive()
@@ -203,6 +212,8 @@ class Run:
             warn_unseen([weight for weight, parameter in own if parameter.grad is not None])
         if event is not None:  # last: what a callback raises finds a step that is complete
             self.listeners.tell(event)
+        if now.failed is not None:
+            raise now.failed
 
     @staticmethod
     def _note_versions(own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
@@ -224,15 +235,23 @@ class Run:
         if optimizer not in self.optimizers or self._sizes.get(optimizer) != size:
             self.weights.check_replaced(self.root())
             self._sizes[optimizer] = size
-        self._settle(own)
+        first = optimizer not in self.optimizers  # of which nothing is known, nor of what came before it
+        seen = not first and self._lookout.sees(own)
+        # Of spread weights all ranks must ask, and what is seen here others may not see.
+        self._settle(own, look=first or seen, alone=seen)
         if optimizer not in self.optimizers:
-            for weight, parameter in own:
-                zero_state_(optimizer, weight, parameter)
-                if weight.grown is not None:  # by a mask that was given before the optimizer was known
-                    zero_state_(optimizer, weight, parameter, weight.grown)
-            self.optimizers.add(optimizer)
+            self._clean(optimizer, own)
         for weight, parameter in own:
             weight.version = parameter._version
+
+    def _clean(self, optimizer: Optimizer, own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Let an optimizer's state be 0 outside the active blocks, and where they have just grown."""
+        lay_out_state(optimizer, own)
+        for weight, parameter in own:
+            zero_state_(optimizer, weight, parameter)
+            if weight.grown is not None:  # by a mask that was given before the optimizer was known
+                zero_state_(optimizer, weight, parameter, weight.grown)
+        self.optimizers.add(optimizer)
 
     def take_unclaimed(self) -> None:
         """Go on from the topology that an optimizer was loaded with before the model was made sparse."""
@@ -247,8 +266,41 @@ class Run:
         if topologies:
             self.go_on(progress, topologies)
 
-    def _settle(self, own: Iterable[tuple[SparseWeight, nn.Parameter]], *, look: bool = False) -> None:
-        settle(own, self.optimizers.clear, look=look)
+    def _settle(
+        self, own: Sequence[tuple[SparseWeight, nn.Parameter]], *, look: bool = False, alone: bool = False
+    ) -> None:
+        """Let weights be 0 outside their active blocks; where one was not, or a mask has changed, the state of
+        optimizers too: a gradient that was written may have gone into it.
+
+        Args:
+            look, alone: as :func:`settle` has them.
+        """
+        told = alone and any(p.requires_grad and not weight.is_clean(p) for weight, p in own)
+        known = list(self.optimizers)
+        if settle(own, self.optimizers.clear, look=look, alone=alone):
+            if alone and not told:
+                self._distrust()
+            self.optimizers.clear()  # until they are cleaned: state may not be writable
+            for optimizer in known:
+                self._clean(optimizer, own)
+
+    def _distrust(self) -> None:
+        """Somebody has written without a trace: gradients are masked now whatever is known of them; and if it was not
+        the first time, weights are looked at and gradients masked at every step from now on."""
+        self._traceless += 1
+        for weight in self.weights:
+            weight.masked = None
+            weight.suspect |= self._traceless > 1
+        warnings.warn(
+            "values were written outside the active blocks without a trace, through .data of a weight or of its "
+            "gradient, whose writes PyTorch does not count: compiled calls may have left them out. Write to the tensor "
+            "itself under torch.no_grad(), which is seen at once"
+            + (
+                ". Weights are looked at and gradients masked at every step from now on" if self._traceless == 2 else ""
+            ),
+            MSTWarning,
+            stacklevel=6,
+        )
 
     def _change_topology(self, now: Completion, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Change masks, or go on with it, and note what happens, if anybody wants to know."""
@@ -261,7 +313,11 @@ class Run:
         again, now.begun = now.begun, True
         planned = [((now.changes or {}).get(weight.name), weight, parameter) for weight, parameter in own]
         changed = [(change, weight, parameter) for change, weight, parameter in planned if change is not None]
-        carry_out(changed, list(self._sizes), again=again)
+        try:
+            carry_out(changed, list(self._sizes), again=again)
+        except OptimizerError as error:
+            now.failed = error
+            self.optimizers.clear()  # none steps before its state could be cleaned
         if self.listeners.wanted and now.event is None:
             phase, found = phase_of(self.schedule, self.step_count), changes(now.before, self.weights)
             now.event = TopologyEvent(self.step_count, phase, self.density, now.skipped, found)
@@ -303,7 +359,11 @@ class Run:
     def change_mask(self, weight: SparseWeight, parameter: nn.Parameter, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule."""
         self.finish()
-        change_mask(weight, parameter, mask.detach().cpu().clone(), list(self._sizes))
+        try:
+            change_mask(weight, parameter, mask.detach().cpu().clone(), list(self._sizes))
+        except OptimizerError:
+            self.optimizers.clear()
+            raise
 
     def go_on(self, progress: Progress, topologies: dict[str, Topology]) -> None:
         """Continue from a checkpoint."""

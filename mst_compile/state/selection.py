@@ -14,7 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.layout import are_one_matrix, as_matrix
+from mst_compile.blocks.layout import are_one_matrix
+from mst_compile.blocks.memory import overlaps
 from mst_compile.blocks.shards import is_sharded
 from mst_compile.errors import BlockSizeError, SelectionError, WeightError
 from mst_compile.lowering import device as devices
@@ -336,18 +337,12 @@ def _problem(parameter: Tensor) -> str | None:
         return "is computed from other tensors (no leaf), so that no optimizer can train it; sparsify its source"
     if parameter.dim() == 3 and not is_sharded(parameter) and not are_one_matrix(parameter):
         return stacks.problem(parameter)
-    if not is_sharded(parameter) and _overlaps(as_matrix(parameter)):
+    if not is_sharded(parameter) and overlaps(parameter):
         return (
             f"has elements that share memory (shape {tuple(parameter.shape)}, strides {parameter.stride()}), as after "
             "expand: replace it by nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))"
         )
     return None
-
-
-def _overlaps(weight: Tensor) -> bool:
-    """Whether elements of a matrix share memory."""
-    (near, steps), (far, _) = sorted((stride, size) for size, stride in zip(weight.shape, weight.stride(), strict=True))
-    return near == 0 or far < near * (steps - 1) + 1
 
 
 def check_memory(candidates: Iterable[Candidate], others: Iterable[tuple[str, Tensor]]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mst_compile.blocks.bulk import block_mean_square, outside_of_all
+from mst_compile.blocks.shards import is_sharded
 from mst_compile.errors import MSTWarning
 from mst_compile.rules.guard import safe_among_all
 from mst_compile.rules.masks import following_mask
@@ -22,19 +23,25 @@ from .weight import SparseWeight
 
 
 def settle(
-    own: Iterable[tuple[SparseWeight, nn.Parameter]], before: Callable[[], None], *, look: bool = False
-) -> None:
-    """Let weights be 0 outside their active blocks.
+    own: Iterable[tuple[SparseWeight, nn.Parameter]],
+    before: Callable[[], None],
+    *,
+    look: bool = False,
+    alone: bool = False,
+) -> bool:
+    """Let weights be 0 outside their active blocks; returns whether any was not, or a mask has changed.
 
     Args:
         before: is called before a mask changes.
         look: look at every weight, also where nobody is known to have written.
+        alone: but not at those that are spread over ranks, of which all would have to.
     """
-    cut = {}
+    cut, changed = {}, False
     own = [
         (weight, parameter)
         for weight, parameter in own
-        if parameter.requires_grad and (look or not weight.is_clean(parameter))  # a frozen weight never changes
+        if parameter.requires_grad  # a frozen weight never changes
+        and ((look and not (alone and is_sharded(parameter))) or not weight.is_clean(parameter))
     ]
     found = outside_of_all([(parameter, weight.grid, weight.mask) for weight, parameter in own])
     for (weight, parameter), outside_mask in zip(own, found, strict=True):
@@ -44,6 +51,7 @@ def settle(
         if weight.follows:
             before()
             _follow(weight, _following(weight, whole))
+            changed = True
         outside = whole[~weight.mask].sum()
         if bool(outside):
             cut[weight.name] = float(outside / whole.sum())
@@ -51,6 +59,7 @@ def settle(
         weight.note_clean(parameter)
     if cut:
         _warn(cut)
+    return changed or bool(cut)
 
 
 def _follow(weight: SparseWeight, mask: torch.Tensor) -> None:

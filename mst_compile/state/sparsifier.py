@@ -181,9 +181,10 @@ class Sparsifier:
     def apply_mask(self, name: str, mask: Tensor) -> None:
         """Give one weight other active blocks, outside of the schedule; call it between a step and the next forward.
 
-        Dropped weights, their gradient and their optimizer state become exactly 0, grown ones start at 0; the state of
-        an optimizer that has not stepped since the model was made sparse, or a checkpoint loaded, when it does. The
-        next topology event goes on from this mask.
+        Dropped weights, their gradient and their optimizer state become exactly 0. Grown ones have no state either, and
+        start at 0; values that the program has loaded there before stay, and so do those that it has written, with a
+        warning. State of an optimizer that has not stepped since the model was made sparse, or a checkpoint loaded,
+        becomes 0 when it does. The next topology event goes on from this mask.
 
         Args:
             name: a key of :attr:`masks`.
@@ -193,6 +194,7 @@ class Sparsifier:
         Raises:
             SelectionError: no sparse weight has this name.
             MaskError: the mask has another shape or dtype. Nothing has changed.
+            OptimizerError: state of an optimizer cannot be written. The mask has changed.
         """
         known = isinstance(name, str)
         found = next(((w, p) for w, p in self.parameters() if known and w.name == name), None)

@@ -37,6 +37,7 @@ from .run import Run
 from .second_moments import start_second_moments
 from .standstill import Standstill
 from .steps import Step
+from .strides import fused_on_cpu, lay_out
 from .weight import SparseWeight, mask_gradients
 
 _NOWHERE = -1  # id of no backward pass
@@ -193,8 +194,10 @@ class Stepping:
         optimizer, turn = step.optimizer, self._turns[step]
         scale = optimizers.gradient_scale(optimizer)
         found = [(weight, parameter) for weight, parameter in own if parameter.grad is not None]
+        fused = fused_on_cpu(optimizer)
         for _, parameter in found:
             lay_out_gradient(parameter)
+            lay_out(parameter, fused)
         read = [(w, p, turn.scores.get(w.name)) for w, p in found if w.name not in turn.late]
         _harvest(read, scale, again=step.has_closure)
         mask_gradients((weight, parameter.grad) for weight, parameter in found)  # type: ignore[misc]

@@ -80,6 +80,7 @@ class SparseWeight:
         driver: leads to the run that drives it as long as that is there: it goes with the model that was made sparse,
             while a module of it may live on.
         orphaned: the user was told that the run is gone.
+        suspect: somebody writes without a trace, again and again: nothing is known for longer than it takes to look.
         adopted: whether a run drives it. None drives what came along when a Parameter or a module was copied out of its
             model: these are dense, with the values that they were given.
     """
@@ -119,6 +120,7 @@ class SparseWeight:
     adding: tuple[int, int] | None = None
     driver: Callable[[], object] | None = None
     orphaned: bool = False
+    suspect: bool = False
     adopted: bool = True
     attention: AttentionState = field(default_factory=AttentionState)
     uses: Uses = field(default_factory=Uses)
@@ -297,7 +299,8 @@ class SparseWeight:
         address = address_of(parameter)
         if address != self.address or self.memory is None or self.memory.expired():
             self.memory = StorageWeakRef(parameter.untyped_storage()) if address else None
-        self.clean, self.address, self.dirty, self.follows = parameter._version, address, None, False
+        known = UNKNOWN if self.suspect and not is_sharded(parameter) else parameter._version
+        self.clean, self.address, self.dirty, self.follows = known, address, None, False
         self.clean_here = written_at(parameter) if is_sharded(parameter) else None
 
     def forget(self) -> None:
@@ -381,7 +384,7 @@ class SparseWeight:
 
     def is_masked(self, gradient: Tensor) -> bool:
         """Whether nobody has written to the gradient since it was masked with the present mask."""
-        return self.masked is not None and self._was_masked(gradient, gradient._version)
+        return self.masked is not None and not self.suspect and self._was_masked(gradient, gradient._version)
 
     def _was_masked(self, gradient: Tensor, at: int) -> bool:
         reference, version, address, changes = self.masked  # type: ignore[misc]

@@ -124,3 +124,32 @@ def test_the_processor_is_measured_all_the_same(disk: Path, tmp_path: Path, monk
     fill(disk)
     assert dot_rate.dot_rate(build.find_compiler) is not None
     assert [file.stat().st_size for file in disk.glob("cache/*")] == []
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_disk_that_nothing_can_be_run_from(
+    cached: bool, compiler: StubCompiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy is loaded, from where something can be."""
+    cache = tmp_path / "noexec"
+    monkeypatch.setenv("MST_COMPILE_CACHE_DIR", str(cache))
+    load = library.ctypes.CDLL
+
+    def refusing(path: str) -> Any:
+        if path.startswith(str(cache)):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(library.ctypes, "CDLL", refusing)
+    if cached:
+        build.build("baseline")
+        build.made.clear()  # by another process
+        compiler.called()
+    with pytest.warns(MSTWarning, match=r"loaded from .*noexec \(failed to map segment from shared object\), as on a"):
+        library.Library("baseline")
+    assert compiler.compiled() == (0 if cached else len(build.units()))
+    assert len(list(cache.glob("*.so"))) == 1
+    build.made.clear()
+    monkeypatch.setattr(library, "copy_of", lambda path: path)
+    with pytest.raises(OSError, match="failed to map segment"):
+        library.Library("baseline")

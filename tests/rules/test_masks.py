@@ -102,3 +102,23 @@ def test_randomness_is_a_function_of_seed_step_and_name() -> None:
     torch.manual_seed(2)
     assert draw(0, 1, "a") == first
     assert len({tuple(draw(*k)) for k in [(0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b"), (1, 0, "a")]}) == 5
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.floats(0, 1), st.data())
+def test_a_given_mask_may_lack_what_the_guard_keeps(
+    rows: int, cols: int, drop_fraction: float, data: st.DataObject
+) -> None:
+    """What comes back of the backbone counts among the blocks that there shall be."""
+    spine = backbone((rows, cols))
+    least, most = max(rows, cols), rows * cols
+    mask = masks.random_mask(torch.zeros_like(spine), data.draw(st.integers(0, most)), masks.generator(1, 0, "w"))
+    count = data.draw(st.integers(least, most))
+    magnitude = scores_without_ties(rows, cols, data)
+    new = masks.update_mask(mask, spine, magnitude, None, count, drop_fraction, Mixed(), masks.generator(0, 7, "w"))
+    assert int(new.sum()) == count
+    assert bool((new | ~spine).all())
+    if count < most:
+        left = active_blocks(mask)
+        dropped = max(round(drop_fraction * len(left)), len(left) + int((spine & ~mask).sum()) - count)
+        weakest = sorted(left - active_blocks(spine), key=lambda b: magnitude[b].item())
+        assert left - set(weakest[:dropped]) <= active_blocks(new)

@@ -169,3 +169,70 @@ def test_an_error_at_the_end_of_a_step_keeps_no_scaled_rates() -> None:
     training.optimizer.zero_grad()
     training.step()
     training.check()
+
+
+class _Failing(torch.autograd.Function):
+    """Raises in the backward pass, when asked to."""
+
+    fails = True
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        if _Failing.fails:
+            raise KeyboardInterrupt
+        return gradient
+
+
+@pytest.mark.parametrize("queued", [True, False])
+def test_a_backward_pass_that_ends_early_defers_no_later_step(queued: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optimizers step within the backward pass, for whose end the count waits: one that never comes, or one that was
+    queued twice, because an interrupt came between being queued and being known to be."""
+    torch.manual_seed(0)
+    model = sparsify(
+        nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), Constant(0.5, interval=_EVENT, growth="random"), block=4
+    )
+    changed: list[int] = []
+    sparsifier(model).on_event(lambda event: changed.append(event.step))
+    for p in model.parameters():
+        own = torch.optim.SGD([p], 1e-2)
+
+        def hook(_: torch.Tensor, own: torch.optim.Optimizer = own) -> None:
+            own.step()
+            own.zero_grad()
+
+        p.register_post_accumulate_grad_hook(hook)
+    monkeypatch.setattr(_Failing, "fails", not queued)
+    if queued:
+        engine = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
+
+        class Engine:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(engine, name)
+
+            def queue_callback(self, function: Callable[[], None]) -> None:
+                engine.queue_callback(function)
+                engine.queue_callback(function)
+
+        monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", Engine())
+
+    def step() -> None:
+        model[1](_Failing.apply(model[0](torch.randn(8, 16)))).square().mean().backward()
+
+    taken = 0
+    if not queued:
+        with pytest.raises(KeyboardInterrupt):
+            step()
+        monkeypatch.setattr(_Failing, "fails", False)
+        step()
+        taken = sparsifier(model).step_count
+        assert taken in (1, 2)  # of the first, half was done
+    for n in range(1, 2 * _EVENT):
+        step()
+        assert sparsifier(model).step_count == taken + n
+        assert changed == list(range(_EVENT, taken + n + 1, _EVENT))
+    for name, mask in element_masks(model).items():
+        assert not model.get_parameter(name).detach()[~mask].any()

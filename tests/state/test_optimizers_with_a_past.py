@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from coded import Coded, CodedSGD
 from helpers import Blocks, static
 from mask_cases import element_masks
 from situations import train
-from torch import Tensor
 from training import assert_zero_outside
 
 from mst_compile import Constant, densify, sparsifier, sparsify
@@ -66,50 +65,6 @@ def test_blocks_that_are_given_start_at_zero(way: str) -> None:
         assert where.any(), name
         assert not weight[where].any(), name
         assert not optimizer.state[weight]["momentum_buffer"][where].any(), name
-
-
-class Coded(torch.Tensor):
-    """State in another form: numbers times 64 as whole numbers, read and written through copies alone."""
-
-    exact = True
-
-    @staticmethod
-    def __new__(cls, codes: Tensor) -> Coded:
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
-
-    def __init__(self, codes: Tensor) -> None:
-        self.codes = codes
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.copy_.default and cls.exact is not None:
-            to, source = args[:2]
-            if isinstance(to, Coded):
-                to.codes.copy_((source * 64).round() + (0 if cls.exact else 1))
-            else:
-                to.copy_(source.codes / 64)
-            return to
-        if func is torch.ops.aten.detach.default:
-            return cls(args[0].codes)
-        raise NotImplementedError(f"{func} of Coded")
-
-
-class CodedSGD(torch.optim.Optimizer):
-    """Momentum in a tensor subclass."""
-
-    def __init__(self, parameters: Any, lr: float) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = Coded(torch.zeros_like(p))
-                    codes = self.state[p]["momentum"].codes
-                    codes.mul_(0.9).add_(p.grad * 64)
-                    p.sub_(codes / 64, alpha=group["lr"])
 
 
 @pytest.mark.parametrize("exact", [True, False, None])

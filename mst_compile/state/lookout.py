@@ -1,0 +1,86 @@
+"""Who looks for values that somebody has written outside the active blocks without leaving a trace.
+
+A write through ``parameter.data`` or ``parameter.grad.data`` counts no version up: PyTorch gives what ``.data`` returns
+a counter of its own. So a weight, or the gradient that an optimizer is about to use, may be something else than what
+was last known of it. To look at all of both at every step would cost as much as masking them. Instead some rows of the
+weights are looked at before each step, others at the next: who adds noise everywhere is seen at the next step, whoever
+writes a single element when its turn comes, and what a written gradient did is seen in the weights that it has moved.
+On a device that the host would have to wait for, all weights are looked at once in a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mst_compile.blocks.bulk import block_mean_square
+from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.layout import are_one_matrix, as_matrix
+from mst_compile.blocks.shards import is_sharded
+
+from .weight import SparseWeight
+
+_ELEMENTS = 1 << 16  # that are looked at before a step, in whole rows: some hundredths of a millisecond
+_SELDOM = 100  # steps between two looks where the host waits for a device
+
+Own = Sequence[tuple[SparseWeight, Tensor]]
+
+
+class Lookout:
+    """Looks at some rows of a run's weights at every step."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def sees(self, own: Own) -> bool:
+        """Whether values stand outside the active blocks of a weight of which nothing was known to be written; or
+        whether it is time to look at all of them."""
+        self._turn += 1
+        known = [(weight, parameter) for weight, parameter in own if _can_look(weight, parameter)]
+        here = [(weight, parameter) for weight, parameter in known if parameter.is_cpu]
+        if len(here) < len(known) and self._turn % _SELDOM == 0:
+            return True
+        steps = [_steps_of(weight.grid) for weight, _ in here]
+        at = self._turn % max(1, sum(steps))
+        for (weight, parameter), count in zip(here, steps, strict=True):
+            if at < count:
+                return not _are_zero(weight, parameter.detach(), at)
+            at -= count
+        return False
+
+
+def steps_to_see(weights: Iterable[SparseWeight]) -> int:
+    """Steps of an optimizer that trains all of them within which a write is seen on a CPU."""
+    return sum(_steps_of(weight.grid) for weight in weights)
+
+
+def _can_look(weight: SparseWeight, parameter: Tensor) -> bool:
+    """Whether it is worth it: of a spread weight all ranks would have to look, and others are looked at anyway."""
+    if weight.is_dense or not parameter.requires_grad or is_sharded(parameter):
+        return False
+    return weight.is_clean(parameter)
+
+
+def _rows_of(grid: BlockGrid) -> int:
+    """Rows that are looked at at once, in whole blocks."""
+    return max(1, _ELEMENTS // max(1, grid.cols) // grid.block) * grid.block
+
+
+def _steps_of(grid: BlockGrid) -> int:
+    return -(-grid.rows // _rows_of(grid))
+
+
+@torch.no_grad()
+def _are_zero(weight: SparseWeight, tensor: Tensor, at: int) -> bool:
+    """Whether some of the rows are 0 outside the active blocks."""
+    grid = weight.grid
+    if tensor.dim() == 3 and not are_one_matrix(tensor):
+        return weight.look(tensor)
+    first, rows = at * _rows_of(grid), _rows_of(grid)
+    some = as_matrix(tensor)[first : first + rows]
+    blocks = weight.mask[first // grid.block : (first + rows) // grid.block]
+    squares = block_mean_square(some, replace(grid, rows=len(some), matrices=0))
+    return not bool(squares[~blocks].any())
