@@ -18,13 +18,13 @@ from .attention import AttentionState
 from .checkpoint_hooks import take_unclaimed
 from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_event
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
-from .indexes import want_dense_gradients
 from .listeners import Listeners, TopologyEvent, changes
 from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
 from .resume import Progress, Topology, from_entry, restore
 from .settle import settle
+from .together import want_dense_gradients
 from .unseen import warn_unseen
 from .weight import UNKNOWN, SparseWeight
 from .weights import Weights

@@ -31,11 +31,11 @@ from mst_compile.errors import MSTWarning
 from . import optimizers, regrown
 from .binding import first_gradients
 from .clock import StepClock
-from .indexes import want_dense_gradients
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
 from .second_moments import start_second_moments
 from .steps import Step
+from .together import want_dense_gradients
 from .weight import SparseWeight, mask_gradients
 
 _NOWHERE = -1  # id of no backward pass
