@@ -19,9 +19,9 @@ from mst_compile.rules.growth import Growth
 from mst_compile.rules.masks import generator, update_mask
 from mst_compile.rules.schedule import Schedule
 
-from .indexes import write_taken
 from .optimizers import zero_state_
 from .strides import lay_out
+from .together import write_taken
 from .weight import SparseWeight
 
 _DROP = "drop_fraction_at(step) of the schedule"

@@ -1,20 +1,13 @@
-"""The indexes of weights: where there are any, and what is written to those of many in one go. On a GPU a launch and a
-transfer cost the host the same for all of them as for one."""
+"""Which weights have an index, and the count of what changes in any."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.index import new_index, write_dense_grad, write_indexes
+from mst_compile.blocks.index import new_index
 from mst_compile.lowering import device as devices
-
-if TYPE_CHECKING:
-    from .weight import SparseWeight
 
 
 class _Epoch:
@@ -38,21 +31,3 @@ def has_index(grid: BlockGrid, device: torch.device) -> bool:
 def index_for(grid: BlockGrid, device: torch.device) -> Tensor | None:
     """An index with no active block, where there may be kernels for it."""
     return new_index(grid, device) if has_index(grid, device) else None
-
-
-def write_taken(weights: Iterable[SparseWeight]) -> None:
-    """Write the indexes of those weights that have taken over a mask since theirs was written."""
-    late = [weight for weight in weights if weight.unwritten]
-    if late:
-        epoch.value += 1
-    write_indexes([content for weight in late if (content := weight.content) is not None])
-    for weight in late:
-        weight.unwritten = False
-
-
-def want_dense_gradients(weights: Iterable[SparseWeight], wanted: bool) -> None:
-    """Ask kernels for gradients on all blocks, which growth reads, or on the active ones alone."""
-    changing = [weight for weight in weights if weight.dense_grad != wanted]
-    write_dense_grad([weight.index for weight in changing if weight.index is not None], wanted)
-    for weight in changing:
-        weight.dense_grad = wanted

@@ -18,7 +18,6 @@ from .attention import AttentionState
 from .checkpoint_hooks import take_unclaimed
 from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_event
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
-from .indexes import want_dense_gradients
 from .listeners import Listeners, TopologyEvent, changes
 from .lookout import Lookout
 from .optimizers import zero_state_
@@ -27,6 +26,7 @@ from .regrown import follows
 from .resume import Progress, Topology, from_entry, restore
 from .settle import settle
 from .strides import lay_out_state
+from .together import want_dense_gradients
 from .unseen import warn_unseen
 from .weight import UNKNOWN, SparseWeight
 from .weights import Weights

@@ -31,13 +31,13 @@ from mst_compile.errors import MSTWarning
 from . import optimizers, regrown
 from .binding import gradients
 from .clock import StepClock
-from .indexes import want_dense_gradients
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
 from .second_moments import start_second_moments
 from .standstill import Standstill
 from .steps import Step
 from .strides import fused_on_cpu, lay_out
+from .together import want_dense_gradients
 from .weight import SparseWeight, mask_gradients
 
 _NOWHERE = -1  # id of no backward pass

@@ -1,4 +1,4 @@
-"""Build `idle.cpp`, and the environment of a process that has it before torch."""
+"""Build `idle.cpp` with its `device.h`, and the environment of a process that has it before torch."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("idle.cpp")
+_HEADER = Path(__file__).with_name("device.h")
 PRELOAD = "LD_PRELOAD"
 
 
@@ -32,7 +33,8 @@ def build(folder: Path | None = None) -> Path:
     assert spec is not None
     assert spec.origin is not None
     root = Path(spec.origin).parent
-    key = hashlib.sha256(_SOURCE.read_bytes() + torch.__version__.encode() + str(root).encode()).hexdigest()[:16]
+    sources = _SOURCE.read_bytes() + _HEADER.read_bytes()
+    key = hashlib.sha256(sources + torch.__version__.encode() + str(root).encode()).hexdigest()[:16]
     folder = folder or Path(tempfile.gettempdir(), f"pretend_gpu-{os.getuid()}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():  # what is in it would be loaded
