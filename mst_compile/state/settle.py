@@ -21,9 +21,7 @@ from mst_compile.rules.masks import following_mask
 from .weight import SparseWeight
 
 
-def settle(
-    own: Iterable[tuple[SparseWeight, nn.Parameter]], before: Callable[[], None], *, look: bool = False
-) -> None:
+def settle(own: Iterable[tuple[SparseWeight, nn.Parameter]], before: Callable[[], None], *, look: bool = False) -> None:
     """Let weights be 0 outside their active blocks.
 
     Args:
