@@ -231,8 +231,13 @@ def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int 
     named = {op[0] for op in ops} if few else set()
     if "turn" in named and not {*net.pieces} & TURNING:
         net = replace(net, pieces=("experts", *net.pieces[1:]))
-    if "scaled" in named and optimizer.startswith("adamw") and "stacks, padded" not in net.pieces:
+    if "scaled" in named and "stacks, padded" not in net.pieces and optimizer != "lbfgs" and draw(st.booleans()):
         optimizer = "adamw fused"  # which is told of scales
+    if {"turn", "freeze", "rest"} & named and {"copy", "resume", "roll_back"} & named:
+        # What is remembered from one event to the next matters where there are steps between them.
+        course = replace(course, interval=3, growth=draw(st.sampled_from(["mixed", "gradient", "random"])))
+    if "copy" in named:
+        course = replace(course, gradient_steps=course.interval)
     return Program(
         net,
         course,
