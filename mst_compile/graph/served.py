@@ -209,11 +209,11 @@ def report(graph_module: fx.GraphModule, context: Context) -> int:
     keys = {inputs[i]: i for i in context.weights}
     for region, node in walk(graph_module):
         key = keys.get(region.origin(before_local(node) or node))
-        for _, user in _uses(node, context.weights[key].stacked) if key is not None else ():
+        stacked = key is not None and context.weights[key].stacked
+        for _, user in _uses(node, stacked) if key is not None else ():
             served = user.target in SERVED or user.meta.get(ROUNDS)
             if not served and name(user) != _ACCUMULATE and before_local(user) is None:
-                reason = _why_dense(user, context.weights[key].stacked)
-                context.unmatched.setdefault(key, [reason])  # type: ignore[arg-type]
+                context.unmatched.setdefault(key, [_why_dense(user, stacked)])  # type: ignore[arg-type]
     return 0
 
 
