@@ -24,7 +24,7 @@ BENCHMARK = "gpu_experts"
 class Stack(Layer):
     """Operands of experts with a weight ``[n, k]`` each, and ``m`` rows that went to them as a router sends them."""
 
-    benchmark, library = BENCHMARK, "torch._grouped_mm"
+    benchmark = BENCHMARK
 
     def __init__(self, cell: ExpertsCell, device: torch.device, dtype: torch.dtype) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -33,6 +33,7 @@ class Stack(Layer):
             return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
 
         self.block = cell.block
+        self.library = "torch._grouped_mm" if dtype == torch.bfloat16 else "torch.mm of each"
         self.grid = BlockGrid.over((cell.experts, cell.n, cell.k), cell.block)
         self.index = new_index(self.grid, device)
         self.x, self.grad, self._values = normal(cell.m, cell.k), normal(cell.m, cell.n), normal(*self.grid.dims)
