@@ -39,8 +39,8 @@ VARIANTS = Program(
     ),
 )
 IN_FLOAT32 = replace(VARIANTS, net=replace(VARIANTS.net, autocast=False))
-# What is remembered from one event to the next: which weights have moved, of which one is idle when the event comes, and
-# growth scores; through each way that a run is copied or comes back.
+# What is remembered from one event to the next: which weights have moved, of which one is idle when the event comes,
+# and growth scores; through each way that a run is copied or comes back.
 REMEMBERS = Program(
     Net(("experts", "mlp")),
     Course("constant", 0.7, interval=3, growth="gradient", gradient_steps=3, drop=0.4),

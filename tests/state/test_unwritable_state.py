@@ -4,7 +4,7 @@ an event of many weights is whole or says what it could not do."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from training import batches, loss_of
 from mst_compile import Constant, MSTWarning, sparsifier, sparsify
 from mst_compile.errors import OptimizerError
 from mst_compile.state.run import Run
+from mst_compile.state.weight import SparseWeight
 
 _EVENT = 3
 
@@ -189,13 +190,13 @@ def test_an_interrupt_within_an_event_with_state_that_cannot_be_written(monkeypa
     _refuse(model, optimizer, 1)
     note, calls = Run._note_versions, []
 
-    def interrupt(run: Run) -> None:
+    def interrupt(own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
         calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        note(run)
+        note(own)
 
-    monkeypatch.setattr(Run, "_note_versions", interrupt)
+    monkeypatch.setattr(Run, "_note_versions", staticmethod(interrupt))
     loss_of(model, X).backward()
     with pytest.raises((KeyboardInterrupt, OptimizerError)):
         optimizer.step()
