@@ -120,7 +120,7 @@ GROUPED_GEMM = {
     (128, "tf32"): [GemmTile(128, 32, 8, 4), GemmTile(64, 32, 4, 4)],
     (64, "tf32"): [GemmTile(128, 32, 4, 4)],
     (32, "tf32"): [GemmTile(128, 32, 4, 4)],
-    (128, "ieee"): [GemmTile(64, 32, 8, 3)],
+    (128, "ieee"): [GemmTile(64, 16, 8, 3)],  # at a depth of 32 a GELU spills with Triton 3.6
     (64, "ieee"): [GemmTile(64, 32, 8, 3)],
     (32, "ieee"): [GemmTile(64, 32, 4, 3)],
 }

