@@ -10,7 +10,7 @@ from mask_cases import element_masks
 from torch import nn, optim
 from training import batches, loss_of
 
-from mst_compile import Constant, MSTWarning, sparsifier, sparsify
+from mst_compile import Constant, sparsifier, sparsify
 
 pytestmark = pytest.mark.filterwarnings("ignore:values stood outside:mst_compile.MSTWarning")
 
