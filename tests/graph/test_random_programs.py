@@ -91,6 +91,7 @@ def test_programs_in_eager_mode(program: Program) -> None:
 
 @settings(max_examples=_EXAMPLES // 10)
 @example(replace(IN_FLOAT32, mode="eager"))
+@example(replace(FOLLOWS, mode="eager", block=4))
 @given(programs(("eager",), least=4, most=12))
 def test_programs_in_compiled_mode(program: Program) -> None:
     check_program(program)
