@@ -39,31 +39,37 @@ VARIANTS = Program(
     ),
 )
 IN_FLOAT32 = replace(VARIANTS, net=replace(VARIANTS.net, autocast=False))
-# What is remembered from one event to the next: which weights have moved, of which one is idle when the event comes,
+# What is remembered from one event to the next: which weights have moved, of which one is idle when it comes,
 # and growth scores; through each way that a run is copied or comes back.
-REMEMBERS = Program(
-    Net(("experts", "mlp")),
-    Course("constant", 0.7, interval=3, growth="gradient", gradient_steps=3, drop=0.4),
-    "plain",
-    block=1,  # so that there are many, and some of them change places
-    ops=(
-        *(STEP, ("turn",), ("copy", True), STEP, STEP),
-        *(STEP, ("turn",), ("copy", False), STEP, STEP),
-        *(STEP, ("turn",), ("resume", ("model", "optimizer"), False), STEP, STEP),
-        *(STEP, ("turn",), ("resume", ("optimizer", "model", "sparsifier"), True), STEP, STEP),
-    ),
+WAYS = (
+    ("copy", True),
+    ("copy", False),
+    ("resume", ("model", "optimizer"), False),
+    ("resume", ("optimizer", "model", "sparsifier"), True),
 )
+REMEMBERS = [
+    Program(
+        Net(("experts", "mlp")),
+        Course("constant", 0.7, interval=3, growth="gradient", gradient_steps=3, drop=0.4),
+        "plain",
+        block=1,  # so that there are many, and some of them change places
+        guard="none",
+        ops=(STEP, ("turn",), way, STEP, STEP) * 2,
+    )
+    for way in WAYS
+]
 # A fused optimizer is told of the scale of gradients, and of those that are not finite.
 SCALED = ("scaled", (BATCH,), False, False, "none")
 IS_SCALED = replace(
-    REMEMBERS,
+    REMEMBERS[0],
     optimizer="adamw fused",
     course=Course("constant", 0.7, interval=2, growth="gradient", drop=0.4),
     ops=(*(SCALED,) * 3, ("scaled", (BATCH,), False, True, "none"), *(SCALED,) * 3),
 )
 # Values that come without their masks: more of them than blocks are active, and fewer; just after blocks have grown.
 FOLLOWS = replace(
-    REMEMBERS,
+    REMEMBERS[0],
+    guard="coverage",
     layout="two optimizers",
     course=Course("constant", 0.7, interval=2, growth="random", drop=0.4),
     ops=(STEP, STEP, ("bring", 1, 1.0, BATCH), STEP, ("bring", 2, 0.2, BATCH), STEP, ("bring", 3, 0.5, BATCH), STEP),
@@ -71,7 +77,10 @@ FOLLOWS = replace(
 
 
 @settings(max_examples=2 * _EXAMPLES)
-@example(REMEMBERS)
+@example(REMEMBERS[0])
+@example(REMEMBERS[1])
+@example(REMEMBERS[2])
+@example(REMEMBERS[3])
 @example(IS_SCALED)
 @example(FOLLOWS)
 @example(replace(FOLLOWS, block=4, layout="one", guard="backbone"))
@@ -82,6 +91,7 @@ def test_programs_in_eager_mode(program: Program) -> None:
 
 @settings(max_examples=_EXAMPLES // 10)
 @example(replace(IN_FLOAT32, mode="eager"))
+@example(replace(FOLLOWS, mode="eager", block=4))
 @given(programs(("eager",), least=4, most=12))
 def test_programs_in_compiled_mode(program: Program) -> None:
     check_program(program)
