@@ -39,15 +39,14 @@ class Lookout:
         """Whether values stand outside the active blocks of a weight of which nothing was known to be written; or
         whether it is time to look at all of them."""
         self._turn += 1
-        known = [(weight, parameter) for weight, parameter in own if _can_look(weight, parameter)]
-        here = [(weight, parameter) for weight, parameter in known if parameter.is_cpu]
-        if len(here) < len(known) and self._turn % _SELDOM == 0:
-            return True
+        here = [(weight, parameter) for weight, parameter in own if parameter.is_cpu]
+        if len(here) < len(own) and self._turn % _SELDOM == 0:
+            return any(_can_look(weight, parameter) for weight, parameter in own if not parameter.is_cpu)
         steps = [_steps_of(weight.grid) for weight, _ in here]
         at = self._turn % max(1, sum(steps))
         for (weight, parameter), count in zip(here, steps, strict=True):
             if at < count:
-                return not _are_zero(weight, parameter.detach(), at)
+                return _can_look(weight, parameter) and not _are_zero(weight, parameter.detach(), at)
             at -= count
         return False
 
