@@ -338,6 +338,11 @@ def _check_numbers(fact: Fact, course: Course, event: Event, share: float, count
     if count == old.numel():
         assert new.all(), "everything grows"
         return
+    lost = fact.backbone() & ~old if fact.guard == "backbone" else torch.zeros_like(old)
+    if lost.any() and not torch.equal(old, new):  # to values that a mask has followed: it comes back beside all else
+        assert not (lost & ~new).any(), "the backbone comes back"
+        assert count <= int(new.sum()) <= max(count, active) + int(lost.sum())
+        return
     if leave == 0 and count == active:
         assert torch.equal(old, new), "nothing moves"
         return
