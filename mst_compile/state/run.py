@@ -234,6 +234,7 @@ class Run:
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         if optimizer not in self.optimizers or self._sizes.get(optimizer) != size:
             self.weights.check_replaced(self.root())
+            self.weights.warn_untied()
             self._sizes[optimizer] = size
         first = optimizer not in self.optimizers  # of which nothing is known, nor of what came before it
         seen = not first and self._lookout.sees(own)

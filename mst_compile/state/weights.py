@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from mst_compile.blocks.shards import (
     parameter_of,
     stored,
 )
-from mst_compile.errors import WeightError
+from mst_compile.errors import MSTWarning, WeightError
 from mst_compile.rules.density import layer_densities
 from mst_compile.rules.guard import Guard
 from mst_compile.rules.schedule import Schedule
@@ -84,6 +85,21 @@ class Weights:
                     f"{weight.name} is another Parameter than the one that was made sparse, of shape "
                     f"{tuple(there.shape)}: its module has been replaced since, as resize_token_embeddings does. Call "
                     "sparsify after such changes (densify(model) first, if it is sparse already)"
+                )
+
+    def warn_untied(self) -> None:
+        """Say of modules that shared a weight which now holds a Parameter of its own: that one trains dense."""
+        for weight, parameter in self.held():
+            for module, attribute in self._owners[weight.name][1:]:
+                other = held_parameter(module, attribute)
+                if other is None or other is parameter or of(other) is not None or is_sharded(other):
+                    continue
+                warnings.warn(
+                    f"{type(module).__name__}.{attribute} was {weight.name} when the model was made sparse, which "
+                    f"{len(self._owners[weight.name])} modules shared, and is a Parameter of its own now: it trains "
+                    "dense. To make it sparse too, call sparsify after untying (densify(model) first)",
+                    MSTWarning,
+                    stacklevel=6,
                 )
 
     def check_not_flattened(self, optimizer: Optimizer) -> None:

@@ -19,6 +19,26 @@ from mst_compile.errors import NotSparseError, WeightError
 from mst_compile.state.binding import of
 
 
+def test_a_weight_that_is_untied_later_is_told_of() -> None:
+    """The module that gets a Parameter of its own trains dense; once is enough."""
+    model = nn.Module()
+    model.one, model.other = nn.Linear(32, 32), nn.Linear(32, 32)
+    model.other.weight = model.one.weight
+    sparsify(model, static())
+    model.other.weight = nn.Parameter(model.one.weight.detach().clone())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def step() -> None:
+        model.other(model.one(torch.ones(4, 32))).sum().backward()
+        optimizer.step()
+
+    with pytest.warns(MSTWarning, match=r"Linear\.weight was one\.weight .* 2 modules shared.* trains dense"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MSTWarning)
+        step()
+
+
 def test_weights_that_are_tied_later_are_refused() -> None:
     model, run, _ = start()
     model.layers[1][1].weight = model.layers[0][1].weight
