@@ -85,7 +85,8 @@ def _factors(averages: Sequence[Average], scale: float) -> Tensor:
     if any(there):
         zero = None if all(there) else torch.zeros((), dtype=torch.float32, device=device)
         steps = torch.stack([c.detach().float() if t else zero for c, t in zip(counts, there, strict=True)])  # type: ignore[union-attr, misc]
-        known = torch.tensor([0.0 if t else float(c) for c, t in zip(counts, there, strict=True)], dtype=torch.float64)
+        here = [0.0 if t else float(count) for count, t in zip(counts, there, strict=True)]
+        known = torch.tensor(here, dtype=torch.float64, device="cpu")
         both = tables.upload(torch.stack([betas, known]), device)
         factors = (1 - both[0] ** (steps.double() + both[1] + 1)) / (scale * scale)
         return factors.float()

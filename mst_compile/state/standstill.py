@@ -118,7 +118,7 @@ class Standstill:
 
     def foreign_step(self, optimizer: Optimizer) -> None:
         """An optimizer that trains no sparse weight has stepped."""
-        if self._foreign_steps < 0 or not self._auto_step:
+        if self._foreign_steps < 0 or not self._auto_step or any(weight.timed for weight in self._run.weights):
             return
         arrived, self._arrived = self._arrived, False
         if self._run.step_count > 0 and not (self._had_backward() or arrived):

@@ -278,7 +278,7 @@ class Stepping:
             self._had_gradient = True
             for watcher in _run_watchers:
                 watcher.first_gradient(self._run, weight, parameter)
-        if not self._turns:
+        if not self._turns and not weight.timed:
             self._standstill.arrived(weight, parameter)
         if self._standstill.is_over:
             self._stop_listening()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import assert_within, of_sum
+from oracles import assert_within, of_sum, smallest
 from torch import Tensor
 
 from mst_compile.blocks import bulk
@@ -50,7 +50,7 @@ def test_means_are_those_of_each_alone(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_the_smallest_number_outside_is_found_in_every_dtype(dtype: torch.dtype) -> None:
     tensor, grid = torch.zeros(40, 70, dtype=dtype), BlockGrid(40, 70, 32)
-    tensor[39, 69] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    tensor[39, 69] = smallest(dtype)
     assert outside_of_all([(tensor, grid, _none(grid))]) == [True]
 
 

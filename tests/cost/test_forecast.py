@@ -359,7 +359,9 @@ def test_buffers_and_the_count_of_foreign_steps_stay() -> None:
             model, tokens=80, tokens_per_step=8, loss=lambda: model(x).square().mean(), optimizer=optimizer
         )
     assert all(torch.equal(b, before[n][1]) and id(b) == before[n][0] for n, b in model.named_buffers())
-    assert sparsifier(model)._stepping._foreign_steps == 0
+    standstill = sparsifier(model)._stepping._standstill
+    assert standstill._foreign_steps == 0
+    assert [looks.arrivals for looks in standstill._looks.values()] == [1]  # type: ignore[union-attr]
     assert torch.equal(torch.get_rng_state(), rng)
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mst_compile.kernels.triton import measure, tables
-from oracles import assert_same_bits, assert_within, of_sum
+from oracles import assert_same_bits, assert_within, of_sum, smallest
 from pretend_gpu import cross_compile_jit
 from pretend_gpu.machine.facts import LOADED
 from sum_cases import KINDS, measured
@@ -59,7 +59,7 @@ def test_the_smallest_number_is_not_zero(dtype: torch.dtype) -> None:
     grid = BlockGrid(40, 70, 32)
     tensor = torch.zeros(40, 70, dtype=dtype)
     tensor[:, 0] = -0.0
-    tensor[33, 69] = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    tensor[33, 69] = smallest(dtype)
     assert measure.measure([tensor], [grid], "nonzero").tolist() == [0, 0, 0, 0, 0, 1]
 
 
