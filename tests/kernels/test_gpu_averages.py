@@ -3,18 +3,17 @@ tensors, and its machine code."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched_by_hand import interpreted
 from mask_cases import block_masks, expand
-from mst_compile.kernels.triton import averages, tables
+from mst_compile.kernels.triton import averages
 from oracles import assert_same_bits, assert_within, of_sum
 from pretend_gpu import cross_compile_jit
-from triton.runtime.interpreter import InterpretedFunction
 
 from mst_compile.blocks.bulk import Average
 from mst_compile.blocks.grid import BlockGrid
@@ -24,11 +23,8 @@ KERNEL = averages.begin_averages  # as it is, for the compiler
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreted() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(averages, "begin_averages", InterpretedFunction(averages.begin_averages.fn))
-        patch.setattr(tables, "upload", lambda tensor, device: tensor)
-        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+def in_the_interpreter() -> Iterator[None]:
+    with interpreted(averages, "begin_averages"):
         yield
 
 

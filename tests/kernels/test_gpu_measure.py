@@ -3,19 +3,18 @@ bit for bit, and against float64; its machine code."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mst_compile.kernels.triton import measure, tables
+from launched_by_hand import interpreted
+from mst_compile.kernels.triton import measure
 from oracles import assert_same_bits, assert_within, of_sum, smallest
 from pretend_gpu import cross_compile_jit
 from pretend_gpu.machine.facts import LOADED
 from sum_cases import KINDS, measured
-from triton.runtime.interpreter import InterpretedFunction
 
 from mst_compile.blocks.grid import BlockGrid
 
@@ -23,11 +22,8 @@ KERNEL = measure.measure_blocks  # as it is, for the compiler
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreted() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "measure_blocks", InterpretedFunction(measure.measure_blocks.fn))
-        patch.setattr(tables, "upload", lambda tensor, device: tensor)
-        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+def in_the_interpreter() -> Iterator[None]:
+    with interpreted(measure, "measure_blocks"):
         yield
 
 

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launched_by_hand import interpreted
 from mask_cases import block_masks, expand, index_of
 from mst_compile.kernels.triton import tables, zero
 from mst_compile.lowering import cuda
 from oracles import assert_same_bits
 from pretend_gpu import cross_compile_jit
 from pretend_gpu.machine.facts import LOADED
-from triton.runtime.interpreter import InterpretedFunction
 
 from mst_compile.blocks.grid import BlockGrid
 
 
 @pytest.fixture(scope="module", autouse=True)
-def interpreted() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero, "zero_inactive", InterpretedFunction(zero.zero_inactive.fn))
-        patch.setattr(tables, "upload", lambda tensor, device: tensor)
-        patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+def in_the_interpreter() -> Iterator[None]:
+    with interpreted(zero, "zero_inactive"):
         yield
 
 

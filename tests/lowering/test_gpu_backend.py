@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from gpu_cases import TUNED, product
+from gpu_cases import product
 from helpers import compiled, static
 from mst_compile.lowering import cuda, device
 from mst_compile.lowering import gpu as products
-from pretend_gpu import Generated, Interpreter, generate, kernels_of, pretend_h100
+from pretend_gpu import Interpreter, generate, kernels_of, pretend_h100
+from through_backend import through_backend
 from torch import Tensor, nn
-from torch._inductor.compile_fx import compile_fx
 
 import mst_compile
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.graph import backend
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -61,15 +59,6 @@ class Mlp(nn.Module):
         x = self.embed(tokens)
         x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
         return nn.functional.linear(x, self.embed.weight)
-
-
-def through_backend(model: nn.Module, *args: Any) -> Generated:
-    def wrapper(graph_module: Any, examples: Any, inner: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backend, "compile_fx", functools.partial(compile_fx, inner_compile=inner))
-            return backend.mst(graph_module, examples, options={"mst.keep_memory": False})
-
-    return generate(model, args, backend_wrapper=wrapper, config=TUNED)
 
 
 def test_a_model_through_the_backend(interpreter: Interpreter) -> None:

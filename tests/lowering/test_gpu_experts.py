@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu_cases import TUNED
 from helpers import static
 from mst_compile.kernels.triton import table
 from mst_compile.lowering import crossover, cuda, device
-from pretend_gpu import Generated, Interpreter, generate, kernels_of, pretend_h100
+from pretend_gpu import Interpreter, kernels_of, pretend_h100
+from through_backend import through_backend
 from torch import Tensor, nn
-from torch._inductor.compile_fx import compile_fx
 from transformers.integrations import moe  # noqa: F401 - it registers what is called below
 
 import mst_compile
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.graph import backend
 
 BF16 = torch.bfloat16
 EXPERTS, WIDTH, HIDDEN = 4, 128, 192
@@ -42,15 +39,6 @@ class Experts(nn.Module):
         hidden = F.silu(torch.ops.transformers.grouped_mm_fallback(x[order], self.up.mT, ends))
         out = torch.ops.transformers.grouped_mm_fallback(hidden, self.down.mT, ends)
         return x + out[order.argsort()] * share[:, None]
-
-
-def through_backend(model: nn.Module, *args: Any) -> Generated:
-    def wrapper(graph_module: Any, examples: Any, inner: Any) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(backend, "compile_fx", functools.partial(compile_fx, inner_compile=inner))
-            return backend.mst(graph_module, examples, options={"mst.keep_memory": False})
-
-    return generate(model, args, backend_wrapper=wrapper, config=TUNED)
 
 
 def code(source: str) -> str:
