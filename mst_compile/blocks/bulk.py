@@ -283,6 +283,14 @@ def outside_of_all(whole: Sequence[tuple[Tensor, BlockGrid, Tensor]]) -> list[bo
 
 
 @torch.no_grad()
+def any_outside(tensor: Tensor, grid: BlockGrid, mask: Tensor) -> bool:
+    """Whether a matrix that is not spread over ranks holds anything outside the blocks of its mask (bool ``[R, C]`` on
+    the CPU), by its blocks' sums of squares: what is so small that its square is 0 is not seen."""
+    held = tensor if grid.block == 1 else _measured([(tensor, grid)], "squares")[0]
+    return bool(held.masked_fill(mask, 0).any())
+
+
+@torch.no_grad()
 def _measured(whole: Sequence[tuple[Tensor, BlockGrid]], kind: Kind) -> list[Tensor]:
     """A number for each block of tensors of which none is spread over ranks: float32 ``[R, C]`` each, on the CPU.
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mst_compile.blocks.bulk import block_mean_square
+from mst_compile.blocks.bulk import any_outside
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.layout import are_one_matrix, as_matrix
 from mst_compile.blocks.shards import is_sharded
@@ -72,7 +72,6 @@ def _steps_of(grid: BlockGrid) -> int:
     return -(-grid.rows // _rows_of(grid))
 
 
-@torch.no_grad()
 def _are_zero(weight: SparseWeight, tensor: Tensor, at: int) -> bool:
     """Whether some of the rows are 0 outside the active blocks."""
     grid = weight.grid
@@ -81,5 +80,4 @@ def _are_zero(weight: SparseWeight, tensor: Tensor, at: int) -> bool:
     first, rows = at * _rows_of(grid), _rows_of(grid)
     some = as_matrix(tensor)[first : first + rows]
     blocks = weight.mask[first // grid.block : (first + rows) // grid.block]
-    squares = block_mean_square(some, replace(grid, rows=len(some), matrices=0))
-    return not bool(squares[~blocks].any())
+    return not any_outside(some, replace(grid, rows=len(some), matrices=0), blocks)

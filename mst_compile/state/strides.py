@@ -28,7 +28,6 @@ def fused_on_cpu(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in groups for p in group["params"] if p.is_cpu}
 
 
-@torch.no_grad()
 def lay_out(parameter: Tensor, fused: set[int]) -> None:
     """Let the gradient be one that can be masked in place, and that a fused optimizer reads rightly: another tensor of
     the same values takes its place where it is not."""
@@ -36,7 +35,8 @@ def lay_out(parameter: Tensor, fused: set[int]) -> None:
     if gradient is None or gradient.stride() == parameter.stride() or not is_plain(gradient):
         return
     if overlaps(gradient) or (id(parameter) in fused and not _alike(gradient, parameter)):
-        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        with torch.no_grad():  # entered here alone: every weight is asked at every step
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
 
 
 @torch.no_grad()
