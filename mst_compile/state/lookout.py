@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from mst_compile.blocks.bulk import any_outside
