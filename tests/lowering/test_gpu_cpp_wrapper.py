@@ -16,6 +16,10 @@ from mask_cases import index_of
 from pretend_gpu import compat, generate
 from torch import Tensor
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="PyTorch 2.11 compiles kernels for a card that is there before it writes C++"
+)
+
 BF16 = torch.bfloat16
 _FALLBACKS = ("custom_op_wrapper", "proxy_executor")  # how this C++ calls an operator that is Python's
 
