@@ -18,7 +18,7 @@ if __name__ == "kernels":
         _module = importlib.util.module_from_spec(_spec)
         sys.modules[__name__] = _module  # what import returns
         _spec.loader.exec_module(_module)
-elif not os.path.isfile(__file__):
+elif not os.path.isdir(os.path.join(os.path.dirname(__file__), "cpu")):
     from mst_compile.errors import MissingPackageError
 
     raise MissingPackageError(

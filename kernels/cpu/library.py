@@ -220,19 +220,19 @@ class Library:
 
 
 def _open(isa: str | None) -> ctypes.CDLL:
-    """Load the library. Where nothing in the cache can be run, as on a disk that is mounted so, a copy is loaded. One
-    that came out of the cache and does not load, as it was built where other system libraries are, or has just been
-    replaced, is built once more."""
+    """Load the library. One that came out of the cache and does not load, as it was built where other system libraries
+    are, or has just been replaced, is built once more."""
     path = build.build(isa)
     try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        found = _open_copy(path, error)
-        if found is not None:
-            return found
+        return _open_file(path)
+    except OSError:
         if path in build.made:
             raise
-    path = build.build(isa, rejected=path)
+    return _open_file(build.build(isa, rejected=path))
+
+
+def _open_file(path: Path) -> ctypes.CDLL:
+    """Load a library, or a copy of it where nothing in its folder can be run, as on a disk that is mounted so."""
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

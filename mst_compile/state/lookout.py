@@ -10,7 +10,7 @@ On a device that the host would have to wait for, all weights are looked at once
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -48,11 +48,6 @@ class Lookout:
                 return _can_look(weight, parameter) and not _are_zero(weight, parameter.detach(), at)
             at -= count
         return False
-
-
-def steps_to_see(weights: Iterable[SparseWeight]) -> int:
-    """Steps of an optimizer that trains all of them within which a write is seen on a CPU."""
-    return sum(_steps_of(weight.grid) for weight in weights)
 
 
 def _can_look(weight: SparseWeight, parameter: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import mst_compile
 from mst_compile import MixedSparsity, MSTWarning, sparsifier, sparsify
+from mst_compile.errors import ParallelismError
 
 X = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
 SILENT = "the sparsity schedule does not advance"
@@ -99,6 +101,28 @@ def test_an_optimizer_of_copies_that_leaves_no_gradients(flat: bool) -> None:
     with pytest.warns(MSTWarning, match=rf"{SILENT}: AdamW has stepped 10 times.*trains copies") as caught:
         repeat(60, lambda: (backward(model), step()))
     assert len([w for w in caught if SILENT in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_marks_of_deepspeed_are_known(stage: int) -> None:
+    """By the attributes that its version 0.19 gives to Parameters; with itself: test_deepspeed.py. Another model's
+    optimizer is let go on."""
+    model = fresh()
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer, other = torch.optim.AdamW([flat], 1e-3), torch.optim.AdamW([torch.zeros(4)], 1e-3)
+    own = list(model.parameters())
+    for p, part in zip(own, flat.split([p.numel() for p in own]), strict=True):
+        if stage == 3:
+            p._z3_optimizer = SimpleNamespace(optimizer=optimizer)  # type: ignore[attr-defined]
+        else:
+            p._hp_mapping = SimpleNamespace(hp_fragment=part)  # type: ignore[attr-defined]
+    backward(model)
+    before = flat.clone()
+    flat.grad = torch.ones_like(flat)
+    other.step()
+    with pytest.raises(ParallelismError, match=r"DeepSpeed trains a copy of 0.weight.*stage 0"):
+        optimizer.step()
+    assert torch.equal(flat, before)
 
 
 def test_a_run_that_was_resumed_stands_still_too() -> None:

@@ -22,6 +22,11 @@ Write = Callable[[nn.Module], None]
 OUTSIDE = "outside the active blocks of"
 
 
+def steps_to_see(model: nn.Module) -> int:
+    """Steps within which every row is looked at once."""
+    return sum(lookout._steps_of(weight.grid) for weight in sparsifier(model)._run.weights)
+
+
 def model_of(growth: str = "none", interval: int = 10**6, **options: object) -> nn.Module:
     torch.manual_seed(0)
     return sparsify(Blocks(), Constant(0.7, interval=interval, growth=growth, **options))  # type: ignore[arg-type]
@@ -120,7 +125,7 @@ def test_what_is_written_in_mid_run(write: Write, moment: str) -> None:
     with pytest.warns(MSTWarning, match="are set to 0 now that an optimizer steps"):  # noqa: PT031
         optimizer.step()
         optimizer.zero_grad()
-        train(model, optimizer, lookout.steps_to_see(sparsifier(model)._run.weights))
+        train(model, optimizer, steps_to_see(model))
     assert_zero_outside(model, optimizer, gradients=False)
 
 
@@ -268,7 +273,7 @@ def test_every_row_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     train(model, optimizer, 2)
-    needed = lookout.steps_to_see(sparsifier(model)._run.weights)
+    needed = steps_to_see(model)
     assert needed > 8
     for name, mask in element_masks(model).items():
         for row in range(0, len(mask), 19):
