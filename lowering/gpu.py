@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from mst_compile.kernels.triton import gather_gemm
 from mst_compile.kernels.triton import grad_weight as grad_weight_kernel
-from mst_compile.kernels.triton.tiles import GradWeightTile
+from mst_compile.kernels.triton.tiles import GemmTile, GradWeightTile
 from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.lowering import empty_strided, lowerings, to_dtype
@@ -28,7 +28,7 @@ from . import compat, crossover, gpu_operands, gpu_tiles, tuning
 from .gpu_operands import static
 
 # Tokens that all lines are multiplied with before the next ones: of 256 to 4096 the fastest on an H100 at density .1.
-GROUP_ROWS = 512
+_GROUP_ROWS = 512
 compat.on_tuned(crossover.from_tuning)
 
 
@@ -59,6 +59,84 @@ def _dense_linear(a: Tensor, weight: Tensor, index: Tensor, *, transpose: bool, 
 _DENSE_LINEAR = ExternKernelChoice(_dense_linear, name="mst_dense_linear", has_out_variant=True)
 
 
+# -- what templates of single matrices and of stacks share -------------------------------------------------------------
+
+
+def add_choice(
+    template: Any,
+    choices: list[Any],
+    inputs: Sequence[Any],
+    layout: Any,
+    tile: GemmTile | GradWeightTile,
+    **constants: Any,
+) -> None:
+    """Offer a template with a tile; what it cannot take is an error of ours."""
+    error = template.maybe_append_choice(
+        choices,
+        input_nodes=tuple(inputs),
+        layout=layout,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **constants,
+    )
+    if error is not None:
+        raise error
+
+
+def gemm_constants(
+    tile: GemmTile, lines: Lines, block: int, x: Any, weight: Any, by_rows: bool, out_features: int, reduced: int
+) -> dict[str, Any]:
+    """Of forward and grad-input: ``x`` ``[tokens, features]`` and ``weight`` (a stack's with all rows) as they lie."""
+    return {
+        "BLOCK_M": tile.rows,
+        "BLOCK_K": tile.depth,
+        "WIDTH": tile.width(block),
+        "BLOCK": block,
+        "OUT": out_features,
+        "REDUCE": reduced,
+        **_line_constants(lines),
+        "A_WIDTH": static(x.get_size()[1]),
+        "W_WIDTH": static(weight.get_size()[1]),
+        "A_STRIDE": static(x.get_stride()[0]),
+        "W_STRIDE": static(weight.get_stride()[0]),
+        "REDUCE_LAST": by_rows,
+        "GROUP_M": max(1, _GROUP_ROWS // (tile.rows * tile.chain)),
+        "PRECISION": gpu_tiles.precision(x.get_dtype()),
+    }
+
+
+def grad_weight_constants(
+    tile: GradWeightTile, lines: Lines, grid: BlockGrid, x: Any, grad: Any, out_first: bool
+) -> dict[str, Any]:
+    """Of grad-weight: ``x`` and ``grad``, ``[tokens, features]``, as they lie; ``grid`` of one matrix."""
+    out_features, in_features = (grid.rows, grid.cols) if out_first else (grid.cols, grid.rows)
+    return {
+        "GATHER": tile.gather,
+        "GROUPS": -(-lines.length // tile.gather),
+        "BLOCK_M": tile.tokens,
+        "BLOCK": grid.block,
+        "LENGTH": lines.length,
+        **_line_constants(lines),
+        "DENSE_GRAD": DENSE_GRAD,
+        "OUT": out_features,
+        "IN": in_features,
+        "ROWS": grid.rows,
+        "OUT_FIRST": out_first,
+        "X_WIDTH": static(x.get_size()[1]),
+        "DY_WIDTH": static(grad.get_size()[1]),
+        "X_STRIDE": static(x.get_stride()[0]),
+        "DY_STRIDE": static(grad.get_stride()[0]),
+        "PRECISION": gpu_tiles.precision(x.get_dtype()),
+    }
+
+
+def _line_constants(lines: Lines) -> dict[str, int]:
+    return {"LINES": lines.count, "PTR": lines.ptr, "IDX": lines.idx, "ORDER": lines.order}
+
+
+# -- forward and grad-input --------------------------------------------------------------------------------------------
+
+
 def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool, density: float) -> Any:
     """``a W^T`` if the output features are ``weight``'s rows (``by_rows``), else ``a W``; tuned for ``density``."""
     rows, cols = map(static, weight.get_size())
@@ -78,41 +156,24 @@ def linear(a: Any, weight: Any, index: Any, block: int, by_rows: bool, density: 
     choices: list[Any] = []
     for tile in tiles:
         lines = grid.lines(by_rows, union=tile.union)
-        error = gather_gemm.template.maybe_append_choice(
+        even = bool(V.graph.sizevars.statically_known_multiple_of(m, tile.rows))
+        constants = gemm_constants(tile, lines, block, a, weight, by_rows, out_features, reduced)
+        add_choice(
+            gather_gemm.template,
             choices,
-            input_nodes=tuple(inputs),
-            layout=layout,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            BLOCK_M=tile.rows,
-            BLOCK_K=tile.depth,
+            inputs,
+            layout,
+            tile,
+            **constants,
             CHAIN=tile.chain,
             TMA=tile.tma,
-            WIDTH=tile.width(block),
-            BLOCK=block,
-            OUT=out_features,
-            REDUCE=reduced,
-            **line_constants(lines),
-            A_WIDTH=static(a.get_size()[1]),
-            W_WIDTH=static(weight.get_size()[1]),
-            A_STRIDE=static(a.get_stride()[0]),
-            W_STRIDE=static(weight.get_stride()[0]),
-            REDUCE_LAST=by_rows,
-            EVEN_M=bool(V.graph.sizevars.statically_known_multiple_of(m, tile.rows)),
-            GROUP_M=max(1, GROUP_ROWS // (tile.rows * tile.chain)),
-            PRECISION=gpu_tiles.precision(a.get_dtype()),
+            EVEN_M=even,
         )
-        if error is not None:
-            raise error
     mark(choices, grid, "forward" if by_rows else "transposed", a, density)
     if dense:
         choices.append(_DENSE_LINEAR.bind(inputs, layout, transpose=by_rows))
     out = compat.select("mst_linear", choices, inputs, layout, input_gen_fns={2: _index_generator(grid, density)})
     return gpu_operands.unflatten(out, lead)
-
-
-def line_constants(lines: Lines) -> dict[str, int]:
-    return {"LINES": lines.count, "PTR": lines.ptr, "IDX": lines.idx, "ORDER": lines.order}
 
 
 # -- grad-weight -------------------------------------------------------------------------------------------------------
@@ -182,7 +243,7 @@ def _partials(
     """Float32 partials ``[split * rows, cols or more]``, column sums ``[split * out]`` or None, and ``split``."""
     lines = grid.lines(out_first)
     split = gpu_tiles.parts(x, grid, out_first, tiles[0], density) if tiles else 1
-    out_features, in_features = (grid.rows, grid.cols) if out_first else (grid.cols, grid.rows)
+    out_features = grid.rows if out_first else grid.cols
     x_width, dy_width = static(x.get_size()[1]), static(grad.get_size()[1])
     device = x.get_device()
     layout = ir.FixedLayout(device, torch.float32, [split * grid.rows, x_width if out_first else dy_width])
@@ -194,34 +255,9 @@ def _partials(
         inputs.append(sums)
     choices: list[Any] = []
     for tile in tiles:
-        error = grad_weight_kernel.template.maybe_append_choice(
-            choices,
-            input_nodes=tuple(inputs),
-            layout=layout,
-            mutated_inputs=None if sums is None else [sums],
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            GATHER=tile.gather,
-            GROUPS=-(-lines.length // tile.gather),
-            BLOCK_M=tile.tokens,
-            BLOCK=grid.block,
-            LENGTH=lines.length,
-            **line_constants(lines),
-            DENSE_GRAD=DENSE_GRAD,
-            OUT=out_features,
-            IN=in_features,
-            ROWS=grid.rows,
-            OUT_FIRST=out_first,
-            X_WIDTH=x_width,
-            DY_WIDTH=dy_width,
-            X_STRIDE=static(x.get_stride()[0]),
-            DY_STRIDE=static(grad.get_stride()[0]),
-            SPLIT=split,
-            BIAS=bias,
-            PRECISION=gpu_tiles.precision(x.get_dtype()),
-        )
-        if error is not None:
-            raise error
+        constants = grad_weight_constants(tile, lines, grid, x, grad, out_first)
+        more = {"mutated_inputs": None if sums is None else [sums], "SPLIT": split, "BIAS": bias}
+        add_choice(grad_weight_kernel.template, choices, inputs, layout, tile, **constants, **more)
     mark(choices, grid, "grad-weight", x, density)
     if with_dense:
         choices.append(_DENSE_GRAD_WEIGHT.bind(inputs, layout, out_first=out_first, rows=grid.rows))

@@ -15,10 +15,9 @@ from torch._inductor import ir
 from torch._inductor.lowering import lowerings
 
 from mst_compile.blocks.grid import BlockGrid
-from mst_compile.blocks.index import DENSE_GRAD
 
 from . import compat, gpu_operands, gpu_tiles, tuning
-from .gpu import GROUP_ROWS, line_constants, mark
+from .gpu import add_choice, gemm_constants, grad_weight_constants, mark
 from .gpu_operands import static
 
 
@@ -60,32 +59,11 @@ def linear(x: Any, weight: Any, offsets: Any, index: Any, block: int, by_rows: b
     lines, stride = grid.lines(by_rows), static(weight.get_stride()[0])
     choices: list[Any] = []
     for tile in tiles:
-        error = grouped.gemm.maybe_append_choice(
-            choices,
-            input_nodes=tuple(inputs),
-            layout=layout,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            BLOCK_M=tile.rows,
-            BLOCK_K=tile.depth,
-            TMA=False,
-            WIDTH=block,
-            BLOCK=block,
-            OUT=out_features,
-            REDUCE=reduced,
-            **line_constants(lines),
-            **_stack_constants(grid, matrices),
-            A_WIDTH=static(x.get_size()[1]),
-            W_WIDTH=static(weight.get_size()[1]),
-            A_STRIDE=static(x.get_stride()[0]),
-            W_STRIDE=stride,
+        constants = gemm_constants(tile, lines, block, x, weight, by_rows, out_features, reduced)
+        add_choice(
+            grouped.gemm, choices, inputs, layout, tile, **constants, **_stack_constants(grid, matrices), TMA=False,
             W_MATRIX=rows * stride,
-            REDUCE_LAST=by_rows,
-            GROUP_M=max(1, GROUP_ROWS // tile.rows),
-            PRECISION=gpu_tiles.precision(x.get_dtype()),
-        )
-        if error is not None:
-            raise error
+        )  # fmt: skip
     mark(choices, grid, "grouped-forward" if by_rows else "grouped-transposed", x, density)
     generators = _to_tune_on(grid, x, matrices, density)
     return compat.select("mst_grouped_linear", choices, inputs, layout, input_gen_fns=generators)
@@ -108,34 +86,11 @@ def grad_weight(
     lines = grid.lines(not transposed)
     choices: list[Any] = []
     for tile in tiles:
-        error = grouped.grad_weight.maybe_append_choice(
-            choices,
-            input_nodes=tuple(inputs),
-            layout=layout,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            GATHER=tile.gather,
-            GROUPS=-(-lines.length // tile.gather),
-            BLOCK_M=tile.tokens,
-            BLOCK=block,
-            LENGTH=lines.length,
-            **line_constants(lines),
-            **_stack_constants(grid, matrices),
-            ACTIVE=grid.active,
-            DENSE_GRAD=DENSE_GRAD,
-            BLOCK_COLS=grid.block_cols,
-            OUT=out_features,
-            IN=in_features,
-            ROWS=rows,
-            OUT_FIRST=not transposed,
-            X_WIDTH=static(x.get_size()[1]),
-            DY_WIDTH=static(grad.get_size()[1]),
-            X_STRIDE=static(x.get_stride()[0]),
-            DY_STRIDE=static(grad.get_stride()[0]),
-            PRECISION=gpu_tiles.precision(x.get_dtype()),
-        )
-        if error is not None:
-            raise error
+        constants = grad_weight_constants(tile, lines, grid, x, grad, not transposed)
+        add_choice(
+            grouped.grad_weight, choices, inputs, layout, tile, **constants, **_stack_constants(grid, matrices),
+            ACTIVE=grid.active, BLOCK_COLS=grid.block_cols,
+        )  # fmt: skip
     mark(choices, grid, "grouped-grad-weight", x, density)
     generators = _to_tune_on(grid, x, matrices, density)
     found = compat.select("mst_grouped_grad_weight", choices, inputs, layout, input_gen_fns=generators)
