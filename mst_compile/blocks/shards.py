@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from mst_compile.blocks.by_tensor import ByTensor
 from mst_compile.blocks.layout import Part, as_matrix, part_of
 from mst_compile.blocks.memory import address_of, is_plain
 from mst_compile.errors import ParallelismError, WeightError
@@ -60,7 +60,7 @@ class Holder(Protocol):
 
 
 # Sharded and unsharded Parameters -> a weak reference to what holds both. Weak, because that keeps the key alive.
-_holders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_holders = ByTensor()
 
 
 def remember(parameter: Tensor, holder: Holder) -> None:

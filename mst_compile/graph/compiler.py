@@ -136,6 +136,7 @@ class Compiler:
     Args:
         found: position among the inputs -> state of the sparse parameter that came in there.
         choose: whether products of a variant with sparse ones may run dense where that is faster.
+        first_call: the inputs of the first call, where ``example_inputs`` are fakes of another one's.
 
     Attributes:
         slots: positions of the sparse parameters whose index a variant with sparse products takes, in this order.
@@ -153,6 +154,7 @@ class Compiler:
         found: Mapping[int, SparseWeight],
         compile_fn: CompileFn,
         choose: bool,
+        first_call: Sequence[Any] | None = None,
     ) -> None:
         self._compile_fn = compile_fn
         self._found = found
@@ -173,7 +175,8 @@ class Compiler:
         passes.apply(passes.of(Stage.PRODUCTS), sparse, self._context)
         self.slots = list(self._context.indices)
         self.products = self._context.products
-        inputs, given = placeholders(sparse.graph), given_inputs(graph_module, example_inputs)
+        inputs = placeholders(sparse.graph)
+        given = given_inputs(graph_module, example_inputs) if first_call is None else first_call
         multiplied = sorted(multiplied_inputs(sparse) - found.keys())
         note_multiplied(given[i] for i in multiplied if i < len(given) and isinstance(given[i], torch.nn.Parameter))
         stacks = {i for i in self.slots if found[i].stacked}

@@ -79,7 +79,7 @@ class Dispatch:
         self._given_threshold = dense_threshold
         self._device = device.of(example_inputs[self._first].device.type)
         choose = dense_threshold is None and self._device.chooses
-        self._compiler = Compiler(graph_module, example_inputs, found, compile_fn, choose)
+        self._compiler = Compiler(graph_module, example_inputs, found, compile_fn, choose, first_call)
         self._slots = [(i, found[i].signature) for i in self._compiler.slots]
         self._positions = [i for i, _ in self._slots]
         self._variants: dict[tuple[bool, bool], Variant] = {}

@@ -414,6 +414,7 @@ def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
     for old, copy in copies.items():
         if hasattr(old, "_dynamo_source"):
             copy._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+        _forget_parameter(copy)
     new.meta = dict(graph_module.meta)
     for attribute in ("_param_name_to_source", "_backend_id", "compile_subgraph_reason"):
         if hasattr(graph_module, attribute):
@@ -423,6 +424,15 @@ def clone(graph_module: fx.GraphModule) -> fx.GraphModule:
             setattr(new, child_name, clone(child))
     new.recompile()
     return new
+
+
+def _forget_parameter(node: fx.Node) -> None:
+    """Dynamo's note of which Parameter came in holds a weak reference to it, which Dynamo itself drops soon: with one
+    PyTorch would not swap the Parameter's content, as ``Module.to`` does with DTensors."""
+    argument = node.meta.get("grapharg")
+    with contextlib.suppress(Exception):  # it may be gone
+        if argument is not None and isinstance(argument.example, torch.nn.Parameter):
+            del node.meta["grapharg"]
 
 
 def recompile(graph_module: fx.GraphModule) -> None:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from mst_compile.blocks.by_tensor import ByTensor
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import FOR_DATA, is_sharded
 from mst_compile.errors import ParallelismError, RankMismatchError
@@ -40,7 +40,7 @@ _PATIENCE = 120.0  # seconds; ranks that train together reach their first step a
 _PATIENCE_BY_HAND = 30.0  # seconds; whether they train together is not known then
 _POLL_SECONDS = 0.005
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_ddp_ranks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> ranks that average its gradient
+_ddp_ranks = ByTensor()  # parameter -> ranks that average its gradient
 
 
 class FirstStep:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mst_compile.blocks import shards
 from mst_compile.state.binding import carry
+from mst_compile.state.swaps import watch_swaps
 
 if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -103,3 +104,4 @@ def _follow() -> None:
 
 if _AVAILABLE:
     _follow()
+    watch_swaps()  # what is remembered of a Parameter, of a dense model's too, must not keep it from being moved

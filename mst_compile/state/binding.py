@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
+from mst_compile.blocks.by_tensor import ByTensor
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import check_placement, gathered, holder_of, stored
 
@@ -24,7 +25,7 @@ from .uses import warn_orphaned
 from .weight import SparseWeight
 
 _ATTRIBUTE = "_mst_weight"
-_hooks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # parameter -> handle of its gradient hook
+_hooks = ByTensor()  # parameter -> handle of its gradient hook
 # Who is told of a weight's gradients as they arrive, as long as it wants to be. Weak methods, as they lead back to it.
 gradients: weakref.WeakKeyDictionary[SparseWeight, weakref.WeakMethod[Callable[[SparseWeight, Tensor], None]]] = (
     weakref.WeakKeyDictionary()
@@ -136,6 +137,11 @@ class Arrival:
             self._weight.computed = None
         elif held is not None and is_plain(held):
             self._weight.note_adding(gradient, held)
+
+
+def weights() -> Iterator[SparseWeight]:
+    """Sparse weights of this process whose Parameters are alive."""
+    return (weight for p in _hooks if (weight := of(p)) is not None)
 
 
 def bound() -> list[tuple[str, Tensor]]:

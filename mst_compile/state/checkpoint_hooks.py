@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from mst_compile.blocks.by_tensor import ByTensor
 from mst_compile.errors import CheckpointError
 
 from .learning_rates import pack_laws, unpack_laws
@@ -37,7 +37,7 @@ class CheckpointWatcher(Protocol):
 
 
 _watchers: weakref.WeakSet[Any] = weakref.WeakSet()
-_unclaimed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # Parameter that was not sparse -> its topology
+_unclaimed = ByTensor()  # Parameter that was not sparse -> its topology
 _registered = False
 _TELLS = "_mst_tells"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mst_compile.ops import watching
 
-from .binding import bound, of
+from .binding import weights
 from .indexes import epoch
 from .weight import SparseWeight
 
@@ -24,7 +24,7 @@ class _Names:
 
 def _name_of_index(index: Tensor) -> str | None:
     if _Names.epoch != epoch.value:
-        own = [weight for _, p in bound() if (weight := of(p)) is not None and weight.index is not None]
+        own = [weight for weight in weights() if weight.index is not None]
         _Names.by_address = {_place(index): name for weight in own for index, name in _indices(weight)}
         _Names.epoch = epoch.value
     return _Names.by_address.get(_place(index))

@@ -29,6 +29,7 @@ from .run import Run
 from .selection import Candidate
 from .stepping import Stepping
 from .steps import watch_steps
+from .swaps import watch_swaps
 from .uses import ORPHANED
 from .weight import SparseWeight
 from .weights import Weights
@@ -233,6 +234,7 @@ class Sparsifier:
         self._stepping = Stepping(self._run, self.auto_step)
         self._checkpoints = OptimizerCheckpoints(self._run)
         watch_steps(self._stepping)
+        watch_swaps()
         watch_checkpoints(self._checkpoints)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sparsifier:

@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from mst_compile.blocks.by_tensor import ByTensor
 from mst_compile.errors import MSTWarning
 
-_compiled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # sparse Parameter that a graph takes -> True
-_multiplied: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # other Parameter that a graph multiplies -> True
+_compiled = ByTensor()  # sparse Parameter that a graph takes -> True
+_multiplied = ByTensor()  # other Parameter that a graph multiplies -> True
 _graphs = 0
 
 ORPHANED = (
