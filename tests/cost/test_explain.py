@@ -80,6 +80,7 @@ def test_at_density_1_products_are_dense_and_nothing_is_saved() -> None:
         assert all(row.flops == row.dense_flops and row.density == 1 and not row.exception for row in found)
         assert "(100.0%)" in found.summary()
         assert "exceptions: none" in found.summary()
+        assert "0 in block-sparse products, 4 in dense ones, chosen at this density" in found.summary()
         run(x)
     early = sparsify(Blocks(), mst_compile.MixedSparsity.published(100))  # begins dense
     torch.compile(early, backend="mst", options=DEBUG)(x)
