@@ -192,7 +192,7 @@ def _visit(serving: Serving, context: Context, region: Region, node: fx.Node) ->
         if reason is not None:
             context.unmatched.setdefault(operand.key, []).append(reason)
             return False
-        _replace(context, node, found, operand, serving.index(region, operand.key))
+        _replace(context, node, found, operand, serving.index(region, operand.slot))
         context.matched.setdefault(operand.key, []).append(node.meta.get("stack_trace") or "")
         return True
     return False
@@ -233,7 +233,7 @@ def _replace(context: Context, node: fx.Node, found: Match, operand: Operand, in
     given = (operand.base, offsets, index, weight.grid.block, transposed, density_of(weight), context.choose)
     new = emit(torch.ops.mst.grouped_linear.default, x, *given)
     product = Product(tuple(value(x).shape), out.dtype, transposed, False, matrices, found.dense)
-    context.products.setdefault(operand.key, []).append(product)
+    context.products.setdefault(operand.slot, []).append(product)
     if found.offsets is None:
         new = emit("view", new, *lead, value(new).shape[-1])
         new = _laid_out(emit, new, dims[:-1] + "n", found.out_dims, out)

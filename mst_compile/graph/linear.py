@@ -34,7 +34,7 @@ from mst_compile.graph.fx import (
     value,
     walk,
 )
-from mst_compile.graph.served import ROUNDS, Operand, Serving, density_of, erase_dead, held_shape, matrix_of
+from mst_compile.graph.served import ROUNDS, Operand, Serving, density_of, erase_dead, held_shape, matrix_of, part_of
 
 
 @dataclass
@@ -179,7 +179,7 @@ class _Rewrite:
         if reason is not None:
             self._context.unmatched.setdefault(operand.key, []).append(reason)
             return False
-        self._replace(node, found, operand, self._serving.index(region, operand.key), transposed)
+        self._replace(node, found, operand, self._serving.index(region, operand.slot), transposed)
         self._context.matched.setdefault(operand.key, []).append(node.meta.get("stack_trace") or "")
         return True
 
@@ -189,9 +189,9 @@ class _Rewrite:
             return f"{describe(node)}: its tensors are unknown, or within a transform of torch.func"
         if x.is_nested:
             return f"{describe(node)}: its input is a nested tensor"
-        if not same_size(x.shape[-2 if found.on_left else -1], w.shape[-2 if transposed else -1]):
+        if not same_size(x.shape[-2 if found.on_left else -1], operand.size[0 if transposed else 1]):
             return f"{describe(node)}: its input has one feature, broadcast to all of the weight's"
-        stops = self._serving.why_unread(node, operand)
+        stops = self._serving.why_unread(node, operand) or self._serving.why_no_part(node, operand)
         if stops is not None:
             return stops
         spread_over_ranks = is_sharded(out) or is_sharded(w)
@@ -208,7 +208,7 @@ class _Rewrite:
 
     def _replace(self, node: fx.Node, found: Match, operand: Operand, index: fx.Node, transposed: bool) -> None:
         emit, out, weight = Emitter(node), value(node), self._context.weights[operand.key]
-        base = operand.base
+        base = part_of(emit, operand)
         if operand.matrix is not None:
             base, index = (matrix_of(emit, stack, operand.matrix) for stack in (base, index))
         bias, extra = found.bias, None
@@ -233,7 +233,7 @@ class _Rewrite:
         if found.on_left:  # copied, as what follows may rely on the layout that the product has
             new = emit("contiguous", emit("transpose", new, -2, -1))
         product = Product(tuple(here.shape), out.dtype, transposed, bias is not None)
-        self._context.products.setdefault(operand.key, []).append(product)
+        self._context.products.setdefault(operand.slot, []).append(product)
         if extra is not None:
             extra = extra if value(extra).dtype == out.dtype else emit("to", extra, out.dtype)
             new = emit(operator.add, new, extra)
