@@ -180,7 +180,7 @@ class Dispatch:
             if weight is None and isinstance(parameter, FakeTensor):
                 weight = self._found[i]  # DDP's first call
             # Another layer may share this graph: one that is not sparse, or on another grid, runs dense.
-            if weight is None or weight.signature != self._signatures[i]:
+            if weight is None or weight.signature != self._signatures[i] or (part and weight.part):
                 break
             if weight.index is None or weight.index.device != parameter.device:
                 weight.to_device(parameter.device)

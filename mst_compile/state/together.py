@@ -16,7 +16,7 @@ def write_taken(weights: Iterable[SparseWeight]) -> None:
     late = [weight for weight in weights if weight.unwritten]
     if late:
         epoch.value += 1
-    write_indexes([content for weight in late for content in weight.contents])
+    write_indexes([content for weight in late for content in weight.contents(weight.mask)])
     for weight in late:
         weight.unwritten = False
 

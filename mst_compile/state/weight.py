@@ -227,18 +227,17 @@ class SparseWeight:
     def _write_index(self) -> None:
         self.unwritten = True
         epoch.value += 1
-        for index, grid, mask, dense_grad, changes in self.contents:
+        for index, grid, mask, dense_grad, changes in self.contents(self.mask):
             write_index(index, grid, mask, dense_grad=dense_grad, changes=changes)
         self.unwritten = False
 
-    @property
-    def contents(self) -> list[Content]:
-        """What the index has to hold, if there is one, and those of its ranges."""
+    def contents(self, mask: Tensor) -> list[Content]:
+        """What the index, if there is one, and those of ranges have to hold under a mask."""
         if self.index is None:
             return []
-        mask = self.mask if self.part is None else reaching(self.mask, self.part, self.grid.block)
-        own = Content(self.index, self._indexed, mask, self.dense_grad, self.changes)
-        return [own, *(one.content(self.mask, self.grid.block, self.dense_grad, self.changes) for one in self.ranges)]
+        held = mask if self.part is None else reaching(mask, self.part, self.grid.block)
+        own = Content(self.index, self._indexed, held, self.dense_grad, self.changes)
+        return [own, *(one.content(mask, self.grid.block, self.dense_grad, self.changes) for one in self.ranges)]
 
     @property
     def indexes(self) -> list[Tensor]:
