@@ -32,6 +32,7 @@ from mst_compile.graph.fx import (
     value,
     walk,
 )
+from mst_compile.graph.order import laid_out
 from mst_compile.graph.served import Operand, Serving, density_of, erase_dead, held_shape
 from mst_compile.lowering.device import BATCH, GROUPED, LOOP
 
@@ -236,7 +237,7 @@ def _replace(context: Context, node: fx.Node, found: Match, operand: Operand, in
     context.products.setdefault(operand.slot, []).append(product)
     if found.offsets is None:
         new = emit("view", new, *lead, value(new).shape[-1])
-        new = _laid_out(emit, new, dims[:-1] + "n", found.out_dims, out)
+        new = laid_out(emit, new, dims[:-1] + "n", found.out_dims, out)
     if found.plus is not None:
         plus = found.plus if value(found.plus).dtype == out.dtype else emit("to", found.plus, out.dtype)
         new = emit(operator.add, new, plus)
@@ -270,16 +271,3 @@ def _even_offsets(emit: Emitter, x: fx.Node, matrices: int, tokens: list[Any]) -
     for size in (known, *(size for size in tokens if type(size) is not int)):
         ends = emit(operator.mul, ends, size)
     return ends
-
-
-def _laid_out(emit: Emitter, new: fx.Node, dims: str, out_dims: str, out: Tensor) -> fx.Node:
-    """The result with its dimensions in the program's order, and in memory in the order that they had there, as what
-    follows may rely on it."""
-    strides = out.stride()
-    order = range(out.dim())
-    if all(type(stride) is int for stride in strides):
-        order = sorted(order, key=lambda dim: -strides[dim])  # type: ignore[assignment]
-    stored = "".join(out_dims[dim] for dim in order)
-    if stored != dims:
-        new = emit("contiguous", emit("permute", new, *map(dims.index, stored)))
-    return new if stored == out_dims else emit("permute", new, *map(stored.index, out_dims))
