@@ -45,7 +45,7 @@ from mst_compile.graph.fx import (
     walk,
     written,
 )
-from mst_compile.graph.views import before_part, is_view, turned, within
+from mst_compile.graph.views import before_choice, before_part, is_view, turned, within
 from mst_compile.state.indexes import index_for
 from mst_compile.state.ranges import Range, is_cut
 from mst_compile.state.weight import SparseWeight
@@ -77,6 +77,7 @@ class Operand:
             one to a part of it the last.
         swapped: whether the last two dimensions have changed places on the way.
         matrix: which one of a stack it is; None if it is the whole weight.
+        chosen: a node that says which matrix of a stack each of several is; None if it is all of them, in their order.
         part: which part of the weight as stored, or of the matrix, it is; None if it is the whole.
         view: a node that is this part of the parameter and nothing else, if there is one.
     """
@@ -87,6 +88,7 @@ class Operand:
     matrix: int | None
     part: Part | None = None
     view: fx.Node | None = None
+    chosen: fx.Node | None = None
 
     @property
     def base(self) -> fx.Node:
@@ -127,7 +129,8 @@ class Serving:
         a part."""
         found = _Way(node)
         key = self._keys.get(region.origin(before_local(found.source) or found.source))
-        return None if key is None else Operand(key, found.nodes, found.swapped, found.matrix, found.part, found.view)
+        told = found.matrix, found.part, found.view, found.chosen
+        return None if key is None else Operand(key, found.nodes, found.swapped, *told)
 
     def why_written(self, region: Region, node: fx.Node, found: Operand) -> str | None:
         """Why the weight may have other values here than it had before the graph ran, or None: those are looked at."""
@@ -266,6 +269,7 @@ class _Way:
         self.matrix: int | None = None
         self.part: Part | None = None
         self.view: fx.Node | None = None
+        self.chosen: fx.Node | None = None
         self._all_before: Part | None = None  # what was cut off behind the views that follow the source
         while (source := self._before(self.nodes[0])) is not None:
             self.nodes.insert(0, source)
@@ -297,11 +301,15 @@ class _Way:
                 self.view, self._all_before = node, self.part
             self.part = taken[1] if self.part is None else within(taken[1], self.part)
             return taken[0]
-        source, chosen = before_selection(node)
-        if source is None or value(source).dim() != 3:
-            return None
-        self.matrix, self.view = chosen, None
-        return source
+        source, matrix = before_selection(node)
+        if source is not None and value(source).dim() == 3:
+            self.matrix, self.view = matrix, None
+            return source
+        source, chosen = before_choice(node)
+        if source is not None and self.chosen is None and self.matrix is None and self.part is None:
+            self.chosen = chosen
+            return source
+        return None
 
 
 # ---- what is left ----------------------------------------------------------------------------------------------------

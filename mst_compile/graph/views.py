@@ -1,10 +1,12 @@
 """Which part of a matrix a node is a view of, however the program takes it: by ``chunk``, ``split``, ``narrow``, by
-slices, or by way of more dimensions (``w.view(3, n, m)[1]``)."""
+slices, or by way of more dimensions (``w.view(3, n, m)[1]``); and which matrices of a stack it holds copies of."""
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from mst_compile.blocks.layout import Part
@@ -60,3 +62,18 @@ def turned(part: Part) -> Part:
 def within(outer: Part, inner: Part) -> Part:
     """A part of a part, as one of the whole."""
     return Part(outer.row + inner.row, outer.col + inner.col, inner.rows, inner.cols)
+
+
+def before_choice(node: Any) -> tuple[fx.Node | None, fx.Node | None]:
+    """The stack of matrices of which ``node`` holds one for each entry of a list of numbers, and that list; None and
+    None if it is something else."""
+    if not isinstance(node, fx.Node) or not computes(node) or len(node.args) < 2:
+        return None, None
+    source, at = node.args[0], node.args[-1]
+    if node.target is not operator.getitem and (name(node) != "index_select" or node.args[1] != 0):
+        return None, None
+    numbers, stack = value(at), value(source)
+    if not isinstance(numbers, Tensor) or numbers.dim() != 1 or not isinstance(stack, Tensor) or stack.dim() != 3:
+        return None, None
+    whole = not (numbers.is_floating_point() or numbers.dtype in (torch.bool, torch.uint8))
+    return (source, at) if whole else (None, None)  # type: ignore[return-value]

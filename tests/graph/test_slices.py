@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mst_compile
 from mst_compile.cost.flops import CompiledFlopCounter
+from mst_compile.ops import watching
 from mst_compile.state import weight as weights
 from mst_compile.state.sparsifier import sparsifier
 
@@ -307,3 +308,42 @@ def test_a_part_that_was_written_to_stays_dense() -> None:
         assert_reordered(compiled(model)(x), model(x), 2 * COLS)
     assert "matched (1 use" in statuses(model)["w"]
     assert "its values are changed before by mul_" in statuses(model)["w"]
+
+
+# -- for inference, and for who watches --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_after_masks_have_changed(mode: Callable[[], Any]) -> None:
+    model = mst_compile.sparsify(Layer(gated), static(), include="w", block=8).eval()
+    run, x = compiled(model), torch.randn(TOKENS, COLS)
+    (weight,) = sparsifier(model).weights.values()
+    for _ in range(2):
+        with mode():
+            assert_reordered(run(x).clone(), model(x).clone(), 4 * COLS)
+        weight.set_mask(torch.rand(weight.mask.shape) < 0.4)
+        with torch.no_grad():
+            model.w.normal_()
+            weight.zero_inactive_(model.w)
+    assert statuses(model)["w"].startswith("matched (2 uses)")
+    assert weight.uses.dense_now is False
+
+
+def test_a_packed_decoder_computes_the_same() -> None:
+    """The packed projection of its cross attention is no layer's weight and stays whole."""
+    model = nn.TransformerDecoderLayer(32, 4, 64, dropout=0.0, batch_first=True).eval()
+    mst_compile.sparsify(model, static(), block=4)
+    with pytest.warns(mst_compile.MSTWarning, match=r"multihead_attn\.in_proj_weight"):
+        packed = mst_compile.export.packed(model)
+    x, memory = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    with torch.no_grad():
+        for run in (packed, torch.compile(packed, backend="aot_eager")):
+            assert_reordered(run(x, memory), model(x, memory), 256)
+
+
+def test_parts_have_names_in_profiles() -> None:
+    model = mst_compile.sparsify(Layer(FORMS["rows and columns"][0]), static(), include="w", block=8)
+    compiled(model)(torch.randn(TOKENS, COLS))
+    (weight,) = sparsifier(model).weights.values()
+    (one,) = weight.ranges
+    assert [find(one.index) for find in watching.finders] == ["w[32:96, 16:48]"]
