@@ -94,7 +94,7 @@ FORMS: dict[str, tuple[Rule, bool, tuple[int, ...], int]] = {
     "chosen for some tokens each": (lambda w, x: torch.einsum("tbi,boi->tob", x, w[CHOSEN]), True, (3, 5, IN), 1),
     "chosen for all tokens": (lambda w, x: (x @ w[torch.tensor([2])]).squeeze(0), False, (5, IN), 1),
     "chosen twice, cast": (
-        lambda w, x: (x[:, None].bfloat16() @ w.mT[CHOSEN].bfloat16()).float() @ w.mT[CHOSEN].mT, True, (5, IN), 2),
+        lambda w, x: (x[:, None].bfloat16() @ w.mT[CHOSEN].bfloat16()).type_as(x) @ w.mT[CHOSEN].mT, True, (5, IN), 2),
     "of two kinds": (lambda w, x: torch.bmm(x, w).sum(0) + x[0] @ w[3], False, (E, 5, IN), 2),
     "checkpointed": (
         lambda w, x: checkpoint(lambda y: torch.bmm(y, w) + y[0] @ w[1], x, use_reentrant=False),
