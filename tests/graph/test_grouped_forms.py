@@ -151,8 +151,6 @@ def test_under_autocast(form: str) -> None:
 DENSE: dict[str, tuple[Rule, tuple[int, ...], str]] = {
     "chosen by a table": (
         lambda w, x: torch.einsum("bi,bcio->bo", x, w[CHOSEN[:, None]]), (5, IN), "copies matrices of a stack"),
-    "chosen by a mask": (
-        lambda w, x: (x @ w[torch.tensor([True, False, False, True])]), (5, IN), "copies matrices of a stack"),
     "summed over the stack": (lambda w, x: torch.einsum("etk,ekn->tn", x, w), (E, 5, IN), "used by einsum"),
     "in two dimensions": (lambda w, x: x @ w.view(E * IN, OUT), (5, E * IN), "used by view"),
     "one feature": (lambda w, x: torch.einsum("etk,ekn->etn", x, w), (E, 5, 1), "broadcast"),
