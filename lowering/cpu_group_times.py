@@ -18,7 +18,7 @@ from mst_compile.blocks.grid import BlockGrid
 
 from . import cpu_times, tuning
 from .cpu_times import DENSITIES, GRAD_WEIGHT, ROWS, Product
-from .device import BATCH, LOOP, Times
+from .device import BATCH, COPIES, LOOP, Times
 
 _MOST_GROUPS = 16
 _MOST_WEIGHTS = 8 << 20  # in all groups together
@@ -52,6 +52,7 @@ def measure(asked: Groups) -> Times:
         tokens = cpu_times.tokens_of(asked.product, grid)
         seconds = cpu_times.interleaved_sides(_sides(asked, grid, tokens))
     dense, low, high = (min(times) / asked.groups for times in seconds)
+    dense *= tokens if asked.dense == COPIES else 1  # measured with one token for each matrix
     slope = max((high - low) / (DENSITIES[1] - DENSITIES[0]), _TICK)
     fixed = max(low - slope * DENSITIES[0], _TICK)
     whole = (asked.product.rows * asked.product.cols) / (rows * cols) * asked.product.tokens / tokens
@@ -91,6 +92,9 @@ def _sides(asked: Groups, grid: BlockGrid, tokens: int) -> list[Callable[[], obj
 def _dense_products(how: str, x: Tensor, stack: Tensor, y: Tensor) -> Callable[[], object]:
     """``x``, of as many rows for each matrix, times a stack ``[groups, in, out]``."""
     count = len(stack)
+    if how == COPIES:
+        every = torch.arange(count, device="cpu")
+        return lambda: torch.bmm(x[:count, None], stack[every])
     if how == LOOP:
         return lambda: [torch.mm(p, w, out=o) for p, w, o in zip(x.chunk(count), stack, y.chunk(count), strict=True)]
     if how == BATCH:
@@ -102,6 +106,10 @@ def _dense_products(how: str, x: Tensor, stack: Tensor, y: Tensor) -> Callable[[
 def _dense_gradients(how: str, a: Tensor, b: Tensor, count: int, stack: Tensor) -> Callable[[], object]:
     """The gradients of the matrices, of the rows of ``a`` and ``b`` that are theirs, to ``stack`` where a program holds
     one."""
+    if how == COPIES:
+        every = torch.arange(count, device="cpu")
+        stack.zero_()
+        return lambda: stack.index_put_((every,), torch.bmm(a[:count, :, None], b[:count, None]).to(stack), True)
     if how == LOOP and stack.dtype == a.dtype:
         parts = list(zip(a.chunk(count), b.chunk(count), stack, strict=True))
         return lambda: [torch.mm(p.t(), q, out=o) for p, q, o in parts]

@@ -58,16 +58,18 @@ def _linear(
     if V.graph.cpp_wrapper:
         return None
     outputs = weight.get_size()[1 if transposed else 0]
-    return _product(kernel, x, [weight, index], bias, outputs, block=block, transposed=transposed, choose=choose)
+    weight = _unit_stride(weight)  # part of a weight, perhaps, which is read where it lies
+    return _product(kernel, x, weight, index, bias, outputs, block=block, transposed=transposed, choose=choose)
 
 
-def _product(kernel: str, x: Any, operands: list[Any], bias: Any, outputs: Any, **options: Any) -> Any:
-    """``[..., outputs]``: an extern kernel of ``x`` viewed as ``[M, in]``, contiguous operands and perhaps a bias."""
+def _product(kernel: str, x: Any, held: Any, index: Any, bias: Any, outputs: Any, **options: Any) -> Any:
+    """``[..., outputs]``: an extern kernel of ``x`` viewed as ``[M, in]``, what is held of a weight, as it lies, and a
+    contiguous index and perhaps bias."""
     view = lowerings[torch.ops.aten.view.default]
     *lead, features = x.get_size()
     rows = x if len(lead) == 1 else view(x, [-1, features])
-    contiguous = [*operands] if bias is None else [*operands, bias]
-    inputs = [_unit_stride(rows), *map(ir.ExternKernel.require_contiguous, contiguous)]
+    contiguous = [index] if bias is None else [index, bias]
+    inputs = [_unit_stride(rows), held, *map(ir.ExternKernel.require_contiguous, contiguous)]
     layout = ir.FixedLayout(x.get_device(), x.get_dtype(), [rows.get_size()[0], outputs])
     out = ir.TensorBox.create(
         ir.ExternKernelOut(layout, inputs, kwargs=options, python_kernel_name=f"extern_kernels.{kernel}")
@@ -90,7 +92,8 @@ def _packed_linear(x: Any, values: Any, index: Any, bias: Any, outputs: int, blo
     reason = cpu_packed.why_not(x.get_dtype(), block, None if bias is None else bias.get_dtype())
     if V.graph.cpp_wrapper or reason is not None:
         return None
-    return _product(_PACKED, x, [values, index], bias, outputs, block=block)
+    values = ir.ExternKernel.require_contiguous(values)
+    return _product(_PACKED, x, values, index, bias, outputs, block=block)
 
 
 LOWERINGS: Mapping[str, Callable[..., Any]] = {

@@ -187,5 +187,6 @@ def linear_out(
         cpu_dense.linear(rows, weight, bias, not transposed, flat)
     else:
         bias = None if bias is None else bias.contiguous()
-        kernels.spmm(rows, weight.contiguous(), bias, index.contiguous(), block, not transposed, flat)
+        weight = weight if kernels.has_unit_stride(weight) else weight.contiguous()  # columns of a weight have it too
+        kernels.spmm(rows, weight, bias, index.contiguous(), block, not transposed, flat)
     return out

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from mst_compile.kernels.triton.table import grouped_shares
+from mst_compile.kernels.triton.table import copied_times, grouped_shares
 from torch import Tensor
 
 from mst_compile.blocks.bulk import Average, Kind
@@ -155,7 +155,8 @@ def _of_stack(layer: device.Layer) -> tuple[float, float]:
 def _of_layer(layer: device.Layer, fixed: float, per_density: float) -> device.LayerTimes:
     """Times of a layer whose sparse products take ``fixed + per_density * density`` of what dense ones do."""
     dense = layer.grid.rows * layer.grid.cols * max(1, layer.tokens)
-    times = device.Times(dense, device.WORTH * dense * fixed, device.WORTH * dense * per_density)
+    more = copied_times(layer.weight_dtype.itemsize) if layer.dense == device.COPIES else 1
+    times = device.Times(dense * more, device.WORTH * dense * fixed, device.WORTH * dense * per_density)
     return dict.fromkeys(device.PRODUCTS[: 3 if layer.trained else 1], times)
 
 

@@ -22,7 +22,7 @@ from mst_compile.ops.library import implement
 
 FINEST_BLOCK = 4  # that a weight gets by itself; finer ones are for those who ask
 _BLOCK = 32
-GROUPED, LOOP, BATCH = "grouped", "looped", "batched"
+GROUPED, LOOP, BATCH, COPIES = "grouped", "looped", "batched", "copied"
 PRODUCTS = ("forward", "grad-input", "grad-weight")
 WORTH = 0.97  # of the dense time: what a sparse product may take to be called faster
 
@@ -38,7 +38,8 @@ class Layer:
         trained: whether gradients are wanted.
         groups: how many matrices of a stack, each with the grid, share the tokens.
         dense: how the dense model multiplies these: by the library's grouped product (``GROUPED``), a loop over them
-            (``LOOP``) or a batched product (``BATCH``); empty of a weight that is no stack.
+            (``LOOP``), a batched product (``BATCH``) or one of a copy of its matrix for each token (``COPIES``); empty
+            of a weight that is no stack.
     """
 
     grid: BlockGrid

@@ -59,8 +59,8 @@ class Library:
         outputs, reduction = (rows, cols) if outputs_are_rows else (cols, rows)
         if not has_unit_stride(x2d):
             raise ValueError("spmm: x must be contiguous along its last dimension")
-        if not w.is_contiguous():
-            raise ValueError("spmm: the weight must be contiguous")
+        if not has_unit_stride(w):
+            raise ValueError("spmm: the weight must be contiguous along its last dimension")
         if not has_unit_stride(out):
             raise ValueError("spmm: out must be contiguous along its last dimension")
         if x2d.shape[1] != reduction or out.shape != (m, outputs) or out.dtype != x2d.dtype:
@@ -75,7 +75,7 @@ class Library:
             pointer(x2d),
             x2d.stride(0),
             pointer(w),
-            cols,
+            w.stride(0),
             rows,
             cols,
             pointer(index),
@@ -362,9 +362,9 @@ def spmm(
 ) -> None:
     """Writes ``x2d @ w.T + bias`` (``outputs_are_rows``) or ``x2d @ w + bias`` to ``out``, over active blocks only.
 
-    ``x2d`` is ``[m, cols]`` or ``[m, rows]`` with unit stride along its rows, ``w`` contiguous ``[rows, cols]``,
-    ``out`` of ``x2d``'s dtype. Dtypes are those of ``table.PRODUCTS``; a ``w`` of another dtype than ``x2d`` is rounded
-    to it as it is packed. Sums are float32. Raises ValueError if a shape, stride or dtype does not fit.
+    ``x2d`` is ``[m, cols]`` or ``[m, rows]`` and ``w`` ``[rows, cols]`` with unit stride along their rows, ``out`` of
+    ``x2d``'s dtype. Dtypes are those of ``table.PRODUCTS``; a ``w`` of another dtype than ``x2d`` is rounded to it as
+    it is packed. Sums are float32. Raises ValueError if a shape, stride or dtype does not fit.
     """
     loaded().spmm(x2d, w, bias, index, block, outputs_are_rows, out)
 

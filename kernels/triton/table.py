@@ -21,6 +21,10 @@ which are counted in full against a library that is taken to have neither, so th
   the forward pass and ``2 B^2 t`` in grad-weight, 42 us each for blocks of 128, K = 4096 and t = 4096. The mean share
   of the three products is added at any density.
 
+A program that copies its matrix for every token, as ``stack[ids]`` does, reads or writes one at least once a token in
+each of the three products; an H100 does so at 3.35 TB/s, by NVIDIA's data sheet, and in bfloat16 that takes 250 times
+as long as the product of one token at the library's rate.
+
 With these numbers and N = 14336 dense products take over at .74, not .78; with groups of 64 rows at .13, and with
 groups of 16 at 0: always.
 """
@@ -53,7 +57,9 @@ def dense_from(grid: BlockGrid) -> float:
 _WASTED_ROWS = 128  # of each group
 _BEGINNING = 1e-6  # seconds in which a program finds its group
 _PROGRAM_ROWS = 128
-_PROGRAM_RATE = 835e12 / 264  # operations a second of a dense product, by the share of one program
+_RATE = 835e12  # operations a second of a dense product
+_PROGRAM_RATE = _RATE / 264  # by the share of one program
+_MEMORY = 3.35e12  # bytes a second
 
 
 def grouped_shares(grid: BlockGrid, tokens: float) -> tuple[float, float]:
@@ -69,6 +75,12 @@ def grouped_dense_from(grid: BlockGrid, tokens: float) -> float:
     """Density from which the three products of a stack of matrices may take as long as dense ones; 0 with few rows."""
     beginning, per_density = grouped_shares(grid, tokens)
     return max(0.0, (1 - beginning) / per_density)
+
+
+def copied_times(element_size: int) -> float:
+    """How many times as long as the product itself its dense form takes, at least, that copies the matrix for every
+    token; ``element_size`` is that of the weight in bytes."""
+    return 1 + element_size / _MEMORY * _RATE / 2
 
 
 def _grad_weight_dense_from(grid: BlockGrid) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mst_compile.blocks.bulk import block_means
-from mst_compile.blocks.index import Content, new_index, write_indexes
+from mst_compile.blocks.index import write_indexes
 from mst_compile.cost.baseline import Baseline
 from mst_compile.cost.flops import attention_saving, elements_per_token
 from mst_compile.errors import ForecastError, MSTError
@@ -313,11 +313,7 @@ def _event(model: nn.Module, rounds: int, steps: int) -> float:
             )
             held = [(own.weights[name], mask) for name, mask in plan.masks.items()]
             write_indexes(
-                [
-                    Content(new_index(w.grid, w.index.device), w.grid, m, False, 0)
-                    for w, m in held
-                    if w.index is not None
-                ]
+                [content._replace(to=torch.zeros_like(content.to)) for w, m in held for content in w.contents(m)]
             )
             _synchronize()
             found.append(time.perf_counter() - start)

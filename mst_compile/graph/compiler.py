@@ -139,8 +139,9 @@ class Compiler:
         first_call: the inputs of the first call, where ``example_inputs`` are fakes of another one's.
 
     Attributes:
-        slots: positions of the sparse parameters whose index a variant with sparse products takes, in this order.
-        products: position of a sparse parameter -> the products with it that can be sparse.
+        slots: positions of the sparse parameters, or of those that a part is of, whose index a variant with sparse
+            products takes, in this order.
+        products: the same -> the products with it that can be sparse.
         masked: positions of those of them whose gradients a variant with sparse products computes with zeros outside
             the active blocks.
         varying: positions of the inputs whose sizes say how many tokens are multiplied, where that may differ from
@@ -179,8 +180,9 @@ class Compiler:
         given = given_inputs(graph_module, example_inputs) if first_call is None else first_call
         multiplied = sorted(multiplied_inputs(sparse) - found.keys())
         note_multiplied(given[i] for i in multiplied if i < len(given) and isinstance(given[i], torch.nn.Parameter))
-        stacks = {i for i in self.slots if found[i].stacked}
-        self.masked = sorted(multiplied_alone(sparse, {inputs[i]: i for i in self.slots}, stacks))
+        keys = {slot.key for slot in self.slots}
+        stacks = {i for i in keys if found[i].stacked}
+        self.masked = sorted(multiplied_alone(sparse, {inputs[i]: i for i in keys}, stacks) - self._context.cut)
         tokens = _symbols(size for products in self.products.values() for p in products for size in p.shape[:-1])
         sizes = [x.shape if isinstance(x, Tensor) else [x] for x in self._inputs]
         self.varying = [i for i, own in enumerate(sizes) if _symbols(own) & tokens]
@@ -264,7 +266,8 @@ class Compiler:
         for key, weight in self._found.items():
             weight.uses.note(said.matched.get(key, ()), said.unmatched.get(key, ()))
         if warn:
-            warn_unmatched([self._found[key] for key in said.unmatched if key not in self.slots])
+            served = {slot.key for slot in self.slots}
+            warn_unmatched([self._found[key] for key in said.unmatched if key not in served])
 
     def _give_pattern(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Constant], list[Site]]:
         """Give every attention that the pass understands its pattern."""
@@ -278,7 +281,7 @@ class Compiler:
         tracing, examples = self._tracing, self._examples
         if sparse:
             mode = tracing.fake_mode if tracing is not None else None
-            examples = [*examples, *(fake_index(self._found[i], mode) for i in self.slots)]
+            examples = [*examples, *(fake_index(self._found[i], part, mode) for i, part in self.slots)]
         with compiling_late(tracing, self._compile_context):
             run = self._compile_fn(graph_module, examples)
         self._examples = self._late_examples

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
+from mst_compile.blocks.layout import Part
 from mst_compile.graph.attention.constant import Constant
 from mst_compile.rules.patterns import Parts
 from mst_compile.state.weight import SparseWeight
@@ -34,6 +35,13 @@ class Site:
     replaced: bool
     reason: str
     shape: tuple[Any, ...] = ()
+
+
+class Slot(NamedTuple):
+    """What a graph takes an index of: the sparse weight with this key, or a part of it that is multiplied alone."""
+
+    key: int
+    part: Part | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +90,10 @@ class Context:
         rounds_weights: given a device type, whether its products read weights in the activations' dtype.
         choose: whether products may run dense where that is faster.
 
-        indices: keys of ``weights`` whose index became an input of the graph, after all others and in this order.
-        products: keys of ``weights`` -> the products with it that became sparse.
+        indices: the weights, or parts of them, whose index became an input of the graph, after all others and in this
+            order.
+        products: weight or part of it -> the products with it that became sparse.
+        cut: keys of ``weights`` of which products take parts that begin or end within blocks.
         matched: keys of ``weights`` -> the places in the model's code where a product with it became sparse.
         unmatched: keys of ``weights`` -> why products with it stay dense.
         sites: what became of each attention.
@@ -99,8 +109,9 @@ class Context:
     rounds_weights: Callable[[str], bool] = _never
     choose: bool = False
 
-    indices: list[int] = field(default_factory=list)
-    products: dict[int, list[Product]] = field(default_factory=dict)
+    indices: list[Slot] = field(default_factory=list)
+    products: dict[Slot, list[Product]] = field(default_factory=dict)
+    cut: set[int] = field(default_factory=set)
     matched: dict[int, list[str]] = field(default_factory=dict)
     unmatched: dict[int, list[str]] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)

@@ -18,10 +18,10 @@ from torch.autograd.function import BackwardCFunction
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.errors import TopologyChangedError
 from mst_compile.graph.compiler import CompileFn, Compiler, Kind, Variant
-from mst_compile.graph.context import Product
+from mst_compile.graph.context import Product, Slot
 from mst_compile.graph.gain import SlotTimes, saves, uniform_threshold
 from mst_compile.graph.notes import warn_written
-from mst_compile.graph.served import fake_index
+from mst_compile.graph.served import fake_index, range_of, size_of
 from mst_compile.lowering import device
 from mst_compile.lowering.device import Layer
 from mst_compile.state.binding import Arrival, of
@@ -80,8 +80,9 @@ class Dispatch:
         self._device = device.of(example_inputs[self._first].device.type)
         choose = dense_threshold is None and self._device.chooses
         self._compiler = Compiler(graph_module, example_inputs, found, compile_fn, choose, first_call)
-        self._slots = [(i, found[i].signature) for i in self._compiler.slots]
-        self._positions = [i for i, _ in self._slots]
+        self._slots = self._compiler.slots
+        self._positions = list(dict.fromkeys(slot.key for slot in self._slots))
+        self._signatures = {i: found[i].signature for i in self._positions}
         self._variants: dict[tuple[bool, bool], Variant] = {}
         self._choice: _Choice | None = None  # of the last call
         self._calls_to_look = _FIRST_CALLS
@@ -172,40 +173,42 @@ class Dispatch:
     def _choose(self, args: Sequence[Any], sizes: tuple[Any, ...]) -> list[Tensor] | None:
         """The index tensors, or None, by the masks of the moment and the times of these sizes."""
         indices: list[Tensor] = []
-        weights: list[SparseWeight] = []
-        held = [(args[i], of(args[i]), signature) for i, signature in self._slots]
-        for i, (parameter, weight, signature) in enumerate(held):
+        sizes_of: list[tuple[int, int]] = []
+        held = {i: of(args[i]) for i in self._positions}
+        for i, part in self._slots:
+            parameter, weight = args[i], held[i]
             if weight is None and isinstance(parameter, FakeTensor):
-                weight = self._found[self._positions[i]]  # DDP's first call
+                weight = self._found[i]  # DDP's first call
             # Another layer may share this graph: one that is not sparse, or on another grid, runs dense.
-            if weight is None or weight.signature != signature:
+            if weight is None or weight.signature != self._signatures[i] or (part and weight.part):
                 break
-            index = weight.index
-            if index is None or index.device != parameter.device:
+            if weight.index is None or weight.index.device != parameter.device:
                 weight.to_device(parameter.device)
-                index = weight.index
+            index = weight.index if part is None else range_of(weight, part).index
             assert index is not None
-            weights.append(weight)
-            indices.append(index if not isinstance(parameter, FakeTensor) else fake_index(weight, parameter.fake_mode))
+            sizes_of.append(size_of(weight, part))
+            fake = isinstance(parameter, FakeTensor)
+            indices.append(fake_index(weight, part, parameter.fake_mode) if fake else index)
         given = self._given_threshold
         times, threshold = (None, 0.0 if given is None else given)
-        if given is None and len(indices) == len(held):
+        if given is None and len(indices) == len(self._slots):
             times, threshold = self._times(args, sizes)
-        sparse = len(indices) == len(held) and self._pays(weights, times)
-        for i, (_, weight, signature) in enumerate(held):
+        sparse = len(indices) == len(self._slots) and self._pays(sizes_of, times)
+        for i, weight in held.items():
             if weight is not None:
                 weight.uses.seen, weight.uses.dense_now = True, not sparse
-                if weight.signature == signature:
+                if weight.signature == self._signatures[i]:
                     weight.uses.dense_threshold = threshold
-                    weight.uses.dense_products = self._dense_products(times, i, weight.density) if sparse else ()
+                    weight.uses.dense_products = self._dense_products(times, i, sizes_of) if sparse else ()
         return indices if sparse else None
 
-    def _pays(self, weights: Sequence[SparseWeight], times: SlotTimes | None) -> bool:
-        """Whether the variant with sparse products is the one to run."""
+    def _pays(self, sizes_of: Sequence[tuple[int, int]], times: SlotTimes | None) -> bool:
+        """Whether the variant with sparse products is the one to run, given how many elements of each slot are active,
+        and how many it has."""
         if times is None:
             assert self._given_threshold is not None
-            return sum(w.active for w in weights) < self._given_threshold * sum(w.numel for w in weights)
-        return saves(times, [weight.density for weight in weights], self._device.chooses)
+            return sum(active for active, _ in sizes_of) < self._given_threshold * sum(n for _, n in sizes_of)
+        return saves(times, [active / n for active, n in sizes_of], self._device.chooses)
 
     def _times(self, args: Sequence[Any], sizes: tuple[Any, ...]) -> tuple[SlotTimes, float]:
         """The times of the products at these sizes, and the density from which sparse ones save nothing."""
@@ -217,28 +220,37 @@ class Dispatch:
                 self._times_of[sizes] = found
         return found
 
-    def _dense_products(self, times: SlotTimes | None, slot: int, density: float) -> tuple[str, ...]:
-        """The products with a slot's weight that run dense within the variant with sparse ones."""
+    def _dense_products(
+        self, times: SlotTimes | None, position: int, sizes_of: Sequence[tuple[int, int]]
+    ) -> tuple[str, ...]:
+        """The products with a weight, or with parts of it, that run dense within the variant with sparse ones."""
         if times is None or not self._device.chooses:
             return ()
-        found = (item for layer in times[slot] for item in layer.items())
-        names = (name for name, t in found if t.falls_back and density >= t.crossover)
-        return tuple(dict.fromkeys(names))
+        slots = zip(self._slots, times, sizes_of, strict=True)
+        found = (
+            (name, t, active / n)
+            for slot, layers, (active, n) in slots
+            if slot.key == position
+            for layer in layers
+            for name, t in layer.items()
+        )
+        return tuple(dict.fromkeys(name for name, t, density in found if t.falls_back and density >= t.crossover))
 
     def _measured(self, args: Sequence[Any]) -> SlotTimes:
         """The times of each slot's products, from the device."""
         if any(isinstance(args[i], FakeTensor) for i in self._positions):
-            return [[] for _ in self._positions]  # DDP's first call
+            return [[] for _ in self._slots]  # DDP's first call
         slots = [
-            [self._layer(product, args[i], signature, args) for product in self._compiler.products[i]]
-            for i, signature in self._slots
+            [self._layer(product, slot, args) for product in self._compiler.products[slot]] for slot in self._slots
         ]
         tuned = any(sparse for sparse, _ in self._variants)
         found = iter(self._device.times([layer for layers in slots for layer in layers], tuned))
         return [[next(found) for _ in layers] for layers in slots]
 
-    def _layer(self, product: Product, weight: Tensor, signature: tuple[int, ...], args: Sequence[Any]) -> Layer:
-        grid, tokens = BlockGrid(*signature[:3]), self._compiler.tokens(product, args)
+    def _layer(self, product: Product, slot: Slot, args: Sequence[Any]) -> Layer:
+        weight, tokens = args[slot.key], self._compiler.tokens(product, args)
+        rows, cols, block, *_ = self._signatures[slot.key]
+        grid = BlockGrid(rows, cols, block) if slot.part is None else slot.part.grid(block)
         trained = torch.is_grad_enabled()
         told = product.bias, trained, product.groups, product.dense
         return Layer(grid, product.transposed, tokens, product.dtype, weight.dtype, *told)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import string
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -81,14 +82,22 @@ def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
 
 def einsum_of_two(node: fx.Node, at: int, weight_at: int) -> tuple[str, str, str] | None:
     """The letters of an einsum's input, weight and result, of which the first two are its arguments ``at`` and
-    ``weight_at``; None if it is none of two operands. Where it does not say its result, that has the letters that
-    occur once, in the order of the alphabet."""
+    ``weight_at``; None if it is none of two operands. An ellipsis is as many letters as it has dimensions. Where it
+    does not say its result, that has the letters that occur once, in the order of the alphabet, behind an ellipsis."""
     if not calls(node, EINSUMS) or len(node.args) != 3 or not isinstance(node.args[0], str):
         return None
     operands, said, out = node.args[0].replace(" ", "").partition("->")
-    if not said and "." not in operands:
-        out = "".join(sorted(c for c in operands if c != "," and operands.count(c) == 1))
-    x, _, w = operands.partition(",") if at < weight_at else operands.rpartition(",")[::-1]
+    first, _, second = operands.partition(",")
+    dims = [value(operand).dim() if isinstance(value(operand), Tensor) else -1 for operand in node.args[1:]]
+    more = [n - len(letters.replace("...", "")) for n, letters in zip(dims, (first, second), strict=True)]
+    if "," in second or any(n < 0 or (n and "..." not in x) for n, x in zip(more, (first, second), strict=True)):
+        return None
+    if not said:
+        out = "..." + "".join(sorted(c for c in operands if c not in ",." and operands.count(c) == 1))
+    free = "".join(c for c in string.ascii_letters if c not in node.args[0])[: max(more)]
+    first, second = (x.replace("...", free[len(free) - n :]) for x, n in zip((first, second), more, strict=True))
+    out = out.replace("...", free)
+    x, w = (first, second) if at < weight_at else (second, first)
     return (x, w, out) if x and w and out else None
 
 

@@ -32,8 +32,9 @@ from mst_compile.graph.fx import (
     value,
     walk,
 )
+from mst_compile.graph.order import laid_out
 from mst_compile.graph.served import Operand, Serving, density_of, erase_dead, held_shape
-from mst_compile.lowering.device import BATCH, GROUPED, LOOP
+from mst_compile.lowering.device import BATCH, COPIES, GROUPED, LOOP
 
 
 @dataclass
@@ -192,7 +193,7 @@ def _visit(serving: Serving, context: Context, region: Region, node: fx.Node) ->
         if reason is not None:
             context.unmatched.setdefault(operand.key, []).append(reason)
             return False
-        _replace(context, node, found, operand, serving.index(region, operand.key))
+        _replace(context, node, found, operand, serving.index(region, operand.slot))
         context.matched.setdefault(operand.key, []).append(node.meta.get("stack_trace") or "")
         return True
     return False
@@ -210,6 +211,8 @@ def _why_not(serving: Serving, context: Context, node: fx.Node, found: Match, op
         return f"{describe(node)}: its part of the weight is a shard of {tuple(w.shape)} that nobody gathered"
     if len(found.x_dims) != x.dim() or len(found.out_dims) != out.dim():
         return f"{describe(node)}: dimensions of its input are broadcast"
+    if operand.chosen is not None and found.offsets is not None:
+        return f"{describe(node)}: groups of matrices that a tensor chooses"
     summed = x.shape[found.x_dims.index("k")]
     if not same_size(summed, w.shape[1 if _transposed(found, operand) else 2]):
         return f"{describe(node)}: its input has one feature, broadcast to all of the weight's"
@@ -224,19 +227,27 @@ def _replace(context: Context, node: fx.Node, found: Match, operand: Operand, in
     emit, out, weight = Emitter(node), value(node), context.weights[operand.key]
     matrices, transposed = int(value(operand.base).shape[0]), _transposed(found, operand)
     x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
-    lead, dims, offsets = [], found.x_dims, found.offsets
+    lead, dims, offsets, back = [], found.x_dims, found.offsets, None
     if offsets is None:
-        x, dims = _batch_first(emit, x, dims, matrices)
+        batch = matrices if operand.chosen is None else _size(emit, operand.chosen, 0)
+        x, dims = _batch_first(emit, x, dims, batch)
         lead = [_size(emit, x, dim) for dim in range(len(dims) - 1)]
-        offsets = _even_offsets(emit, x, matrices, lead[1:])
+        if operand.chosen is None:
+            ends = emit(torch.arange, 1, matrices + 1, dtype=torch.int32, device=value(x).device)
+        else:
+            order, back, ends = _sorted_by_matrix(emit, operand.chosen, matrices)
+            x = emit("index_select", x, 0, order)
+        offsets = _times(emit, ends, lead[1:])
         x = emit("reshape", x, -1, value(x).shape[-1])
     given = (operand.base, offsets, index, weight.grid.block, transposed, density_of(weight), context.choose)
     new = emit(torch.ops.mst.grouped_linear.default, x, *given)
-    product = Product(tuple(value(x).shape), out.dtype, transposed, False, matrices, found.dense)
-    context.products.setdefault(operand.key, []).append(product)
+    dense = found.dense if operand.chosen is None else COPIES
+    product = Product(tuple(value(x).shape), out.dtype, transposed, False, matrices, dense)
+    context.products.setdefault(operand.slot, []).append(product)
     if found.offsets is None:
         new = emit("view", new, *lead, value(new).shape[-1])
-        new = _laid_out(emit, new, dims[:-1] + "n", found.out_dims, out)
+        new = new if back is None else emit("index_select", new, 0, back)
+        new = laid_out(emit, new, dims[:-1] + "n", found.out_dims, out)
     if found.plus is not None:
         plus = found.plus if value(found.plus).dtype == out.dtype else emit("to", found.plus, out.dtype)
         new = emit(operator.add, new, plus)
@@ -246,9 +257,20 @@ def _replace(context: Context, node: fx.Node, found: Match, operand: Operand, in
     erase_dead(found.weight)
 
 
-def _batch_first(emit: Emitter, x: fx.Node, dims: str, matrices: int) -> tuple[fx.Node, str]:
+def _sorted_by_matrix(emit: Emitter, chosen: fx.Node, matrices: int) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Of entries that each say which matrix is theirs: the order that sorts them by matrix, the one that brings them
+    back, and where those of each matrix end, int32 ``[matrices]``."""
+    every = emit(torch.arange, matrices, device=value(chosen).device)
+    mine = emit(operator.getitem, every, chosen)  # of numbers from behind too; and others are refused, as they were
+    order = emit("argsort", mine, stable=True)
+    before = emit("sum", emit(operator.le, emit("unsqueeze", mine, 1), every), 0, dtype=torch.int32)
+    return order, emit("argsort", order), before
+
+
+def _batch_first(emit: Emitter, x: fx.Node, dims: str, matrices: Any) -> tuple[fx.Node, str]:
     """``x`` with its batch dimension, which it gets if it has none, in front, and its features last."""
-    if "e" in dims and matrices > 1 and same_size(value(x).shape[dims.index("e")], 1):
+    several = isinstance(matrices, fx.Node) or matrices > 1
+    if "e" in dims and several and same_size(value(x).shape[dims.index("e")], 1):
         x, dims = emit("squeeze", x, dims.index("e")), dims.replace("e", "")
     if "e" not in dims:
         x = emit("expand", emit("unsqueeze", x, 0), matrices, *[-1] * len(dims))
@@ -263,23 +285,9 @@ def _size(emit: Emitter, x: fx.Node, dim: int) -> Any:
     return size if type(size) is int else emit("size", x, dim)
 
 
-def _even_offsets(emit: Emitter, x: fx.Node, matrices: int, tokens: list[Any]) -> fx.Node:
-    """Where the rows of each matrix end if all have the same number of them: the product of ``tokens``."""
-    ends = emit(torch.arange, 1, matrices + 1, dtype=torch.int32, device=value(x).device)
+def _times(emit: Emitter, ends: fx.Node, tokens: list[Any]) -> fx.Node:
+    """Where the rows of each matrix end, given where its entries do, each of as many rows as ``tokens`` come to."""
     known = math.prod(size for size in tokens if type(size) is int)
     for size in (known, *(size for size in tokens if type(size) is not int)):
-        ends = emit(operator.mul, ends, size)
+        ends = ends if type(size) is int and size == 1 else emit(operator.mul, ends, size)
     return ends
-
-
-def _laid_out(emit: Emitter, new: fx.Node, dims: str, out_dims: str, out: Tensor) -> fx.Node:
-    """The result with its dimensions in the program's order, and in memory in the order that they had there, as what
-    follows may rely on it."""
-    strides = out.stride()
-    order = range(out.dim())
-    if all(type(stride) is int for stride in strides):
-        order = sorted(order, key=lambda dim: -strides[dim])  # type: ignore[assignment]
-    stored = "".join(out_dims[dim] for dim in order)
-    if stored != dims:
-        new = emit("contiguous", emit("permute", new, *map(dims.index, stored)))
-    return new if stored == out_dims else emit("permute", new, *map(stored.index, out_dims))

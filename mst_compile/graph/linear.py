@@ -34,13 +34,16 @@ from mst_compile.graph.fx import (
     value,
     walk,
 )
-from mst_compile.graph.served import ROUNDS, Operand, Serving, density_of, erase_dead, held_shape, matrix_of
+from mst_compile.graph.order import laid_out
+from mst_compile.graph.served import ROUNDS, Operand, Serving, density_of, erase_dead, held_shape, matrix_of, part_of
 
 
 @dataclass
 class Match:
     """``y = x @ W + bias``; ``weight`` leads to the parameter, ``rows_are_out`` if it enters as ``[out, in]``, and
     ``on_left`` if it stands in front, ``y = W @ x``, so that tokens are the last dimension and features that before it.
+    ``dims`` are letters of the dimensions of ``x`` and of the result where they stand in another order: ``k`` for the
+    features of the one and ``n`` for those of the other.
     """
 
     x: Any
@@ -48,6 +51,12 @@ class Match:
     rows_are_out: bool
     bias: Any = None
     on_left: bool = False
+    dims: tuple[str, str] | None = None
+
+    @property
+    def features(self) -> int:
+        """The dimension of ``x`` that is summed over."""
+        return self.dims[0].index("k") if self.dims is not None else -2 if self.on_left else -1
 
 
 # ---- forms -----------------------------------------------------------------------------------------------------------
@@ -108,7 +117,7 @@ def _product_from_left(node: fx.Node) -> Match | None:
 
 
 def _einsum(node: fx.Node) -> Match | None:
-    """``...k,nk->...n`` and ``...k,kn->...n``, whatever the letters."""
+    """``...k,nk->...n`` and ``...k,kn->...n``, whatever the letters and the order of the input's and the result's."""
     return _summed(node, 1, 2)
 
 
@@ -123,13 +132,19 @@ def _summed(node: fx.Node, at: int, weight_at: int) -> Match | None:
     if letters is None:
         return None
     x, w, out = letters
-    if len(w) != 2 or x[-1] not in w or len(set(x.replace("...", ""))) != len(x.replace("...", "")):
+    if not (x + w + out).isalpha() or len(w) != 2 or any(len(set(dims)) != len(dims) for dims in (x, w, out)):
         return None
-    reduced = x[-1]
-    feature = w.replace(reduced, "")
-    if len(feature) != 1 or feature in x or out != x[:-1] + feature:
+    summed, outputs = set(w) - set(out), set(w) - set(x)
+    if len(summed) != 1 or len(outputs) != 1 or set(out) != set(x) - summed | outputs:
         return None
-    return Match(node.args[at], node.args[weight_at], w[1] == reduced)
+    (k,), (n,) = summed, outputs
+    tokens = [letter for letter in x if letter != k]
+    names = str.maketrans({k: "k", n: "n", **dict(zip(tokens, "ABCDEFGHIJ", strict=False))})
+    dims = x.translate(names), out.translate(names)
+    usual = x[-1] == k and out == x[:-1] + n
+    if not usual and (len(tokens) > 10 or not isinstance(value(node), torch.Tensor)):
+        return None
+    return Match(node.args[at], node.args[weight_at], w[1] == k, dims=None if usual else dims)
 
 
 FORMS: list[Callable[[fx.Node], Match | None]] = [
@@ -179,7 +194,7 @@ class _Rewrite:
         if reason is not None:
             self._context.unmatched.setdefault(operand.key, []).append(reason)
             return False
-        self._replace(node, found, operand, self._serving.index(region, operand.key), transposed)
+        self._replace(node, found, operand, self._serving.index(region, operand.slot), transposed)
         self._context.matched.setdefault(operand.key, []).append(node.meta.get("stack_trace") or "")
         return True
 
@@ -189,14 +204,14 @@ class _Rewrite:
             return f"{describe(node)}: its tensors are unknown, or within a transform of torch.func"
         if x.is_nested:
             return f"{describe(node)}: its input is a nested tensor"
-        if not same_size(x.shape[-2 if found.on_left else -1], w.shape[-2 if transposed else -1]):
+        if not same_size(x.shape[found.features], operand.size[0 if transposed else 1]):
             return f"{describe(node)}: its input has one feature, broadcast to all of the weight's"
-        stops = self._serving.why_unread(node, operand)
+        stops = self._serving.why_unread(node, operand) or self._serving.why_no_part(node, operand)
         if stops is not None:
             return stops
         spread_over_ranks = is_sharded(out) or is_sharded(w)
-        if spread_over_ranks and (found.on_left or weight.stacked):
-            why = "the weight stands on the left" if found.on_left else "the weight is one of a stack"
+        if spread_over_ranks and (found.on_left or found.dims or weight.stacked):
+            why = "the weight is one of a stack" if weight.stacked else "its features do not come last"
             return f"{describe(node)}: {why}, and is spread over ranks"
         if spread_over_ranks:
             divided = spread.divisions(x, w, _bias(found), out, transposed)
@@ -208,7 +223,7 @@ class _Rewrite:
 
     def _replace(self, node: fx.Node, found: Match, operand: Operand, index: fx.Node, transposed: bool) -> None:
         emit, out, weight = Emitter(node), value(node), self._context.weights[operand.key]
-        base = operand.base
+        base = part_of(emit, operand)
         if operand.matrix is not None:
             base, index = (matrix_of(emit, stack, operand.matrix) for stack in (base, index))
         bias, extra = found.bias, None
@@ -216,6 +231,8 @@ class _Rewrite:
             bias, extra = None, bias  # what is added may be any broadcastable tensor
         x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
         x = emit("transpose", x, -2, -1) if found.on_left else x
+        if found.dims is not None:
+            x = emit("permute", x, *(i for i in range(value(x).dim()) if i != found.features), found.features)
         lead = list(value(x).shape[:-1])
         # Of what has four dimensions or more Inductor takes the second for channels where a convolution is near, and
         # would lay the hidden units of these layers out so: each product would copy them back.
@@ -232,8 +249,10 @@ class _Rewrite:
         new = emit("unflatten", new, 0, lead) if flat else new
         if found.on_left:  # copied, as what follows may rely on the layout that the product has
             new = emit("contiguous", emit("transpose", new, -2, -1))
+        if found.dims is not None:
+            new = laid_out(emit, new, found.dims[0].replace("k", "") + "n", found.dims[1], out)
         product = Product(tuple(here.shape), out.dtype, transposed, bias is not None)
-        self._context.products.setdefault(operand.key, []).append(product)
+        self._context.products.setdefault(operand.slot, []).append(product)
         if extra is not None:
             extra = extra if value(extra).dtype == out.dtype else emit("to", extra, out.dtype)
             new = emit(operator.add, new, extra)

@@ -89,13 +89,20 @@ def _expand(node: fx.Node, given: dict[str, Any]) -> None:
 
 
 def _projections(emit: Emitter, given: dict[str, Any]) -> list[fx.Node]:
-    """Queries, keys and values, ``[length, batch, features]``; one linear layer where all have the same input."""
+    """Queries, keys and values, ``[length, batch, features]``; one linear layer for those that have the same input."""
     inputs = [given["query"], given["key"], given["value"]]
     bias = given["in_proj_bias"]
     if given["use_separate_proj_weight"]:
         weights = [given["q_proj_weight"], given["k_proj_weight"], given["v_proj_weight"]]
     elif inputs[0] is inputs[1] is inputs[2]:
         return _thirds(emit, emit(LINEAR, inputs[0], given["in_proj_weight"], bias), -1)
+    elif inputs[1] is inputs[2]:  # in cross attention
+        size = value(given["in_proj_weight"]).shape[0] // 3
+        biases = [None] * 2 if bias is None else _pieces(emit, bias, [size, 2 * size])
+        weights = _pieces(emit, given["in_proj_weight"], [size, 2 * size])
+        q, both = (emit(LINEAR, x, w, b) for x, w, b in zip(inputs[:2], weights, biases, strict=True))
+        halves = emit("chunk", both, 2, -1)
+        return [q, *(emit(operator.getitem, halves, i) for i in range(2))]
     else:
         weights = _thirds(emit, given["in_proj_weight"], 0)
     biases = [None] * 3 if bias is None else _thirds(emit, bias, 0)
@@ -105,6 +112,11 @@ def _projections(emit: Emitter, given: dict[str, Any]) -> list[fx.Node]:
 def _thirds(emit: Emitter, node: fx.Node, dim: int) -> list[fx.Node]:
     parts = emit("chunk", node, 3, dim)
     return [emit(operator.getitem, parts, i) for i in range(3)]
+
+
+def _pieces(emit: Emitter, node: fx.Node, sizes: list[int]) -> list[fx.Node]:
+    parts = emit("split", node, sizes)
+    return [emit(operator.getitem, parts, i) for i in range(len(sizes))]
 
 
 def _mask(emit: Emitter, given: dict[str, Any]) -> fx.Node | None:

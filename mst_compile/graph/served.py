@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from mst_compile.blocks.layout import Part
+from mst_compile.blocks.shards import is_sharded
 from mst_compile.graph import spread
-from mst_compile.graph.context import Context
+from mst_compile.graph.context import Context, Slot
 from mst_compile.graph.fx import (
     CHECKPOINT,
     EINSUMS,
@@ -42,6 +45,9 @@ from mst_compile.graph.fx import (
     walk,
     written,
 )
+from mst_compile.graph.views import before_choice, before_part, is_view, turned, within
+from mst_compile.state.indexes import index_for
+from mst_compile.state.ranges import Range, is_cut
 from mst_compile.state.weight import SparseWeight
 
 # Products that take a sparse weight as their second argument.
@@ -67,20 +73,38 @@ class Operand:
 
     Attributes:
         key: of the weight in the context.
-        way: the nodes from the parameter, or from what this rank holds of it, to the operand.
+        way: the nodes from the parameter, or from what this rank holds of it, to the operand; of views that lead from
+            one to a part of it the last.
         swapped: whether the last two dimensions have changed places on the way.
         matrix: which one of a stack it is; None if it is the whole weight.
+        chosen: a node that says which matrix of a stack each of several is; None if it is all of them, in their order.
+        part: which part of the weight as stored, or of the matrix, it is; None if it is the whole.
+        view: a node that is this part of the parameter and nothing else, if there is one.
     """
 
     key: int
     way: list[Any]
     swapped: bool
     matrix: int | None
+    part: Part | None = None
+    view: fx.Node | None = None
+    chosen: fx.Node | None = None
 
     @property
     def base(self) -> fx.Node:
         """The parameter, or what this rank holds of it."""
         return self.way[0]  # type: ignore[no-any-return]
+
+    @property
+    def slot(self) -> Slot:
+        """What its index is of."""
+        return Slot(self.key, self.part)
+
+    @property
+    def size(self) -> tuple[Any, Any]:
+        """Rows and columns of the matrix as stored that it is."""
+        rows, cols = value(self.base).shape[-2:] if self.part is None else (self.part.rows, self.part.cols)
+        return rows, cols
 
 
 class Serving:
@@ -101,10 +125,12 @@ class Serving:
         self._writers |= dict.fromkeys(memory - {None}, node)
 
     def operand(self, region: Region, node: Any) -> Operand | None:
-        """The sparse weight that ``node`` is, up to casts, transposes and the choice of one of a stack's matrices."""
-        way, swapped, matrix = _way_from_source(node)
-        key = self._keys.get(region.origin(before_local(way[0]) or way[0]))
-        return None if key is None else Operand(key, way, swapped, matrix)
+        """The sparse weight that ``node`` is, up to casts, transposes, the choice of one of a stack's matrices, and of
+        a part."""
+        found = _Way(node)
+        key = self._keys.get(region.origin(before_local(found.source) or found.source))
+        told = found.matrix, found.part, found.view, found.chosen
+        return None if key is None else Operand(key, found.nodes, found.swapped, *told)
 
     def why_written(self, region: Region, node: fx.Node, found: Operand) -> str | None:
         """Why the weight may have other values here than it had before the graph ran, or None: those are looked at."""
@@ -117,6 +143,20 @@ class Serving:
         """Why the parameter itself cannot be read in place of the operand, or None."""
         stops = next((n for n in found.way if not keeps_gradient(n, found.base, node)), None)
         return None if stops is None else f"{describe(node)}: no gradient passes {describe(stops)}"
+
+    def why_no_part(self, node: fx.Node, found: Operand) -> str | None:
+        """Why a part of the weight, if the operand is one, has no index of its own, or None."""
+        weight = self._context.weights[found.key]
+        if found.part is None:
+            return None
+        if not found.part.rows * found.part.cols:
+            return f"{describe(node)}: part of the weight without elements"
+        if weight.stacked:
+            return f"{describe(node)}: part of a matrix in a stack"
+        here = weight.part is None and tuple(value(found.base).shape) == weight.shape
+        if is_sharded(value(found.base)) or not here:
+            return f"{describe(node)}: part of a weight that is spread over ranks"
+        return None
 
     def why_no_kernel(self, found: Operand, out: Tensor) -> str | None:
         """Why there is no product with the weight whose result is ``out``, or None."""
@@ -133,20 +173,25 @@ class Serving:
         what = f"a stack of matrices on {w.device.type}" if weight.stacked else f"block {weight.grid.block}"
         return reason or f"no kernel for {what}"
 
-    def index(self, region: Region, key: int) -> fx.Node:
-        """The placeholder of a weight's index, as a node of the region; made at the first use."""
+    def index(self, region: Region, slot: Slot) -> fx.Node:
+        """The placeholder of the index of a weight, or of a part, as a node of the region; made at the first use."""
         outermost = region
         while outermost.outer is not None:
             outermost = outermost.outer
         known = self._context.indices
-        if key not in known:
-            example = fake_index(self._context.weights[key], self._mode)
-            node = add_placeholder(outermost.graph, f"mst_index_{key}", example)
+        if slot not in known:
+            weight, part = self._context.weights[slot.key], slot.part
+            example = fake_index(weight, part, self._mode)
+            called = f"mst_index_{slot.key}"
+            if part is not None:
+                called += f"_{part.row}_{part.col}_{part.rows}_{part.cols}"
+                self._context.cut |= {slot.key} if is_cut(part, weight.grid) else set()
+            node = add_placeholder(outermost.graph, called, example)
             # A static address at every call, as for parameters; and AOTAutograd reads the source of each input.
             node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
             node._dynamo_source = None  # type: ignore[attr-defined]
-            known.append(key)
-        return region.receive(placeholders(outermost.graph)[known.index(key) - len(known)])
+            known.append(slot)
+        return region.receive(placeholders(outermost.graph)[known.index(slot) - len(known)])
 
 
 def matrix_of(emit: Emitter, stack: fx.Node, matrix: int) -> fx.Node:
@@ -165,10 +210,44 @@ def density_of(weight: SparseWeight) -> float:
     return max(0.01, round(weight.density_target, 2))
 
 
-def fake_index(weight: SparseWeight, mode: Any) -> Tensor:
-    """The weight's index as Dynamo's graphs see it."""
-    assert weight.index is not None
-    return weight.index if mode is None else mode.from_tensor(weight.index, static_shapes=True)
+def part_of(emit: Emitter, operand: Operand) -> fx.Node:
+    """The part of a parameter that an operand is, as a view of it: the program's own where it has one, whose gradients
+    come as the program's do."""
+    part, whole = operand.part, value(operand.base)
+    if part is None or operand.view is not None:
+        return operand.base if operand.view is None else operand.view
+    rows = emit("narrow", operand.base, 0, part.row, part.rows) if part.rows < whole.shape[0] else operand.base
+    return emit("narrow", rows, 1, part.col, part.cols) if part.cols < whole.shape[1] else rows
+
+
+def fake_index(weight: SparseWeight, part: Part | None, mode: Any) -> Tensor:
+    """The index of a weight, or of a part of it, as Dynamo's graphs see it."""
+    found = weight.index if part is None else range_of(weight, part).index
+    assert found is not None
+    return found if mode is None else mode.from_tensor(found, static_shapes=True)
+
+
+def range_of(weight: SparseWeight, part: Part) -> Range:
+    """A part of a weight that products take, which has an index from now on, where the weight's own is.
+
+    Of a matrix that has an index and is here as a whole; the part has elements.
+    """
+    found = next((one for one in weight.ranges if one.part == part), None)
+    if found is None:
+        assert weight.index is not None
+        with unset_fake_temporarily(), torch.inference_mode(False):  # also while a graph is compiled
+            index = index_for(part.grid(weight.grid.block), weight.index.device)
+            assert index is not None
+            found = Range(part, index)
+            weight.add_range(found)
+    return found
+
+
+def size_of(weight: SparseWeight, part: Part | None) -> tuple[int, int]:
+    """How many elements of a weight, or of a part that products take, are in active blocks, and how many there are."""
+    if part is None:
+        return weight.active, weight.numel
+    return range_of(weight, part).count(weight.mask, weight.grid.block, weight.changes), part.rows * part.cols
 
 
 def erase_dead(node: Any) -> None:
@@ -179,25 +258,58 @@ def erase_dead(node: Any) -> None:
         node = source
 
 
-def _way_from_source(node: Any) -> tuple[list[Any], bool, int | None]:
-    """Follow transposes and casts of a matrix, or of a stack of them, back; returns the nodes from its source on,
-    whether it enters transposed, and which one of a stack it is."""
-    way, swapped, matrix = [node], False, None
-    while True:
-        source = before_swap(way[0])
+class _Way:
+    """Transposes, casts and parts of a matrix, or of a stack of them, followed back from a node.
+
+    Attributes: as those of :class:`Operand`, with ``nodes`` for its ``way``.
+    """
+
+    def __init__(self, node: Any) -> None:
+        self.nodes, self.swapped = [node], False
+        self.matrix: int | None = None
+        self.part: Part | None = None
+        self.view: fx.Node | None = None
+        self.chosen: fx.Node | None = None
+        self._all_before: Part | None = None  # what was cut off behind the views that follow the source
+        while (source := self._before(self.nodes[0])) is not None:
+            self.nodes.insert(0, source)
+        if self.part is not None and (self.part.rows, self.part.cols) == tuple(value(self.source).shape[-2:]):
+            self.part = None
+        if self.part is None or self._all_before is not None:
+            self.view = None
+
+    @property
+    def source(self) -> Any:
+        return self.nodes[0]
+
+    def _before(self, node: Any) -> fx.Node | None:
+        """The node of which ``node`` was made in one of the ways that are followed."""
+        source = before_swap(node)
         if source is not None and value(source).dim() > 3:
-            break
+            return None
         if source is not None:
-            swapped = not swapped
-        else:
-            source = before_cast(way[0])
-        if source is None:
-            source, chosen = before_selection(way[0])
-            if source is None or value(source).dim() != 3:
-                break
-            matrix = chosen
-        way.insert(0, source)
-    return way, swapped, matrix
+            self.swapped, self.view = not self.swapped, None
+            self.part = None if self.part is None else turned(self.part)
+            return source
+        source = before_cast(node)
+        if source is not None:
+            self.view = None
+            return source
+        taken = before_part(node)
+        if taken is not None:
+            if self.view is None:
+                self.view, self._all_before = node, self.part
+            self.part = taken[1] if self.part is None else within(taken[1], self.part)
+            return taken[0]
+        source, matrix = before_selection(node)
+        if source is not None and value(source).dim() == 3:
+            self.matrix, self.view = matrix, None
+            return source
+        source, chosen = before_choice(node)
+        if source is not None and self.chosen is None and self.matrix is None and self.part is None:
+            self.chosen = chosen
+            return source
+        return None
 
 
 # ---- what is left ----------------------------------------------------------------------------------------------------
@@ -224,12 +336,24 @@ def _why_dense(user: fx.Node, stacked: bool) -> str:
 
 
 def _uses(node: fx.Node, stacked: bool) -> Iterator[tuple[fx.Node, fx.Node]]:
-    """Who uses a weight, or one of a stack's matrices, and that: the node and its user."""
+    """Who uses a weight, one of a stack's matrices or a part of it, and that: the node and its user."""
     for user in node.users:
         if stacked and (calls(user, UNBINDS) or before_selection(user)[0] is not None):
             yield from _uses(user, calls(user, UNBINDS))
+        elif parts := [] if stacked else _parts(user):
+            for part in parts:
+                yield from _uses(part, False)
         else:
             yield node, user
+
+
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """The parts of a matrix that ``node`` is or leads to, as by what ``chunk`` returns; none where anything of it is or
+    goes into something else."""
+    if before_part(node) is not None:
+        return [node]
+    leading = [_parts(user) for user in node.users] if is_view(node) else []
+    return [part for parts in leading for part in parts] if all(leading) else []
 
 
 def multiplied_inputs(graph_module: fx.GraphModule) -> set[int]:
@@ -238,7 +362,7 @@ def multiplied_inputs(graph_module: fx.GraphModule) -> set[int]:
     found: set[int] = set()
     for region, node in walk(graph_module):
         for operand in node.all_input_nodes if calls(node, _PRODUCTS) else ():
-            at = inputs.get(region.origin(_way_from_source(operand)[0][0]))
+            at = inputs.get(region.origin(_Way(operand).source))
             tensor = None if at is None else value(operand)
             if isinstance(tensor, Tensor) and tensor.dim() > 1:
                 found.add(at)  # type: ignore[arg-type]

@@ -31,9 +31,13 @@ def _name_of_index(index: Tensor) -> str | None:
 
 
 def _indices(weight: SparseWeight) -> Iterator[tuple[Tensor, str]]:
-    """The index of a weight, and of each of a stack's matrices, with their names."""
+    """The index of a weight, of each of a stack's matrices, and parts that is multiplied alone, with names."""
     assert weight.index is not None
     yield weight.index, weight.name
+    for one in weight.ranges:
+        part = one.part
+        cols = f", {part.col}:{part.col + part.cols}" if part.cols < weight.grid.cols else ""
+        yield one.index, f"{weight.name}[{part.row}:{part.row + part.rows}{cols}]"
     if weight.stacked:
         yield from zip(weight.index, weight.matrices, strict=False)  # of experts on other ranks none is here
 

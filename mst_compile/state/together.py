@@ -16,7 +16,7 @@ def write_taken(weights: Iterable[SparseWeight]) -> None:
     late = [weight for weight in weights if weight.unwritten]
     if late:
         epoch.value += 1
-    write_indexes([content for weight in late if (content := weight.content) is not None])
+    write_indexes([content for weight in late for content in weight.contents(weight.mask)])
     for weight in late:
         weight.unwritten = False
 
@@ -24,6 +24,6 @@ def write_taken(weights: Iterable[SparseWeight]) -> None:
 def want_dense_gradients(weights: Iterable[SparseWeight], wanted: bool) -> None:
     """Ask kernels for gradients on all blocks, which growth reads, or on the active ones alone."""
     changing = [weight for weight in weights if weight.dense_grad != wanted]
-    write_dense_grad([weight.index for weight in changing if weight.index is not None], wanted)
+    write_dense_grad([index for weight in changing for index in weight.indexes], wanted)
     for weight in changing:
         weight.dense_grad = wanted

@@ -29,6 +29,7 @@ from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
 from mst_compile.state.attention import AttentionState
 from mst_compile.state.indexes import epoch, has_index, index_for
+from mst_compile.state.ranges import Range
 from mst_compile.state.selection import Candidate
 from mst_compile.state.uses import Baseline, Uses
 from mst_compile.state.young import Young
@@ -50,6 +51,7 @@ class SparseWeight:
         index: the packed index on the weight's device, of ``part`` where there is one; of a stack one for each matrix;
             ``None`` where no kernel could ever ask for it.
         part: what products multiply on this rank of a tensor-parallel weight; None if that is the whole.
+        ranges: parts of it that programs multiply alone, with indexes of their own.
         visits: to how many matrices of a stack a token goes, as to the experts that a router chooses; 1 if that is not
             known, and of a weight that is no stack.
         note: why the block differs from the one asked for, or why the weight stays dense.
@@ -96,6 +98,7 @@ class SparseWeight:
     note: str = ""
     visits: int = 1
     part: Part | None = None
+    ranges: tuple[Range, ...] = ()
     active: int = 0
     changes: int = 0
     dense_grad: bool = False
@@ -224,25 +227,32 @@ class SparseWeight:
     def _write_index(self) -> None:
         self.unwritten = True
         epoch.value += 1
-        content = self.content
-        if content is not None:
-            index, grid, mask, dense_grad, changes = content
+        for index, grid, mask, dense_grad, changes in self.contents(self.mask):
             write_index(index, grid, mask, dense_grad=dense_grad, changes=changes)
         self.unwritten = False
 
-    @property
-    def content(self) -> Content | None:
-        """What the index has to hold, if there is one."""
+    def contents(self, mask: Tensor) -> list[Content]:
+        """What the index, if there is one, and those of ranges have to hold under a mask."""
         if self.index is None:
-            return None
-        mask = self.mask if self.part is None else reaching(self.mask, self.part, self.grid.block)
-        return Content(self.index, self._indexed, mask, self.dense_grad, self.changes)
+            return []
+        held = mask if self.part is None else reaching(mask, self.part, self.grid.block)
+        own = Content(self.index, self._indexed, held, self.dense_grad, self.changes)
+        return [own, *(one.content(mask, self.grid.block, self.dense_grad, self.changes) for one in self.ranges)]
+
+    @property
+    def indexes(self) -> list[Tensor]:
+        """The index, if there is one, and those of ranges."""
+        return [] if self.index is None else [self.index, *(r.index for r in self.ranges)]
+
+    def add_range(self, new: Range) -> None:
+        """Keep the index of a part too."""
+        self.ranges = (*self.ranges, new)
+        self._write_index()
 
     def set_dense_grad(self, wanted: bool) -> None:
         """Ask kernels for the gradient on all blocks (growth reads it), or on the active ones alone."""
         if wanted != self.dense_grad:
-            if self.index is not None:
-                write_dense_grad([self.index], wanted)
+            write_dense_grad(self.indexes, wanted)
             self.dense_grad = wanted
 
     def outside(self, device: torch.device) -> Tensor:
@@ -277,7 +287,7 @@ class SparseWeight:
         part = part_multiplied(parameter)
         if part != self.part:
             self._lay_out(part)
-            self.index, self.clean_here = None, None
+            self.index, self.clean_here, self.ranges = None, None, ()
             epoch.value += 1
         self.to_device(parameter.device)
 
@@ -290,6 +300,7 @@ class SparseWeight:
                     self._write_index()
         elif self.index.device != device:
             self.index = self.index.to(device) if has_index(self._indexed, device) else None
+            self.ranges = ()  # made anew where they are asked for
             epoch.value += 1
 
     # -- zeros: what is known of them --
@@ -442,7 +453,7 @@ class SparseWeight:
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
         nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "computed", "adding", "home", "driver"))
-        return self.__dict__ | nothing | {"clean": UNKNOWN, "version": UNKNOWN, "adopted": False}
+        return self.__dict__ | nothing | {"clean": UNKNOWN, "version": UNKNOWN, "adopted": False, "ranges": ()}
 
 
 def mask_gradients(gradients: Iterable[tuple[SparseWeight, Tensor]]) -> None:

@@ -52,6 +52,9 @@ def by_transformers(x: Tensor, w: Tensor) -> Tensor:
     return torch.ops.transformers.grouped_mm_fallback(x, w, offs=offsets())  # type: ignore[no-any-return]
 
 
+CHOSEN = torch.tensor([2, 0, -1, 1, 2])  # matrices, one of them from behind
+
+
 # Name -> rule, whether outputs are the stack's rows, shape of the input, how many products there are.
 FORMS: dict[str, tuple[Rule, bool, tuple[int, ...], int]] = {
     "grouped_mm": (lambda w, x: grouped(x, w), False, (ROWS, IN), 1),
@@ -83,6 +86,15 @@ FORMS: dict[str, tuple[Rule, bool, tuple[int, ...], int]] = {
     "chosen of transposes": (lambda w, x: F.linear(x, w.mT[1]), False, (5, IN), 1),
     "one after the other": (lambda w, x: sum(x @ one for one in w), False, (5, IN), E),  # type: ignore[arg-type, return-value]
     "unbound": (lambda w, x: torch.cat([F.linear(x, one) for one in w.unbind()]), True, (5, IN), E),
+    "chosen for every token": (lambda w, x: torch.bmm(x[:, None], w[CHOSEN]).squeeze(1), False, (5, IN), 1),
+    "chosen for every token, from the left": (
+        lambda w, x: torch.bmm(w[CHOSEN], x[..., None]).squeeze(-1), True, (5, IN), 1),
+    "chosen for every token, einsum": (
+        lambda w, x: torch.einsum("bi,bio->bo", x, w.index_select(0, CHOSEN % E)), False, (5, IN), 1),
+    "chosen for some tokens each": (lambda w, x: torch.einsum("tbi,boi->tob", x, w[CHOSEN]), True, (3, 5, IN), 1),
+    "chosen for all tokens": (lambda w, x: (x @ w[torch.tensor([2])]).squeeze(0), False, (5, IN), 1),
+    "chosen twice, cast": (
+        lambda w, x: (x[:, None].bfloat16() @ w.mT[CHOSEN].bfloat16()).type_as(x) @ w.mT[CHOSEN].mT, True, (5, IN), 2),
     "of two kinds": (lambda w, x: torch.bmm(x, w).sum(0) + x[0] @ w[3], False, (E, 5, IN), 2),
     "checkpointed": (
         lambda w, x: checkpoint(lambda y: torch.bmm(y, w) + y[0] @ w[1], x, use_reentrant=False),
@@ -104,7 +116,10 @@ def test_a_form_becomes_sparse(form: str) -> None:
     assert "dense" not in statuses(model)["w"]
 
 
-@pytest.mark.parametrize("form", ["transformers", "grouped_mm, transposed", "einsum, viewed", "one after the other"])
+@pytest.mark.parametrize(
+    "form",
+    ["transformers", "grouped_mm, transposed", "einsum, viewed", "one after the other", "chosen for every token"],
+)
 def test_a_form_under_inductor(form: str) -> None:
     rule, rows_are_out, shape, _ = FORMS[form]
     model = check_model(
@@ -134,10 +149,8 @@ def test_under_autocast(form: str) -> None:
 
 # What stays dense -> part of the reason.
 DENSE: dict[str, tuple[Rule, tuple[int, ...], str]] = {
-    "gathered for every token": (
-        lambda w, x: torch.bmm(x[:, None], w[torch.tensor([0, 2, 1, 1, 3])]), (5, IN), "copies matrices of a stack"),
-    "chosen by a tensor": (
-        lambda w, x: (x @ w[torch.tensor([2])]).squeeze(0), (5, IN), "copies matrices of a stack"),
+    "chosen by a table": (
+        lambda w, x: torch.einsum("bi,bcio->bo", x, w[CHOSEN[:, None]]), (5, IN), "copies matrices of a stack"),
     "summed over the stack": (lambda w, x: torch.einsum("etk,ekn->tn", x, w), (E, 5, IN), "used by einsum"),
     "in two dimensions": (lambda w, x: x @ w.view(E * IN, OUT), (5, E * IN), "used by view"),
     "one feature": (lambda w, x: torch.einsum("etk,ekn->etn", x, w), (E, 5, 1), "broadcast"),

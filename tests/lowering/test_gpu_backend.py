@@ -80,6 +80,32 @@ def test_a_model_through_the_backend(interpreter: Interpreter) -> None:
                 torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
 
 
+class Gated(nn.Module):
+    """Two products with halves of the rows of one weight, and one with some columns of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.down = nn.Linear(256, 2 * 320, bias=False), nn.Linear(448, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, gate = self.both.weight.chunk(2)
+        hidden = nn.functional.linear(x, up) * torch.sigmoid(nn.functional.linear(x, gate))
+        return nn.functional.linear(hidden, self.down.weight[:, 64:384], self.down.bias)
+
+
+def test_parts_of_weights_through_the_backend(interpreter: Interpreter) -> None:
+    """Templates read them where they lie: nothing of a weight is copied."""
+    model = mst_compile.sparsify(Gated(), static(0.7), block=32, rescale=False)
+    made = through_backend(model, torch.randn(3, 41, 256))
+    assert [k.kind for k in kernels_of(made.forward.source)] == ["template"] * 3
+    code = [line for graph in made.graphs.values() for line in graph.source.splitlines() if not line.startswith("#")]
+    assert not [line for line in code if "extern_kernels." in line or "ops.mst" in line]
+    for graph in made.graphs.values():
+        for actual, expected in zip(interpreter.run(graph), graph.outputs, strict=True):
+            if isinstance(expected, Tensor):
+                torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+
+
 # -- fallbacks ---------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +60,27 @@ def test_experts_through_the_backend(interpreter: Interpreter) -> None:
     assert sum("arg_W" in kernel.source for kernel in backward) == 2
     if torch.__version__ >= "2.13":
         assert any("silu" in kernel.name for kernel in forward), "the activation is in the kernel's store"
+    for graph in made.graphs.values():
+        assert "ops.mst" not in code(graph.source)
+        for actual, expected in zip(interpreter.run(graph), graph.outputs, strict=True):
+            if isinstance(expected, Tensor):
+                torch.testing.assert_close(actual, expected, rtol=2e-4, atol=2e-4)
+
+
+class Copied(Experts):
+    """As transformers' ``batched_mm`` has it: a copy of the matrix for every token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        share, chosen = self.router(x).softmax(-1).max(-1)
+        hidden = F.silu(torch.bmm(self.up[chosen], x[..., None]))
+        return x + torch.bmm(self.down[chosen], hidden).squeeze(-1) * share[:, None]
+
+
+def test_copies_for_every_token_become_the_same_kernels(interpreter: Interpreter) -> None:
+    model = mst_compile.sparsify(Copied(), static(0.5), block=32, include=["up", "down"], rescale=False)
+    made = through_backend(model, torch.randn(50, WIDTH, requires_grad=True))
+    forward = [k for k in kernels_of(made.forward.source) if k.kind == "template" and "arg_OFFSETS" in k.source]
+    assert len(forward) == 2
     for graph in made.graphs.values():
         assert "ops.mst" not in code(graph.source)
         for actual, expected in zip(interpreter.run(graph), graph.outputs, strict=True):
@@ -124,6 +147,14 @@ def test_stacks_have_a_crossover_of_their_own() -> None:
 def test_few_rows_are_dense_at_any_density() -> None:
     (times,) = device.of("cuda").times([layer(8 * 4)], False)
     assert all(t.crossover == 0 and t.saved(0.01) < 0 for t in times.values())
+
+
+@pytest.mark.usefixtures("gpu")
+def test_beside_copies_few_rows_are_sparse() -> None:
+    """Whoever copies a matrix for every token reads and writes more than any product computes."""
+    few = dataclasses.replace(layer(8 * 4), dense=device.COPIES)
+    (times,) = device.of("cuda").times([few], False)
+    assert all(t.crossover == math.inf and t.saved(1.0) > 0 for t in times.values())
 
 
 @pytest.mark.usefixtures("gpu")

@@ -36,7 +36,7 @@ def test_groups_are_timed_together_at_their_mean_size(monkeypatch: pytest.Monkey
     assert one["grad-weight"] == Times(9.0, 1.0, 4.0, 5.0)
 
 
-@pytest.mark.parametrize("dense", [device.GROUPED, device.LOOP, device.BATCH])
+@pytest.mark.parametrize("dense", [device.GROUPED, device.LOOP, device.BATCH, device.COPIES])
 @pytest.mark.parametrize("kind", [ROWS, COLS, cpu_times.GRAD_WEIGHT])
 @pytest.mark.parametrize(("dtype", "weight_dtype"), [(F32, F32), (BF16, BF16), (BF16, F32)])
 def test_groups_are_measured(kind: str, dense: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
@@ -47,6 +47,15 @@ def test_groups_are_measured(kind: str, dense: str, dtype: torch.dtype, weight_d
     assert len(sides) == 3
     found = cpu_group_times.measure(asked)
     assert all(0 < seconds < 0.1 for seconds in found[:3])
+
+
+def test_copies_are_timed_with_one_token_for_each_matrix() -> None:
+    x, stack = torch.randn(12, 16), torch.randn(3, 16, 8)
+    found = cpu_group_times._dense_products(device.COPIES, x, stack, torch.empty(12, 8))()
+    torch.testing.assert_close(found, x[:3, None] @ stack)
+    a, b, out = torch.randn(12, 16), torch.randn(12, 8), torch.empty(3, 16, 8)
+    found = cpu_group_times._dense_gradients(device.COPIES, a, b, 3, out)()
+    torch.testing.assert_close(found, a[:3, :, None] @ b[:3, None])
 
 
 def test_a_few_groups_stand_for_many() -> None:
