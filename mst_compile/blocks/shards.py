@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from mst_compile.blocks.layout import Part, as_matrix, part_of
 from mst_compile.blocks.memory import address_of, is_plain
@@ -41,6 +41,7 @@ FOR_DATA = (
     "the mesh, or on two others of which the second has size 1, if every rank shall keep its whole part as under "
     "DistributedDataParallel"
 )
+_TO_LOCAL = "_ToTorchTensorBackward"  # the node of what DTensor.to_local() returns
 _LOCALISED = "_st_info"  # on what torch.distributed.tensor.parallel.ddp makes of DTensors
 
 
@@ -148,6 +149,28 @@ def sum_over_shards(part: Tensor, tensor: Tensor) -> Tensor:
             part = part.to(mesh.device_type)  # parts that are offloaded to the host are summed where the group can
             dist.all_reduce(part, group=mesh.get_group(dim))
     return part
+
+
+def note_local(parameter: Tensor) -> None:
+    """Let :func:`behind` know what a DTensor holds here: without gradients ``to_local()`` returns that itself."""
+    if is_sharded(parameter):
+        parameter._local_tensor._mst_part_of = TensorWeakRef(parameter)  # type: ignore[attr-defined]
+
+
+def behind(local: object) -> object:
+    """The DTensor of which ``local`` is what ``to_local()`` has returned; anything else is its own.
+
+    A program may call it before it hands weights to a compiled function, as expert parallelism does. With gradients a
+    view comes of it, whose node leads to the Parameter.
+    """
+    if not _AVAILABLE or type(local) is not Tensor:
+        return local
+    node = local.grad_fn
+    if node is not None:
+        return getattr(node.next_functions[0][0], "variable", local) if node.name() == _TO_LOCAL else local
+    held = getattr(local if local._base is None else local._base, "_mst_part_of", None)
+    parameter = None if held is None else held()
+    return local if parameter is None else parameter
 
 
 @torch.no_grad()

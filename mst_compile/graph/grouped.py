@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from mst_compile.blocks.shards import is_sharded
+from mst_compile.graph import spread
 from mst_compile.graph.context import Context, Product
 from mst_compile.graph.fx import (
     PRODUCTS,
@@ -204,16 +205,24 @@ def _why_not(serving: Serving, context: Context, node: fx.Node, found: Match, op
         return f"{describe(node)}: its tensors are unknown, or within a transform of torch.func"
     if x.is_nested:
         return f"{describe(node)}: its input is a nested tensor"
-    if is_sharded(out) or is_sharded(w) or is_sharded(x):
-        return f"{describe(node)}: a stack of matrices that is spread over ranks"
-    if tuple(w.shape) != held_shape(context.weights[operand.key]):
-        return f"{describe(node)}: its part of the weight is a shard of {tuple(w.shape)} that nobody gathered"
     if len(found.x_dims) != x.dim() or len(found.out_dims) != out.dim():
         return f"{describe(node)}: dimensions of its input are broadcast"
+    if is_sharded(out) or is_sharded(w) or is_sharded(x):
+        laid_out = _layouts(node, found, operand)
+        if isinstance(laid_out, str):
+            return f"{describe(node)}: {laid_out}"
+    elif tuple(w.shape) != held_shape(context.weights[operand.key]):
+        return f"{describe(node)}: its part of the weight is a shard of {tuple(w.shape)} that nobody gathered"
     summed = x.shape[found.x_dims.index("k")]
     if not same_size(summed, w.shape[1 if _transposed(found, operand) else 2]):
         return f"{describe(node)}: its input has one feature, broadcast to all of the weight's"
     return serving.why_unread(node, operand) or serving.why_no_kernel(operand, out)
+
+
+def _layouts(node: fx.Node, found: Match, operand: Operand) -> spread.Layouts | str:
+    """What ranks multiply of DTensors, or why they cannot."""
+    given = value(found.x), value(operand.base), value(found.offsets), value(node)
+    return spread.stack_layouts(*given, found.x_dims, found.out_dims)
 
 
 def _transposed(found: Match, operand: Operand) -> bool:
@@ -222,21 +231,30 @@ def _transposed(found: Match, operand: Operand) -> bool:
 
 def _replace(context: Context, node: fx.Node, found: Match, operand: Operand, index: fx.Node) -> None:
     emit, out, weight = Emitter(node), value(node), context.weights[operand.key]
-    matrices, transposed = int(value(operand.base).shape[0]), _transposed(found, operand)
-    x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
-    lead, dims, offsets = [], found.x_dims, found.offsets
+    transposed, base, offsets = _transposed(found, operand), operand.base, found.offsets
+    x = given_x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
+    laid_out = _layouts(node, found, operand) if is_sharded(out) else None
+    if isinstance(laid_out, spread.Layouts):
+        x = emit(spread.local, x, laid_out.x, laid_out.grad_x)
+        base = emit(spread.local, base, laid_out.weight, laid_out.grad_weight)
+        offsets = offsets and emit(spread.local, offsets, laid_out.x, laid_out.x)
+    matrices = int(value(base).shape[0])
+    lead, dims = [], found.x_dims
     if offsets is None:
         x, dims = _batch_first(emit, x, dims, matrices)
         lead = [_size(emit, x, dim) for dim in range(len(dims) - 1)]
         offsets = _even_offsets(emit, x, matrices, lead[1:])
         x = emit("reshape", x, -1, value(x).shape[-1])
-    given = (operand.base, offsets, index, weight.grid.block, transposed, density_of(weight), context.choose)
+    given = (base, offsets, index, weight.grid.block, transposed, density_of(weight), context.choose)
     new = emit(torch.ops.mst.grouped_linear.default, x, *given)
     product = Product(tuple(value(x).shape), out.dtype, transposed, False, matrices, found.dense)
     context.products.setdefault(operand.key, []).append(product)
     if found.offsets is None:
         new = emit("view", new, *lead, value(new).shape[-1])
         new = _laid_out(emit, new, dims[:-1] + "n", found.out_dims, out)
+    if isinstance(laid_out, spread.Layouts):
+        told = found.x_dims, found.out_dims, _stored(found.out_dims, out), 2 if transposed else 1
+        new = emit(spread.joined, new, given_x, operand.base, laid_out.out, *told)
     if found.plus is not None:
         plus = found.plus if value(found.plus).dtype == out.dtype else emit("to", found.plus, out.dtype)
         new = emit(operator.add, new, plus)
@@ -275,11 +293,16 @@ def _even_offsets(emit: Emitter, x: fx.Node, matrices: int, tokens: list[Any]) -
 def _laid_out(emit: Emitter, new: fx.Node, dims: str, out_dims: str, out: Tensor) -> fx.Node:
     """The result with its dimensions in the program's order, and in memory in the order that they had there, as what
     follows may rely on it."""
+    stored = _stored(out_dims, out)
+    if stored != dims:
+        new = emit("contiguous", emit("permute", new, *map(dims.index, stored)))
+    return new if stored == out_dims else emit("permute", new, *map(stored.index, out_dims))
+
+
+def _stored(out_dims: str, out: Tensor) -> str:
+    """The letters of the result's dimensions in the order in which they lie in memory."""
     strides = out.stride()
     order = range(out.dim())
     if all(type(stride) is int for stride in strides):
         order = sorted(order, key=lambda dim: -strides[dim])  # type: ignore[assignment]
-    stored = "".join(out_dims[dim] for dim in order)
-    if stored != dims:
-        new = emit("contiguous", emit("permute", new, *map(dims.index, stored)))
-    return new if stored == out_dims else emit("permute", new, *map(stored.index, out_dims))
+    return "".join(out_dims[dim] for dim in order)

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from mst_compile.blocks.memory import is_plain
-from mst_compile.blocks.shards import check_placement, gathered, holder_of, stored
+from mst_compile.blocks.shards import check_placement, gathered, holder_of, note_local, stored
 
 from .indexes import epoch
 from .uses import warn_orphaned
@@ -57,6 +57,7 @@ def bind(parameter: Tensor, weight: SparseWeight) -> bool:
         _hooks[parameter] = parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
         parameter.requires_grad_(not frozen)
         changed = True
+    note_local(parameter)
     weight.home = TensorWeakRef(parameter)
     return changed
 
