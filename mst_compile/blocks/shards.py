@@ -62,6 +62,8 @@ class Holder(Protocol):
 
 # Sharded and unsharded Parameters -> a weak reference to what holds both. Weak, because that keeps the key alive.
 _holders: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# What a rank holds of a DTensor -> a weak reference to that. No attribute: those are copied and saved with tensors.
+_held: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def remember(parameter: Tensor, holder: Holder) -> None:
@@ -154,7 +156,7 @@ def sum_over_shards(part: Tensor, tensor: Tensor) -> Tensor:
 def note_local(parameter: Tensor) -> None:
     """Let :func:`behind` know what a DTensor holds here: without gradients ``to_local()`` returns that itself."""
     if is_sharded(parameter):
-        parameter._local_tensor._mst_part_of = TensorWeakRef(parameter)  # type: ignore[attr-defined]
+        _held[parameter._local_tensor] = TensorWeakRef(parameter)  # type: ignore[attr-defined]
 
 
 def behind(local: object) -> object:
@@ -168,7 +170,7 @@ def behind(local: object) -> object:
     node = local.grad_fn
     if node is not None:
         return getattr(node.next_functions[0][0], "variable", local) if node.name() == _TO_LOCAL else local
-    held = getattr(local if local._base is None else local._base, "_mst_part_of", None)
+    held = _held.get(local if local._base is None else local._base)
     parameter = None if held is None else held()
     return local if parameter is None else parameter
 
