@@ -375,7 +375,7 @@ def _harvest(own: list[tuple[SparseWeight, nn.Parameter, Tensor | None]], scale:
     """
     found: list[tuple[SparseWeight, Tensor, Tensor | None]] = []
     for weight, parameter, base in own:
-        if weight.dense_grad and parameter.grad is not None and not weight.is_masked(parameter.grad):
+        if weight.dense_grad and parameter.grad is not None and not weight.was_masked(parameter.grad):
             lay_out_gradient(parameter)
             found.append((weight, parameter.grad, base))
     means = block_means([(gradient, weight.grid) for weight, gradient, _ in found])
