@@ -275,6 +275,8 @@ class Simulation:
         if fact.block < 4:
             means = torch.full_like(means, float(means[grown].mean()))
         state, where, group = part.optimizer.state.get(p, {}), fact.expand(grown), part.group_of(p)
+        if isinstance(part.optimizer, optim.Adagrad) and "sum" in state:
+            state["sum"].masked_fill_(where, group["initial_accumulator_value"])
         for key in SECOND_MOMENTS:
             if key in state:
                 share = 1 - float(group["betas"][1]) ** (float(state["step"]) + 1) if "betas" in group else 1.0

@@ -291,6 +291,25 @@ def any_outside(tensor: Tensor, grid: BlockGrid, mask: Tensor) -> bool:
 
 
 @torch.no_grad()
+def share_outside_here(tensor: Tensor, grid: BlockGrid, mask: Tensor, looked: slice = slice(None)) -> float:
+    """How much of what this rank holds of a tensor, by squares, is outside the blocks of its mask (bool ``[R, C]`` on
+    the CPU): from 0 to 1, 0 where it holds zeros there. No other rank takes part.
+
+    Args:
+        looked: which rows of what it holds are looked at.
+    """
+    local, part = local_part(tensor)
+    first, end, _ = looked.indices(part.rows)
+    part, local = Part(part.row + first, part.col, end - first, part.cols), local[first:end]
+    outside = total = 0.0
+    for r, c, of_blocks, size in _pieces(part, grid.block):
+        squares = local[r, c].unflatten(1, (-1, size[1])).unflatten(0, (-1, size[0])).float().square().sum((1, 3)).cpu()
+        outside += float(squares.masked_fill(mask[of_blocks], 0).sum())
+        total += float(squares.sum())
+    return outside / total if outside else 0.0
+
+
+@torch.no_grad()
 def _measured(whole: Sequence[tuple[Tensor, BlockGrid]], kind: Kind) -> list[Tensor]:
     """A number for each block of tensors of which none is spread over ranks: float32 ``[R, C]`` each, on the CPU.
 

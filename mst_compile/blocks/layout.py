@@ -69,7 +69,7 @@ def part_of(
         matrix is none.
     """
     if len(shape) == 3:
-        if any(not placement.is_shard(0) for placement in placements if not _is_whole(placement)):
+        if any(getattr(placement, "dim", None) != 0 for placement in placements if not _is_whole(placement)):
             return None
         part = part_of((shape[0], shape[1] * shape[2]), placements, sizes, coordinate)
         return part and Part(part.row * shape[1], 0, part.rows * shape[1], shape[2])

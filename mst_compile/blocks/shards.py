@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
 from mst_compile.blocks.by_tensor import ByTensor
 from mst_compile.blocks.layout import Part, as_matrix, part_of
@@ -41,6 +42,7 @@ FOR_DATA = (
     "the mesh, or on two others of which the second has size 1, if every rank shall keep its whole part as under "
     "DistributedDataParallel"
 )
+_TO_LOCAL = "_ToTorchTensorBackward"  # the node of what DTensor.to_local() returns
 _LOCALISED = "_st_info"  # on what torch.distributed.tensor.parallel.ddp makes of DTensors
 
 
@@ -61,6 +63,8 @@ class Holder(Protocol):
 
 # Sharded and unsharded Parameters -> a weak reference to what holds both. Weak, because that keeps the key alive.
 _holders = ByTensor()
+# What a rank holds of a DTensor -> a weak reference to that. No attribute: those are copied and saved with tensors.
+_held = ByTensor()
 
 
 def remember(parameter: Tensor, holder: Holder) -> None:
@@ -148,6 +152,34 @@ def sum_over_shards(part: Tensor, tensor: Tensor) -> Tensor:
             part = part.to(mesh.device_type)  # parts that are offloaded to the host are summed where the group can
             dist.all_reduce(part, group=mesh.get_group(dim))
     return part
+
+
+def note_local(parameter: Tensor) -> None:
+    """Let :func:`behind` know what a DTensor holds here: without gradients ``to_local()`` returns that itself."""
+    if is_sharded(parameter):
+        _held[parameter._local_tensor] = TensorWeakRef(parameter)  # type: ignore[attr-defined]
+
+
+def forget_local(parameter: Tensor) -> None:
+    """Nothing refers to the DTensor by what it holds here any more."""
+    if is_sharded(parameter):
+        _held.pop(parameter._local_tensor, None)  # type: ignore[attr-defined]
+
+
+def behind(local: object) -> object:
+    """The DTensor of which ``local`` is what ``to_local()`` has returned; anything else is its own.
+
+    A program may call it before it hands weights to a compiled function, as expert parallelism does. With gradients a
+    view comes of it, whose node leads to the Parameter.
+    """
+    if not _AVAILABLE or type(local) is not Tensor:
+        return local
+    node = local.grad_fn
+    if node is not None:
+        return getattr(node.next_functions[0][0], "variable", local) if node.name() == _TO_LOCAL else local
+    held = _held.get(local if local._base is None else local._base)
+    parameter = None if held is None else held()
+    return local if parameter is None else parameter
 
 
 @torch.no_grad()

@@ -103,6 +103,7 @@ def _row(part: Part, name: str, weight: SparseWeight, parameter: nn.Parameter) -
     shape = weight.shape
     if weight.stacked:
         status += f"; FLOPs of a token in {weight.visits} of its {grid.matrices} matrices"
+        status += f"; this rank multiplies {weight.signature[3]} of them" if weight.part is not None else ""
     nonzero = _nonzero(parameter)
     return Row(name, shape, grid.block, weight.density, nonzero, target, kernel, status, *flops, exception)
 

@@ -15,6 +15,7 @@ from torch._dynamo.callback import CallbackTrigger, callback_handler
 from torch._dynamo.convert_frame import compile_lock
 from torch._subclasses.fake_tensor import FakeTensor
 
+from mst_compile.blocks.shards import behind
 from mst_compile.graph import passes
 from mst_compile.graph.attention.constant import Constant
 from mst_compile.graph.context import Context, Product, Site
@@ -56,13 +57,13 @@ class Variant:
 
 def given_inputs(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
     """What the graph's inputs were when Dynamo traced it: under DDP's graph splitting the examples are fake, and only
-    the graph's arguments still know the Parameters."""
+    the graph's arguments still know the Parameters. Of what a rank holds of a DTensor, the DTensor."""
     given = []
     for node, example in zip(placeholders(graph_module.graph), example_inputs, strict=False):
         argument = node.meta.get("grapharg")
         with contextlib.suppress(Exception):
             example = argument.example if argument is not None else example
-        given.append(example)
+        given.append(behind(example))
     return given
 
 

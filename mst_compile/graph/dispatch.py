@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import BackwardCFunction
 
 from mst_compile.blocks.grid import BlockGrid
+from mst_compile.blocks.shards import behind
 from mst_compile.errors import TopologyChangedError
 from mst_compile.graph.compiler import CompileFn, Compiler, Kind, Variant
 from mst_compile.graph.context import Product, Slot
@@ -75,6 +76,9 @@ class Dispatch:
     ) -> None:
         self._found = found
         self._first = next(iter(found))
+        given = example_inputs if first_call is None else first_call
+        # What comes in is a part that a rank holds of a DTensor, which knows its weight.
+        self._local = [i for i in found if behind(given[i]) is not given[i]]
         self._attention = found[self._first].attention
         self._given_threshold = dense_threshold
         self._device = device.of(example_inputs[self._first].device.type)
@@ -88,16 +92,17 @@ class Dispatch:
         self._calls_to_look = _FIRST_CALLS
         self._places: dict[type, dict[int, int]] = {}  # class of the graph's node -> of inputs, see _places_of
         self._times_of: dict[tuple[Any, ...], tuple[SlotTimes, float]] = {}  # sizes -> times, threshold
-        given = example_inputs if first_call is None else first_call
-        indices = self._indices(given)
-        self._make((indices is not None, self._patterned(given)), [*given, *(indices or [])])
+        own = self._own(given)
+        indices = self._indices(given, own)
+        self._make((indices is not None, self._patterned(own)), [*given, *(indices or [])])
 
     def __call__(self, *args: Any) -> Any:
-        first = getattr(args[self._first], "_mst_weight", None)
+        own = self._own(args)
+        first = getattr(own[self._first], "_mst_weight", None)
         if first is not None and first.baseline is not None:
             return self._run_baseline(first.baseline, args)
-        indices = self._indices(args)
-        kind = indices is not None, self._patterned(args)
+        indices = self._indices(args, own)
+        kind = indices is not None, self._patterned(own)
         inputs = args if indices is None else (*args, *indices)
         variant = self._variants.get(kind) or self._make(kind, inputs)
         if variant.constants and not all(constant.holds(args[constant.position]) for constant in variant.constants):
@@ -105,9 +110,18 @@ class Dispatch:
             variant = self._variants.get(kind) or self._make(kind, inputs)
         out = variant.run(*inputs)
         if torch.is_grad_enabled():
-            self._guard_backward(args, out, sparse=kind[0])
-            self._note_queries(args, variant)
+            self._guard_backward(own, out, sparse=kind[0])
+            self._note_queries(args, own, variant)
         return out
+
+    def _own(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The inputs with Parameters in the place of what this rank holds of them."""
+        if not self._local:
+            return args
+        own = list(args)
+        for i in self._local:
+            own[i] = behind(args[i])
+        return own
 
     def _run_baseline(self, told: Baseline, args: Sequence[Any]) -> Any:
         """Run what would run if nothing were sparse, for somebody who times that."""
@@ -121,14 +135,18 @@ class Dispatch:
         self._times_of.clear()
         return self._variants[kind]
 
-    def _indices(self, args: Sequence[Any]) -> list[Tensor] | None:
-        """The index tensors of the parameters that came in, or None if the dense variant shall run."""
+    def _indices(self, args: Sequence[Any], own: Sequence[Any]) -> list[Tensor] | None:
+        """The index tensors of the parameters that came in, or None if the dense variant shall run.
+
+        Args:
+            own: as :meth:`_own` has them.
+        """
         if not self._positions:
             return None
         held, written, recording = [], False, torch.is_grad_enabled()
         look = self._calls_to_look > 0
         for i in self._positions:
-            parameter = args[i]
+            parameter = own[i]
             weight = getattr(parameter, "_mst_weight", None)
             held.append(weight)
             if weight is not None:
@@ -141,14 +159,14 @@ class Dispatch:
         # places, as that is when averages are swapped in and adapters merged.
         if look:
             self._calls_to_look = max(0, self._calls_to_look - 1)
-            written |= self._look(args)
-        if written and not self._hold_zeros(args):
+            written |= self._look(own)
+        if written and not self._hold_zeros(own):
             self._choice = None
             return None
         sizes = [recording, *(_size(args[i]) for i in self._compiler.varying)]
         choice, now = self._choice, epoch.value
         if choice is None or (held, sizes, now) != choice[1:] or Dispatch._last != id(self):
-            choice = _Choice(self._choose(args, tuple(sizes)), held, sizes, now)
+            choice = _Choice(self._choose(args, own, tuple(sizes)), held, sizes, now)
             self._choice, Dispatch._last = choice, id(self)
         return choice.indices
 
@@ -170,13 +188,13 @@ class Dispatch:
             warn_written(wrong)
         return not wrong
 
-    def _choose(self, args: Sequence[Any], sizes: tuple[Any, ...]) -> list[Tensor] | None:
+    def _choose(self, args: Sequence[Any], own: Sequence[Any], sizes: tuple[Any, ...]) -> list[Tensor] | None:
         """The index tensors, or None, by the masks of the moment and the times of these sizes."""
         indices: list[Tensor] = []
         sizes_of: list[tuple[int, int]] = []
-        held = {i: of(args[i]) for i in self._positions}
+        held = {i: of(own[i]) for i in self._positions}
         for i, part in self._slots:
-            parameter, weight = args[i], held[i]
+            parameter, weight = own[i], held[i]
             if weight is None and isinstance(parameter, FakeTensor):
                 weight = self._found[i]  # DDP's first call
             # Another layer may share this graph: one that is not sparse, or on another grid, runs dense.
@@ -338,10 +356,10 @@ class Dispatch:
             self._places[type(node)] = places
         return places
 
-    def _note_queries(self, args: Sequence[Any], variant: Variant) -> None:
+    def _note_queries(self, args: Sequence[Any], own: Sequence[Any], variant: Variant) -> None:
         """Note the attentions of this pass that have a pattern, if someone counts: their queries' shapes, and then the
         size of a value."""
-        weight = of(args[self._first])
+        weight = of(own[self._first])
         if weight is not None and weight.attention.queries is not None:
             weight.attention.queries += [self._compiler.sizes(shape, args) for shape in variant.shapes]
 

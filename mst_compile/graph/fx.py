@@ -19,6 +19,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # ---- operators -------------------------------------------------------------------------------------------------------
 
@@ -113,7 +114,15 @@ def value(node: Any) -> Any:
 
 def fake_mode(graph: fx.Graph) -> Any:
     """The mode of the graph's own fakes, or None; ``detect_fake_mode()`` would return the tracing context's."""
-    return next((v.fake_mode for v in map(value, graph.nodes) if isinstance(v, FakeTensor)), None)
+    return next((mode for node in graph.nodes if (mode := _mode_of(value(node))) is not None), None)
+
+
+def _mode_of(tensor: Any) -> Any:
+    """The mode of a fake tensor, or of the fakes in a wrapper such as a DTensor: a graph may hold no others."""
+    if isinstance(tensor, FakeTensor):
+        return tensor.fake_mode
+    inside = tensor.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(tensor) else ()
+    return next((mode for name in inside if (mode := _mode_of(getattr(tensor, name))) is not None), None)
 
 
 def constant(item: Any) -> float | None:

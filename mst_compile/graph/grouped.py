@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from mst_compile.blocks.shards import is_sharded
+from mst_compile.graph import spread
 from mst_compile.graph.context import Context, Product
 from mst_compile.graph.fx import (
     PRODUCTS,
@@ -32,7 +33,7 @@ from mst_compile.graph.fx import (
     value,
     walk,
 )
-from mst_compile.graph.order import laid_out
+from mst_compile.graph.order import laid_out, stored_order
 from mst_compile.graph.served import Operand, Serving, density_of, erase_dead, held_shape
 from mst_compile.lowering.device import BATCH, COPIES, GROUPED, LOOP
 
@@ -205,18 +206,28 @@ def _why_not(serving: Serving, context: Context, node: fx.Node, found: Match, op
         return f"{describe(node)}: its tensors are unknown, or within a transform of torch.func"
     if x.is_nested:
         return f"{describe(node)}: its input is a nested tensor"
-    if is_sharded(out) or is_sharded(w) or is_sharded(x):
-        return f"{describe(node)}: a stack of matrices that is spread over ranks"
-    if tuple(w.shape) != held_shape(context.weights[operand.key]):
-        return f"{describe(node)}: its part of the weight is a shard of {tuple(w.shape)} that nobody gathered"
     if len(found.x_dims) != x.dim() or len(found.out_dims) != out.dim():
         return f"{describe(node)}: dimensions of its input are broadcast"
     if operand.chosen is not None and found.offsets is not None:
         return f"{describe(node)}: groups of matrices that a tensor chooses"
+    if is_sharded(out) or is_sharded(w) or is_sharded(x):
+        if operand.chosen is not None:
+            return f"{describe(node)}: matrices that a tensor chooses of a stack that is spread over ranks"
+        layouts = _layouts(node, found, operand)
+        if isinstance(layouts, str):
+            return f"{describe(node)}: {layouts}"
+    elif tuple(w.shape) != held_shape(context.weights[operand.key]):
+        return f"{describe(node)}: its part of the weight is a shard of {tuple(w.shape)} that nobody gathered"
     summed = x.shape[found.x_dims.index("k")]
     if not same_size(summed, w.shape[1 if _transposed(found, operand) else 2]):
         return f"{describe(node)}: its input has one feature, broadcast to all of the weight's"
     return serving.why_unread(node, operand) or serving.why_no_kernel(operand, out)
+
+
+def _layouts(node: fx.Node, found: Match, operand: Operand) -> spread.Layouts | str:
+    """What ranks multiply of DTensors, or why they cannot."""
+    given = value(found.x), value(operand.base), value(found.offsets), value(node)
+    return spread.stack_layouts(*given, found.x_dims, found.out_dims)
 
 
 def _transposed(found: Match, operand: Operand) -> bool:
@@ -225,9 +236,15 @@ def _transposed(found: Match, operand: Operand) -> bool:
 
 def _replace(context: Context, node: fx.Node, found: Match, operand: Operand, index: fx.Node) -> None:
     emit, out, weight = Emitter(node), value(node), context.weights[operand.key]
-    matrices, transposed = int(value(operand.base).shape[0]), _transposed(found, operand)
-    x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
-    lead, dims, offsets, back = [], found.x_dims, found.offsets, None
+    transposed, base, offsets = _transposed(found, operand), operand.base, found.offsets
+    x = given_x = found.x if value(found.x).dtype == out.dtype else emit("to", found.x, out.dtype)
+    layouts = _layouts(node, found, operand) if is_sharded(out) else None
+    if isinstance(layouts, spread.Layouts):
+        x = emit(spread.local, x, layouts.x, layouts.grad_x)
+        base = emit(spread.local, base, layouts.weight, layouts.grad_weight)
+        offsets = offsets and emit(spread.local, offsets, layouts.x, layouts.x)
+    matrices = int(value(base).shape[0])
+    lead, dims, back = [], found.x_dims, None
     if offsets is None:
         batch = matrices if operand.chosen is None else _size(emit, operand.chosen, 0)
         x, dims = _batch_first(emit, x, dims, batch)
@@ -239,7 +256,7 @@ def _replace(context: Context, node: fx.Node, found: Match, operand: Operand, in
             x = emit("index_select", x, 0, order)
         offsets = _times(emit, ends, lead[1:])
         x = emit("reshape", x, -1, value(x).shape[-1])
-    given = (operand.base, offsets, index, weight.grid.block, transposed, density_of(weight), context.choose)
+    given = (base, offsets, index, weight.grid.block, transposed, density_of(weight), context.choose)
     new = emit(torch.ops.mst.grouped_linear.default, x, *given)
     dense = found.dense if operand.chosen is None else COPIES
     product = Product(tuple(value(x).shape), out.dtype, transposed, False, matrices, dense)
@@ -248,6 +265,9 @@ def _replace(context: Context, node: fx.Node, found: Match, operand: Operand, in
         new = emit("view", new, *lead, value(new).shape[-1])
         new = new if back is None else emit("index_select", new, 0, back)
         new = laid_out(emit, new, dims[:-1] + "n", found.out_dims, out)
+    if isinstance(layouts, spread.Layouts):
+        told = found.x_dims, found.out_dims, stored_order(found.out_dims, out), 2 if transposed else 1
+        new = emit(spread.joined, new, given_x, operand.base, layouts.out, *told)
     if found.plus is not None:
         plus = found.plus if value(found.plus).dtype == out.dtype else emit("to", found.plus, out.dtype)
         new = emit(operator.add, new, plus)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mst_compile.blocks.shards import behind
 from mst_compile.graph.compiler import CompileFn, compiling_late, given_inputs, late_examples
 from mst_compile.graph.dispatch import Dispatch
 from mst_compile.graph.fx import clone
@@ -52,10 +53,11 @@ class Late:
 
     def _look(self, graph_module: fx.GraphModule, args: Sequence[Any]) -> None:
         """Make way for a :class:`Dispatch` if a sparse parameter has come in."""
-        states = ((i, binding.of(args[i])) for i in self._parameters)
+        given = {i: behind(args[i]) for i in self._parameters}
+        states = ((i, binding.of(x)) for i, x in given.items())
         found = {i: weight for i, weight in states if weight is not None}
         if found:
-            note_compiled(args[i] for i in found)
+            note_compiled(given[i] for i in found)  # type: ignore[misc]
             with compiling_late(self._tracing, self._context):
                 self._run = Dispatch(
                     graph_module, self._examples, found, self._compile_fn, self._dense_threshold, first_call=args

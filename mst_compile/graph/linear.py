@@ -26,7 +26,6 @@ from mst_compile.graph.fx import (
     Emitter,
     Region,
     arguments,
-    before_local,
     calls,
     describe,
     einsum_of_two,
@@ -217,7 +216,7 @@ class _Rewrite:
             divided = spread.divisions(x, w, _bias(found), out, transposed)
             if isinstance(divided, str):
                 return f"{describe(node)}: {divided}"
-        elif before_local(operand.base) is not None and tuple(w.shape) != held_shape(weight):
+        elif tuple(w.shape) != held_shape(weight):
             return f"{describe(node)}: its part of the weight is a shard of {tuple(w.shape)} that nobody gathered"
         return self._serving.why_no_kernel(operand, out)
 

@@ -61,6 +61,8 @@ SERVED = {
     torch.ops.mst.linear_grad_input.default,
     torch.ops.mst.grouped_linear_grad_input.default,
     spread.linear,
+    spread.local,
+    spread.joined,
     CHECKPOINT,
 }
 _ACCUMULATE = "AccumulateGrad"
@@ -324,7 +326,9 @@ def report(graph_module: fx.GraphModule, context: Context) -> int:
         stacked = key is not None and context.weights[key].stacked
         for _, user in _uses(node, stacked) if key is not None else ():
             served = user.target in SERVED or user.meta.get(ROUNDS)
-            if not served and name(user) != _ACCUMULATE and before_local(user) is None:
+            # Dynamo may make a graph of the view alone that to_local() returns: its products are in others.
+            passed_on = before_local(user) is not None or (name(user) == "view_as" and user.args == (node, node))
+            if not served and name(user) != _ACCUMULATE and not passed_on:
                 context.unmatched.setdefault(key, [_why_dense(user, stacked)])  # type: ignore[arg-type]
     return 0
 

@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from mst_compile.blocks.by_tensor import ByTensor
 from mst_compile.blocks.memory import is_plain
-from mst_compile.blocks.shards import check_placement, gathered, holder_of, stored
+from mst_compile.blocks.shards import check_placement, forget_local, gathered, holder_of, note_local, stored
 
 from .indexes import epoch
 from .uses import warn_orphaned
@@ -58,6 +58,7 @@ def bind(parameter: Tensor, weight: SparseWeight) -> bool:
         _hooks[parameter] = parameter.requires_grad_(True).register_post_accumulate_grad_hook(hook)
         parameter.requires_grad_(not frozen)
         changed = True
+    note_local(parameter)
     weight.home = TensorWeakRef(parameter)
     return changed
 
@@ -76,6 +77,7 @@ def unbind(parameter: Tensor) -> None:
     """Remove the sparse state of ``parameter`` and its hook; also where FSDP2 would carry it here from again."""
     for holder in (parameter, stored(parameter)):
         _remove_hook(holder)
+        forget_local(holder)
         if hasattr(holder, _ATTRIBUTE):
             delattr(holder, _ATTRIBUTE)
     epoch.value += 1

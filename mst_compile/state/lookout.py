@@ -6,6 +6,11 @@ was last known of it. To look at all of both at every step would cost as much as
 weights are looked at before each step, others at the next: who adds noise everywhere is seen at the next step, whoever
 writes a single element when its turn comes, and what a written gradient did is seen in the weights that it has moved.
 On a device that the host would have to wait for, all weights are looked at once in a while.
+
+Of a weight that is spread over ranks each looks at rows of its own part, and needs no other for that: which values are
+outside is said by the mask, which all have, and to cut one's own values and state is all that follows. The steps at
+which a weight's turn comes are counted by the whole of it, so that ranks which hold another weight in common, or the
+same part of this one, find what was written there at one step.
 """
 
 from __future__ import annotations
@@ -15,10 +20,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from mst_compile.blocks.bulk import any_outside
+from mst_compile.blocks.bulk import any_outside, share_outside_here
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.layout import are_one_matrix, as_matrix
-from mst_compile.blocks.shards import is_sharded
+from mst_compile.blocks.shards import is_sharded, local_part
 
 from .weight import SparseWeight
 
@@ -51,10 +56,8 @@ class Lookout:
 
 
 def _can_look(weight: SparseWeight, parameter: Tensor) -> bool:
-    """Whether it is worth it: of a spread weight all ranks would have to look, and others are looked at anyway."""
-    if weight.is_dense or not parameter.requires_grad or is_sharded(parameter):
-        return False
-    return weight.is_clean(parameter)
+    """Whether it is worth it: others are looked at anyway."""
+    return not weight.is_dense and parameter.requires_grad and weight.is_clean(parameter)
 
 
 def _rows_of(grid: BlockGrid) -> int:
@@ -69,9 +72,17 @@ def _steps_of(grid: BlockGrid) -> int:
 def _are_zero(weight: SparseWeight, tensor: Tensor, at: int) -> bool:
     """Whether some of the rows are 0 outside the active blocks."""
     grid = weight.grid
+    if is_sharded(tensor):
+        return not share_outside_here(tensor, grid, weight.mask, _own_rows(tensor, grid, at))
     if tensor.dim() == 3 and not are_one_matrix(tensor):
         return weight.look(tensor)
     first, rows = at * _rows_of(grid), _rows_of(grid)
     some = as_matrix(tensor)[first : first + rows]
     blocks = weight.mask[first // grid.block : (first + rows) // grid.block]
     return not any_outside(some, replace(grid, rows=len(some), matrices=0), blocks)
+
+
+def _own_rows(tensor: Tensor, grid: BlockGrid, at: int) -> slice:
+    """Which rows of its part of a spread weight a rank looks at."""
+    share = -(-local_part(tensor)[1].rows // _steps_of(grid))
+    return slice(at * share, (at + 1) * share)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mst_compile.blocks.shards import is_sharded
 from mst_compile.errors import ArgumentError, MSTWarning, OptimizerError
 from mst_compile.rules.schedule import Schedule, attention_of, phase_of, sparsity_of
 
@@ -24,7 +25,7 @@ from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
 from .resume import Progress, Topology, from_entry, restore
-from .settle import settle
+from .settle import settle, was_written_here
 from .strides import lay_out_state
 from .together import want_dense_gradients
 from .unseen import warn_unseen
@@ -32,6 +33,11 @@ from .weight import UNKNOWN, SparseWeight
 from .weights import Weights
 
 _PATIENCE = 10  # steps after which weights that no compiled graph has taken are named
+
+
+def _was_written(weight: SparseWeight, parameter: Tensor) -> bool:
+    """Whether somebody was seen to write to a weight."""
+    return not weight.is_clean(parameter) or (is_sharded(parameter) and was_written_here(weight, parameter))
 
 
 def _unknown() -> None:
@@ -238,7 +244,7 @@ class Run:
             self._sizes[optimizer] = size
         first = optimizer not in self.optimizers  # of which nothing is known, nor of what came before it
         seen = not first and self._lookout.sees(own)
-        # Of spread weights all ranks must ask, and what is seen here others may not see.
+        # What is seen here of a spread weight others may not see: each rank looks at its own part.
         self._settle(own, look=first or seen, alone=seen)
         if optimizer not in self.optimizers:
             self._clean(optimizer, own)
@@ -276,7 +282,7 @@ class Run:
         Args:
             look, alone: as :func:`settle` has them.
         """
-        told = alone and any(p.requires_grad and not weight.is_clean(p) for weight, p in own)
+        told = alone and any(p.requires_grad and _was_written(weight, p) for weight, p in own)
         known = list(self.optimizers)
         if settle(own, self.optimizers.clear, look=look, alone=alone):
             if alone and not told:
@@ -290,7 +296,7 @@ class Run:
         the first time, weights are looked at and gradients masked at every step from now on."""
         self._traceless += 1
         for weight in self.weights:
-            weight.masked = None
+            weight.doubted = True
             weight.suspect |= self._traceless > 1
         warnings.warn(
             "values were written outside the active blocks without a trace, through .data of a weight or of its "

@@ -1,4 +1,4 @@
-"""How the second moment of blocks that have just grown begins."""
+"""How the state of blocks that have just grown begins: second moments, and what begins at no 0."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -19,6 +19,43 @@ from .weight import SparseWeight
 _ENOUGH = 4  # edge of a block whose mean square is an estimate
 # Key of the state -> how its average decays; "state2" is bitsandbytes' second moment.
 _SECOND_MOMENTS = {"exp_avg_sq": "beta2", "square_avg": "alpha", "state2": "beta2"}
+
+# Of PyTorch's optimizers, keys of the state of single elements that does not begin at 0 -> what of the group it begins
+# at. ASGD's eta and mu and NAdam's product of momenta are of a whole weight.
+_BEGIN: dict[type[Optimizer], dict[str, str]] = {
+    optim.Rprop: {"step_size": "lr"},
+    optim.Adagrad: {"sum": "initial_accumulator_value"},
+}
+
+
+def begin_elsewhere(optimizer: Optimizer) -> Mapping[str, str]:
+    """Keys of what an optimizer begins at another number than 0, and which value of its group that is."""
+    return next((keys for kind, keys in _BEGIN.items() if isinstance(optimizer, kind)), {})
+
+
+@torch.no_grad()
+def start_fresh(optimizer: Optimizer, own: Iterable[tuple[SparseWeight, Tensor]]) -> None:
+    """Before the first step of regrown blocks: let state that the optimizer does not begin at 0 be in them what it is
+    of a Parameter that is made now.
+
+    Args:
+        own: as :func:`start_second_moments` has them.
+    """
+    keys = begin_elsewhere(optimizer)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]} if keys else {}
+    for weight, parameter in own if keys else ():
+        state, group = optimizer.state.get(parameter, {}), groups[id(parameter)]
+        for key in keys.keys() & state.keys():
+            if weight.grown is None or state[key].shape != parameter.shape:
+                continue
+            local, part = local_part(state[key])
+            blocks = part.of(weight.grid.expand(weight.grown)).to(local.device)
+            begun = torch.where(
+                blocks, torch.as_tensor(group[keys[key]], dtype=local.dtype, device=local.device), local
+            )
+            local.copy_(begun)
+            if local.data_ptr() != state[key].data_ptr() and not is_sharded(state[key]):
+                state[key].copy_(begun.view_as(state[key]))  # a stack that is no matrix by its strides
 
 
 @torch.no_grad()

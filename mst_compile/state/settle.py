@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from mst_compile.blocks.bulk import block_mean_square, outside_of_all
-from mst_compile.blocks.shards import is_sharded
+from mst_compile.blocks.bulk import block_mean_square, outside_of_all, share_outside_here
+from mst_compile.blocks.shards import is_sharded, written_at
 from mst_compile.errors import MSTWarning
 from mst_compile.rules.guard import safe_among_all
 from mst_compile.rules.masks import following_mask
@@ -34,15 +34,17 @@ def settle(
     Args:
         before: is called before a mask changes.
         look: look at every weight, also where nobody is known to have written.
-        alone: but not at those that are spread over ranks, of which all would have to.
+        alone: of those that are spread over ranks at what this rank holds, as others may not look now.
     """
     cut, changed = {}, False
-    own = [
-        (weight, parameter)
-        for weight, parameter in own
-        if parameter.requires_grad  # a frozen weight never changes
-        and ((look and not (alone and is_sharded(parameter))) or not weight.is_clean(parameter))
-    ]
+    trained = [(weight, parameter) for weight, parameter in own if parameter.requires_grad]  # others never change
+    own, parts = [], []
+    for weight, parameter in trained:
+        spread = is_sharded(parameter)
+        if (look and not (alone and spread)) or not weight.is_clean(parameter):
+            own.append((weight, parameter))
+        elif spread and (look or weight.suspect or was_written_here(weight, parameter)):
+            parts.append((weight, parameter))
     found = outside_of_all([(parameter, weight.grid, weight.mask) for weight, parameter in own])
     for (weight, parameter), outside_mask in zip(own, found, strict=True):
         if weight.look(parameter, outside_mask):
@@ -57,9 +59,25 @@ def settle(
             cut[weight.name] = float(outside / whole.sum())
         weight.zero_inactive_(parameter)
         weight.note_clean(parameter)
+    cut |= {weight.name: share for weight, parameter in parts if (share := _cut_here(weight, parameter))}
     if cut:
         _warn(cut)
     return changed or bool(cut)
+
+
+def was_written_here(weight: SparseWeight, parameter: torch.Tensor) -> bool:
+    """Whether somebody was seen to write to this rank's part of a spread weight since it was known to be 0 outside."""
+    return not weight.is_dense and weight.clean_here != written_at(parameter)
+
+
+def _cut_here(weight: SparseWeight, parameter: torch.Tensor) -> float:
+    """Set this rank's part of a spread weight to 0 outside the active blocks; returns how much of it, by squares, was
+    not. No other rank need know of it: masks stay, as nothing was loaded."""
+    share = share_outside_here(parameter, weight.grid, weight.mask)
+    if share:
+        weight.zero_inactive_(parameter)
+    weight.dirty, weight.clean_here = None, written_at(parameter)
+    return share
 
 
 def _follow(weight: SparseWeight, mask: torch.Tensor) -> None:

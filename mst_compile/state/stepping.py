@@ -33,7 +33,7 @@ from .binding import gradients
 from .clock import StepClock
 from .learning_rates import restore_rates, scale_rates
 from .run import Run
-from .second_moments import start_second_moments
+from .second_moments import begin_elsewhere, start_fresh, start_second_moments
 from .standstill import Standstill
 from .steps import Step
 from .strides import fused_on_cpu, lay_out
@@ -202,6 +202,7 @@ class Stepping:
         _harvest(read, scale, again=step.has_closure)
         mask_gradients((weight, parameter.grad) for weight, parameter in found)  # type: ignore[misc]
         grown = [(weight, parameter) for weight, parameter in found if weight.grown is not None]
+        start_fresh(optimizer, grown)
         if grown and not regrown.by_own_steps(self._run.schedule, optimizer):
             start_second_moments(optimizer, grown)
 
@@ -329,7 +330,9 @@ class Stepping:
                 optimizers.zero_state_(optimizer, weight, parameter, first=turn.first)
             elif look and not weight.is_dense:
                 self._looked.add(optimizer)
-                spread += optimizers.not_of_elements(optimizer, weight, parameter)
+                known_keys = begin_elsewhere(optimizer)  # Rprop's step sizes are never 0, and begin anew
+                found = optimizers.not_of_elements(optimizer, weight, parameter)
+                spread += [what for what in found if what.split(",")[0] not in known_keys]
             weight.note_clean(parameter)
         if not known:
             self._checked.add(optimizer)
@@ -375,7 +378,7 @@ def _harvest(own: list[tuple[SparseWeight, nn.Parameter, Tensor | None]], scale:
     """
     found: list[tuple[SparseWeight, Tensor, Tensor | None]] = []
     for weight, parameter, base in own:
-        if weight.dense_grad and parameter.grad is not None and not weight.is_masked(parameter.grad):
+        if weight.dense_grad and parameter.grad is not None and not weight.was_masked(parameter.grad):
             lay_out_gradient(parameter)
             found.append((weight, parameter.grad, base))
     means = block_means([(gradient, weight.grid) for weight, gradient, _ in found])

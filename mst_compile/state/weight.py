@@ -82,6 +82,7 @@ class SparseWeight:
         driver: leads to the run that drives it as long as that is there: it goes with the model that was made sparse,
             while a module of it may live on.
         orphaned: the user was told that the run is gone.
+        doubted: somebody has written without a trace: the gradient may not be masked, though it was.
         suspect: somebody writes without a trace, again and again: nothing is known for longer than it takes to look.
         adopted: whether a run drives it. None drives what came along when a Parameter or a module was copied out of its
             model: these are dense, with the values that they were given.
@@ -123,6 +124,7 @@ class SparseWeight:
     adding: tuple[int, int] | None = None
     driver: Callable[[], object] | None = None
     orphaned: bool = False
+    doubted: bool = False
     suspect: bool = False
     adopted: bool = True
     attention: AttentionState = field(default_factory=AttentionState)
@@ -391,11 +393,15 @@ class SparseWeight:
         known = self.masked
         same = known is not None and known[0]() is gradient
         reference = known[0] if same else TensorWeakRef(gradient)  # type: ignore[index]
-        self.masked = reference, gradient._version, address_of(gradient), self.changes
+        self.masked, self.doubted = (reference, gradient._version, address_of(gradient), self.changes), False
 
     def is_masked(self, gradient: Tensor) -> bool:
         """Whether nobody has written to the gradient since it was masked with the present mask."""
-        return self.masked is not None and not self.suspect and self._was_masked(gradient, gradient._version)
+        return not (self.suspect or self.doubted) and self.was_masked(gradient)
+
+    def was_masked(self, gradient: Tensor) -> bool:
+        """As far as writes leave a trace: the same on all ranks of a spread weight, which must read scores together."""
+        return self.masked is not None and self._was_masked(gradient, gradient._version)
 
     def _was_masked(self, gradient: Tensor, at: int) -> bool:
         reference, version, address, changes = self.masked  # type: ignore[misc]
@@ -437,7 +443,7 @@ class SparseWeight:
         """It has been added: where both held zeros, and nothing else has been written, so does the sum. Returns whether
         it is known to."""
         adding, self.adding = self.adding, None
-        if adding is None or self.masked is None:
+        if adding is None or self.masked is None or self.doubted:
             return False
         backward, version = adding
         alone = backward == torch._C._current_graph_task_id() and gradient._version == version + 1

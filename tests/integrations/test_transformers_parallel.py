@@ -19,7 +19,7 @@ from parallel_cases import ROUNDINGS, always_sparse, assert_same_run, whole
 from ranks import results_of, run
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from mst_compile import Constant, sparsifier, sparsify
 from mst_compile.errors import ParallelismError
@@ -114,6 +114,51 @@ def compiles() -> None:
         assert (weight.uses.served, weight.uses.unmatched) == (True, []), (name, weight.uses)
 
 
+def experts() -> None:
+    """Whole experts on every rank, beside tensor parallelism of the rest and alone over FSDP2."""
+    as_torchrun()
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    names: list[Any] = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(names)
+    if dist.get_rank() == 0:
+        config = MixtralConfig(vocab_size=61, num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2, **sizes)
+        MixtralForCausalLM(config).save_pretrained(names[0])
+    dist.barrier()
+    for layout in ({"tp_size": 2, "ep_size": 2}, {"fsdp_size": 2, "ep_size": 2}):
+        torch._dynamo.reset()
+        models = []
+        for given in ({}, {"distributed_config": DistributedConfig(**layout)}):
+            model = MixtralForCausalLM.from_pretrained(
+                names[0], dtype=torch.float32, experts_implementation="grouped_mm", **given
+            )
+            models.append(sparsify(model, SCHEDULE, block=4))
+        alone, model = models
+        fast = always_sparse(model, "aot_eager")
+        optimizers = [torch.optim.SGD(m.parameters(), 0.05, foreach=False) for m in models]
+        for number in range(7):
+            apart = "fsdp_size" in layout
+            part = batch(number).chunk(2)[dist.get_rank()] if apart else batch(number)
+            losses = [step(m, o, x) for m, o, x in zip((alone, fast), optimizers, (batch(number), part), strict=True)]
+            if apart:
+                dist.all_reduce(losses[1])
+                losses[1] /= 2
+            assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-4)
+            if number == 1:
+                graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"], "compiled again at an event"
+        with torch.no_grad():
+            torch.testing.assert_close(fast(batch(9)).logits, model(batch(9)).logits)
+        check_ranks(model)
+        stacks = [weight for weight in sparsifier(model).weights.values() if weight.stacked]
+        assert len(stacks) == 2
+        for weight in stacks:
+            assert torch.equal(weight.mask, sparsifier(alone).masks[weight.name])
+            assert weight.signature[3] == 2
+            assert (weight.uses.served, weight.uses.unmatched) == (True, []), (weight.name, weight.uses)
+            p, q = (dict(m.named_parameters())[weight.name] for m in (model, alone))
+            assert_same_course(whole(p), q.detach(), 10**4)
+
+
 def packed_columns() -> None:
     """Rows of two projections in one weight, of which a rank holds some of either: no rectangle."""
     as_torchrun()
@@ -146,7 +191,7 @@ def under_fsdp() -> None:
         assert_same_course(whole(p), q.detach(), ROUNDINGS)
 
 
-TWO: list[Callable[[], None]] = [is_one_process, compiles, packed_columns]
+TWO: list[Callable[[], None]] = [is_one_process, compiles, experts, packed_columns]
 
 
 two = results_of(TWO, 2)

@@ -94,6 +94,8 @@ ELEMENTS: dict[str, Maker] = {
     "radam": lambda p: torch.optim.RAdam(p, 1e-3, decoupled_weight_decay=True, weight_decay=0.1),
     "adamax": lambda p: torch.optim.Adamax(p, 1e-3),
     "adadelta": lambda p: torch.optim.Adadelta(p, 1.0),
+    "adagrad from above 0": lambda p: torch.optim.Adagrad(p, 1e-2, initial_accumulator_value=0.1),
+    "rprop": lambda p: torch.optim.Rprop(p, 1e-3),
     "asgd": lambda p: torch.optim.ASGD(p, 1e-2, t0=4),
     "muon": lambda p: torch.optim.Muon([q for q in p if q.dim() == 2], 1e-2),
     "lion": Lion,
@@ -113,7 +115,6 @@ ELEMENTS: dict[str, Maker] = {
 FOREIGN: dict[str, tuple[Maker, str]] = {
     "adafactor": (lambda p: torch.optim.Adafactor(p, 1e-2), "row_var of shape"),
     "whitened": (Whitened, "GG of shape .*exp_avg_sq, perhaps in the basis"),
-    "rprop": (lambda p: torch.optim.Rprop(p, 1e-3), "step_size, not 0 where weight and gradient are"),
     "lbfgs": (lambda p: torch.optim.LBFGS(p, 1e-2, max_iter=2), "prev_flat_grad of shape"),
     "soap": (packaged("pytorch_optimizer", "SOAP", lr=1e-3, precondition_frequency=2), "GG of shape .*exp_avg_sq, per"),
     "shampoo": (packaged("pytorch_optimizer", "Shampoo", lr=1e-3), "pre_cond_0 of shape .*momentum_buffer, perhaps"),
@@ -186,7 +187,9 @@ def test_masked_weights_and_dropped_state_are_zero(name: str) -> None:
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     seen += 1
                     if value.dtype != torch.uint8 or step % 3 == 0:  # bitsandbytes rounds a 0 to a code beside it
-                        least = 1e-8 if name == "adamax" else 0.0  # its own eps
+                        # Adamax's own eps, Rprop's smallest step size.
+                        least = {"adamax": 1e-8, "rprop": 1e-6 if key == "step_size" else 0.0}.get(name, 0.0)
+                        least *= 1 + torch.finfo(torch.float32).eps
                         assert not (numbers(optimizer.state[p], key)[~mask].abs() > least).any(), key
         assert seen >= len(own.masks) or name in FOREIGN
     assert all(not torch.equal(mask, first[n]) for n, mask in own.masks.items())

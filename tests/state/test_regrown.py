@@ -83,6 +83,35 @@ def test_a_regrown_block_steps_as_a_parameter_of_its_own(
     assert lives > 20
 
 
+BEGINS: dict[str, Maker] = {
+    "rprop": lambda p: torch.optim.Rprop(p, 3e-3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 1e-2, initial_accumulator_value=0.5),
+    "adagrad fused": lambda p: torch.optim.Adagrad(p, 1e-2, initial_accumulator_value=0.5, fused=True),
+    "sgd": lambda p: torch.optim.SGD(p, 1e-2, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", BEGINS)
+def test_state_begins_where_the_optimizer_begins_it(name: str) -> None:
+    """Which is not at 0 for Rprop's step sizes and Adagrad's sums. Each block is where an optimizer of its own puts it,
+    made when it grew."""
+    model = single(often(regrown="first estimate", regrown_warmup=0))
+    own, optimizer = sparsifier(model), BEGINS[name](model.parameters())
+    alone = Alone(model.weight, own.masks["weight"], BLOCK, BEGINS[name.replace(" fused", "")], 0)
+    lives = 0
+    for step in range(STEPS):
+        model.weight.grad = gradient_of(model, step)
+        mask = own.masks["weight"]
+        optimizer.step()
+        alone.step(model.weight.grad)
+        lives += int((mask & ~own.masks["weight"]).sum())
+        alone.follow(own.masks["weight"], model.weight)
+        exact = alone.value(model.weight)
+        allowed = of_rounding(torch.float32, times=32 * (step + 1)) * (exact.abs() + 1e-2)
+        assert_within(model.weight.detach(), exact, allowed, f"{name}, step {step}")
+    assert lives > 20
+
+
 @pytest.mark.parametrize("block", [1, 8, 32])
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_adam_moves_by_its_learning_rate_from_the_first_step_on(warmup: int, block: int) -> None:
