@@ -45,14 +45,14 @@ class Run(Steps):
         if self._runs_closures:
             return  # it moves frozen Parameters, too
         names = [n for n, _ in self.sparse.model.named_parameters()]
-        self._freeze({names[which % len(names)]}, forget)
+        self._freeze({names[which % len(names)]} - self.held_back, forget)
 
     def rest(self) -> None:
         """Freeze all sparse weights, or train them again."""
         if self._runs_closures:
             return
         sparse = {id(p) for p in self.simulation.parameters.values()}
-        names = {n for n, p in self.simulation.model.named_parameters() if id(p) in sparse}
+        names = {n for n, p in self.simulation.model.named_parameters() if id(p) in sparse} - self.held_back
         self._freeze(names & self.frozen if self.frozen >= names else names - self.frozen, True)
 
     def _freeze(self, names: set[str], forget: bool) -> None:
@@ -63,6 +63,18 @@ class Run(Steps):
                 p.requires_grad_(name not in self.frozen)
                 if forget:
                     p.grad = None
+
+    def join(self) -> None:
+        """Parameters that were held back join the optimizer, and are trained from now on."""
+        if self.joined or not self.held_back:
+            return
+        self.joined, names = True, self.held_back
+        self.held_back = set()
+        self._freeze(names, False)
+        (optimizer,), (part,) = self.sparse.optimizers, self.simulation.parts
+        optimizer.add_param_group(self._late(self.sparse.model))
+        part.optimizer.add_param_group(self._late(self.simulation.model))
+        part.laws.append(None)
 
     def turn(self) -> None:
         """Experts change places."""
