@@ -167,7 +167,9 @@ def batches(lengths: list[int]) -> st.SearchStrategy[Batch]:
     return st.tuples(st.integers(0, 99), st.sampled_from([2, 3, 3, 1]), st.sampled_from(lengths))
 
 
-def operations(draw: st.DrawFn, batches: st.SearchStrategy[Batch], few: bool) -> st.SearchStrategy[Op]:
+def operations(
+    draw: st.DrawFn, batches: st.SearchStrategy[Batch], few: bool, inductor: bool = False
+) -> st.SearchStrategy[Op]:
     """What may happen: mostly steps, of scaled losses too; with ``few`` of all else a choice, and that more often."""
     several = st.lists(batches, min_size=1, max_size=3).map(tuple)
     clips, zeros = st.sampled_from(["", "", "norm", "value"]), st.sampled_from(["none", "none", "zero", "keep"])
@@ -192,6 +194,8 @@ def operations(draw: st.DrawFn, batches: st.SearchStrategy[Batch], few: bool) ->
         st.tuples(st.just("cast"), batches, st.sampled_from(CASTS)),
         *(st.tuples(st.just(name)) for name in ("turn", "rest", "write", "round_trip", "densify", "join")),
     ]
+    if inductor:
+        others.append(st.tuples(st.just("package"), batches, st.booleans()))
     kinds = draw(st.lists(st.sampled_from(others), min_size=1, max_size=4)) if few else others
     # By flatmap, as one_of would draw from all of these at once.
     other = st.sampled_from(kinds).flatmap(lambda kind: kind)
@@ -232,7 +236,8 @@ def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int 
     if optimizer == "nadam" and course.regrown == "own steps" and rates == "one cycle":
         rates = "warm"  # young blocks know the first momentum of the moment, and not those before
     few = draw(st.booleans())
-    ops = tuple(draw(st.lists(operations(draw, batches(lengths), few), min_size=least, max_size=most)))
+    possible = operations(draw, batches(lengths), few, mode == "inductor")
+    ops = tuple(draw(st.lists(possible, min_size=least, max_size=most)))
     named = {op[0] for op in ops} if few else set()
     if "turn" in named and not {*net.pieces} & TURNING:
         net = replace(net, pieces=("experts", *net.pieces[1:]))

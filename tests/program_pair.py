@@ -85,7 +85,9 @@ class Pair:
         make, layout = OPTIMIZERS[self.program.optimizer], self.program.layout
         parameters = list(model.parameters())
         if layout in ("two optimizers", "by shape"):
-            second, others = (lambda i, p: p.dim() != 2, "adamw") if layout == "by shape" else (lambda i, p: i % 2, None)
+            second, others = (
+                (lambda i, p: p.dim() != 2, "adamw") if layout == "by shape" else (lambda i, p: i % 2, None)
+            )
             for number in (False, True):
                 members = [p for i, p in enumerate(parameters) if bool(second(i, p)) == number]
                 own = OPTIMIZERS[others] if others and number else make
