@@ -52,8 +52,8 @@ class Pair:
             self.simulation.begin(own.masks, rescales)
         self.schedulers = self._schedulers([part.optimizer for part in parts])
         self.wide = copy.deepcopy(plain).double() if program.mode != "plain" else None
-        names = [n for n, _ in plain.named_parameters()]
-        self.held_back = {*names[1::2]} if program.layout == LATE else set[str]()
+        late = {id(p) for p in self._late(plain)["params"]} if program.layout == LATE else set[int]()
+        self.held_back = {n for n, p in plain.named_parameters() if id(p) in late}
         self.frozen = set(self.held_back)
         for model in (plain, self.sparse.model):
             for name in self.frozen:
@@ -108,7 +108,9 @@ class Pair:
                     for g in groups
                 ]
         elif layout == LATE:
-            groups = [{"params": parameters[::2]}, *([self._late(model)] if self.joined else [])]
+            late = self._late(model)
+            groups = [{"params": [p for p in parameters if all(p is not q for q in late["params"])]}]
+            groups += [late] if self.joined else []
             found = [None] * len(groups)
         elif layout.startswith("halves"):
             groups = [{"params": parameters[::2]}, {"params": parameters[1::2], "weight_decay": 0.02}]
@@ -122,8 +124,8 @@ class Pair:
         yield make(groups), make, found
 
     def _late(self, model: nn.Module) -> dict[str, Any]:
-        """The group that joins an optimizer in mid-run."""
-        return {"params": list(model.parameters())[1::2], "weight_decay": 0.02}
+        """The group that joins an optimizer in mid-run: by pairs, which are a weight and its bias in most layers."""
+        return {"params": [p for i, p in enumerate(model.parameters()) if i // 2 % 2], "weight_decay": 0.02}
 
     def _schedulers(self, optimizers: list[optim.Optimizer]) -> list[Scheduler]:
         return [SCHEDULERS[self.program.rates](o) for o in optimizers if self.program.rates != "none"]
