@@ -36,6 +36,10 @@ OPTIMIZERS: dict[str, Maker] = {
     "adamw, rate a tensor": lambda p: optim.AdamW(p, torch.tensor(1e-2), weight_decay=0.1, foreach=False),
     "asgd": lambda p: optim.ASGD(p, 1e-2, t0=3, weight_decay=0.1),
     "lbfgs": lambda p: optim.LBFGS(p, 0.1, max_iter=3, history_size=2),
+    "sgd fused": lambda p: optim.SGD(p, 5e-2, weight_decay=0.1, fused=True),
+    "adagrad fused": lambda p: optim.Adagrad(p, 1e-2, weight_decay=0.1, fused=True),
+    "adafactor": lambda p: optim.Adafactor(p, 1e-2, weight_decay=0.1),
+    "muon": lambda p: optim.Muon(p, 1e-2, weight_decay=0.1),  # of matrices; the others are AdamW's
 }
 
 
@@ -50,7 +54,8 @@ LAWS: dict[str, tuple[Law, Law]] = {
     "graphcore": ("graphcore", "none"),
     "function": (_more, 0.25),
 }
-LAYOUTS = ["one", "halves", "two optimizers", "param_groups", *(f"halves: {law}" for law in LAWS)]
+LATE = "joins late"  # half of the Parameters, frozen until then
+LAYOUTS = ["one", "halves", "two optimizers", "param_groups", LATE, *(f"halves: {law}" for law in LAWS)]
 ORDERS = [  # in which the parts of a checkpoint are loaded
     ("model", "optimizer"),
     ("optimizer", "model"),
@@ -162,7 +167,9 @@ def batches(lengths: list[int]) -> st.SearchStrategy[Batch]:
     return st.tuples(st.integers(0, 99), st.sampled_from([2, 3, 3, 1]), st.sampled_from(lengths))
 
 
-def operations(draw: st.DrawFn, batches: st.SearchStrategy[Batch], few: bool) -> st.SearchStrategy[Op]:
+def operations(
+    draw: st.DrawFn, batches: st.SearchStrategy[Batch], few: bool, inductor: bool = False
+) -> st.SearchStrategy[Op]:
     """What may happen: mostly steps, of scaled losses too; with ``few`` of all else a choice, and that more often."""
     several = st.lists(batches, min_size=1, max_size=3).map(tuple)
     clips, zeros = st.sampled_from(["", "", "norm", "value"]), st.sampled_from(["none", "none", "zero", "keep"])
@@ -185,8 +192,10 @@ def operations(draw: st.DrawFn, batches: st.SearchStrategy[Batch], few: bool) ->
         st.tuples(st.just("averaged"), batches),
         st.tuples(st.just("swap"), batches, st.sampled_from(["write", "exchange", "stay"])),
         st.tuples(st.just("cast"), batches, st.sampled_from(CASTS)),
-        *(st.tuples(st.just(name)) for name in ("turn", "rest", "write", "round_trip", "densify")),
+        *(st.tuples(st.just(name)) for name in ("turn", "rest", "write", "round_trip", "densify", "join")),
     ]
+    if inductor:
+        others.append(st.tuples(st.just("package"), batches, st.booleans()))
     kinds = draw(st.lists(st.sampled_from(others), min_size=1, max_size=4)) if few else others
     # By flatmap, as one_of would draw from all of these at once.
     other = st.sampled_from(kinds).flatmap(lambda kind: kind)
@@ -222,12 +231,13 @@ def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int 
     closures = mode == "plain" and "transposed" not in net.pieces
     optimizer = draw(st.sampled_from([name for name in sorted(OPTIMIZERS) if closures or name != "lbfgs"]))
     rates = draw(st.sampled_from(["none", "none", *SCHEDULERS]))
-    if "stacks, padded" in net.pieces and optimizer == "adamw fused":
+    if "stacks, padded" in net.pieces and optimizer.endswith("fused"):
         optimizer = "adamw"  # PyTorch's fused kernels take the gaps in memory for elements
     if optimizer == "nadam" and course.regrown == "own steps" and rates == "one cycle":
         rates = "warm"  # young blocks know the first momentum of the moment, and not those before
     few = draw(st.booleans())
-    ops = tuple(draw(st.lists(operations(draw, batches(lengths), few), min_size=least, max_size=most)))
+    possible = operations(draw, batches(lengths), few, mode == "inductor")
+    ops = tuple(draw(st.lists(possible, min_size=least, max_size=most)))
     named = {op[0] for op in ops} if few else set()
     if "turn" in named and not {*net.pieces} & TURNING:
         net = replace(net, pieces=("experts", *net.pieces[1:]))
@@ -238,6 +248,14 @@ def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int 
         course = replace(course, interval=3, growth=draw(st.sampled_from(["mixed", "gradient", "random"])))
     if "copy" in named:
         course = replace(course, gradient_steps=course.interval)
+    layout = draw(st.sampled_from([LATE] if "join" in named else LAYOUTS))
+    if optimizer == "lbfgs":
+        layout = "one"
+    elif optimizer == "muon":
+        layout = "by shape"
+    elif layout == LATE:
+        optimizer = "adamw" if optimizer.startswith("adagrad") else optimizer  # it makes state when it is made alone
+        rates = "none"  # schedulers know the groups that there were
     return Program(
         net,
         course,
@@ -250,7 +268,7 @@ def programs(draw: st.DrawFn, modes: tuple[str, ...], least: int = 3, most: int 
         if net.every and net.pieces[0] != "shared"
         else None,
         optimizer,
-        draw(st.sampled_from(LAYOUTS)) if optimizer != "lbfgs" else "one",
+        layout,
         rates,
         ops,
     )

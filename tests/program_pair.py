@@ -14,7 +14,7 @@ from helpers import compiled
 from hypothesis import reject
 from net_cases import Model, loss_of
 from oracles import assert_all_as_good_as, assert_same_bits, assert_within
-from program_cases import LAWS, OPTIMIZERS, SCHEDULERS, Batch, Maker, Program, Scheduler, schedule_of
+from program_cases import LATE, LAWS, OPTIMIZERS, SCHEDULERS, Batch, Maker, Program, Scheduler, schedule_of
 from simulated_rules import Fact, Law
 from simulation import Near, Part, Simulation
 from torch import Tensor, nn, optim
@@ -36,6 +36,7 @@ class Pair:
 
     def __init__(self, program: Program) -> None:
         self.program, self.net = program, program.net
+        self.joined = False
         self.sparse = self._make()
         plain = self.net.build()
         own = mst_compile.sparsifier(self.sparse.model)
@@ -44,14 +45,19 @@ class Pair:
             n: Fact.of(plain.get_parameter(n).shape, w.grid.block, special.get(n), program.guard)
             for n, w in own.weights.items()
         }
-        parts = [Part(o, self._maker(), laws) for o, laws in self._optimizers(plain, laws=True)]
+        parts = [Part(*found) for found in self._optimizers(plain, laws=True)]
         self.simulation = Simulation(plain, program.course, facts, parts)
         if program.course.sparsity_at(0) > 0:
             rescales = program.rescale and program.first == "random"
             self.simulation.begin(own.masks, rescales)
         self.schedulers = self._schedulers([part.optimizer for part in parts])
         self.wide = copy.deepcopy(plain).double() if program.mode != "plain" else None
-        self.frozen = set[str]()
+        late = {id(p) for p in self._late(plain)["params"]} if program.layout == LATE else set[int]()
+        self.held_back = {n for n, p in plain.named_parameters() if id(p) in late}
+        self.frozen = set(self.held_back)
+        for model in (plain, self.sparse.model):
+            for name in self.frozen:
+                model.get_parameter(name).requires_grad_(False)
         self.compare("at first")
 
     # -- making --
@@ -68,23 +74,25 @@ class Pair:
             model, schedule_of(p.course), block=p.block, include=self.net.include(), overrides=own or None,
             guard=p.guard, masks=p.first if p.course.sparsity_at(0) > 0 else None, rescale=p.rescale,  # type: ignore[arg-type]
         )  # fmt: skip
-        optimizers = [optimizer for optimizer, _ in self._optimizers(model, laws=False)]
+        optimizers = [optimizer for optimizer, _, _ in self._optimizers(model, laws=False)]
         return Sparse(model, optimizers, self._schedulers(optimizers))
-
-    def _maker(self) -> Maker:
-        return OPTIMIZERS[self.program.optimizer]
 
     def _optimizers(
         self, model: nn.Module, *, laws: bool
-    ) -> Iterator[tuple[optim.Optimizer, list[tuple[Law, Law] | None]]]:
-        """The optimizers of the program on ``model``: with the laws in their groups, or beside them."""
-        make, layout = self._maker(), self.program.layout
+    ) -> Iterator[tuple[optim.Optimizer, Maker, list[tuple[Law, Law] | None]]]:
+        """The optimizers of the program on ``model``, and what makes others of their kind: with the laws in their
+        groups, or beside them."""
+        make, layout = OPTIMIZERS[self.program.optimizer], self.program.layout
         parameters = list(model.parameters())
-        if layout == "two optimizers":
-            for members in (parameters[::2], parameters[1::2]):
+        if layout in ("two optimizers", "by shape"):
+            second, others = (
+                (lambda i, p: p.dim() != 2, "adamw") if layout == "by shape" else (lambda i, p: i % 2, None)
+            )
+            for number in (False, True):
+                members = [p for i, p in enumerate(parameters) if bool(second(i, p)) == number]
+                own = OPTIMIZERS[others] if others and number else make
                 if members:
-                    optimizer = make(members)
-                    yield optimizer, [None]
+                    yield own(members), own, [None]
             return
         groups: list[dict[str, Any]] = [{"params": parameters}]
         found: list[tuple[Law, Law] | None] = [None]
@@ -99,6 +107,11 @@ class Pair:
                     {"params": [there[names[id(p)]] for p in g["params"]], "weight_decay": g["weight_decay"]}
                     for g in groups
                 ]
+        elif layout == LATE:
+            late = self._late(model)
+            groups = [{"params": [p for p in parameters if all(p is not q for q in late["params"])]}]
+            groups += [late] if self.joined else []
+            found = [None] * len(groups)
         elif layout.startswith("halves"):
             groups = [{"params": parameters[::2]}, {"params": parameters[1::2], "weight_decay": 0.02}]
             groups = [g for g in groups if g["params"]]
@@ -108,7 +121,11 @@ class Pair:
                 found[0] = law
                 if not laws:
                     groups[0] |= {"density_rate": law[0], "density_decay": law[1]}
-        yield make(groups), found
+        yield make(groups), make, found
+
+    def _late(self, model: nn.Module) -> dict[str, Any]:
+        """The group that joins an optimizer in mid-run: by pairs, which are a weight and its bias in most layers."""
+        return {"params": [p for i, p in enumerate(model.parameters()) if i // 2 % 2], "weight_decay": 0.02}
 
     def _schedulers(self, optimizers: list[optim.Optimizer]) -> list[Scheduler]:
         return [SCHEDULERS[self.program.rates](o) for o in optimizers if self.program.rates != "none"]

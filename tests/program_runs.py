@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import tempfile
 import warnings
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from expert_cases import BY_VALUE
 from hypothesis import reject
 from net_cases import loss_of
-from oracles import assert_same_bits
+from oracles import assert_all_as_good_as, assert_same_bits
 from program_cases import Batch, Program
 from program_pair import Sparse
 from program_steps import Steps
@@ -21,7 +22,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import mst_compile
-from mst_compile.errors import BlockSizeError
+from mst_compile import export
+from mst_compile.errors import BlockSizeError, WeightError
 
 
 class Run(Steps):
@@ -32,6 +34,7 @@ class Run(Steps):
         self.average: tuple[AveragedModel, AveragedModel] | None = None
         self.moving: tuple[AveragedModel, ...] | None = None
         self.turned = False
+        self.packages: list[tuple[Any, Batch, tuple[Tensor, ...]]] = []
 
     def evaluate(self, batch: Batch, how: str) -> None:
         """Outputs in evaluation mode."""
@@ -45,14 +48,14 @@ class Run(Steps):
         if self._runs_closures:
             return  # it moves frozen Parameters, too
         names = [n for n, _ in self.sparse.model.named_parameters()]
-        self._freeze({names[which % len(names)]}, forget)
+        self._freeze({names[which % len(names)]} - self.held_back, forget)
 
     def rest(self) -> None:
         """Freeze all sparse weights, or train them again."""
         if self._runs_closures:
             return
         sparse = {id(p) for p in self.simulation.parameters.values()}
-        names = {n for n, p in self.simulation.model.named_parameters() if id(p) in sparse}
+        names = {n for n, p in self.simulation.model.named_parameters() if id(p) in sparse} - self.held_back
         self._freeze(names & self.frozen if self.frozen >= names else names - self.frozen, True)
 
     def _freeze(self, names: set[str], forget: bool) -> None:
@@ -63,6 +66,18 @@ class Run(Steps):
                 p.requires_grad_(name not in self.frozen)
                 if forget:
                     p.grad = None
+
+    def join(self) -> None:
+        """Parameters that were held back join the optimizer, and are trained from now on."""
+        if self.joined or not self.held_back:
+            return
+        self.joined, names = True, self.held_back
+        self.held_back = set()
+        self._freeze(names, False)
+        (optimizer,), (part,) = self.sparse.optimizers, self.simulation.parts
+        optimizer.add_param_group(self._late(self.sparse.model))
+        part.optimizer.add_param_group(self._late(self.simulation.model))
+        part.laws.append(None)
 
     def turn(self) -> None:
         """Experts change places."""
@@ -299,6 +314,44 @@ class Run(Steps):
         for model in self._models:
             model.to(self.net.dtype)
 
+    def package(self, batch: Batch, packed: bool) -> None:
+        """AOTInductor compiles the model as it is; what it makes is asked again when all else has happened."""
+        simulation = self.simulation
+        if self.packages or self.program.course.pattern != "full":
+            return  # one takes long; and an exported program has no pattern
+        if not simulation.sparse or self._written():
+            packed = False  # which is refused
+        inputs = tuple(self._inputs(batch, None))
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            try:
+                torch.export.export(copy.deepcopy(simulation.model).eval(), inputs)
+            except Exception:
+                return  # a model that PyTorch does not export, sparse or not
+            copied = self._packed() if packed else export.plain(self.sparse.model).eval()
+            with self._context():
+                program = torch.export.export(copied, inputs)
+                path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
+                made = torch._inductor.aoti_load_package(path)
+                usual = simulation.model.eval()(*inputs)
+            simulation.model.train()
+            exact, _ = self._exactly(simulation.model, batch)
+            self.packages.append((made, batch, (*usual, *exact)))
+        self.end()
+
+    def _packed(self) -> nn.Module:
+        try:
+            return export.packed(self.sparse.model)
+        except WeightError:  # no layer of it can be
+            return export.plain(self.sparse.model).eval()
+
+    def end(self) -> None:
+        """What was packaged computes what the model did then, whatever has been trained since."""
+        for made, batch, values in self.packages:
+            with torch.no_grad():
+                got, half = made(*self._inputs(batch, None)), len(values) // 2
+            named = [{f"output {i}": t for i, t in enumerate(ts)} for ts in (got, values[:half], values[half:])]
+            assert_all_as_good_as(*named, self.precision)
+
     def densify(self) -> None:
         """End sparse training early."""
         if self.simulation.sparse:
@@ -318,3 +371,4 @@ def check_program(program: Program) -> None:
         for i, (name, *args) in enumerate(program.ops):
             getattr(run, name)(*args)
             run.compare(f"after {name}, operation {i}")
+        run.end()

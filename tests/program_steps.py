@@ -198,7 +198,7 @@ class Steps(Pair):
             with self._following():
                 optimizer.step()
             self.simulation.step(part)
-        self._complete()
+        self._complete(counts=any(self.simulation.own(part) for part in self.simulation.parts))
 
     @contextlib.contextmanager
     def _following(self) -> Iterator[None]:

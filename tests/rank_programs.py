@@ -25,7 +25,7 @@ from parallel_cases import tensor_parallel, whole
 from program_cases import OPTIMIZERS, Op, schedule_of
 from ranks import assert_same_on_all_ranks, mine, net
 from simulated_rules import Course, Fact
-from simulation import Part, Simulation
+from simulation import Part, Scaler, Simulation
 from torch import Tensor, nn, optim
 from torch.distributed.checkpoint import state_dict as dsd
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -40,6 +40,7 @@ MIXED = "fsdp bfloat16"  # of weights in float32
 # Without foreach, which takes no mixture of spread and whole Parameters.
 MAKERS = ["sgd", "adamw", "adam amsgrad", "nadam", "radam", "adamax", "adagrad", "rmsprop"]
 ROWS = 8
+SCALE, GROWTH = 16.0, 2  # of losses under GradScaler, and after how many steps it doubles
 WHOLE = ("alone", "tensor parallel")  # layouts in which each rank takes all of a batch
 
 
@@ -89,7 +90,7 @@ def draw(seed: int) -> RankProgram:
     layouts = LAYOUTS if dtype == torch.float64 else [*LAYOUTS, MIXED, MIXED]
     ops: list[Op] = []
     for _ in range(r.randint(6, 12)):
-        name = r.choice(["step"] * 6 + ["move"] * 2 + ["burst", "evaluate", "skip", "round_trip"])
+        name = r.choice(["step"] * 6 + ["move"] * 2 + ["burst", "evaluate", "skip", "round_trip", "bring", "scaled"])
         arguments: tuple[Any, ...] = ()
         if name == "step":
             arguments = r.randint(1, 3), r.choice(["", "value", "norm"])
@@ -97,6 +98,10 @@ def draw(seed: int) -> RankProgram:
             arguments = (r.choice(layouts), r.random() < 0.5)
         elif name == "burst":
             arguments = (r.randint(0, 9),)
+        elif name == "bring":
+            arguments = r.randint(0, 99), r.choice([0.2, 0.5, 1.0])
+        elif name == "scaled":
+            arguments = (r.random() < 0.5,)
         ops.append((name, *arguments))
     return RankProgram(
         seed, Course(kind, **common), r.choice(layouts[1:]), dtype, r.random() < 0.5, r.choice([1, 4, 4, 8]),
@@ -137,6 +142,7 @@ class RankRun:
         self.simulation = Simulation(plain, program.course, facts, [self.part])
         if program.course.sparsity_at(0) > 0:
             self.simulation.begin(own.masks, program.first == "random")
+        self.scaler, self.scale = torch.amp.GradScaler("cpu", SCALE, growth_interval=GROWTH), Scaler(SCALE, GROWTH)
         self.compare("at first")
 
     def _make(self, layout: str, before: bool) -> tuple[nn.Module, nn.Module, optim.Optimizer]:
@@ -194,12 +200,12 @@ class RankRun:
                 nn.utils.clip_grad_value_(model.parameters(), 0.01, foreach=False)
         self._step()
 
-    def _backward(self, parts: int) -> None:
+    def _backward(self, parts: int, scale: float = 1.0) -> None:
         for i in range(parts):
             batch = self._batch()
             with self._apart(i < parts - 1):
-                (_loss(self.called, self._mine(batch)) / parts).backward()
-            (_loss(self.simulation.model, batch) / parts).backward()
+                (_loss(self.called, self._mine(batch)) * scale / parts).backward()
+            (_loss(self.simulation.model, batch) * scale / parts).backward()
         self.simulation.mask_gradients()
         self._adopt()
 
@@ -216,10 +222,67 @@ class RankRun:
             yield
 
     def _step(self) -> None:
-        self.optimizer.step()
+        with self._following():
+            self.optimizer.step()
+        self._stepped()
+
+    def _stepped(self) -> None:
         self.simulation.step(self.part)
         self.simulation.complete(mst_compile.sparsifier(self.model).masks)
         self._zero()
+
+    @contextlib.contextmanager
+    def _following(self) -> Iterator[None]:
+        """What masks have followed values to is seen when the optimizer begins to step: an event may change it then."""
+
+        def look(*_: Any) -> None:
+            if self.simulation.brought:
+                self.simulation.following.update(mst_compile.sparsifier(self.model).masks)
+
+        handle = self.optimizer.register_step_pre_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def scaled(self, bad: bool) -> None:
+        """A step as ``GradScaler`` takes it; with ``bad`` one element of a gradient, on one rank, is not finite."""
+        if self.layout == "tensor parallel":
+            return self.step(1, "")  # PyTorch's check of gradients takes no mixture of spread and whole ones
+        self._backward(1, self.scale.scale)
+        if bad:
+            name = sorted(self.simulation.weights)[-1]
+            self._put_inf(name, (~self.simulation.outside(name)).nonzero()[-1].tolist())
+        self.scaler.scale(torch.ones(()))  # it makes its own scale at the first loss
+        finite = self.scale.unscale(self.part.optimizer)
+        assert finite != bad
+        with self._following():
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scale.update(finite)
+        assert self.scaler.get_scale() == self.scale.scale
+        if finite:
+            self._stepped()
+        else:
+            self._zero()
+
+    def bring(self, seed: int, share: float) -> None:
+        """A checkpoint of one process brings values alone: of sparse weights ``share`` of the blocks hold any."""
+        simulation = self.simulation
+        generator = torch.Generator().manual_seed(seed)
+        values = {n: v.detach().clone() for n, v in simulation.model.state_dict().items()}
+        for name, fact in simulation.weights.items():
+            value = torch.randn(fact.dims, generator=generator, dtype=torch.float64) / fact.cols**0.5
+            drawn = torch.rand(len(simulation.masks[name]), fact.shape[1], generator=generator) < share
+            values[name].copy_(value * fact.expand(drawn))
+        options = dsd.StateDictOptions(full_state_dict=True)
+        dsd.set_model_state_dict(self.model, {n: v.clone() for n, v in values.items()}, options=options)
+        simulation.bring(values)
+
+    def _written(self) -> bool:
+        """Whether values stand outside the masks: where these are loaded, masks follow them, see :meth:`bring`."""
+        own = self.simulation
+        return any(bool(p[own.outside(n)].any()) for n, p in own.parameters.items())
 
     def _zero(self) -> None:
         self.optimizer.zero_grad()
@@ -230,15 +293,17 @@ class RankRun:
         self._backward(1)
         name = sorted(self.simulation.weights)[which % len(self.simulation.weights)]
         for place in self.simulation.outside(name).nonzero()[-1:].tolist():
-            p = self.model.get_parameter(name)
-            plain = self.simulation.parameters[name]
-            assert p.grad is not None and plain.grad is not None  # noqa: PT018
-            plain.grad[tuple(place)] = torch.inf
-            if isinstance(p.grad, DTensor):
-                p.grad = distribute_tensor(plain.grad.clone(), p.grad.device_mesh, p.grad.placements)
-            else:
-                p.grad[tuple(place)] = torch.inf
+            self._put_inf(name, place)
         self._step()
+
+    def _put_inf(self, name: str, place: list[int]) -> None:
+        p, plain = self.model.get_parameter(name), self.simulation.parameters[name]
+        assert p.grad is not None and plain.grad is not None  # noqa: PT018
+        plain.grad[tuple(place)] = torch.inf
+        if isinstance(p.grad, DTensor):
+            p.grad = distribute_tensor(plain.grad.clone(), p.grad.device_mesh, p.grad.placements)
+        else:
+            p.grad[tuple(place)] = torch.inf
 
     def skip(self) -> None:
         """One rank's loss is NaN, so that all leave the step out."""
@@ -257,6 +322,8 @@ class RankRun:
 
     def round_trip(self) -> None:
         """Load what was just saved."""
+        if self._written():
+            return
         self.optimizer.load_state_dict(self.optimizer.state_dict())
         self.model.load_state_dict(self.model.state_dict())
         self._reload()
@@ -269,7 +336,7 @@ class RankRun:
 
         Of an optimizer that has not stepped PyTorch makes the state by a step of its own, which would count in it.
         """
-        if self.simulation.count == 0:
+        if self.simulation.count == 0 or self._written():
             return
         self.saves += 1
         path = self.folder / f"{self.program.seed}.{self.saves}"
@@ -373,9 +440,22 @@ class RankRun:
         want.copy_(got)
 
 
-def check(seed: int, folder: Path) -> None:
-    """Run the program of a seed, and compare after each of its operations."""
-    program = draw(seed)
+# What a draw may miss: values that are brought to each layout, just before and after events, and steps left out there.
+_COURSE = Course("constant", 0.7, interval=2, growth="mixed", drop=0.4, regrown_warmup=3)
+_OPS: tuple[Op, ...] = (
+    ("step", 1, ""), ("bring", 1, 1.0), ("step", 2, ""), ("bring", 2, 0.2), ("scaled", True), ("scaled", False),
+    ("move", "ddp active blocks", False), ("bring", 3, 0.5), ("step", 1, ""), ("step", 1, "norm"),
+)  # fmt: skip
+EXAMPLES = [
+    RankProgram(n, _COURSE, at, dtype, False, 4, "coverage", "random", optimizer, False, False, experts, _OPS)
+    for n, (at, dtype, optimizer, experts) in enumerate(
+        [("fsdp", torch.float64, "adamw", True), ("tensor parallel", torch.float64, "adam amsgrad", False)], 10**6
+    )
+]
+
+
+def check(program: RankProgram, folder: Path) -> None:
+    """Run a program, and compare after each of its operations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

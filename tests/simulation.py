@@ -25,7 +25,8 @@ from torch import Tensor, nn, optim
 
 SECOND_MOMENTS = ("exp_avg_sq", "square_avg")
 OWN_COUNTS = (optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax)
-MASKED_AFTER = (optim.ASGD, optim.LBFGS)  # no list of the library's has them
+MASKED_AFTER = (optim.ASGD, optim.LBFGS, optim.Adafactor, optim.Muon)  # no list of the library's has them
+WARMED = (optim.Adafactor, optim.Muon)  # of these; they keep nothing but moments
 NORMALISED = (optim.Adam, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.RMSprop)
 
 
@@ -292,6 +293,7 @@ class Simulation:
         self.trained.add(name)
         if isinstance(part.optimizer, MASKED_AFTER):
             self._clean([p], name)
+        if isinstance(part.optimizer, MASKED_AFTER) and not isinstance(part.optimizer, WARMED):
             self.grown.pop(name, None)  # no moment of theirs can begin, and no block of theirs is young
             return
         if name in self.near:

@@ -232,17 +232,23 @@ class Run:
         self.step_count += 1
         self.overdue |= self.schedule.is_topology_event(self.step_count)
 
-    def meet(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+    def meet(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]) -> bool:
         """Before an optimizer steps: its weights and its state of them shall be 0 outside the active blocks.
 
-        It may have a past, from before the model was made sparse or from a checkpoint.
+        It may have a past, from before the model was made sparse or from a checkpoint; so may Parameters that have
+        joined it since its last step.
+
+        Returns:
+            Whether any have joined it, or it has never stepped.
         """
         size = sum(len(group["params"]) for group in optimizer.param_groups)
-        if optimizer not in self.optimizers or self._sizes.get(optimizer) != size:
+        joined = self._sizes.get(optimizer) != size
+        first = joined or optimizer not in self.optimizers  # something of which nothing is known, nor its past
+        if first:
             self.weights.check_replaced(self.root())
             self.weights.warn_untied()
             self._sizes[optimizer] = size
-        first = optimizer not in self.optimizers  # of which nothing is known, nor of what came before it
+            self.optimizers.discard(optimizer)  # until what it keeps is cleaned, which may raise
         seen = not first and self._lookout.sees(own)
         # What is seen here of a spread weight others may not see: each rank looks at its own part.
         self._settle(own, look=first or seen, alone=seen)
@@ -250,6 +256,7 @@ class Run:
             self._clean(optimizer, own)
         for weight, parameter in own:
             weight.version = parameter._version
+        return joined
 
     def _clean(self, optimizer: Optimizer, own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Let an optimizer's state be 0 outside the active blocks, and where they have just grown."""

@@ -165,7 +165,8 @@ class Stepping:
             _warn_if_shared(own)
             self._has_stepped = True
         run.weights.rebind()
-        run.meet(optimizer, own)
+        if run.meet(optimizer, own):
+            self._checked.discard(optimizer)  # state of Parameters that have joined it begins at this step
         if not step.nested:
             scaled: list[tuple[dict[str, Any], dict[str, Any]]] = []
             step.at_end(lambda _: restore_rates(scaled))

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from hypothesis import Phase, example, given, settings
 from net_cases import Net
-from program_cases import WIDE, Program, programs
+from program_cases import LATE, WIDE, Program, programs
 from program_runs import check_program
 from simulated_rules import Course
 
@@ -58,13 +58,14 @@ REMEMBERS = [
     )
     for way in WAYS
 ]
-# A fused optimizer is told of the scale of gradients, and of those that are not finite.
-SCALED = ("scaled", (BATCH,), False, False, "none")
+# A fused optimizer is told of the scale of gradients, and of those that are not finite: between two gradients that
+# growth adds up, so that they have other scales, and just after blocks have grown.
+SCALED, BAD = ("scaled", (BATCH,), False, False, "none"), ("scaled", (BATCH,), False, True, "none")
 IS_SCALED = replace(
     REMEMBERS[0],
     optimizer="adamw fused",
-    course=Course("constant", 0.7, interval=2, growth="gradient", drop=0.4),
-    ops=(*(SCALED,) * 3, ("scaled", (BATCH,), False, True, "none"), *(SCALED,) * 3),
+    course=Course("constant", 0.7, interval=2, growth="gradient", gradient_steps=2, drop=0.4),
+    ops=(*(SCALED,) * 3, BAD, SCALED, BAD, *(SCALED,) * 3),
 )
 # Values that come without their masks: more of them than blocks are active, and fewer; just after blocks have grown.
 FOLLOWS = replace(
@@ -73,6 +74,34 @@ FOLLOWS = replace(
     layout="two optimizers",
     course=Course("constant", 0.7, interval=2, growth="random", drop=0.4),
     ops=(STEP, STEP, ("bring", 1, 1.0, BATCH), STEP, ("bring", 2, 0.2, BATCH), STEP, ("bring", 3, 0.5, BATCH), STEP),
+)
+# Optimizers that are known by their form alone: what they remember of dropped blocks, and how young ones warm up.
+BY_FORM = [
+    replace(
+        IS_SCALED,
+        optimizer=name,
+        layout=layout,
+        course=Course("constant", 0.7, interval=2, growth="mixed", drop=0.4, regrown_warmup=3),
+    )
+    for name, layout in (("muon", "by shape"), ("adafactor", "one"))
+]
+# Half of the Parameters join the optimizer between two events.
+JOINS = replace(REMEMBERS[0], layout=LATE, ops=(*(STEP,) * 4, ("join",), *(STEP,) * 5))
+# Weights that are frozen with gradients that are left and values outside their masks, and trained again.
+FREEZES = replace(
+    REMEMBERS[0],
+    optimizer="adam amsgrad",
+    course=Course("constant", 0.7, interval=2, growth="gradient", drop=0.4),
+    ops=(
+        STEP,
+        ("step", (BATCH,), "", "keep"),
+        ("write",),
+        *(("freeze", i, False) for i in range(8)),
+        STEP,
+        STEP,
+        ("rest",),
+        *(STEP,) * 3,
+    ),
 )
 
 
@@ -84,6 +113,10 @@ FOLLOWS = replace(
 @example(IS_SCALED)
 @example(FOLLOWS)
 @example(replace(FOLLOWS, block=4, layout="one", guard="backbone"))
+@example(BY_FORM[0])
+@example(BY_FORM[1])
+@example(JOINS)
+@example(FREEZES)
 @given(programs(("plain",), least=10))
 def test_programs_in_eager_mode(program: Program) -> None:
     check_program(program)

@@ -16,15 +16,16 @@ from ranks import results_of
 
 pytestmark = pytest.mark.xdist_group("ranks")  # one group of processes at a time
 
-PROGRAMS = 8
+PROGRAMS = 6  # beside the examples
 
 
 def random_runs() -> None:
     explores = os.environ.get("HYPOTHESIS_PROFILE") == "explore"
     begun = [int(time.time()) if explores else 0, tempfile.mkdtemp(prefix="mst-tests-")]
     dist.broadcast_object_list(begun)
-    for seed in range(begun[0], begun[0] + PROGRAMS * (20 if explores else 1)):
-        rank_programs.check(seed, Path(begun[1]))
+    drawn = [rank_programs.draw(begun[0] + i) for i in range(PROGRAMS * (20 if explores else 1))]
+    for program in [*rank_programs.EXAMPLES, *drawn]:
+        rank_programs.check(program, Path(begun[1]))
 
 
 two = results_of([random_runs], 2)

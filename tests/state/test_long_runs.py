@@ -94,7 +94,7 @@ def test_nothing_grows_within_a_run() -> None:
     schedule = Constant(0.7, interval=2, growth="mixed", regrown="own steps", regrown_warmup=4)
     model = fresh(schedule)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    run, own, seen = compiled(model), sparsifier(model), []
+    run, own, seen, objects = compiled(model), sparsifier(model), [], []
     for step in range(240):
         loss_of(run, torch.randn(16, 32)).backward()
         optimizer.step()
@@ -104,11 +104,15 @@ def test_nothing_grows_within_a_run() -> None:
                 run(torch.randn(16, 32))
         if step % 80 == 79:
             gc.collect()
-            sparse = [w for w in gc.get_objects() if type(w) is mst_compile.SparseWeight]
+            found = gc.get_objects()
+            objects.append(len(found))
+            sparse = [w for w in found if type(w) is mst_compile.SparseWeight]
+            del found
             within = {n: len(w.uses.places) + len(w.uses.unmatched) for n, w in own.weights.items()}
             stepping = {k: len(v) for k, v in vars(own._stepping).items() if isinstance(v, REGISTRIES)}
             seen.append((registries(), len(sparse), within, stepping, counters["stats"]["unique_graphs"]))
     assert seen[0] == seen[1] == seen[2]
+    assert objects[2] - objects[1] < 40, "less than an object is left of each of 40 events and 80 steps"
     assert not counters["graph_break"]
     assert_zero_outside(model, optimizer, gradients=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from coded import Coded, CodedSGD
 from helpers import Blocks, static
 from mask_cases import element_masks
 from situations import train
+from torch import Tensor
 from training import assert_zero_outside
 
 from mst_compile import Constant, densify, sparsifier, sparsify
@@ -33,6 +34,39 @@ def test_state_from_before_is_cleaned(make: Callable[..., torch.optim.Optimizer]
         train(model, optimizer)
         assert_zero_outside(model, optimizer, gradients=False)
         densify(model)
+
+
+class Filled(torch.optim.Optimizer):
+    """Begins its state of an element at 1, whatever the gradient is."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                size = self.state[p].setdefault("size", torch.ones_like(p))
+                p.sub_(size * p.grad, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with state", "without"])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Muon, Filled])
+def test_state_of_parameters_that_join_is_cleaned(kind: Callable[..., torch.optim.Optimizer], kept: bool) -> None:
+    """An optimizer takes Parameters over in mid-run, with what another has learnt of them before they were sparse."""
+    model = Blocks()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    before = kind(matrices, 1e-2)
+    train(model, before, 3)
+    sparsify(model, static())
+    optimizer = kind(matrices[:1], 1e-2)
+    train(model, optimizer)
+    optimizer.add_param_group({"params": matrices[1:]})
+    for p in matrices[1:] if kept else []:
+        optimizer.state[p] = before.state[p]
+    train(model, optimizer)
+    assert_zero_outside(model, optimizer, gradients=False)
+    assert len(optimizer.state) == len(matrices) > 1
 
 
 @pytest.mark.parametrize("way", ["made sparse", "loaded"])
