@@ -19,7 +19,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import check_placement, gathered, holder_of, stored
 
-from .indexes import epoch
+from .indexes import activity, epoch
 from .uses import warn_orphaned
 from .weight import SparseWeight
 
@@ -91,6 +91,7 @@ def _remove_hook(parameter: Tensor) -> None:
 
 def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
+    activity.value += 1
     gradient = parameter.grad
     if gradient is not None and not weight.dense_grad and not _holds_zeros(weight, parameter, gradient):
         weight.mask_gradient(gradient)

@@ -6,6 +6,9 @@ was last known of it. To look at all of both at every step would cost as much as
 weights are looked at before each step, others at the next: who adds noise everywhere is seen at the next step, whoever
 writes a single element when its turn comes, and what a written gradient did is seen in the weights that it has moved.
 On a device that the host would have to wait for, all weights are looked at once in a while.
+
+Of a copy that no optimizer trains, as for averages of the weights, nobody asks before a step. Compiled calls look at
+some rows of it whenever something has been trained since they took it last: averages are written everywhere.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from mst_compile.blocks.bulk import any_outside
+from mst_compile.blocks.bulk import any_outside, outside_of_all
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.layout import are_one_matrix, as_matrix
-from mst_compile.blocks.shards import is_sharded
+from mst_compile.blocks.shards import holder_of, is_sharded
 
+from .indexes import activity
 from .weight import SparseWeight
 
 _ELEMENTS = 1 << 16  # that are looked at before a step, in whole rows: some hundredths of a millisecond
@@ -48,6 +53,21 @@ class Lookout:
                 return _can_look(weight, parameter) and not _are_zero(weight, parameter.detach(), at)
             at -= count
         return False
+
+
+def look_at_copies(held: Own) -> bool:
+    """Before a compiled call: whether values stand outside the active blocks of weights that nobody trains here. Of a
+    weight in the host's memory some rows are looked at, of others all at once."""
+    own = [(w, p) for w, p in held if not (w.is_dense or w.timed or isinstance(p, FakeTensor) or holder_of(p))]
+    own = [(w, p) for w, p in own if not is_sharded(p) and w.is_clean(p)]
+    all_at_once = outside_of_all([(parameter, weight.grid, weight.mask) for weight, parameter in own])
+    found = False
+    for (weight, parameter), outside in zip(own, all_at_once, strict=True):
+        if outside is None:
+            outside = not _are_zero(weight, parameter.detach(), activity.value % _steps_of(weight.grid))
+        if outside:
+            found |= not weight.look_here(parameter)
+    return found
 
 
 def _can_look(weight: SparseWeight, parameter: Tensor) -> bool:

@@ -20,7 +20,7 @@ from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
 from .listeners import Listeners, TopologyEvent, changes
 from .lookout import Lookout
-from .optimizers import zero_state_
+from .optimizers import alive, zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
 from .resume import Progress, Topology, from_entry, restore
@@ -91,6 +91,8 @@ class Run:
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # All that have stepped, and how many Parameters each trains: what a topology change drops is 0 in all of them.
         self._sizes: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        # Those that have such weights too and were not seen to step, as what wraps another optimizer may not be.
+        self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.listeners = Listeners()
         self.first_masks = FirstMasks()
         self._lookout = Lookout()
@@ -102,7 +104,7 @@ class Run:
             weight.driver = weakref.ref(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("optimizers", "_sizes", "root", "listeners")
+        own = ("optimizers", "_sizes", "_others", "root", "listeners")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,7 +115,7 @@ class Run:
             root=_unknown,
             listeners=Listeners(),
         )
-        self._sizes = weakref.WeakKeyDictionary()
+        self._sizes, self._others = weakref.WeakKeyDictionary(), weakref.WeakSet()
         self._drive()
 
     @property
@@ -200,6 +202,7 @@ class Run:
         if not now.seen:
             for weight, parameter in own:
                 weight.moved |= parameter.grad is not None or weight.version not in (UNKNOWN, parameter._version)
+                weight.trained |= weight.moved
             self._steps_here += 1
             now.seen = True
             self.overdue = now.due
@@ -235,6 +238,9 @@ class Run:
         if optimizer not in self.optimizers or self._sizes.get(optimizer) != size:
             self.weights.check_replaced(self.root())
             self.weights.warn_untied()
+            if optimizer not in self._sizes and optimizer not in self._others:
+                self._others.update(other for other in alive() if other is not optimizer and self._may_keep(other))
+            self._others.discard(optimizer)
             self._sizes[optimizer] = size
         first = optimizer not in self.optimizers  # of which nothing is known, nor of what came before it
         seen = not first and self._lookout.sees(own)
@@ -245,13 +251,20 @@ class Run:
         for weight, parameter in own:
             weight.version = parameter._version
 
-    def _clean(self, optimizer: Optimizer, own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
-        """Let an optimizer's state be 0 outside the active blocks, and where they have just grown."""
-        lay_out_state(optimizer, own)
-        for weight, parameter in own:
-            zero_state_(optimizer, weight, parameter)
-            if weight.grown is not None:  # by a mask that was given before the optimizer was known
-                zero_state_(optimizer, weight, parameter, weight.grown)
+    def _may_keep(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer that has not been seen to step may keep something of the run's weights."""
+        state = getattr(optimizer, "state", None)
+        return optimizer not in self._sizes and isinstance(state, Mapping) and bool(self.of(optimizer))
+
+    def _clean(self, optimizer: Optimizer, own: Sequence[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Let an optimizer's state be 0 outside the active blocks, and where they have just grown; that of others,
+        too, which may never step."""
+        for one in (optimizer, *self._others):
+            lay_out_state(one, own)
+            for weight, parameter in own:
+                zero_state_(one, weight, parameter)
+                if weight.grown is not None:  # by a mask that was given before the optimizer was known
+                    zero_state_(one, weight, parameter, weight.grown)
         self.optimizers.add(optimizer)
 
     def take_unclaimed(self) -> None:
@@ -315,7 +328,7 @@ class Run:
         planned = [((now.changes or {}).get(weight.name), weight, parameter) for weight, parameter in own]
         changed = [(change, weight, parameter) for change, weight, parameter in planned if change is not None]
         try:
-            carry_out(changed, list(self._sizes), again=again)
+            carry_out(changed, [*self._sizes, *self._others], again=again)
         except OptimizerError as error:
             now.failed = error
             self.optimizers.clear()  # none steps before its state could be cleaned
@@ -361,7 +374,7 @@ class Run:
         """Give one weight other active blocks, outside of the schedule."""
         self.finish()
         try:
-            change_mask(weight, parameter, mask.detach().cpu().clone(), list(self._sizes))
+            change_mask(weight, parameter, mask.detach().cpu().clone(), [*self._sizes, *self._others])
         except OptimizerError:
             self.optimizers.clear()
             raise

@@ -58,7 +58,7 @@ def lay_out_state(optimizer: Optimizer, own: Iterable[tuple[SparseWeight, nn.Par
             )
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for key, value in list(state_like(optimizer, parameter)):
-            if is_plain(value) and not _alike(value, parameter):
+            if key in state and is_plain(value) and not _alike(value, parameter):
                 state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
