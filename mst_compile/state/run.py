@@ -20,7 +20,7 @@ from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
 from .listeners import Listeners, TopologyEvent, changes
 from .lookout import Lookout
-from .optimizers import alive, zero_state_
+from .optimizers import alive, keeps_zeros, zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
 from .resume import Progress, Topology, from_entry, restore
@@ -93,6 +93,8 @@ class Run:
         self._sizes: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         # Those that have such weights too and were not seen to step, as what wraps another optimizer may not be.
         self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        # Whose state came with the masks of the moment: by name of a weight, its number of changes then.
+        self._loaded: weakref.WeakKeyDictionary[Optimizer, dict[str, int]] = weakref.WeakKeyDictionary()
         self.listeners = Listeners()
         self.first_masks = FirstMasks()
         self._lookout = Lookout()
@@ -104,7 +106,7 @@ class Run:
             weight.driver = weakref.ref(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("optimizers", "_sizes", "_others", "root", "listeners")
+        own = ("optimizers", "_sizes", "_others", "_loaded", "root", "listeners")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -116,6 +118,7 @@ class Run:
             listeners=Listeners(),
         )
         self._sizes, self._others = weakref.WeakKeyDictionary(), weakref.WeakSet()
+        self._loaded = weakref.WeakKeyDictionary()
         self._drive()
 
     @property
@@ -256,12 +259,20 @@ class Run:
         state = getattr(optimizer, "state", None)
         return optimizer not in self._sizes and isinstance(state, Mapping) and bool(self.of(optimizer))
 
+    def forget(self, optimizer: Optimizer) -> None:
+        """Other state was given to an optimizer, of which nothing is known."""
+        self.optimizers.discard(optimizer)
+        self._loaded.pop(optimizer, None)
+
     def _clean(self, optimizer: Optimizer, own: Sequence[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Let an optimizer's state be 0 outside the active blocks, and where they have just grown; that of others,
         too, which may never step."""
         for one in (optimizer, *self._others):
             lay_out_state(one, own)
+            loaded = {} if keeps_zeros(one) else self._loaded.pop(one, {})
             for weight, parameter in own:
+                if loaded.get(weight.name) == weight.changes:
+                    continue  # as the run that wrote it had it: what is not of elements is not 0, and would differ
                 zero_state_(one, weight, parameter)
                 if weight.grown is not None:  # by a mask that was given before the optimizer was known
                     zero_state_(one, weight, parameter, weight.grown)
@@ -379,12 +390,16 @@ class Run:
             self.optimizers.clear()
             raise
 
-    def go_on(self, progress: Progress, topologies: dict[str, Topology]) -> None:
-        """Continue from a checkpoint."""
+    def go_on(
+        self, progress: Progress, topologies: dict[str, Topology], optimizer: Optimizer | None = None
+    ) -> None:
+        """Continue from a checkpoint, of which ``optimizer`` has its state."""
         self.finish()
         self.step_count, self.seed = progress.step, progress.seed
         for weight in self.weights:
             if weight.name in topologies:
                 restore(weight, topologies[weight.name], self.keeps_young)
+        if optimizer is not None:
+            self._loaded[optimizer] = {w.name: w.changes for w in self.weights if w.name in topologies}
         self.optimizers.clear()
         self.prepare_next_step()

@@ -325,7 +325,7 @@ class Stepping:
             kept = kept and id(parameter) not in divided
             if not (known and kept):
                 weight.zero_inactive_(parameter)
-            if not kept or (not known and optimizer not in self._checked):
+            if not kept or (not known and turn.first and optimizer not in self._checked):
                 optimizers.zero_state_(optimizer, weight, parameter, first=turn.first)
             elif look and not weight.is_dense:
                 spread += optimizers.not_of_elements(optimizer, weight, parameter)
