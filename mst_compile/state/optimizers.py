@@ -15,9 +15,11 @@ from __future__ import annotations
 import collections
 import functools
 import gc
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -59,6 +61,18 @@ def alive() -> Iterator[optim.Optimizer]:
     for found in gc.get_objects():
         if issubclass(type(found), optim.Optimizer) and "param_groups" in vars(found):
             yield found
+
+
+def callers() -> Iterator[optim.Optimizer]:
+    """The optimizers whose methods are running now: where one steps within another, that is among them, though no hook
+    may have seen it, as its constructor called none or the method is no ``step``."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if issubclass(type(first), optim.Optimizer):
+            yield first  # type: ignore[misc]
+        frame = frame.f_back
 
 
 def divides_by_zero(optimizer: optim.Optimizer, parameters: Iterable[Tensor]) -> set[int]:

@@ -20,7 +20,7 @@ from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
 from .listeners import Listeners, TopologyEvent, changes
 from .lookout import Lookout
-from .optimizers import alive, keeps_zeros, zero_state_
+from .optimizers import callers, keeps_zeros, zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
 from .resume import Progress, Topology, from_entry, restore
@@ -242,7 +242,7 @@ class Run:
             self.weights.check_replaced(self.root())
             self.weights.warn_untied()
             if optimizer not in self._sizes and optimizer not in self._others:
-                self._others.update(other for other in alive() if other is not optimizer and self._may_keep(other))
+                self._others.update(other for other in callers() if self._may_keep(other, optimizer))
             self._others.discard(optimizer)
             self._sizes[optimizer] = size
         first = optimizer not in self.optimizers  # of which nothing is known, nor of what came before it
@@ -254,10 +254,13 @@ class Run:
         for weight, parameter in own:
             weight.version = parameter._version
 
-    def _may_keep(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer that has not been seen to step may keep something of the run's weights."""
-        state = getattr(optimizer, "state", None)
-        return optimizer not in self._sizes and isinstance(state, Mapping) and bool(self.of(optimizer))
+    def _may_keep(self, other: Optimizer, steps: Optimizer) -> bool:
+        """Whether an optimizer that has not been seen to step, and calls one that ``steps``, may keep something of the
+        run's weights."""
+        state = getattr(other, "state", None)
+        if other is steps or other in self._sizes or not isinstance(state, Mapping) or state is steps.state:
+            return False
+        return bool(self.of(other))
 
     def forget(self, optimizer: Optimizer) -> None:
         """Other state was given to an optimizer, of which nothing is known."""
@@ -390,9 +393,7 @@ class Run:
             self.optimizers.clear()
             raise
 
-    def go_on(
-        self, progress: Progress, topologies: dict[str, Topology], optimizer: Optimizer | None = None
-    ) -> None:
+    def go_on(self, progress: Progress, topologies: dict[str, Topology], optimizer: Optimizer | None = None) -> None:
         """Continue from a checkpoint, of which ``optimizer`` has its state."""
         self.finish()
         self.step_count, self.seed = progress.step, progress.seed

@@ -232,11 +232,14 @@ def test_what_fills_state_after_many_steps_is_said() -> None:
     """An eighth step, say: who looked at the first ones alone would have seen zeros."""
     model, optimizer = start(lambda m: Even(m.parameters(), wait=6), FOREVER)
     data = list(batches(STEPS))
-    for x in data[:6]:
-        plain(optimizer, model, x)
-    with pytest.warns(MSTWarning, match="square, not 0 where weight and gradient are"):
-        for x in data[6:]:
+
+    def go_on(steps: list[Tensor]) -> None:
+        for x in steps:
             plain(optimizer, model, x)
+
+    go_on(data[:6])
+    with pytest.warns(MSTWarning, match="square, not 0 where weight and gradient are"):
+        go_on(data[6:])
 
 
 def test_state_by_tensors_is_named_by_their_shape() -> None:
