@@ -26,7 +26,8 @@ from mst_compile.graph.served import fake_index, range_of, size_of
 from mst_compile.lowering import device
 from mst_compile.lowering.device import Layer
 from mst_compile.state.binding import Arrival, of
-from mst_compile.state.indexes import epoch
+from mst_compile.state.indexes import activity, epoch
+from mst_compile.state.lookout import look_at_copies
 from mst_compile.state.uses import Baseline
 from mst_compile.state.weight import SparseWeight
 
@@ -144,7 +145,7 @@ class Dispatch:
         if not self._positions:
             return None
         held, written, recording = [], False, torch.is_grad_enabled()
-        look = self._calls_to_look > 0
+        look, now_active, copies = self._calls_to_look > 0, activity.value, []
         for i in self._positions:
             parameter = own[i]
             weight = getattr(parameter, "_mst_weight", None)
@@ -155,11 +156,17 @@ class Dispatch:
                     written = True
                 if weight.recording is not recording:
                     weight.recording, look = recording, True
+                if weight.looked != now_active:
+                    weight.looked = now_active
+                    if not weight.trained:
+                        copies.append((weight, parameter))
         # Writes through .data leave no trace: looked for at the first calls, and where training and evaluation change
         # places, as that is when averages are swapped in and adapters merged.
         if look:
             self._calls_to_look = max(0, self._calls_to_look - 1)
             written |= self._look(own)
+        elif copies:
+            written |= look_at_copies(copies)
         if written and not self._hold_zeros(own):
             self._choice = None
             return None

@@ -20,7 +20,7 @@ from mst_compile.blocks.by_tensor import ByTensor
 from mst_compile.blocks.memory import is_plain
 from mst_compile.blocks.shards import check_placement, forget_local, gathered, holder_of, note_local, stored
 
-from .indexes import epoch
+from .indexes import activity, epoch
 from .uses import warn_orphaned
 from .weight import SparseWeight
 
@@ -94,6 +94,7 @@ def _remove_hook(parameter: Tensor) -> None:
 
 def _mask_gradient(weight: SparseWeight, parameter: Tensor) -> None:
     """Post-accumulate hook: gradients are zero outside the active blocks, whoever computed them."""
+    activity.value += 1
     gradient = parameter.grad
     if gradient is not None and not weight.dense_grad and not _holds_zeros(weight, parameter, gradient):
         weight.mask_gradient(gradient)

@@ -90,10 +90,8 @@ def _wrap_state_dict() -> None:
                 progress = {PROGRESS: next(iter(extra.values()))[PROGRESS]}
                 extra = {key: extra.get(key, progress) for key in keys.values()}
             # Copies: the entries of the state dict are the optimizer's own, and it would step over ours.
-            found["state"] = {
-                key: {**found["state"].get(key, {}), **extra.get(key, {})}
-                for key in [*found["state"], *(k for k in extra if k not in found["state"])]
-            }
+            # What some optimizers keep beside the parameters, such as a number of steps, is no dict.
+            found["state"] = found["state"] | {k: {**found["state"].get(k, {}), **own} for k, own in extra.items()}
         return found
 
     Optimizer.state_dict = state_dict  # type: ignore[method-assign]

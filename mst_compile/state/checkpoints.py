@@ -43,7 +43,7 @@ class OptimizerCheckpoints:
         own = self._run.of(optimizer)
         if not own:
             return
-        self._run.optimizers.discard(optimizer)  # of its new state nothing is known
+        self._run.forget(optimizer)  # of its new state nothing is known
         progress, topologies = self._run.progress, {}
         for weight, parameter in own:
             found = resume.from_entry(entries.get(id(parameter)))
@@ -52,7 +52,7 @@ class OptimizerCheckpoints:
             elif optimizer.state.get(parameter):
                 self._warn_without_topology(weight)
         if topologies:
-            self._run.go_on(progress, topologies)
+            self._run.go_on(progress, topologies, optimizer)
 
     def _warn_without_topology(self, weight: SparseWeight) -> None:
         if not self._warned:

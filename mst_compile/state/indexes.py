@@ -17,7 +17,15 @@ class _Epoch:
     value = 0
 
 
+class _Activity:
+    """Counts gradients of sparse weights and optimizer steps in this process: while it stands still nobody trains, and
+    so nobody follows training with averages of weights."""
+
+    value = 0
+
+
 epoch = _Epoch()
+activity = _Activity()
 
 
 def has_index(grid: BlockGrid, device: torch.device) -> bool:

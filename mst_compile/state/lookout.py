@@ -11,6 +11,10 @@ Of a weight that is spread over ranks each looks at rows of its own part, and ne
 outside is said by the mask, which all have, and to cut one's own values and state is all that follows. The steps at
 which a weight's turn comes are counted by the whole of it, so that ranks which hold another weight in common, or the
 same part of this one, find what was written there at one step.
+
+Of a copy that no optimizer trains, as for averages of the weights, nobody asks before a step. Compiled calls look at
+some rows of it whenever something has been trained since they took it last: averages are written everywhere. On a
+device that the host would have to wait for they look at the first, second, fourth, ... such call, and once in a while.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from mst_compile.blocks.bulk import any_outside, share_outside_here
+from mst_compile.blocks.bulk import any_outside, outside_of_all, share_outside_here
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.layout import are_one_matrix, as_matrix
-from mst_compile.blocks.shards import is_sharded, local_part
+from mst_compile.blocks.shards import holder_of, is_sharded, local_part
 
+from .indexes import activity
 from .weight import SparseWeight
 
 _ELEMENTS = 1 << 16  # that are looked at before a step, in whole rows: some hundredths of a millisecond
@@ -53,6 +59,27 @@ class Lookout:
                 return _can_look(weight, parameter) and not _are_zero(weight, parameter.detach(), at)
             at -= count
         return False
+
+
+def look_at_copies(held: Own) -> bool:
+    """Before a compiled call: whether values stand outside the active blocks of weights that nobody trains here. Of a
+    weight in the host's memory some rows are looked at, of others all at once."""
+    own = [(w, p) for w, p in held if not (w.is_dense or w.timed or isinstance(p, FakeTensor) or holder_of(p))]
+    own = [(w, p) for w, p in own if not is_sharded(p) and w.is_clean(p) and _is_its_turn(w, p)]
+    all_at_once = outside_of_all([(parameter, weight.grid, weight.mask) for weight, parameter in own])
+    found = False
+    for (weight, parameter), outside in zip(own, all_at_once, strict=True):
+        if outside is None:
+            outside = not _are_zero(weight, parameter.detach(), activity.value % _steps_of(weight.grid))
+        if outside:
+            found |= not weight.look_here(parameter)
+    return found
+
+
+def _is_its_turn(weight: SparseWeight, parameter: Tensor) -> bool:
+    """Whether to look at a weight at this call: always, but where the host waits for the answer."""
+    weight.looks += 1
+    return parameter.is_cpu or weight.looks.bit_count() == 1 or weight.looks % _SELDOM == 0
 
 
 def _can_look(weight: SparseWeight, parameter: Tensor) -> bool:

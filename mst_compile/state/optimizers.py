@@ -4,7 +4,7 @@ Zero gradient and zero state give a zero update in the optimizers listed here, s
 them. After a step of any other optimizer the weight is masked once more.
 
 What an optimizer remembers of single elements is found by its form, of whatever optimizer (:func:`survey`): a
-floating-point tensor under a key of its own that has the parameter's shape in *every* parameter that it is kept of, or
+floating-point tensor in a place of its own that has the parameter's shape in *every* parameter that it is kept of, or
 codes of that shape with a code book beside them. Everything else belongs to several elements at once; and where there
 are matrices among it that may be a basis, tensors of the parameter's shape may be coordinates in that basis. Such state
 is left alone, and said.
@@ -12,11 +12,14 @@ is left alone, and said.
 
 from __future__ import annotations
 
+import collections
 import functools
 import gc
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -60,6 +63,18 @@ def alive() -> Iterator[optim.Optimizer]:
             yield found
 
 
+def callers() -> Iterator[optim.Optimizer]:
+    """The optimizers whose methods are running now: where one steps within another, that is among them, though no hook
+    may have seen it, as its constructor called none or the method is no ``step``."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if issubclass(type(first), optim.Optimizer):
+            yield first  # type: ignore[misc]
+        frame = frame.f_back
+
+
 def divides_by_zero(optimizer: optim.Optimizer, parameters: Iterable[Tensor]) -> set[int]:
     """Ids of those of the parameters in which a step may divide 0 by 0 where gradient and state are 0: the ``eps`` of
     their group is 0, or rounds to it in their dtype, as Adam's 1e-8 does in float16."""
@@ -84,7 +99,8 @@ class Survey:
     """What an optimizer keeps of its parameters.
 
     Attributes:
-        elements: keys of tensors with one number for each element of a parameter.
+        elements: keys of tensors with one number for each element of a parameter; of those in containers and objects
+            the way to them, as in ``momentum_buffer.0.9``.
         codes: key of 8-bit codes, one for each element -> key of the code book that says what number a code is.
         foreign: key -> form of what belongs to no single element.
     """
@@ -99,7 +115,7 @@ _surveys: weakref.WeakKeyDictionary[optim.Optimizer, tuple[int, Survey]] = weakr
 
 def survey(optimizer: optim.Optimizer) -> Survey:
     """Look through the state of an optimizer, containers and objects in it included; again when there is more of it."""
-    entries = sum(1 + len(state) for state in optimizer.state.values() if isinstance(state, dict))
+    entries = sum(1 + sum(map(_count, state.values())) for state in optimizer.state.values() if isinstance(state, dict))
     known = _surveys.get(optimizer)
     if known is None or known[0] != entries:
         known = _surveys[optimizer] = entries, _survey(optimizer)
@@ -113,25 +129,21 @@ def _survey(optimizer: optim.Optimizer) -> Survey:
     foreign: dict[str, str] = {}
     basis = False
     for parameter, state in optimizer.state.items():
-        for key, value in state.items() if isinstance(state, dict) else ():
-            if not isinstance(value, Tensor):
-                inside = [tensor for tensor in _tensors(value) if tensor.numel() > 1]
-                basis |= any(map(_may_be_basis, inside))
-                if inside:
-                    foreign.setdefault(key, f"{key} of shape {tuple(inside[0].shape)}")
-            elif not isinstance(parameter, Tensor) or (value.shape != parameter.shape and value.numel() > 1):
+        for key, value in _leaves(state) if isinstance(state, dict) else ():
+            top = key.partition(".")[0]
+            if not isinstance(parameter, Tensor) or (value.shape != parameter.shape and value.numel() > 1):
                 spoiled.add(key)
                 basis |= _may_be_basis(value)
-                foreign.setdefault(key, f"{key} of shape {tuple(value.shape)}")
+                foreign.setdefault(top, f"{top} of shape {tuple(value.shape)}")
             elif value.layout is torch.strided and overlaps(value):
                 spoiled.add(key)
-                foreign.setdefault(key, f"{key}, one number for several elements")
+                foreign.setdefault(top, f"{top}, one number for several elements")
             elif value.shape == parameter.shape and value.is_floating_point():
                 elements.add(key)
             elif value.numel() > 1:
                 book = _code_book(key, value, state)
                 if book is None:
-                    foreign.setdefault(key, f"{key} of {value.dtype}")
+                    foreign.setdefault(top, f"{top} of {value.dtype}")
                 else:
                     codes[key] = book
     # What describes codes: the book, and the scales of groups of them, which are never 0 divided by.
@@ -144,20 +156,32 @@ def _survey(optimizer: optim.Optimizer) -> Survey:
     return Survey(frozenset(elements - spoiled), codes, foreign)
 
 
-def _tensors(value: object, depth: int = 4) -> Iterator[Tensor]:
-    """The tensors in lists, tuples, dicts and plain objects."""
+def _leaves(state: Mapping[Any, object]) -> Iterator[tuple[str, Tensor]]:
+    """What is kept of one parameter: the tensors, also those in lists, dicts and plain objects, by the way to them."""
+    for key, value in state.items():
+        yield from _tensors(f"a tensor of shape {tuple(key.shape)}" if isinstance(key, Tensor) else str(key), value)
+
+
+def _tensors(way: str, value: object, depth: int = 4) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
-        yield value
+        yield way, value
         return
-    inside: Iterable[object] = ()
+    for name, item in _inside(value) if depth else ():
+        yield from _tensors(f"{way}.{name}", item, depth - 1)
+
+
+def _inside(value: object) -> Iterable[tuple[object, object]]:
     if isinstance(value, Mapping):
-        inside = value.values()
-    elif isinstance(value, list | tuple | set):
-        inside = value
-    elif not isinstance(value, type) and not callable(value) and hasattr(value, "__dict__"):
-        inside = vars(value).values()
-    for item in inside if depth else ():
-        yield from _tensors(item, depth - 1)
+        return value.items()
+    if isinstance(value, list | tuple | set | collections.deque):
+        return enumerate(value)
+    if not isinstance(value, type) and not callable(value) and hasattr(value, "__dict__"):
+        return vars(value).items()
+    return ()
+
+
+def _count(value: object) -> int:
+    return 1 if isinstance(value, Tensor | int | float) else sum(1 for _ in _tensors("", value)) + 1
 
 
 def _may_be_basis(tensor: Tensor) -> bool:
@@ -185,8 +209,9 @@ def state_like(optimizer: optim.Optimizer, parameter: Tensor) -> Iterator[tuple[
     state = optimizer.state.get(parameter, {})
     if not state or not isinstance(state, dict):
         return
-    keys = state.keys() if keeps_zeros(optimizer) else survey(optimizer).elements
-    for key, value in state.items():
+    known = keeps_zeros(optimizer)
+    keys = state.keys() if known else survey(optimizer).elements
+    for key, value in state.items() if known else _leaves(state):
         if key in keys and isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
             yield key, value
 

@@ -21,7 +21,7 @@ from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
 from .listeners import Listeners, TopologyEvent, changes
 from .lookout import Lookout
-from .optimizers import zero_state_
+from .optimizers import callers, keeps_zeros, zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
 from .resume import Progress, Topology, from_entry, restore
@@ -97,6 +97,10 @@ class Run:
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # All that have stepped, and how many Parameters each trains: what a topology change drops is 0 in all of them.
         self._sizes: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+        # Those that have such weights too and were not seen to step, as what wraps another optimizer may not be.
+        self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        # Whose state came with the masks of the moment: by name of a weight, its number of changes then.
+        self._loaded: weakref.WeakKeyDictionary[Optimizer, dict[str, int]] = weakref.WeakKeyDictionary()
         self.listeners = Listeners()
         self.first_masks = FirstMasks()
         self._lookout = Lookout()
@@ -108,7 +112,7 @@ class Run:
             weight.driver = weakref.ref(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("optimizers", "_sizes", "root", "listeners")
+        own = ("optimizers", "_sizes", "_others", "_loaded", "root", "listeners")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -119,7 +123,8 @@ class Run:
             root=_unknown,
             listeners=Listeners(),
         )
-        self._sizes = weakref.WeakKeyDictionary()
+        self._sizes, self._others = weakref.WeakKeyDictionary(), weakref.WeakSet()
+        self._loaded = weakref.WeakKeyDictionary()
         self._drive()
 
     @property
@@ -206,6 +211,7 @@ class Run:
         if not now.seen:
             for weight, parameter in own:
                 weight.moved |= parameter.grad is not None or weight.version not in (UNKNOWN, parameter._version)
+                weight.trained |= weight.moved
             self._steps_here += 1
             now.seen = True
             self.overdue = now.due
@@ -247,6 +253,9 @@ class Run:
         if first:
             self.weights.check_replaced(self.root())
             self.weights.warn_untied()
+            if optimizer not in self._sizes and optimizer not in self._others:
+                self._others.update(other for other in callers() if self._may_keep(other, optimizer))
+            self._others.discard(optimizer)
             self._sizes[optimizer] = size
             self.optimizers.discard(optimizer)  # until what it keeps is cleaned, which may raise
         seen = not first and self._lookout.sees(own)
@@ -258,13 +267,31 @@ class Run:
             weight.version = parameter._version
         return joined
 
-    def _clean(self, optimizer: Optimizer, own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
-        """Let an optimizer's state be 0 outside the active blocks, and where they have just grown."""
-        lay_out_state(optimizer, own)
-        for weight, parameter in own:
-            zero_state_(optimizer, weight, parameter)
-            if weight.grown is not None:  # by a mask that was given before the optimizer was known
-                zero_state_(optimizer, weight, parameter, weight.grown)
+    def _may_keep(self, other: Optimizer, steps: Optimizer) -> bool:
+        """Whether an optimizer that has not been seen to step, and calls one that ``steps``, may keep something of the
+        run's weights."""
+        state = getattr(other, "state", None)
+        if other is steps or other in self._sizes or not isinstance(state, Mapping) or state is steps.state:
+            return False
+        return bool(self.of(other))
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """Other state was given to an optimizer, of which nothing is known."""
+        self.optimizers.discard(optimizer)
+        self._loaded.pop(optimizer, None)
+
+    def _clean(self, optimizer: Optimizer, own: Sequence[tuple[SparseWeight, nn.Parameter]]) -> None:
+        """Let an optimizer's state be 0 outside the active blocks, and where they have just grown; that of others,
+        too, which may never step."""
+        for one in (optimizer, *self._others):
+            lay_out_state(one, own)
+            loaded = {} if keeps_zeros(one) else self._loaded.pop(one, {})
+            for weight, parameter in own:
+                if loaded.get(weight.name) == weight.changes:
+                    continue  # as the run that wrote it had it: what is not of elements is not 0, and would differ
+                zero_state_(one, weight, parameter)
+                if weight.grown is not None:  # by a mask that was given before the optimizer was known
+                    zero_state_(one, weight, parameter, weight.grown)
         self.optimizers.add(optimizer)
 
     def take_unclaimed(self) -> None:
@@ -328,7 +355,7 @@ class Run:
         planned = [((now.changes or {}).get(weight.name), weight, parameter) for weight, parameter in own]
         changed = [(change, weight, parameter) for change, weight, parameter in planned if change is not None]
         try:
-            carry_out(changed, list(self._sizes), again=again)
+            carry_out(changed, [*self._sizes, *self._others], again=again)
         except OptimizerError as error:
             now.failed = error
             self.optimizers.clear()  # none steps before its state could be cleaned
@@ -374,17 +401,19 @@ class Run:
         """Give one weight other active blocks, outside of the schedule."""
         self.finish()
         try:
-            change_mask(weight, parameter, mask.detach().cpu().clone(), list(self._sizes))
+            change_mask(weight, parameter, mask.detach().cpu().clone(), [*self._sizes, *self._others])
         except OptimizerError:
             self.optimizers.clear()
             raise
 
-    def go_on(self, progress: Progress, topologies: dict[str, Topology]) -> None:
-        """Continue from a checkpoint."""
+    def go_on(self, progress: Progress, topologies: dict[str, Topology], optimizer: Optimizer | None = None) -> None:
+        """Continue from a checkpoint, of which ``optimizer`` has its state."""
         self.finish()
         self.step_count, self.seed = progress.step, progress.seed
         for weight in self.weights:
             if weight.name in topologies:
                 restore(weight, topologies[weight.name], self.keeps_young)
+        if optimizer is not None:
+            self._loaded[optimizer] = {w.name: w.changes for w in self.weights if w.name in topologies}
         self.optimizers.clear()
         self.prepare_next_step()

@@ -105,7 +105,7 @@ class Stepping:
         self._clock = StepClock()
         self._warned: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._checked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # unknown ones, their first state cleaned
-        self._looked: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # those whose state was looked at a step later
+        self._later: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()  # their steps since then
         self._turns: dict[Step, _Turn] = {}  # steps under way
         self._deferred = _NOWHERE  # the backward pass for whose end a step within it waits
         self._making_state = False  # the optimizer that steps now only makes its state
@@ -309,7 +309,7 @@ class Stepping:
         """
         known, spread = optimizers.keeps_zeros(optimizer), []
         divided = optimizers.divides_by_zero(optimizer, (parameter for _, parameter in own)) if known else set()
-        look = not known and optimizer in self._checked and optimizer not in self._looked
+        look = not known and self._is_time_to_look(optimizer, own)
         for weight, parameter in own:
             weight.set_dense_grad(False)
             gradient = parameter.grad
@@ -317,7 +317,7 @@ class Stepping:
             told = known or gradient is None
             if told and parameter._version == turn.versions.get(weight.name) and not is_sharded(parameter):
                 continue  # it was not stepped
-            weight.moved = True
+            weight.moved = weight.trained = True
             if weight.name in turn.written:
                 # By a gradient from before it was frozen; with L2, decay has entered the optimizer's state.
                 weight.forget()
@@ -327,10 +327,9 @@ class Stepping:
             kept = kept and id(parameter) not in divided
             if not (known and kept):
                 weight.zero_inactive_(parameter)
-            if not kept or (not known and optimizer not in self._checked):
+            if not kept or (not known and turn.first and optimizer not in self._checked):
                 optimizers.zero_state_(optimizer, weight, parameter, first=turn.first)
             elif look and not weight.is_dense:
-                self._looked.add(optimizer)
                 known_keys = begin_elsewhere(optimizer)  # Rprop's step sizes are never 0, and begin anew
                 found = optimizers.not_of_elements(optimizer, weight, parameter)
                 spread += [what for what in found if what.split(",")[0] not in known_keys]
@@ -338,6 +337,14 @@ class Stepping:
         if not known:
             self._checked.add(optimizer)
             self._warn_of_foreign_state(optimizer, spread)
+
+    def _is_time_to_look(self, optimizer: Optimizer, own: list[tuple[SparseWeight, nn.Parameter]]) -> bool:
+        """Whether to look at what an unknown optimizer keeps outside the active blocks: at the first, second, fourth,
+        eighth, ... step after it has begun at 0. What it does every tenth step is seen late, but seen."""
+        if optimizer not in self._checked or optimizer in self._warned or all(weight.is_dense for weight, _ in own):
+            return False
+        count = self._later[optimizer] = self._later.get(optimizer, 0) + 1
+        return count.bit_count() == 1
 
     def _warn_of_foreign_state(self, optimizer: Optimizer, spread: list[str]) -> None:
         if optimizer in self._warned:

@@ -26,6 +26,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from .indexes import activity
+
 _GUARDED = "_mst_guarded"
 _MOST_INTERRUPTS = 20  # of what ends a step: beyond them it raises them itself
 
@@ -143,6 +145,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | N
         top = _enter(optimizer, None)
         _guard_instance(optimizer)
     top.begun = True
+    activity.value += 1
     given = len(args) > 1  # the optimizer itself is the first of them
     closure = args[1] if given else kwargs.get("closure")
     top.has_closure = callable(closure)

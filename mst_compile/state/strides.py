@@ -65,7 +65,7 @@ def lay_out_state(optimizer: Optimizer, own: Iterable[tuple[SparseWeight, nn.Par
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         for key, value in list(state_like(optimizer, parameter)):
             own = _held(value)
-            if is_plain(own) and own.shape == here.shape and not _alike(own, here):
+            if key in state and is_plain(own) and own.shape == here.shape and not _alike(own, here):
                 state[key] = _lying_as(parameter, value)
 
 

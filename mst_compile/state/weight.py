@@ -67,6 +67,9 @@ class SparseWeight:
         dirty: version and address at which values were seen outside, by this rank.
         clean_here: version and address at which this rank's part of a spread weight was last seen to be 0 outside.
         recording: whether the compiled graph that last took the weight recorded gradients.
+        trained: whether it was trained in this process; of a copy, which others may write averages to, nobody knows.
+        looked: count of what has been trained in this process when a graph last took the weight.
+        looks: how often it was to be looked at since, while nobody trained it.
         home: the Parameter that it is bound to, with its hook; None where somebody must look.
         timed: somebody times products under masks that are not the weight's: its values do not matter.
         unwritten: an interrupt may have kept the index from being that of the mask.
@@ -112,6 +115,9 @@ class SparseWeight:
     dirty: tuple[int, int] | None = None
     clean_here: tuple[int, int] | None = None
     recording: bool | None = None
+    trained: bool = False
+    looked: int = UNKNOWN
+    looks: int = 0
     home: TensorWeakRef | None = None
     timed: bool = False
     unwritten: bool = False
@@ -459,7 +465,8 @@ class SparseWeight:
     def __getstate__(self) -> dict[str, object]:
         # A copy's Parameter is another one, of which nothing is known, and its gradient too.
         nothing = dict.fromkeys(("dirty", "clean_here", "memory", "masked", "computed", "adding", "home", "driver"))
-        return self.__dict__ | nothing | {"clean": UNKNOWN, "version": UNKNOWN, "adopted": False, "ranges": ()}
+        new = {"clean": UNKNOWN, "version": UNKNOWN, "adopted": False, "ranges": (), "trained": False, "looks": 0}
+        return self.__dict__ | nothing | new
 
 
 def mask_gradients(gradients: Iterable[tuple[SparseWeight, Tensor]]) -> None:
