@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mst_compile.blocks.shards import check_not_cut, check_placement
 from mst_compile.errors import AlreadySparseError, MSTWarning, SelectionError
 from mst_compile.parallel import (
+    deepspeed,
     first_step,  # noqa: F401  (compares ranks)
     fsdp,
     tensor,  # noqa: F401  (follows tensor parallelism)
@@ -108,6 +109,7 @@ def sparsify(
         selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
         check_memory(selection.candidates, [*model.named_parameters(), *binding.bound()])
         fsdp.adopt(model)
+        deepspeed.follow()
         for candidate in selection.candidates:
             check_placement(candidate.name, candidate.parameter)
             for module, _ in candidate.owners:

@@ -20,6 +20,7 @@ from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
 from .listeners import Listeners, TopologyEvent, changes
 from .lookout import Lookout
+from .masters import Masters
 from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
@@ -75,6 +76,7 @@ class Run:
         root: the model, if it is known: a copy's is not.
         overdue: a topology event has been missed and is made up for at the next step.
         first_masks: how the masks of step 0 were made.
+        masters: who keeps copies of the weights, and has optimizers train these.
     """
 
     def __init__(self, schedule: Schedule, weights: Weights, attention: AttentionState, seed: int) -> None:
@@ -92,6 +94,7 @@ class Run:
         # All that have stepped, and how many Parameters each trains: what a topology change drops is 0 in all of them.
         self._sizes: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         self.listeners = Listeners()
+        self.masters = Masters()
         self.first_masks = FirstMasks()
         self._lookout = Lookout()
         self._traceless = 0  # times that values were found which nobody was seen to write
@@ -102,7 +105,7 @@ class Run:
             weight.driver = weakref.ref(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("optimizers", "_sizes", "root", "listeners")
+        own = ("optimizers", "_sizes", "root", "listeners", "masters")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -112,6 +115,7 @@ class Run:
             optimizers=weakref.WeakSet(),
             root=_unknown,
             listeners=Listeners(),
+            masters=Masters(),
         )
         self._sizes = weakref.WeakKeyDictionary()
         self._drive()
@@ -245,6 +249,23 @@ class Run:
         for weight, parameter in own:
             weight.version = parameter._version
 
+    def meet_masters(self, own: Sequence[tuple[SparseWeight, nn.Parameter]], new: bool) -> None:
+        """Before copies of weights are stepped: the weights, the copies and the optimizer's state of these shall be 0
+        outside the active blocks, and where somebody has written to a weight its copy shall be that.
+
+        Args:
+            new: nothing is known of the copies.
+        """
+        if new:
+            self.weights.check_replaced(self.root())
+            self.weights.warn_untied()
+        unsure = [(weight, parameter) for weight, parameter in own if new or not weight.is_clean(parameter)]
+        if unsure:
+            self._settle(own, look=new)
+            self.masters.follow(unsure)
+        for weight, parameter in own:
+            weight.version = parameter._version
+
     def _clean(self, optimizer: Optimizer, own: Iterable[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Let an optimizer's state be 0 outside the active blocks, and where they have just grown."""
         lay_out_state(optimizer, own)
@@ -319,6 +340,12 @@ class Run:
         except OptimizerError as error:
             now.failed = error
             self.optimizers.clear()  # none steps before its state could be cleaned
+        try:
+            pairs = [(weight, parameter) for _, weight, parameter in changed]
+            self.masters.changed(pairs, {weight.name: change.new for change, weight, _ in changed})
+        except OptimizerError as error:
+            now.failed = error
+            self.masters.doubt()
         if self.listeners.wanted and now.event is None:
             phase, found = phase_of(self.schedule, self.step_count), changes(now.before, self.weights)
             now.event = TopologyEvent(self.step_count, phase, self.density, now.skipped, found)
@@ -362,8 +389,10 @@ class Run:
         self.finish()
         try:
             change_mask(weight, parameter, mask.detach().cpu().clone(), list(self._sizes))
+            self.masters.follow([(weight, parameter)])
         except OptimizerError:
             self.optimizers.clear()
+            self.masters.doubt()
             raise
 
     def go_on(self, progress: Progress, topologies: dict[str, Topology]) -> None:
@@ -374,4 +403,5 @@ class Run:
             if weight.name in topologies:
                 restore(weight, topologies[weight.name], self.keeps_young)
         self.optimizers.clear()
+        self.masters.doubt()
         self.prepare_next_step()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from . import optimizers, regrown
 from .binding import gradients
 from .clock import StepClock
 from .learning_rates import restore_rates, scale_rates
+from .master_steps import MasterSteps
 from .run import Run
 from .second_moments import start_second_moments
 from .standstill import Standstill
@@ -110,6 +112,7 @@ class Stepping:
         self._deferred = _NOWHERE  # the backward pass for whose end a step within it waits
         self._making_state = False  # the optimizer that steps now only makes its state
         self._standstill = Standstill(run, auto_step)
+        self._masters = MasterSteps(run, self._begin, self._trained, lambda found: self._warn_of_foreign_state(found, []))
         self._has_stepped = self._had_gradient = False
         for weight in run.weights:
             gradients[weight] = weakref.WeakMethod(self._gradient_arrived)
@@ -151,6 +154,8 @@ class Stepping:
         own = run.of(optimizer)
         if not own and run.active:
             run.weights.check_not_flattened(optimizer)
+            if self._masters.before(step):
+                return
             self._standstill.check(optimizer)
         if not own or self._making_state or optimizers.skipped_by_scaler(optimizer):
             return
@@ -159,11 +164,7 @@ class Stepping:
             self._making_state = True
             step.outermost.at_end(lambda _: setattr(self, "_making_state", False))
             return
-        if not self._has_stepped:
-            for watcher in _run_watchers:
-                watcher.first_step(run)
-            _warn_if_shared(own)
-            self._has_stepped = True
+        self._begin(own)
         run.weights.rebind()
         run.meet(optimizer, own)
         if not step.nested:
@@ -180,6 +181,15 @@ class Stepping:
         if self._clock.missed:
             run.skip_step()
         self._take_gradients(step, own)
+
+    def _begin(self, own: Sequence[tuple[SparseWeight, nn.Parameter]] = ()) -> None:
+        """The run is about to be trained, perhaps for the first time."""
+        self._finish()
+        if not self._has_stepped:
+            for watcher in _run_watchers:
+                watcher.first_step(self._run)
+            _warn_if_shared(own)
+            self._has_stepped = True
 
     def after_closure(self, step: Step) -> None:
         """The closure of a step has computed gradients: they are what the optimizer will use."""
@@ -208,9 +218,20 @@ class Stepping:
     def after_step(self, step: Step) -> None:
         """An optimizer has stepped: count the step if it owns sparse weights, and completes a training step."""
         run, optimizer, turn = self._run, step.optimizer, self._turns.get(step)
+        if self._masters.after(step):
+            return
         if self._making_state or optimizers.skipped_by_scaler(optimizer):
             return
         self._follow(step, turn, run.of(optimizer) if turn is None else turn.own)
+
+    def after_keeper(self, step: Step) -> None:
+        """Copies of weights have been trained, and the model with them."""
+        self._masters.finished(step)
+
+    def _trained(self) -> None:
+        self._standstill.own_step()
+        if self._auto_step:
+            self._complete(set())
 
     def _follow(self, step: Step, turn: _Turn | None, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Do what follows from a step of an optimizer, or what is left of that."""
@@ -350,7 +371,7 @@ class Stepping:
             )
 
 
-def _warn_if_shared(own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+def _warn_if_shared(own: Sequence[tuple[SparseWeight, nn.Parameter]]) -> None:
     """Say what goes wrong where several processes train weights that they have in common: each has masks of its own,
     and none sees the others' writes."""
     shared = [

@@ -1,0 +1,215 @@
+"""Follow DeepSpeed, whose optimizers train copies of a model's weights: ZeRO, and master weights of bfloat16 and float16.
+
+DeepSpeed is not imported here. Once it is in the process, ``step`` of its optimizers that are served is wrapped: they
+are none of PyTorch's classes, so no hook tells of them. Which elements of which weight a copy holds is what they say
+themselves, by the attributes that its version 0.19 gives to Parameters and that its ``safe_get_full_fp32_param`` and
+its like go by.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mst_compile.errors import ParallelismError
+from mst_compile.state.masters import Piece, find_by
+from mst_compile.state.run import Run
+from mst_compile.state.stepping import watch_runs
+from mst_compile.state.steps import watched
+from mst_compile.state.weight import SparseWeight
+
+_WATCHED = "_mst_watched"
+_KEEPER = "_mst_keeper"
+_OWN_UPDATES = "Muon"  # in the name of optimizers for which DeepSpeed makes another update out of gradients
+
+
+class _Keeper:
+    """One of DeepSpeed's optimizers as a :class:`mst_compile.state.masters.Keeper`.
+
+    Args:
+        outer: it.
+        pieces: which elements it has copies of.
+    """
+
+    def __init__(self, outer: Any, groups: Callable[[Any], list[_Group]]) -> None:
+        self._outer = weakref.ref(outer)
+        self._groups = groups
+
+    def _them(self) -> list[_Group]:
+        outer = self._outer()
+        return [] if outer is None else self._groups(outer)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        found: Optimizer = self._outer().optimizer  # type: ignore[union-attr]
+        return found
+
+    def pieces(self) -> list[Piece]:
+        return [piece for group in self._them() for piece in group.pieces]
+
+    def beside(self, master: Tensor) -> Sequence[Tensor]:
+        group = next((g for g in self._them() if any(piece.master is master for piece in g.pieces)), None)
+        return [] if group is None else group.parameters
+
+    def team(self) -> Sequence[int]:
+        found: list[int] = []
+        for group in self._them():
+            found += [] if group.ranks is None else dist.get_process_group_ranks(group.ranks)
+        return sorted(set(found))
+
+    def check(self) -> None:
+        outer = self._outer()
+        if _OWN_UPDATES in type(self.optimizer).__name__:
+            raise ParallelismError(
+                f"DeepSpeed orthogonalises gradients before {type(self.optimizer).__name__} steps its copies of "
+                "weights, so that growth would read updates in their place, and its momenta are those of whole "
+                "matrices. Use AdamW with DeepSpeed, or torch.optim.Muon without it"
+            )
+        for legacy in ("fused_adam_legacy", "fused_lamb_legacy"):
+            if getattr(outer, legacy, False):
+                raise ParallelismError(
+                    f"{type(outer).__name__} hands gradients to its optimizer in a way of its own ({legacy}), in which "
+                    "they cannot be masked. Use another optimizer, or ZeRO stage 1"
+                )
+
+
+class _Group:
+    """The Parameters of one parameter group, in an order that is the same on all ranks, and what of them is where."""
+
+    def __init__(self, parameters: Sequence[Tensor], pieces: list[Piece], ranks: Any = None) -> None:
+        self.parameters = parameters
+        self.pieces = pieces
+        self.ranks = ranks
+
+
+# -- what DeepSpeed's optimizers have ----------------------------------------------------------------------------------
+
+
+def _spread(parameters: Sequence[Any], flat: Tensor, ranks: dist.ProcessGroup) -> _Group:
+    """Of Parameters that lie in one flat tensor, of which each rank trains a copy of its part."""
+    several = ranks if dist.get_world_size(ranks) > 1 else None
+    pieces = []
+    for parameter in parameters:
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            pieces.append(Piece(parameter, flat, 0, 0, 0, several))
+            continue
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        pieces.append(Piece(parameter, flat, there.start, here.start, here.numel, several))
+    return _Group(parameters, pieces, ranks)
+
+
+def _zero_1_and_2(outer: Any) -> list[_Group]:
+    """``DeepSpeedZeroOptimizer``: stages 1 and 2."""
+    own = zip(outer.bit16_groups, outer.single_partition_of_fp32_groups, outer.real_dp_process_group, strict=True)
+    return [_spread(*group) for group in own]
+
+
+def _bf16(outer: Any) -> list[_Group]:
+    """``BF16_Optimizer``: stage 1 in bfloat16 with gradients added up in float32."""
+    own = zip(outer.bf16_groups, outer.fp32_groups_flat_partition, outer.real_dp_process_group, strict=True)
+    return [_spread(*group) for group in own]
+
+
+def _flat(outer: Any) -> list[_Group]:
+    """``FP16_Optimizer``: float16 or bfloat16 without ZeRO, all copies of a group in one tensor on each rank."""
+    found = []
+    for parameters, flat in zip(outer.fp16_groups, outer.fp32_groups_flat, strict=True):
+        pieces, at = [], 0
+        for parameter in parameters:
+            pieces.append(Piece(parameter, flat, at, 0, parameter.numel()))
+            at += parameter.numel()
+        found.append(_Group(parameters, pieces))
+    return found
+
+
+def _alone(outer: Any) -> list[_Group]:
+    """``FP16_UnfusedOptimizer``: likewise, with a copy of each Parameter."""
+    own = zip(outer.fp16_groups, outer.fp32_groups, strict=True)
+    return [
+        _Group(parameters, [Piece(p, copy, 0, 0, p.numel()) for p, copy in zip(parameters, copies, strict=True)])
+        for parameters, copies in own
+    ]
+
+
+_SERVED: dict[tuple[str, str], Callable[[Any], list[_Group]]] = {
+    ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"): _zero_1_and_2,
+    ("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer"): _bf16,
+    ("deepspeed.runtime.fp16.fused_optimizer", "FP16_Optimizer"): _flat,
+    ("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer"): _alone,
+}
+
+
+def _keeper(outer: Any) -> _Keeper | None:
+    """Of one of DeepSpeed's optimizers; None of a class that is not served, as one that is derived from a served one
+    and does something else."""
+    found: _Keeper | None = vars(outer).get(_KEEPER)
+    groups = _SERVED.get((type(outer).__module__, type(outer).__qualname__))
+    if found is None and groups is not None and isinstance(getattr(outer, "optimizer", None), Optimizer):
+        found = _Keeper(outer, groups)
+        setattr(outer, _KEEPER, found)
+    return found
+
+
+# -- where they are met ------------------------------------------------------------------------------------------------
+
+
+def _classes() -> Iterator[type]:
+    """Those of the served classes that are in this process."""
+    for module, name in _SERVED:
+        cls = getattr(sys.modules.get(module), name, None)
+        if isinstance(cls, type):
+            yield cls
+
+
+def follow() -> None:
+    """Let the steps of DeepSpeed's optimizers be watched, if DeepSpeed is in this process."""
+    if "deepspeed" not in sys.modules:
+        return
+    for cls in _classes():
+        if not vars(cls).get(_WATCHED, False):
+            cls.step = watched(cls.step, _keeper)  # type: ignore[attr-defined]
+            setattr(cls, _WATCHED, True)
+
+
+_known: weakref.WeakKeyDictionary[Optimizer, weakref.ref[_Keeper] | None] = weakref.WeakKeyDictionary()
+
+
+def _find(optimizer: Optimizer) -> _Keeper | None:
+    """Who steps ``optimizer``: looked for among all objects that the garbage collector knows, once. It is asked when
+    optimizers are saved and loaded."""
+    if "deepspeed" not in sys.modules:
+        return None
+    reference = _known.get(optimizer)
+    found = None if reference is None else reference()
+    if found is None and (reference is not None or optimizer not in _known):
+        classes = set(_classes())
+        outers = (o for o in gc.get_objects() if type(o) in classes and vars(o).get("optimizer") is optimizer)
+        outer = next(outers, None)
+        found = None if outer is None else _keeper(outer)
+        _known[optimizer] = None if found is None else weakref.ref(found)
+    return found
+
+
+class _Follower:
+    """A :class:`mst_compile.state.stepping.RunWatcher`."""
+
+    def first_gradient(self, run: Run, weight: SparseWeight, parameter: Tensor) -> None:
+        """DeepSpeed may have been imported since."""
+        follow()
+
+    def first_step(self, run: Run) -> None:
+        """Nothing to do."""
+
+
+if torch.distributed.is_available():
+    watch_runs(_Follower())
+    find_by(_find)
