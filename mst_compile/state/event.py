@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.bulk import begins_a_pass, block_means, zero_all_inactive_, zero_blocks_
+from mst_compile.blocks.bulk import begins_a_pass, zero_all_inactive_, zero_blocks_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.shards import local_part
 from mst_compile.errors import MSTWarning, OptimizerError
@@ -47,12 +47,14 @@ def plan_event(
     schedule: Schedule,
     step: int,
     seed: int,
+    measure: Callable[[Sequence[tuple[SparseWeight, Tensor]], str], Iterator[Tensor]],
 ) -> Plan:
     """Drop and grow the blocks of each weight as ``schedule`` says after ``step`` steps; changes nothing.
 
     Args:
         parameters: the weights, with their growth scores, and their values.
         densities: target density of each.
+        measure: magnitudes of the blocks of weights, as the schedule's ``magnitude`` says, ``[R, C]`` each.
     """
     own = list(parameters)
     wanted = []
@@ -66,8 +68,8 @@ def plan_event(
             continue
         only_grows = not any(drops) and all(n <= count for n in active)
         wanted.append((density, weight, parameter, count, drops, only_grows))
-    measured = [(parameter, weight.grid) for _, weight, parameter, _, _, only_grows in wanted if not only_grows]
-    magnitudes = block_means(measured, schedule.magnitude)
+    measured = [(weight, parameter) for _, weight, parameter, _, _, only_grows in wanted if not only_grows]
+    magnitudes = measure(measured, schedule.magnitude)
     changes: dict[str, Tensor] = {}
     for density, weight, _, count, drops, only_grows in wanted:
         magnitude = weight.mask.float() if only_grows else next(magnitudes)

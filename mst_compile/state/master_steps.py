@@ -23,11 +23,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mst_compile.blocks.bulk import block_means
-
 from . import optimizers, regrown
 from .learning_rates import restore_rates, scale_rates
-from .masters import Held, Keeper, Shadow, clear_state_, held_by, mask_, members, whole
+from .masters import Held, Keeper, Shadow, block_means_of, clear_state_, held_by, mask_, members
 from .run import Run
 from .second_moments import SECOND_MOMENTS, start_second_moments
 from .steps import Step
@@ -138,29 +136,25 @@ class MasterSteps:
             gradient = held.piece.master.grad
             assert gradient is not None
             weight = held.weight
-            score = next(block_means([(whole(held, gradient).tensor, weight.grid)])) / (scale * scale)
+            score = block_means_of(held, gradient) / (scale * scale)
             weight.scores = score if weight.scores is None else weight.scores + score
         want_dense_gradients((held.weight for held in read), False)
         for held in own:
             assert held.piece.master.grad is not None
             mask_(held, held.piece.master.grad)
-        grown = [held for held in own if held.weight.grown is not None]
-        if grown and not regrown.by_own_steps(self._run.schedule, optimizer):
-            shadow = Shadow(optimizer, grown, SECOND_MOMENTS, values=False)
-            start_second_moments(shadow.optimizer, shadow.own)
-            shadow.write()
+        begins = not regrown.by_own_steps(self._run.schedule, optimizer)
+        for held in own if begins else ():  # one after the other: no rank has room for all of them
+            if held.weight.grown is not None:
+                shadow = Shadow(optimizer, [held], SECOND_MOMENTS, values=False)
+                start_second_moments(shadow.optimizer, shadow.own)
+                shadow.write()
 
     def _values_before(self, optimizer: Optimizer, own: Sequence[Held]) -> dict[str, Tensor]:
-        young = self._young(own)
-        if not young:
-            return {}
-        shadow = Shadow(optimizer, young, (), values=True)
-        return regrown.values_before(self._run.schedule, shadow.own)
-
-    def _young(self, own: Sequence[Held]) -> list[Held]:
-        if not regrown.follows(self._run.schedule):
-            return []
-        return [held for held in own if held.weight.grown is not None or held.weight.young is not None]
+        found: dict[str, Tensor] = {}
+        for held in own if regrown.follows(self._run.schedule) else ():
+            if held.weight.grown is not None or held.weight.young is not None:
+                found |= regrown.values_before(self._run.schedule, Shadow(optimizer, [held], (), values=True).own)
+        return found
 
     def after(self, step: Step) -> bool:
         """An optimizer has stepped; returns whether it trains copies of the weights."""
@@ -172,11 +166,11 @@ class MasterSteps:
     def _follow(self, step: Step, turn: _Turn) -> None:
         """Do what follows from a step of an optimizer."""
         optimizer = step.optimizer
-        if turn.young:
-            young = [held for held in turn.own if held.weight.name in turn.young]
-            shadow = Shadow(optimizer, young, None, values=True)
-            regrown.after_step(self._run.schedule, shadow.optimizer, shadow.own, turn.young, turn.stepped)
-            shadow.write()
+        for held in turn.own:
+            if held.weight.name in turn.young:
+                shadow = Shadow(optimizer, [held], None, values=True)
+                regrown.after_step(self._run.schedule, shadow.optimizer, shadow.own, turn.young, turn.stepped)
+                shadow.write()
         known = optimizers.keeps_zeros(optimizer)
         divided = optimizers.divides_by_zero(optimizer, (held.piece.master for held in turn.own)) if known else set()
         for held in turn.own:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mst_compile.blocks.bulk import block_means, block_sums
 from mst_compile.errors import OptimizerError
 
 from .binding import of
@@ -182,6 +183,27 @@ def follow_(held: Held, optimizers: Iterable[Optimizer]) -> None:
         clear_state_(held, optimizer, held.weight.grown)
 
 
+@torch.no_grad()
+def block_means_of(held: Held, source: Tensor, magnitude: str = "l2") -> Tensor:
+    """The mean square (or absolute value, ``"l1"``) of each block of a weight, by what all ranks hold of it in a master
+    or a tensor of its shape: float32 ``[R, C]`` on the CPU, on all ranks the same. All must ask."""
+    piece, grid = held.piece, held.weight.grid
+    if piece.ranks is None:
+        return next(block_means([(piece.of(source).view(held.weight.shape), grid)], magnitude))
+    sums = torch.zeros(grid.shape, dtype=torch.float64, device=held.parameter.device)
+    if piece.count:
+        # Whole rows of blocks, filled up with zeros.
+        first = piece.first // grid.cols // grid.block
+        last = -(-(piece.first + piece.count) // (grid.cols * grid.block))
+        rows = min(last * grid.block, grid.rows) - first * grid.block
+        at = piece.first - first * grid.block * grid.cols
+        wide = torch.zeros(rows * grid.cols, dtype=source.dtype, device=sums.device)
+        wide[at : at + piece.count] = piece.of(source).to(sums.device)
+        sums[first:last] = block_sums(wide.view(rows, grid.cols), replace(grid, rows=rows, matrices=0), magnitude)
+    torch.distributed.all_reduce(sums, group=piece.ranks)
+    return grid.mean_of_sums_(sums).float().cpu()
+
+
 # -- whole weights -----------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +355,15 @@ class Masters:
                         failed = failed or error
         if failed is not None:
             raise failed
+
+    def measure(self, own: Sequence[tuple[SparseWeight, Tensor]], magnitude: str) -> Iterator[Tensor]:
+        """:func:`block_means_of` each weight, in their order: by its copy, if there is one."""
+        parameters = [(weight, parameter) for weight, parameter in own if isinstance(parameter, nn.Parameter)]
+        copies = {held.weight.name: held for keeper in self for held in held_by(keeper, parameters)}
+        plain = block_means([(p, weight.grid) for weight, p in own if weight.name not in copies], magnitude)
+        for weight, _ in own:
+            held = copies.get(weight.name)
+            yield next(plain) if held is None else block_means_of(held, held.piece.master, magnitude)
 
     def follow(self, own: Sequence[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Somebody has written to these weights of the model: :func:`follow_`."""

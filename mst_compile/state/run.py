@@ -374,7 +374,8 @@ class Run:
 
     def plan_event(self) -> Plan:
         """What a topology event would do now, at the present step count and with the scores so far."""
-        return plan_event(self.weights.parameters(), self.densities(), self.schedule, self.step_count, self.seed)
+        own, step, measure = self.weights.parameters(), self.step_count, self.masters.measure
+        return plan_event(own, self.densities(), self.schedule, step, self.seed, measure)
 
     def prepare_next_step(self) -> None:
         """Choose the attention pattern of the next forward pass; and if the next step belongs to a topology event
