@@ -152,8 +152,9 @@ def by_hand(case: Case, schedule: Schedule) -> tuple[nn.Module, list[dict[str, T
             if case.added is not None:
                 move(model, masters)
         move(model, masters)
-        for weight, master in sparsifier(masters).parameters():
+        for master in masters.parameters():
             master.grad.div_(case.scale)  # type: ignore[union-attr]
+        for weight, master in sparsifier(masters).parameters():
             if not weight.dense_grad:
                 weight.zero_inactive_(master.grad)  # type: ignore[arg-type]
         nn.utils.clip_grad_norm_(masters.parameters(), case.clip)
@@ -174,7 +175,8 @@ def move(model: nn.Module, masters: nn.Module) -> None:
 def master_of(engine: Any, parameter: nn.Parameter, key: str | None = None) -> Tensor:
     """The whole copy of a Parameter, or what the optimizer keeps of it; all ranks must ask.
 
-    DeepSpeed's own ``safe_get_full_optimizer_state`` knows no state but that of the first parameter group (0.19.8).
+    DeepSpeed's own ``safe_get_full_optimizer_state`` knows no state but that of the first parameter group, and none of
+    its like knows the order that ``round_robin_gradients`` makes (0.19.8).
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -182,17 +184,15 @@ def master_of(engine: Any, parameter: nn.Parameter, key: str | None = None) -> T
         found = safe_get_full_fp32_param(parameter)
         return found if key is None else safe_get_full_optimizer_state(parameter, key)  # type: ignore[no-any-return]
     if hasattr(parameter, "_hp_mapping"):
-        whole = torch.zeros(parameter.numel())
-        mapping, inner = parameter._hp_mapping, engine.optimizer.optimizer
-        if mapping is not None:
-            memory = mapping.hp_fragment.untyped_storage().data_ptr()
-            masters = [p for group in inner.param_groups for p in group["params"]]
-            flat = next(p for p in masters if p.untyped_storage().data_ptr() == memory)
-            here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-            source = flat if key is None else inner.state[flat][key]
-            whole[here.start : here.start + here.numel] = source[there.start : there.start + there.numel].detach()
-        dist.all_reduce(whole)
-        return whole.view(parameter.shape)
+        outer = engine.optimizer
+        flats = getattr(outer, "bit16_groups_flat", None) or outer.bf16_groups_flat
+        group = next(i for i, f in enumerate(flats) if f.untyped_storage()._cdata == parameter.untyped_storage()._cdata)
+        (master,) = outer.optimizer.param_groups[group]["params"]
+        source = master if key is None else outer.optimizer.state[master][key]
+        parts = [torch.empty_like(source) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, source.detach())
+        at = parameter.storage_offset() - flats[group].storage_offset()
+        return torch.cat(parts)[at : at + parameter.numel()].view(parameter.shape)
     own: Sequence[Any] = [p for group in engine.optimizer.fp16_groups for p in group]
     copies = [p for group in engine.optimizer.fp32_groups for p in group]
     copy_ = next(c for p, c in zip(own, copies, strict=True) if p is parameter)

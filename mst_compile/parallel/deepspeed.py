@@ -1,9 +1,8 @@
 """Follow DeepSpeed, whose optimizers train copies of a model's weights: ZeRO, and master weights of bfloat16 and float16.
 
 DeepSpeed is not imported here. Once it is in the process, ``step`` of its optimizers that are served is wrapped: they
-are none of PyTorch's classes, so no hook tells of them. Which elements of which weight a copy holds is what they say
-themselves, by the attributes that its version 0.19 gives to Parameters and that its ``safe_get_full_fp32_param`` and
-its like go by.
+are none of PyTorch's classes, so no hook tells of them. Which elements of which weight a copy holds follows from where
+the weight lies in memory.
 """
 
 from __future__ import annotations
@@ -93,29 +92,42 @@ class _Group:
 # -- what DeepSpeed's optimizers have ----------------------------------------------------------------------------------
 
 
-def _spread(parameters: Sequence[Any], flat: Tensor, ranks: dist.ProcessGroup) -> _Group:
-    """Of Parameters that lie in one flat tensor, of which each rank trains a copy of its part."""
+def _spread(parameters: Sequence[Any], flat: Tensor, copy: Tensor, ranks: dist.ProcessGroup) -> _Group:
+    """Of Parameters that lie in one flat tensor, of which each rank trains a copy of its part.
+
+    Where one lies is read off its memory: ``_hp_mapping``, which DeepSpeed gives it, does not know the order that
+    ``round_robin_gradients`` makes (0.19.8).
+    """
     several = ranks if dist.get_world_size(ranks) > 1 else None
+    begin = dist.get_rank(ranks) * copy.numel()
+    memory = flat.untyped_storage().data_ptr()
     pieces = []
     for parameter in parameters:
-        mapping = parameter._hp_mapping
-        if mapping is None:
-            pieces.append(Piece(parameter, flat, 0, 0, 0, several))
-            continue
-        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        pieces.append(Piece(parameter, flat, there.start, here.start, here.numel, several))
+        if parameter.untyped_storage().data_ptr() != memory:
+            raise ParallelismError(
+                f"a Parameter of shape {tuple(parameter.shape)} does not lie where DeepSpeed has put it: after "
+                "deepspeed.initialize it may not be moved or given other memory (parameter.data = ...)"
+            )
+        at = parameter.storage_offset() - flat.storage_offset()
+        first, last = max(at, begin), min(at + parameter.numel(), begin + copy.numel())
+        if first < last:
+            pieces.append(Piece(parameter, copy, first - begin, first - at, last - first, several))
+        else:
+            pieces.append(Piece(parameter, copy, 0, 0, 0, several))
     return _Group(parameters, pieces, ranks)
 
 
 def _zero_1_and_2(outer: Any) -> list[_Group]:
     """``DeepSpeedZeroOptimizer``: stages 1 and 2."""
-    own = zip(outer.bit16_groups, outer.single_partition_of_fp32_groups, outer.real_dp_process_group, strict=True)
+    flats, copies = outer.bit16_groups_flat, outer.single_partition_of_fp32_groups
+    own = zip(outer.bit16_groups, flats, copies, outer.real_dp_process_group, strict=True)
     return [_spread(*group) for group in own]
 
 
 def _bf16(outer: Any) -> list[_Group]:
     """``BF16_Optimizer``: stage 1 in bfloat16 with gradients added up in float32."""
-    own = zip(outer.bf16_groups, outer.fp32_groups_flat_partition, outer.real_dp_process_group, strict=True)
+    flats, copies = outer.bf16_groups_flat, outer.fp32_groups_flat_partition
+    own = zip(outer.bf16_groups, flats, copies, outer.real_dp_process_group, strict=True)
     return [_spread(*group) for group in own]
 
 
