@@ -109,7 +109,6 @@ def sparsify(
         selection = select(model, schedule, block, include, exclude, overrides, guard != "none")
         check_memory(selection.candidates, [*model.named_parameters(), *binding.bound()])
         fsdp.adopt(model)
-        deepspeed.follow()
         for candidate in selection.candidates:
             check_placement(candidate.name, candidate.parameter)
             for module, _ in candidate.owners:
@@ -122,6 +121,7 @@ def sparsify(
             new.release()
             raise
         attach(model, new)
+        deepspeed.adopt(candidate.parameter for candidate in selection.candidates)
     for name, reason in selection.skipped.items():
         _logger.info("%s stays dense: %s", name, reason)
     _warn_of_stacks(selection)

@@ -106,6 +106,16 @@ def fresh(schedule: Schedule, decay: float = 0.1) -> tuple[nn.Module, torch.opti
     return model, torch.optim.AdamW(mst_compile.param_groups(model, weight_decay=decay), lr=1e-3)
 
 
+def dense(decay: float = 0.1) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """As :func:`fresh` by gradient, with the same values and parameter groups, but not sparse."""
+    sparse, optimizer = fresh(SCHEDULES["by gradient"], decay)
+    model = Net()
+    model.load_state_dict(sparse.state_dict())
+    own = dict(zip(map(id, sparse.parameters()), model.parameters(), strict=True))
+    groups = [{**group, "params": [own[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
+    return model, torch.optim.AdamW(groups, lr=1e-3)
+
+
 def engine_of(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: int = 1) -> Any:
     import deepspeed
 

@@ -1,4 +1,4 @@
-"""Follow DeepSpeed, whose optimizers train copies of a model's weights: ZeRO, and master weights of bfloat16 and float16.
+"""Follow DeepSpeed, whose optimizers train copies of a model's weights: ZeRO, and masters of bfloat16 and float16.
 
 DeepSpeed is not imported here. Once it is in the process, ``step`` of its optimizers that are served is wrapped: they
 are none of PyTorch's classes, so no hook tells of them. Which elements of which weight a copy holds follows from where
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mst_compile.errors import ParallelismError
+from mst_compile.state.binding import come_first
 from mst_compile.state.masters import Piece, find_by
 from mst_compile.state.run import Run
 from mst_compile.state.stepping import watch_runs
@@ -190,6 +191,15 @@ def follow() -> None:
         if not vars(cls).get(_WATCHED, False):
             cls.step = watched(cls.step, _keeper)  # type: ignore[attr-defined]
             setattr(cls, _WATCHED, True)
+
+
+def adopt(parameters: Iterable[Tensor]) -> None:
+    """Weights have become sparse, of which DeepSpeed may have copies already: its hooks take gradients as they arrive,
+    and shall take masked ones."""
+    follow()
+    for parameter in parameters:
+        if hasattr(parameter, "_hp_mapping"):
+            come_first(parameter)
 
 
 _known: weakref.WeakKeyDictionary[Optimizer, weakref.ref[_Keeper] | None] = weakref.WeakKeyDictionary()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.blocks.bulk import begins_a_pass, zero_all_inactive_, zero_blocks_
+from mst_compile.blocks.bulk import begins_a_pass, block_means, zero_all_inactive_, zero_blocks_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.shards import local_part
 from mst_compile.errors import MSTWarning, OptimizerError
@@ -41,20 +41,28 @@ class Plan:
     skipped: str = ""
 
 
+Measure = Callable[[Sequence[tuple[SparseWeight, Tensor]], str], Iterator[Tensor]]
+
+
+def by_values(own: Sequence[tuple[SparseWeight, Tensor]], magnitude: str) -> Iterator[Tensor]:
+    """Magnitudes of the blocks of weights, ``[R, C]`` each, by the values that the model holds."""
+    return block_means([(parameter, weight.grid) for weight, parameter in own], magnitude)
+
+
 def plan_event(
     parameters: Iterable[tuple[SparseWeight, Tensor]],
     densities: Sequence[float],
     schedule: Schedule,
     step: int,
     seed: int,
-    measure: Callable[[Sequence[tuple[SparseWeight, Tensor]], str], Iterator[Tensor]],
+    measure: Measure = by_values,
 ) -> Plan:
     """Drop and grow the blocks of each weight as ``schedule`` says after ``step`` steps; changes nothing.
 
     Args:
         parameters: the weights, with their growth scores, and their values.
         densities: target density of each.
-        measure: magnitudes of the blocks of weights, as the schedule's ``magnitude`` says, ``[R, C]`` each.
+        measure: as :func:`by_values`.
     """
     own = list(parameters)
     wanted = []

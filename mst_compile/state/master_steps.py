@@ -16,9 +16,9 @@ writes the copies into the model, and only when it is done has the model been tr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -32,11 +32,25 @@ from .steps import Step
 from .together import want_dense_gradients
 
 
+class Told(Protocol):
+    """Who is told of these steps; not kept, as it leads here."""
+
+    def begin(self) -> None:
+        """The run is about to be trained."""
+
+    def trained(self) -> None:
+        """The weights of the model have been trained."""
+
+    def warn_of_state(self, optimizer: Optimizer) -> None:
+        """Say so if an optimizer keeps state that belongs to no single element."""
+
+
 @dataclass
 class _Turn:
     """A step of an optimizer that trains copies.
 
     Attributes:
+        told: who is told of it.
         own: what it trains in this step.
         before: versions of the masters before it, by id.
         young: values of young blocks before it, by name of their weight.
@@ -45,7 +59,7 @@ class _Turn:
         done: whether what follows from it has happened.
     """
 
-    keeper: Keeper
+    told: Told
     own: list[Held]
     before: dict[int, int]
     young: dict[str, Tensor]
@@ -55,21 +69,10 @@ class _Turn:
 
 
 class MasterSteps:
-    """Follows the keepers of one run's weights.
+    """Follows the keepers of one run's weights."""
 
-    Args:
-        begins: is called when a step begins.
-        complete: is called when the weights of the model have been trained.
-        warn: is called with an optimizer that keeps state which belongs to no single element.
-    """
-
-    def __init__(
-        self, run: Run, begins: Callable[[], None], complete: Callable[[], None], warn: Callable[[Optimizer], None]
-    ) -> None:
+    def __init__(self, run: Run) -> None:
         self._run = run
-        self._begins = begins
-        self._complete = complete
-        self._warn = warn
         self._turns: dict[Step, _Turn] = {}
         self._ours: weakref.WeakSet[Step] = weakref.WeakSet()  # steps of optimizers that train copies
         self._trained: weakref.WeakSet[Step] = weakref.WeakSet()  # keepers' steps in which an optimizer has stepped
@@ -78,7 +81,7 @@ class MasterSteps:
 
     # -- a step of the optimizer ---------------------------------------------------------------------------------------
 
-    def before(self, step: Step) -> bool:
+    def before(self, step: Step, told: Told) -> bool:
         """An optimizer is about to step within a keeper's step; returns whether it trains copies of the weights.
 
         Raises:
@@ -97,14 +100,14 @@ class MasterSteps:
         if step.outer is not around or optimizers.skipped_by_scaler(optimizer):
             return True  # part of a step that was seen, or none
         if around not in self._looked:
-            self._begin(keeper, around)
+            self._begin(keeper, around, told)
         scaled: list[tuple[dict[str, Any], dict[str, Any]]] = []
         step.at_end(lambda _: restore_rates(scaled))
         pairs = [(held.weight, held.parameter) for held in own]
         scale_rates(optimizer, pairs, scaled, lambda p: members(keeper, p))
         own = [held for held in own if held.piece.master.grad is not None]
         turn = self._turns[step] = _Turn(
-            keeper,
+            told,
             own,
             {id(held.piece.master): held.piece.master._version for held in own},
             {},
@@ -115,17 +118,17 @@ class MasterSteps:
         turn.young = self._values_before(optimizer, own)
         return True
 
-    def _begin(self, keeper: Keeper, around: Step) -> None:
+    def _begin(self, keeper: Keeper, around: Step, told: Told) -> None:
         """The first step of an optimizer within one of a keeper: the model, and its copies of it, shall be 0 outside
         the active blocks."""
         run = self._run
         keeper.check()
         new = run.masters.meet(keeper)
-        self._begins()
+        told.begin()
         run.weights.rebind()
         run.meet_masters([(held.weight, held.parameter) for held in held_by(keeper, run.weights.held())], new)
         self._looked.add(around)
-        around.at_end(lambda failed: self._finish(around, failed))
+        around.at_end(lambda failed: self._finish(around, told, failed))
 
     def _take_gradients(self, optimizer: Optimizer, own: Sequence[Held]) -> None:
         """Read growth scores from the gradients that the optimizer will use, zero their inactive part, and let the
@@ -184,7 +187,7 @@ class MasterSteps:
                 clear_state_(held, optimizer)
         if not known:
             self._cleaned.add(optimizer)
-            self._warn(optimizer)
+            turn.told.warn_of_state(optimizer)
         turn.done = True
         if step.within is not None:
             self._trained.add(step.within)
@@ -198,17 +201,17 @@ class MasterSteps:
 
     # -- a step of the keeper ------------------------------------------------------------------------------------------
 
-    def finished(self, step: Step) -> None:
+    def finished(self, step: Step, told: Told) -> None:
         """A keeper is done with a step: the model has been trained, if an optimizer has stepped."""
         if step not in self._trained:
             return
         self._trained.discard(step)
         for held in held_by(step.keeper, self._run.weights.held()):  # type: ignore[arg-type]
             held.weight.note_clean(held.parameter)
-        self._complete()
+        told.trained()
 
-    def _finish(self, step: Step, failed: bool) -> None:
+    def _finish(self, step: Step, told: Told, failed: bool) -> None:
         """A keeper's step has ended, and perhaps it was not said that it is done."""
         self._looked.discard(step)
         if failed and step in self._trained:
-            self.finished(step)
+            self.finished(step, told)

@@ -287,7 +287,7 @@ class Shadow:
     def _state_of(self, optimizer: Optimizer, held: Held, keys: Collection[str] | None) -> dict[str, Any]:
         known: dict[str, Any] = optimizer.state.get(held.piece.master, {})
         elements = dict(state_like(optimizer, held.piece.master))
-        found = {k: v for k, v in known.items() if not isinstance(v, Tensor) or v.numel() == 1 and k not in elements}
+        found = {k: v for k, v in known.items() if not isinstance(v, Tensor) or (v.numel() == 1 and k not in elements)}
         return found | {k: self._whole(held, v) for k, v in elements.items() if keys is None or k in keys}
 
     def write(self) -> None:
@@ -370,4 +370,3 @@ class Masters:
         for keeper in self if own else ():
             for held in held_by(keeper, own):
                 follow_(held, self.optimizers(keeper))
-

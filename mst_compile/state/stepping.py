@@ -112,7 +112,7 @@ class Stepping:
         self._deferred = _NOWHERE  # the backward pass for whose end a step within it waits
         self._making_state = False  # the optimizer that steps now only makes its state
         self._standstill = Standstill(run, auto_step)
-        self._masters = MasterSteps(run, self._begin, self._trained, lambda found: self._warn_of_foreign_state(found, []))
+        self._masters = MasterSteps(run)
         self._has_stepped = self._had_gradient = False
         for weight in run.weights:
             gradients[weight] = weakref.WeakMethod(self._gradient_arrived)
@@ -154,7 +154,7 @@ class Stepping:
         own = run.of(optimizer)
         if not own and run.active:
             run.weights.check_not_flattened(optimizer)
-            if self._masters.before(step):
+            if self._masters.before(step, self):
                 return
             self._standstill.check(optimizer)
         if not own or self._making_state or optimizers.skipped_by_scaler(optimizer):
@@ -164,7 +164,7 @@ class Stepping:
             self._making_state = True
             step.outermost.at_end(lambda _: setattr(self, "_making_state", False))
             return
-        self._begin(own)
+        self.begin(own)
         run.weights.rebind()
         run.meet(optimizer, own)
         if not step.nested:
@@ -182,7 +182,7 @@ class Stepping:
             run.skip_step()
         self._take_gradients(step, own)
 
-    def _begin(self, own: Sequence[tuple[SparseWeight, nn.Parameter]] = ()) -> None:
+    def begin(self, own: Sequence[tuple[SparseWeight, nn.Parameter]] = ()) -> None:
         """The run is about to be trained, perhaps for the first time."""
         self._finish()
         if not self._has_stepped:
@@ -226,9 +226,10 @@ class Stepping:
 
     def after_keeper(self, step: Step) -> None:
         """Copies of weights have been trained, and the model with them."""
-        self._masters.finished(step)
+        self._masters.finished(step, self)
 
-    def _trained(self) -> None:
+    def trained(self) -> None:
+        """The weights of the model have been trained, by copies of them."""
         self._standstill.own_step()
         if self._auto_step:
             self._complete(set())
@@ -355,6 +356,10 @@ class Stepping:
         if not known:
             self._checked.add(optimizer)
             self._warn_of_foreign_state(optimizer, spread)
+
+    def warn_of_state(self, optimizer: Optimizer) -> None:
+        """Say so if an optimizer keeps state that belongs to no single element."""
+        self._warn_of_foreign_state(optimizer, [])
 
     def _warn_of_foreign_state(self, optimizer: Optimizer, spread: list[str]) -> None:
         if optimizer in self._warned:

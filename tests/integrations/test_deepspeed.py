@@ -1,4 +1,4 @@
-"""DeepSpeed's engine trains sparse models as PyTorch does: without ZeRO and with its stages, and with master weights."""
+"""DeepSpeed's engine trains sparse models as PyTorch does: with ZeRO and without, and with master weights."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from deepspeed_cases import (
     assert_zero_outside,
     batches,
     by_hand,
+    dense,
     engine_of,
     fresh,
     loss_of,
@@ -128,9 +129,7 @@ def test_masters_in_one_tensor_without_zero() -> None:
     case = NARROW[0]
     model, optimizer = fresh(GROWING, 0.0)
     model.to(BF16)
-    wrapped = deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer(
-        optimizer, low_precision_dtype=BF16, clip_grad=0.2
-    )
+    wrapped = deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer(optimizer, low_precision_dtype=BF16, clip_grad=0.2)
     expected, course = by_hand(case, GROWING)
     for parts, want in zip(batches(), course, strict=True):
         for x in parts:
@@ -195,14 +194,7 @@ def test_a_checkpoint_goes_on(name: str, tmp_path: Path) -> None:
 
 def test_a_checkpoint_without_masks_is_told_of(tmp_path: Path) -> None:
     case = CASES["stage 1"]
-    torch.manual_seed(0)
-    dense = mst_compile.densify(fresh(GROWING)[0])
-    optimizer = torch.optim.AdamW(mst_compile.param_groups(fresh(GROWING)[0]), lr=1e-3)
-    matrices = [p for p in dense.parameters() if p.dim() == 2]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    groups = [matrices[:2], matrices[2:], [p for p in dense.parameters() if p.dim() == 1]]
-    assert sizes == [len(group) for group in groups]
-    engine = engine_of(case, dense, torch.optim.AdamW([{"params": group} for group in groups], lr=1e-3))
+    engine = engine_of(case, *dense())
     for x in batches()[0]:
         engine.backward(loss_of(engine, x, case.dtype))
         engine.step()
@@ -227,32 +219,22 @@ def test_masks_of_another_grid_are_refused(tmp_path: Path) -> None:
         other.load_checkpoint(str(tmp_path))
 
 
-@pytest.mark.parametrize("case", [WIDE[1], NARROW[0], NARROW[2]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [Case("stage 2", zero(2, reduce_bucket_size=500)), NARROW[0], NARROW[2]], ids=lambda case: case.name
+)
 def test_a_model_that_becomes_sparse_afterwards(case: Case) -> None:
     """The engine has copies of what it was, and hooks on its gradients that stand before those of the masks."""
     expected = made(case)
     want = list(train(case, expected))
-    torch.manual_seed(0)
-    model = mst_compile.densify(fresh(GROWING)[0])
-    with torch.no_grad():
-        for p, other in zip(model.parameters(), fresh(GROWING)[0].parameters(), strict=True):
-            p.copy_(other)
-    optimizer = torch.optim.AdamW(mst_compile.param_groups(fresh(GROWING)[0], weight_decay=case.decay), lr=1e-3)
-    groups = optimizer.param_groups
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    for group, members in zip(groups, (matrices[:2], matrices[2:], [p for p in model.parameters() if p.dim() == 1]), strict=True):
-        group["params"] = members
+    model, optimizer = dense(case.decay)
     engine = engine_of(case, model, optimizer)
-    sparsify(model, GROWING, block=8, masks=fresh_masks(), rescale=False)
-    for got, masks in zip(train(case, engine), want, strict=True):
-        assert all(torch.equal(got[n], masks[n]) for n in masks)
+    masks = sparsifier(fresh(GROWING)[0]).masks
+    sparsify(model, GROWING, block=8, masks=masks, rescale=False)
+    for got, expected_masks in zip(train(case, engine), want, strict=True):
+        assert all(torch.equal(got[n], expected_masks[n]) for n in masks)
         assert_zero_outside(engine)
     for one, other in zip(masters(engine), masters(expected), strict=True):
         assert_same_bits(one, other)
-
-
-def fresh_masks() -> dict[str, Tensor]:
-    return sparsifier(fresh(GROWING)[0]).masks
 
 
 @pytest.mark.parametrize("case", [WIDE[0], NARROW[0], NARROW[2]], ids=lambda case: case.name)

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine on two processes: one process's masks, values and checkpoints, with masters that are cut anywhere."""
+"""DeepSpeed's engine on two processes: one process's masks, values and checkpoints, with masters cut anywhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ BY_GRADIENT = cases.SCHEDULES["by gradient"]
 
 def begin() -> None:
     rank = str(dist.get_rank())
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29733", "WORLD_SIZE": "2", "LOCAL_RANK": rank, "RANK": rank}
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29733",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": rank,
+        "RANK": rank,
+    }
     deepspeed.init_distributed(dist_backend="gloo")
 
 
