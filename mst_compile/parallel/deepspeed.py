@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import gc
 import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mst_compile.errors import ParallelismError
+from mst_compile.errors import MSTWarning, ParallelismError
 from mst_compile.state.binding import come_first
 from mst_compile.state.masters import Piece, find_by
 from mst_compile.state.run import Run
@@ -36,16 +37,26 @@ class _Keeper:
 
     Args:
         outer: it.
-        pieces: which elements it has copies of.
+        served: how it is read.
     """
 
-    def __init__(self, outer: Any, groups: Callable[[Any], list[_Group]]) -> None:
+    def __init__(self, outer: Any, served: _Served) -> None:
+        self._told = False  # that elastic checkpoints hold no masks
         self._outer = weakref.ref(outer)
-        self._groups = groups
+        self._served = served
+        self._known: tuple[list[tuple[int, int]], list[_Group]] | None = None
 
     def _them(self) -> list[_Group]:
+        """What is where: read anew only when something lies elsewhere, as DeepSpeed can move it to the host and back;
+        asked for several times a step."""
         outer = self._outer()
-        return [] if outer is None else self._groups(outer)
+        if outer is None:
+            return []
+        tensors = [tensor for name in self._served.tensors for tensor in _tensors(getattr(outer, name))]
+        key = [(id(tensor), tensor.data_ptr()) for tensor in tensors]
+        if self._known is None or self._known[0] != key:
+            self._known = key, self._served.groups(outer)
+        return self._known[1]
 
     @property
     def optimizer(self) -> Optimizer:
@@ -67,6 +78,14 @@ class _Keeper:
 
     def check(self) -> None:
         outer = self._outer()
+        if getattr(outer, "elastic_checkpoint", False) and not self._told:
+            self._told = True
+            warnings.warn(
+                "DeepSpeed's elastic checkpoints hold no masks: save them with client_state={'sparsifier': "
+                "sparsifier(model).state_dict()} and load them again, or leave elastic_checkpoint out",
+                MSTWarning,
+                stacklevel=8,
+            )
         if _OWN_UPDATES in type(self.optimizer).__name__:
             raise ParallelismError(
                 f"DeepSpeed orthogonalises gradients before {type(self.optimizer).__name__} steps its copies of "
@@ -79,6 +98,12 @@ class _Keeper:
                     f"{type(outer).__name__} hands gradients to its optimizer in a way of its own ({legacy}), in which "
                     "they cannot be masked. Use another optimizer, or ZeRO stage 1"
                 )
+
+
+def _tensors(found: Iterable[Any]) -> Iterator[Tensor]:
+    """Those in a list, or in a list of lists."""
+    for one in found:
+        yield from [one] if isinstance(one, Tensor) else one
 
 
 class _Group:
@@ -153,11 +178,27 @@ def _alone(outer: Any) -> list[_Group]:
     ]
 
 
-_SERVED: dict[tuple[str, str], Callable[[Any], list[_Group]]] = {
-    ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"): _zero_1_and_2,
-    ("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer"): _bf16,
-    ("deepspeed.runtime.fp16.fused_optimizer", "FP16_Optimizer"): _flat,
-    ("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer"): _alone,
+class _Served(NamedTuple):
+    """How one of DeepSpeed's optimizers is read.
+
+    Attributes:
+        groups: its parameter groups.
+        tensors: its attributes that hold what Parameters and copies lie in.
+    """
+
+    groups: Callable[[Any], list[_Group]]
+    tensors: tuple[str, ...]
+
+
+_SERVED: dict[tuple[str, str], _Served] = {
+    ("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer"): _Served(
+        _zero_1_and_2, ("bit16_groups_flat", "single_partition_of_fp32_groups")
+    ),
+    ("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer"): _Served(
+        _bf16, ("bf16_groups_flat", "fp32_groups_flat_partition")
+    ),
+    ("deepspeed.runtime.fp16.fused_optimizer", "FP16_Optimizer"): _Served(_flat, ("fp32_groups_flat",)),
+    ("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer"): _Served(_alone, ("fp32_groups",)),
 }
 
 
@@ -165,9 +206,9 @@ def _keeper(outer: Any) -> _Keeper | None:
     """Of one of DeepSpeed's optimizers; None of a class that is not served, as one that is derived from a served one
     and does something else."""
     found: _Keeper | None = vars(outer).get(_KEEPER)
-    groups = _SERVED.get((type(outer).__module__, type(outer).__qualname__))
-    if found is None and groups is not None and isinstance(getattr(outer, "optimizer", None), Optimizer):
-        found = _Keeper(outer, groups)
+    served = _SERVED.get((type(outer).__module__, type(outer).__qualname__))
+    if found is None and served is not None and isinstance(getattr(outer, "optimizer", None), Optimizer):
+        found = _Keeper(outer, served)
         setattr(outer, _KEEPER, found)
     return found
 
@@ -202,22 +243,24 @@ def adopt(parameters: Iterable[Tensor]) -> None:
             come_first(parameter)
 
 
-_known: weakref.WeakKeyDictionary[Optimizer, weakref.ref[_Keeper] | None] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Optimizer, weakref.ref[_Keeper]] = weakref.WeakKeyDictionary()
 
 
 def _find(optimizer: Optimizer) -> _Keeper | None:
-    """Who steps ``optimizer``: looked for among all objects that the garbage collector knows, once. It is asked when
-    optimizers are saved and loaded."""
-    if "deepspeed" not in sys.modules:
-        return None
+    """Who steps ``optimizer``: looked for among all objects that the garbage collector knows, which takes a moment. It
+    is asked when optimizers are saved and loaded."""
+    own = (p for group in optimizer.param_groups for p in group["params"])
+    if "deepspeed" not in sys.modules or all(isinstance(p, nn.Parameter) for p in own):
+        return None  # copies are plain tensors
     reference = _known.get(optimizer)
     found = None if reference is None else reference()
-    if found is None and (reference is not None or optimizer not in _known):
+    if found is None:
         classes = set(_classes())
         outers = (o for o in gc.get_objects() if type(o) in classes and vars(o).get("optimizer") is optimizer)
         outer = next(outers, None)
         found = None if outer is None else _keeper(outer)
-        _known[optimizer] = None if found is None else weakref.ref(found)
+        if found is not None:
+            _known[optimizer] = weakref.ref(found)
     return found
 
 

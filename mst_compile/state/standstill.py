@@ -1,8 +1,8 @@
 """Says when a model is trained while its schedule stands still.
 
-Steps are counted by hooks on the optimizers that train the sparse weights. Where others train copies of them, as with
-DeepSpeed's ZeRO or master weights, or a program writes them without any optimizer, nothing is counted, and the model
-would keep its first masks to the end without a word. What is seen all the same are gradients: they arrive.
+Steps are counted by hooks on the optimizers that train the sparse weights, or copies of them that are followed
+(:mod:`.masters`). Where others train copies, or a program writes them without any optimizer, nothing is counted, and
+the model would keep its first masks to the end without a word. What is seen all the same are gradients: they arrive.
 """
 
 from __future__ import annotations

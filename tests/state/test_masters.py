@@ -176,7 +176,10 @@ def test_a_checkpoint_goes_on() -> None:
     torch.save([first.state_dict(), one.fp32_groups_flat, one.optimizer.state_dict()], file)
     file.seek(0)
     state, flats, inner = torch.load(file)
-    second, two = narrow()
+    second, plain = fresh()
+    plain.state_dict()  # before it was DeepSpeed's
+    second.to(BF16)
+    two = FP16_Optimizer(plain)
     second.load_state_dict(state)
     two.optimizer.load_state_dict(inner)
     with torch.no_grad():
@@ -268,6 +271,14 @@ def test_updates_that_deepspeed_makes_itself_are_refused() -> None:
         list(train(model, optimizer, slice(1)))
     assert all(torch.equal(a, b) for a, b in zip(before, optimizer.fp32_groups_flat, strict=True))
     assert sparsifier(model).step_count == 0
+
+
+def test_checkpoints_that_hold_no_masks_are_told_of_once() -> None:
+    model, optimizer = narrow()
+    optimizer.elastic_checkpoint = True  # type: ignore[attr-defined]
+    with pytest.warns(MSTWarning, match="elastic checkpoints hold no masks") as caught:
+        list(train(model, optimizer, slice(3)))
+    assert len([w for w in caught if "elastic" in str(w.message)]) == 1
 
 
 def test_a_copy_of_the_model_knows_no_copies_of_its_weights() -> None:
