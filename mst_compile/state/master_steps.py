@@ -77,7 +77,6 @@ class MasterSteps:
         self._ours: weakref.WeakSet[Step] = weakref.WeakSet()  # steps of optimizers that train copies
         self._trained: weakref.WeakSet[Step] = weakref.WeakSet()  # keepers' steps in which an optimizer has stepped
         self._looked: weakref.WeakSet[Step] = weakref.WeakSet()  # keepers' steps whose beginning has been seen
-        self._cleaned: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # unknown ones, with their first state
 
     # -- a step of the optimizer ---------------------------------------------------------------------------------------
 
@@ -123,10 +122,10 @@ class MasterSteps:
         the active blocks."""
         run = self._run
         keeper.check()
-        new = run.masters.meet(keeper)
+        run.masters.meet(keeper)
         told.begin()
         run.weights.rebind()
-        run.meet_masters([(held.weight, held.parameter) for held in held_by(keeper, run.weights.held())], new)
+        run.meet_masters([(held.weight, held.parameter) for held in held_by(keeper, run.weights.held())], keeper)
         self._looked.add(around)
         around.at_end(lambda failed: self._finish(around, told, failed))
 
@@ -183,10 +182,9 @@ class MasterSteps:
             kept = known and id(held.piece.master) not in divided
             if not kept:
                 mask_(held, held.piece.master)
-            if not kept and (known or optimizer not in self._cleaned):
+            if not kept and (known or turn.first):
                 clear_state_(held, optimizer)
         if not known:
-            self._cleaned.add(optimizer)
             turn.told.warn_of_state(optimizer)
         turn.done = True
         if step.within is not None:

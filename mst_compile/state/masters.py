@@ -170,15 +170,19 @@ def clear_state_(held: Held, optimizer: Optimizer, new: Tensor | None = None) ->
 
 
 @torch.no_grad()
+def take_written_(piece: Piece) -> None:
+    """Let a master be what the model holds, where that is not the master rounded: somebody has written to the model."""
+    copy = piece.of(piece.master)
+    now = piece.parameter.detach().reshape(-1)[piece.first : piece.first + piece.count].to(copy.device)
+    copy.copy_(torch.where(copy.to(now.dtype) == now, copy, now.to(copy.dtype)))
+
+
+@torch.no_grad()
 def follow_(held: Held, optimizers: Iterable[Optimizer]) -> None:
-    """Let a master be what the model holds, where that is not the master rounded: somebody has written to the model.
-    Outside the active blocks it becomes 0, and so does the state of it, there and where blocks have just grown."""
-    piece = held.piece
-    if piece.count:
-        copy = piece.of(piece.master)
-        now = held.parameter.detach().reshape(-1)[piece.first : piece.first + piece.count].to(copy.device)
-        copy.copy_(torch.where(copy.to(now.dtype) == now, copy, now.to(copy.dtype)))
-        mask_(held, piece.master)
+    """:func:`take_written_`; outside the active blocks a master becomes 0, and so does the state of it, there and where
+    blocks have just grown."""
+    take_written_(held.piece)
+    mask_(held, held.piece.master)
     for optimizer in optimizers:
         clear_state_(held, optimizer, held.weight.grown)
 
@@ -312,15 +316,29 @@ class Masters:
     def __bool__(self) -> bool:
         return bool(self._met)
 
-    def meet(self, keeper: Keeper) -> bool:
-        """Know of ``keeper``; returns whether nothing is known of its copies."""
+    def meet(self, keeper: Keeper) -> None:
+        """Know of ``keeper``. What others have of the weights is old: the model is not written by them any more."""
         self._met.setdefault(keeper, weakref.WeakSet()).add(keeper.optimizer)
-        new = keeper not in self._sure
+        for other in self:
+            if other is not keeper:
+                del self._met[other]
+                self._sure.discard(other)
+
+    def is_sure(self, keeper: Keeper) -> bool:
+        """Whether its copies are known to be as the model is, but for what is written to the model."""
+        return keeper in self._sure
+
+    def be_sure(self, keeper: Keeper) -> None:
+        """They are now."""
         self._sure.add(keeper)
-        return new
 
     def doubt(self) -> None:
         """Something has been loaded: nothing is known of any copies."""
+        self._sure.clear()
+
+    def forget(self) -> None:
+        """The weights are trained themselves."""
+        self._met.clear()
         self._sure.clear()
 
     def stepped(self, keeper: Keeper, optimizer: Optimizer) -> None:
@@ -365,8 +383,14 @@ class Masters:
             held = copies.get(weight.name)
             yield next(plain) if held is None else block_means_of(held, held.piece.master, magnitude)
 
-    def follow(self, own: Sequence[tuple[SparseWeight, nn.Parameter]]) -> None:
-        """Somebody has written to these weights of the model: :func:`follow_`."""
+    def follow(self, own: Sequence[tuple[SparseWeight, nn.Parameter]], *, all_of_it: bool = False) -> None:
+        """Somebody has written to these weights of the model: :func:`follow_`.
+
+        Args:
+            all_of_it: and perhaps to the rest of it, that is not sparse.
+        """
         for keeper in self if own else ():
+            for piece in keeper.pieces() if all_of_it else ():
+                take_written_(piece)
             for held in held_by(keeper, own):
                 follow_(held, self.optimizers(keeper))

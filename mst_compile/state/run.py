@@ -20,7 +20,7 @@ from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
 from .listeners import Listeners, TopologyEvent, changes
 from .lookout import Lookout
-from .masters import Masters
+from .masters import Keeper, Masters
 from .optimizers import zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
@@ -213,7 +213,8 @@ class Run:
         self.prepare_next_step()
         event, self._completion = now.event, None
         if self._steps_here == _PATIENCE:
-            warn_unseen([weight for weight, parameter in own if parameter.grad is not None])
+            # A keeper of copies has taken the gradients away.
+            warn_unseen([weight for weight, parameter in own if parameter.grad is not None or self.masters])
         if event is not None:  # last: what a callback raises finds a step that is complete
             self.listeners.tell(event)
         if now.failed is not None:
@@ -235,6 +236,8 @@ class Run:
 
         It may have a past, from before the model was made sparse or from a checkpoint.
         """
+        if self.masters:
+            self.masters.forget()
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         if optimizer not in self.optimizers or self._sizes.get(optimizer) != size:
             self.weights.check_replaced(self.root())
@@ -249,20 +252,18 @@ class Run:
         for weight, parameter in own:
             weight.version = parameter._version
 
-    def meet_masters(self, own: Sequence[tuple[SparseWeight, nn.Parameter]], new: bool) -> None:
+    def meet_masters(self, own: Sequence[tuple[SparseWeight, nn.Parameter]], keeper: Keeper) -> None:
         """Before copies of weights are stepped: the weights, the copies and the optimizer's state of these shall be 0
-        outside the active blocks, and where somebody has written to a weight its copy shall be that.
-
-        Args:
-            new: nothing is known of the copies.
-        """
+        outside the active blocks, and where somebody has written to a weight its copy shall be that."""
+        new = not self.masters.is_sure(keeper)
         if new:
             self.weights.check_replaced(self.root())
             self.weights.warn_untied()
         unsure = [(weight, parameter) for weight, parameter in own if new or not weight.is_clean(parameter)]
         if unsure:
             self._settle(own, look=new)
-            self.masters.follow(unsure)
+            self.masters.follow(unsure, all_of_it=True)  # a half of what was loaded would be no model
+        self.masters.be_sure(keeper)
         for weight, parameter in own:
             weight.version = parameter._version
 

@@ -289,7 +289,14 @@ def test_another_models_optimizer_is_none_of_the_copies() -> None:
     dense.step()
 
 
-def test_classes_that_are_derived_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_3_is_refused() -> None:
+    model, optimizer = fresh(GROWING)
+    engine = engine_of(Case("", zero(3)), model, optimizer)
+    with pytest.raises(ParallelismError, match=r"DeepSpeed trains a copy of a.weight.*stage 3 is not: use stage 2"):
+        list(train(Case("", zero(3)), engine, slice(1)))
+
+
+def test_classes_that_are_derived_are_refused() -> None:
     """As that of ZenFlow is, which does other things in between."""
     case = CASES["stage 1"]
     engine = made(case)

@@ -131,6 +131,13 @@ def test_an_optimizer_that_does_not_keep_zeros() -> None:
         assert_zero_outside(model, optimizer, None, "exp_avg", "exp_avg_sq")
 
 
+def test_products_that_stay_dense_are_told_of() -> None:
+    """Where no gradients are left in the model when a step is over."""
+    model, optimizer = narrow()
+    with pytest.warns(MSTWarning, match=r'no graph compiled by backend="mst" has taken 0.weight, 2.weight'):
+        list(train(model, optimizer))
+
+
 def test_a_step_that_overflows_is_none() -> None:
     model, optimizer = narrow()
     optimizer.overflow = True
@@ -215,6 +222,26 @@ def test_what_is_written_to_the_model_goes_into_the_copies() -> None:
     assert (dict(copies(model, optimizer))["0.weight"][inside] > 1.9).all()
 
 
+def test_an_optimizer_of_the_weights_takes_over_and_gives_back() -> None:
+    """Old copies decide nothing, and are what the model is when they are trained again."""
+    model, optimizer = narrow(Constant(0.5, interval=3))
+    list(train(model, optimizer, slice(1)))
+    expected, kept = copy.deepcopy(model), [flat.clone() for flat in optimizer.fp32_groups_flat]
+    for one in (model, expected):
+        plain = torch.optim.SGD(one.parameters(), lr=0.5)
+        for x in batches()[1:3]:
+            backward(one, x)
+            plain.step()
+            plain.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(kept, optimizer.fp32_groups_flat, strict=True))
+    assert all(torch.equal(a, sparsifier(expected).masks[n]) for n, a in sparsifier(model).masks.items())
+    before = [p.detach().float() for p in model.parameters()]
+    list(train(model, optimizer, slice(3, 4)))
+    assert_zero_outside(model, optimizer, None, "exp_avg", "exp_avg_sq")
+    for p, was in zip(model.parameters(), before, strict=True):
+        assert (p.float() - was).abs().max() < 0.02
+
+
 def test_masks_that_are_given() -> None:
     model, optimizer = narrow()
     list(train(model, optimizer, slice(1)))
@@ -225,7 +252,7 @@ def test_masks_that_are_given() -> None:
     assert_zero_outside(model, optimizer, None, "exp_avg", "exp_avg_sq")
 
 
-def test_a_step_that_raises_after_the_copies_have_moved_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_raises_after_the_copies_have_moved_is_one() -> None:
     model, optimizer = narrow()
     list(train(model, optimizer, slice(1)))
 
