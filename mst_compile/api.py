@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mst_compile.blocks.shards import check_not_cut, check_placement
 from mst_compile.errors import AlreadySparseError, MSTWarning, SelectionError
 from mst_compile.parallel import (
+    deepspeed,
     first_step,  # noqa: F401  (compares ranks)
     fsdp,
     tensor,  # noqa: F401  (follows tensor parallelism)
@@ -120,6 +121,7 @@ def sparsify(
             new.release()
             raise
         attach(model, new)
+        deepspeed.adopt(candidate.parameter for candidate in selection.candidates)
     for name, reason in selection.skipped.items():
         _logger.info("%s stays dense: %s", name, reason)
     _warn_of_stacks(selection)

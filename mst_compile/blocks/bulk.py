@@ -387,6 +387,14 @@ def _sums_of_shards(tensor: Tensor, grid: BlockGrid, kind: Kind) -> Tensor:
 
 
 @torch.no_grad()
+def block_sums(matrix: Tensor, grid: BlockGrid, magnitude: str = "l2") -> Tensor:
+    """Sum over each block of a matrix that is not spread over ranks, of squares or (``"l1"``) absolute values: float64
+    ``[R, C]`` on its device, of which sums over ranks do not depend on who holds what."""
+    kind: Kind = "magnitudes" if magnitude == "l1" else "squares"
+    return _MEASURES[kind](_by_blocks(matrix.detach(), grid).to(torch.float64, copy=True)).sum((1, 3))
+
+
+@torch.no_grad()
 def sample_of(tensor: Tensor, side: int) -> Tensor:
     """Elements of up to ``side`` rows and columns of ``tensor``, evenly spaced: float64 on the CPU.
 

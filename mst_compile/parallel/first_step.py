@@ -149,7 +149,11 @@ def _store() -> dist.Store | None:
 
 
 def _team(run: Run) -> list[int]:
-    """The ranks that DistributedDataParallel or FSDP2 has train the run's weights together; empty if neither does."""
+    """The ranks that DistributedDataParallel, FSDP2 or a keeper of copies has train the run's weights together; empty
+    if none does."""
+    team = run.masters.team()
+    if team:
+        return sorted(team)
     for _, parameter in run.weights.parameters():
         if is_sharded(parameter):
             return sorted(parameter.device_mesh.mesh.flatten().tolist())  # type: ignore[attr-defined]

@@ -63,6 +63,14 @@ def bind(parameter: Tensor, weight: SparseWeight) -> bool:
     return changed
 
 
+def come_first(parameter: Tensor) -> None:
+    """Have the gradients of a sparse Parameter masked before any other hook sees them that has been there before."""
+    handle = _hooks.get(parameter)
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+    if handle is not None and hooks is not None and handle.id in hooks:
+        hooks.move_to_end(handle.id, last=False)
+
+
 def is_at_home(weight: SparseWeight, parameter: Tensor) -> bool:
     """Whether :func:`bind` has nothing to do for an ordinary Parameter, as at nearly every step; False where somebody
     must look."""

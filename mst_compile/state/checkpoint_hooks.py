@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mst_compile.blocks.by_tensor import ByTensor
-from mst_compile.errors import CheckpointError
+from mst_compile.errors import CheckpointError, MSTWarning
 
 from .learning_rates import pack_laws, unpack_laws
-from .packing import PROGRESS, TOPOLOGY_KEYS
+from .packing import KEYS, MASTERS, PROGRESS
 from .steps import end_left
 
 
@@ -85,9 +86,10 @@ def _wrap_state_dict() -> None:
         if entries:
             keys = dict(zip(map(id, _positions(self.param_groups)), _positions(found["param_groups"]), strict=True))
             extra = {keys[i]: entry for i, entry in entries.items()}
-            if not found["state"]:
+            first = next(iter(extra.values()))
+            if not found["state"] and PROGRESS in first:
                 # torch.distributed.checkpoint takes state for no parameter, or for all of them.
-                progress = {PROGRESS: next(iter(extra.values()))[PROGRESS]}
+                progress = {PROGRESS: first[PROGRESS]}
                 extra = {key: extra.get(key, progress) for key in keys.values()}
             # Copies: the entries of the state dict are the optimizer's own, and it would step over ours.
             # What some optimizers keep beside the parameters, such as a number of steps, is no dict.
@@ -118,7 +120,7 @@ def _telling_of_loads(original: Callable[..., None]) -> Callable[..., None]:
             for watcher in list(_watchers):
                 watcher.check_loaded(self, entries)
             state = {
-                key: {k: v for k, v in entry.items() if k not in TOPOLOGY_KEYS} if isinstance(entry, dict) else entry
+                key: {k: v for k, v in entry.items() if k not in KEYS} if isinstance(entry, dict) else entry
                 for key, entry in state_dict["state"].items()
             }
             state_dict = {**state_dict, "state": {key: entry for key, entry in state.items() if entry != {}}}
@@ -157,10 +159,19 @@ def _check_groups(optimizer: Optimizer, saved: list[dict[str, Any]], ours: bool)
 
 
 def _tell(optimizer: Optimizer, entries: dict[int, dict[str, Any]]) -> None:
+    lost = False
     owned: set[int] = set().union(*(watcher.owned(optimizer) for watcher in list(_watchers)))
     for parameter in _positions(optimizer.param_groups):
         if id(parameter) in entries and id(parameter) not in owned:
             _unclaimed[parameter] = entries[id(parameter)]
+            lost |= MASTERS in entries[id(parameter)]
+    if lost:
+        warnings.warn(
+            "the checkpoint holds the masks of a sparse run, and no copies of sparse weights are trained here: call "
+            "sparsify(model, ...) before the checkpoint is loaded",
+            MSTWarning,
+            stacklevel=5,
+        )
     for watcher in list(_watchers):
         watcher.after_load(optimizer, entries)
 
@@ -201,8 +212,8 @@ def _take_entries(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[int,
     found = {}
     for parameter, key in zip(_positions(optimizer.param_groups), saved, strict=False):
         entry = state.get(key)
-        if isinstance(entry, dict) and any(name in entry for name in TOPOLOGY_KEYS):
-            found[id(parameter)] = {name: entry[name] for name in TOPOLOGY_KEYS if name in entry}
+        if isinstance(entry, dict) and any(name in entry for name in KEYS):
+            found[id(parameter)] = {name: entry[name] for name in KEYS if name in entry}
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,18 +41,28 @@ class Plan:
     skipped: str = ""
 
 
+Measure = Callable[[Sequence[tuple[SparseWeight, Tensor]], str], Iterator[Tensor]]
+
+
+def by_values(own: Sequence[tuple[SparseWeight, Tensor]], magnitude: str) -> Iterator[Tensor]:
+    """Magnitudes of the blocks of weights, ``[R, C]`` each, by the values that the model holds."""
+    return block_means([(parameter, weight.grid) for weight, parameter in own], magnitude)
+
+
 def plan_event(
     parameters: Iterable[tuple[SparseWeight, Tensor]],
     densities: Sequence[float],
     schedule: Schedule,
     step: int,
     seed: int,
+    measure: Measure = by_values,
 ) -> Plan:
     """Drop and grow the blocks of each weight as ``schedule`` says after ``step`` steps; changes nothing.
 
     Args:
         parameters: the weights, with their growth scores, and their values.
         densities: target density of each.
+        measure: as :func:`by_values`.
     """
     own = list(parameters)
     wanted = []
@@ -66,8 +76,8 @@ def plan_event(
             continue
         only_grows = not any(drops) and all(n <= count for n in active)
         wanted.append((density, weight, parameter, count, drops, only_grows))
-    measured = [(parameter, weight.grid) for _, weight, parameter, _, _, only_grows in wanted if not only_grows]
-    magnitudes = block_means(measured, schedule.magnitude)
+    measured = [(weight, parameter) for _, weight, parameter, _, _, only_grows in wanted if not only_grows]
+    magnitudes = measure(measured, schedule.magnitude)
     changes: dict[str, Tensor] = {}
     for density, weight, _, count, drops, only_grows in wanted:
         magnitude = weight.mask.float() if only_grows else next(magnitudes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn, optim
@@ -116,11 +116,14 @@ def scale_rates(
     optimizer: optim.Optimizer,
     own: list[tuple[SparseWeight, nn.Parameter]],
     before: list[tuple[dict[str, Any], dict[str, Any]]],
+    held: Callable[[Tensor], Sequence[SparseWeight]] | None = None,
 ) -> None:
     """Let groups with a law step with their learning rate and weight decay scaled.
 
     Args:
         before: takes up what :func:`restore_rates` needs, before anything is scaled: an interrupt may come then.
+        held: which sparse weights are in the group of a Parameter that is a copy of some of them; a group has one
+            such Parameter, or several of which each says all.
 
     Raises:
         ArgumentError: the law of a group is none, or one of the user's returned no factor. Nothing has changed.
@@ -130,7 +133,10 @@ def scale_rates(
         if group.get(DENSITY_RATE) is None and group.get(DENSITY_DECAY) is None:
             continue
         rate, decay = _laws_of(group)
-        inside = [weight for p in group["params"] if (weight := of(p)) is not None]
+        if held is None:
+            inside = [weight for p in group["params"] if (weight := of(p)) is not None]
+        else:
+            inside = list(held(group["params"][0])) if group["params"] else []
         # Of modules that were sparsified separately each is told of the step: one of them scales the group.
         if not inside or not any(weight is inside[0] for weight, _ in own):
             continue

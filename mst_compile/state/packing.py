@@ -25,6 +25,9 @@ from .weight import SparseWeight
 
 STATE_VERSION = 2
 TOPOLOGY, PROGRESS, SCORES, YOUNG = TOPOLOGY_KEYS = ("mst_topology", "mst_progress", "mst_scores", "mst_young")
+# Of a Parameter that is a copy of many weights: the number of each in its parameter group -> what belongs to it.
+MASTERS = "mst_masters"
+KEYS = (*TOPOLOGY_KEYS, MASTERS)
 
 
 def pack_topology(mask: Tensor, grown: Tensor | None, moved: bool = False) -> Tensor:

@@ -25,6 +25,7 @@ from mst_compile.errors import MSTWarning
 from mst_compile.rules.schedule import Schedule
 
 from . import own_steps
+from .masters import original_of
 from .optimizers import survey
 from .weight import SparseWeight
 from .young import Young
@@ -155,7 +156,7 @@ def _can_warm_up(optimizer: Optimizer, length: int) -> bool:
 
 
 def _tell(optimizer: Optimizer, text: str) -> None:
-    told = _told.setdefault(optimizer, set())
+    told = _told.setdefault(original_of(optimizer), set())
     if text not in told:
         told.add(text)
         warnings.warn(text, MSTWarning, stacklevel=6)

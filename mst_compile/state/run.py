@@ -21,6 +21,7 @@ from .event import Change, Plan, apply, carry_out, change_mask, change_to, plan_
 from .first_masks import FirstMasks, Masks, check_masks, choose, plan_first_masks
 from .listeners import Listeners, TopologyEvent, changes
 from .lookout import Lookout
+from .masters import Keeper, Masters
 from .optimizers import callers, keeps_zeros, zero_state_
 from .packing import TOPOLOGY, check_entry
 from .regrown import follows
@@ -81,6 +82,7 @@ class Run:
         root: the model, if it is known: a copy's is not.
         overdue: a topology event has been missed and is made up for at the next step.
         first_masks: how the masks of step 0 were made.
+        masters: who keeps copies of the weights, and has optimizers train these.
     """
 
     def __init__(self, schedule: Schedule, weights: Weights, attention: AttentionState, seed: int) -> None:
@@ -102,6 +104,7 @@ class Run:
         # Whose state came with the masks of the moment: by name of a weight, its number of changes then.
         self._loaded: weakref.WeakKeyDictionary[Optimizer, dict[str, int]] = weakref.WeakKeyDictionary()
         self.listeners = Listeners()
+        self.masters = Masters()
         self.first_masks = FirstMasks()
         self._lookout = Lookout()
         self._traceless = 0  # times that values were found which nobody was seen to write
@@ -112,7 +115,7 @@ class Run:
             weight.driver = weakref.ref(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("optimizers", "_sizes", "_others", "_loaded", "root", "listeners")
+        own = ("optimizers", "_sizes", "_others", "_loaded", "root", "listeners", "masters")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -122,6 +125,7 @@ class Run:
             optimizers=weakref.WeakSet(),
             root=_unknown,
             listeners=Listeners(),
+            masters=Masters(),
         )
         self._sizes, self._others = weakref.WeakKeyDictionary(), weakref.WeakSet()
         self._loaded = weakref.WeakKeyDictionary()
@@ -221,7 +225,8 @@ class Run:
         self.prepare_next_step()
         event, self._completion = now.event, None
         if self._steps_here == _PATIENCE:
-            warn_unseen([weight for weight, parameter in own if parameter.grad is not None])
+            # A keeper of copies has taken the gradients away.
+            warn_unseen([weight for weight, parameter in own if parameter.grad is not None or self.masters])
         if event is not None:  # last: what a callback raises finds a step that is complete
             self.listeners.tell(event)
         if now.failed is not None:
@@ -247,6 +252,8 @@ class Run:
         Returns:
             Whether any have joined it, or it has never stepped.
         """
+        if self.masters:
+            self.masters.forget()
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         joined = self._sizes.get(optimizer) != size
         first = joined or optimizer not in self.optimizers  # something of which nothing is known, nor its past
@@ -266,6 +273,21 @@ class Run:
         for weight, parameter in own:
             weight.version = parameter._version
         return joined
+
+    def meet_masters(self, own: Sequence[tuple[SparseWeight, nn.Parameter]], keeper: Keeper) -> None:
+        """Before copies of weights are stepped: the weights, the copies and the optimizer's state of these shall be 0
+        outside the active blocks, and where somebody has written to a weight its copy shall be that."""
+        new = not self.masters.is_sure(keeper)
+        if new:
+            self.weights.check_replaced(self.root())
+            self.weights.warn_untied()
+        unsure = [(weight, parameter) for weight, parameter in own if new or not weight.is_clean(parameter)]
+        if unsure:
+            self._settle(own, look=new)
+            self.masters.follow(unsure, all_of_it=True)  # a half of what was loaded would be no model
+        self.masters.be_sure(keeper)
+        for weight, parameter in own:
+            weight.version = parameter._version
 
     def _may_keep(self, other: Optimizer, steps: Optimizer) -> bool:
         """Whether an optimizer that has not been seen to step, and calls one that ``steps``, may keep something of the
@@ -359,6 +381,12 @@ class Run:
         except OptimizerError as error:
             now.failed = error
             self.optimizers.clear()  # none steps before its state could be cleaned
+        try:
+            pairs = [(weight, parameter) for _, weight, parameter in changed]
+            self.masters.changed(pairs, {weight.name: change.new for change, weight, _ in changed})
+        except OptimizerError as error:
+            now.failed = error
+            self.masters.doubt()
         if self.listeners.wanted and now.event is None:
             phase, found = phase_of(self.schedule, self.step_count), changes(now.before, self.weights)
             now.event = TopologyEvent(self.step_count, phase, self.density, now.skipped, found)
@@ -387,7 +415,8 @@ class Run:
 
     def plan_event(self) -> Plan:
         """What a topology event would do now, at the present step count and with the scores so far."""
-        return plan_event(self.weights.parameters(), self.densities(), self.schedule, self.step_count, self.seed)
+        own, step, measure = self.weights.parameters(), self.step_count, self.masters.measure
+        return plan_event(own, self.densities(), self.schedule, step, self.seed, measure)
 
     def prepare_next_step(self) -> None:
         """Choose the attention pattern of the next forward pass; and if the next step belongs to a topology event
@@ -402,8 +431,10 @@ class Run:
         self.finish()
         try:
             change_mask(weight, parameter, mask.detach().cpu().clone(), [*self._sizes, *self._others])
+            self.masters.follow([(weight, parameter)])
         except OptimizerError:
             self.optimizers.clear()
+            self.masters.doubt()
             raise
 
     def go_on(self, progress: Progress, topologies: dict[str, Topology], optimizer: Optimizer | None = None) -> None:
@@ -416,4 +447,5 @@ class Run:
         if optimizer is not None:
             self._loaded[optimizer] = {w.name: w.changes for w in self.weights if w.name in topologies}
         self.optimizers.clear()
+        self.masters.doubt()
         self.prepare_next_step()

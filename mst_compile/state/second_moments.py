@@ -18,7 +18,7 @@ from .weight import SparseWeight
 
 _ENOUGH = 4  # edge of a block whose mean square is an estimate
 # Key of the state -> how its average decays; "state2" is bitsandbytes' second moment.
-_SECOND_MOMENTS = {"exp_avg_sq": "beta2", "square_avg": "alpha", "state2": "beta2"}
+SECOND_MOMENTS = {"exp_avg_sq": "beta2", "square_avg": "alpha", "state2": "beta2"}
 
 # Of PyTorch's optimizers, keys of the state of single elements that does not begin at 0 -> what of the group it begins
 # at. ASGD's eta and mu and NAdam's product of momenta are of a whole weight.
@@ -84,7 +84,7 @@ def start_second_moments(optimizer: Optimizer, own: Iterable[tuple[SparseWeight,
             continue
         state = optimizer.state.get(parameter, {})
         for key, average in state_like(optimizer, parameter):
-            if key in _SECOND_MOMENTS:
+            if key in SECOND_MOMENTS:
                 found.append(Average(gradient, average, weight.grid, grown, *_correction(state, key, group)))
         codes = [] if keeps_zeros(optimizer) or is_sharded(parameter) else _coded_averages(optimizer, state)
         for key in codes:
@@ -119,7 +119,7 @@ def _first_estimate(of: Average, scale: float) -> tuple[Tensor, Tensor]:
 
 def _correction(state: Mapping[str, Any], key: str, group: Mapping[str, Any]) -> tuple[float, Tensor | float]:
     """How the average decays, and how many steps were taken, where the optimizer will divide by ``1 - beta2**step``."""
-    if _SECOND_MOMENTS[key] != "beta2" or "step" not in state or "betas" not in group:
+    if SECOND_MOMENTS[key] != "beta2" or "step" not in state or "betas" not in group:
         return 0.0, 0.0
     return float(group["betas"][1]), state["step"]
 
@@ -127,7 +127,7 @@ def _correction(state: Mapping[str, Any], key: str, group: Mapping[str, Any]) ->
 def _coded_averages(optimizer: Optimizer, state: Mapping[str, Any]) -> list[str]:
     """Keys of second moments in 8-bit codes, with a scale for each group of them."""
     codes = survey(optimizer).codes
-    return [k for k in codes if k in _SECOND_MOMENTS and k in state and isinstance(state.get(scale_of(k)), Tensor)]
+    return [k for k in codes if k in SECOND_MOMENTS and k in state and isinstance(state.get(scale_of(k)), Tensor)]
 
 
 def _write_codes(state: dict[str, Any], key: str, mask: Tensor, values: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Says when a model is trained while its schedule stands still.
 
-Steps are counted by hooks on the optimizers that train the sparse weights. Where others train copies of them, as with
-DeepSpeed's ZeRO or master weights, or a program writes them without any optimizer, nothing is counted, and the model
-would keep its first masks to the end without a word. What is seen all the same are gradients: they arrive.
+Steps are counted by hooks on the optimizers that train the sparse weights, or copies of them that are followed
+(:mod:`.masters`). Where others train copies, or a program writes them without any optimizer, nothing is counted, and
+the model would keep its first masks to the end without a word. What is seen all the same are gradients: they arrive.
 """
 
 from __future__ import annotations
@@ -103,17 +103,19 @@ class Standstill:
     # -- an optimizer that has none of the weights -------------------------------------------------------------------
 
     def check(self, optimizer: Optimizer) -> None:
-        """An optimizer that trains no sparse weight is about to step.
+        """An optimizer that trains no sparse weight is about to step, nor copies of one that are followed.
 
         Raises:
-            ParallelismError: DeepSpeed has given it copies of them.
+            ParallelismError: DeepSpeed has given it copies of them all the same.
         """
         for weight, parameter in self._run.weights.held():
             if is_copied_by(parameter, optimizer):
                 raise ParallelismError(
-                    f"DeepSpeed trains a copy of {weight.name} in its place (ZeRO, or weights in bfloat16 or float16): "
-                    "no step would be counted, and what a topology event drops would come back from the copy. Use "
-                    'ZeRO stage 0 and "torch_autocast", or PyTorch\'s fully_shard (FSDP2) or ZeroRedundancyOptimizer'
+                    f"DeepSpeed trains a copy of {weight.name} in its place, in a way that is not followed: no step "
+                    "would be counted, and what a topology event drops would come back from the copy. Served are ZeRO "
+                    "stages 0, 1 and 2, also with offload_optimizer on the CPU, and bf16 and fp16, without ZenFlow; "
+                    "stage 3 is not: use stage 2, or PyTorch's fully_shard (FSDP2). DeepSpeed must be imported before "
+                    "the first training step"
                 )
 
     def foreign_step(self, optimizer: Optimizer) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ from . import optimizers, regrown
 from .binding import gradients
 from .clock import StepClock
 from .learning_rates import restore_rates, scale_rates
+from .master_steps import MasterSteps
 from .run import Run
 from .second_moments import begin_elsewhere, start_fresh, start_second_moments
 from .standstill import Standstill
@@ -110,6 +112,7 @@ class Stepping:
         self._deferred = _NOWHERE  # the backward pass for whose end a step within it waits
         self._making_state = False  # the optimizer that steps now only makes its state
         self._standstill = Standstill(run, auto_step)
+        self._masters = MasterSteps(run)
         self._has_stepped = self._had_gradient = False
         for weight in run.weights:
             gradients[weight] = weakref.WeakMethod(self._gradient_arrived)
@@ -151,6 +154,8 @@ class Stepping:
         own = run.of(optimizer)
         if not own and run.active:
             run.weights.check_not_flattened(optimizer)
+            if self._masters.before(step, self):
+                return
             self._standstill.check(optimizer)
         if not own or self._making_state or optimizers.skipped_by_scaler(optimizer):
             return
@@ -159,11 +164,7 @@ class Stepping:
             self._making_state = True
             step.outermost.at_end(lambda _: setattr(self, "_making_state", False))
             return
-        if not self._has_stepped:
-            for watcher in _run_watchers:
-                watcher.first_step(run)
-            _warn_if_shared(own)
-            self._has_stepped = True
+        self.begin(own)
         run.weights.rebind()
         if run.meet(optimizer, own):
             self._checked.discard(optimizer)  # state of Parameters that have joined it begins at this step
@@ -181,6 +182,15 @@ class Stepping:
         if self._clock.missed:
             run.skip_step()
         self._take_gradients(step, own)
+
+    def begin(self, own: Sequence[tuple[SparseWeight, nn.Parameter]] = ()) -> None:
+        """The run is about to be trained, perhaps for the first time."""
+        self._finish()
+        if not self._has_stepped:
+            for watcher in _run_watchers:
+                watcher.first_step(self._run)
+            _warn_if_shared(own)
+            self._has_stepped = True
 
     def after_closure(self, step: Step) -> None:
         """The closure of a step has computed gradients: they are what the optimizer will use."""
@@ -210,9 +220,21 @@ class Stepping:
     def after_step(self, step: Step) -> None:
         """An optimizer has stepped: count the step if it owns sparse weights, and completes a training step."""
         run, optimizer, turn = self._run, step.optimizer, self._turns.get(step)
+        if self._masters.after(step):
+            return
         if self._making_state or optimizers.skipped_by_scaler(optimizer):
             return
         self._follow(step, turn, run.of(optimizer) if turn is None else turn.own)
+
+    def after_keeper(self, step: Step) -> None:
+        """Copies of weights have been trained, and the model with them."""
+        self._masters.finished(step, self)
+
+    def trained(self) -> None:
+        """The weights of the model have been trained, by copies of them."""
+        self._standstill.own_step()
+        if self._auto_step:
+            self._complete(set())
 
     def _follow(self, step: Step, turn: _Turn | None, own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
         """Do what follows from a step of an optimizer, or what is left of that."""
@@ -346,6 +368,10 @@ class Stepping:
         count = self._later[optimizer] = self._later.get(optimizer, 0) + 1
         return count.bit_count() == 1
 
+    def warn_of_state(self, optimizer: Optimizer) -> None:
+        """Say so if an optimizer keeps state that belongs to no single element."""
+        self._warn_of_foreign_state(optimizer, [])
+
     def _warn_of_foreign_state(self, optimizer: Optimizer, spread: list[str]) -> None:
         if optimizer in self._warned:
             return
@@ -361,7 +387,7 @@ class Stepping:
             )
 
 
-def _warn_if_shared(own: list[tuple[SparseWeight, nn.Parameter]]) -> None:
+def _warn_if_shared(own: Sequence[tuple[SparseWeight, nn.Parameter]]) -> None:
     """Say what goes wrong where several processes train weights that they have in common: each has masks of its own,
     and none sees the others' writes."""
     shared = [

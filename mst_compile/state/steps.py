@@ -40,12 +40,14 @@ class Step:
         outer: the step that it was taken within, which will be counted instead, or None.
         has_closure: whether the optimizer was given a function that computes its gradients.
         guard: the frame of the function that will end it, None where there is none.
+        keeper: who steps, where that is no optimizer of PyTorch's, but steps one that trains copies of weights.
     """
 
-    def __init__(self, optimizer: Optimizer, outer: Step | None, guard: FrameType | None) -> None:
+    def __init__(self, optimizer: Any, outer: Step | None, guard: FrameType | None) -> None:
         self.optimizer = optimizer
         self.outer = outer
         self.guard = guard
+        self.keeper: Any = None
         self.begun = self.ending = False
         self.has_closure = False
         self._ends: list[Callable[[bool], None]] = []
@@ -64,6 +66,14 @@ class Step:
     def outermost(self) -> Step:
         """The step that all others were taken within; itself, if it is that."""
         return self if self.outer is None else self.outer.outermost
+
+    @property
+    def within(self) -> Step | None:
+        """The step of a keeper of copies that it was taken within, if there is one."""
+        around = self.outer
+        while around is not None and around.keeper is None:
+            around = around.outer
+        return around
 
     def at_end(self, callback: Callable[[bool], None]) -> None:
         """Call ``callback(failed)`` when the step ends, however it does; last in, first out. One that is interrupted is
@@ -104,6 +114,9 @@ class StepWatcher(Protocol):
     def after_step(self, step: Step) -> None:
         """A step has succeeded."""
 
+    def after_keeper(self, step: Step) -> None:
+        """A step has succeeded whose :attr:`Step.keeper` is not None; of its beginning those within it tell."""
+
 
 class _Running(threading.local):
     def __init__(self) -> None:
@@ -136,6 +149,35 @@ def refusing_steps(refuse: Callable[[Optimizer], None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def watched(original: Callable[..., Any], keeper: Callable[[Any], object | None]) -> Callable[..., Any]:
+    """A method ``step``, of what is no optimizer of PyTorch's and steps one, that can be followed.
+
+    Args:
+        keeper: says of its object who keeps copies of weights; None: nobody does.
+    """
+
+    @skip
+    @functools.wraps(original)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        keeps = keeper(self)
+        if keeps is None:
+            return original(self, *args, **kwargs)
+        end_left()
+        depth, failed = len(_running.steps), True
+        try:
+            around = _enter(self, sys._getframe())
+            around.keeper = keeps
+            result = original(self, *args, **kwargs)
+            for watcher in list(_watchers):
+                watcher.after_keeper(around)
+            failed = False
+            return result
+        finally:
+            _leave_down_to(depth, failed)
+
+    return step
 
 
 @torch._dynamo.disable
@@ -181,7 +223,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         _leave(step, failed=False)
 
 
-def _enter(optimizer: Optimizer, guard: FrameType | None) -> Step:
+def _enter(optimizer: Any, guard: FrameType | None) -> Step:
     around = (s for s in reversed(_running.steps) if not s.ending)
     outer = next((s for s in around if s.guarded or s.optimizer is optimizer), None)
     step = Step(optimizer, outer, guard)
