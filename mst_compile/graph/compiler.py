@@ -19,7 +19,8 @@ from mst_compile.blocks.shards import behind
 from mst_compile.graph import passes
 from mst_compile.graph.attention.constant import Constant
 from mst_compile.graph.context import Context, Product, Site
-from mst_compile.graph.fx import clone, placeholders, value
+from mst_compile.graph.copies import clone
+from mst_compile.graph.fx import placeholders, value
 from mst_compile.graph.notes import note_attention, warn_unmatched
 from mst_compile.graph.passes import Stage
 from mst_compile.graph.served import fake_index, multiplied_alone, multiplied_inputs

@@ -14,8 +14,8 @@ from torch import fx
 
 from mst_compile.blocks.shards import behind
 from mst_compile.graph.compiler import CompileFn, compiling_late, given_inputs, late_examples
+from mst_compile.graph.copies import clone
 from mst_compile.graph.dispatch import Dispatch
-from mst_compile.graph.fx import clone
 from mst_compile.state import binding
 from mst_compile.state.indexes import epoch
 from mst_compile.state.uses import note_compiled

@@ -10,7 +10,7 @@ from torch import fx
 from mst_compile.graph import grouped, linear, multihead, served
 from mst_compile.graph.attention import causal, full, patterned
 from mst_compile.graph.context import Context, Pass
-from mst_compile.graph.fx import recompile
+from mst_compile.graph.copies import recompile
 
 
 class Stage(enum.Enum):
