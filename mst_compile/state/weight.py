@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from mst_compile.blocks.bulk import block_mean_square, zero_all_inactive_, zero_
 from mst_compile.blocks.grid import BlockGrid
 from mst_compile.blocks.index import Content, read_mask, write_dense_grad, write_index
 from mst_compile.blocks.layout import Part, reaching
-from mst_compile.blocks.memory import address_of, lying
+from mst_compile.blocks.memory import address_of
 from mst_compile.blocks.shards import (
     gathered,
     is_sharded,
@@ -28,6 +27,7 @@ from mst_compile.rules.density import active_count
 from mst_compile.rules.guard import Guard, coverage
 from mst_compile.rules.guard import backbone as wrapped_diagonal
 from mst_compile.state.attention import AttentionState
+from mst_compile.state.gradient import KnownGradient
 from mst_compile.state.indexes import epoch, has_index, index_for
 from mst_compile.state.ranges import Range
 from mst_compile.state.selection import Candidate
@@ -38,8 +38,8 @@ UNKNOWN = -1  # no version of a tensor
 
 
 @dataclass(eq=False)
-class SparseWeight:
-    """Block mask, packed index and bookkeeping of one weight.
+class SparseWeight(KnownGradient):
+    """Block mask, packed index and bookkeeping of one weight; what is known of its gradient.
 
     Attributes:
         name: the parameter's name in the model.
@@ -56,7 +56,6 @@ class SparseWeight:
             known, and of a weight that is no stack.
         note: why the block differs from the one asked for, or why the weight stays dense.
         active: number of elements in active blocks.
-        changes: number of topology changes so far.
         scores: growth scores since the last event, float32 ``[R, C]``; None where nothing was read.
         grown: blocks that grew at the last event and have not been stepped since, bool ``[R, C]``, or None.
         young: blocks whose first steps are not over, where the schedule has them take steps of their own.
@@ -77,16 +76,9 @@ class SparseWeight:
         follows: whether values were loaded after the masks, so that masks have to follow them.
         moved: whether the weight has been trained since the last topology event.
         version: version of the Parameter after the last training step.
-        masked: the gradient that was last masked, its version then, where its elements were, and ``changes`` then.
-        computed: a gradient that a backward pass has just computed with zeros outside the active blocks: its memory,
-            where and how it lies there, its version and ``changes`` then; until it has arrived.
-        adding: the backward pass that is about to add such a gradient to one that was masked, and the version of the
-            latter; until it has.
         driver: leads to the run that drives it as long as that is there: it goes with the model that was made sparse,
             while a module of it may live on.
         orphaned: the user was told that the run is gone.
-        doubted: somebody has written without a trace: the gradient may not be masked, though it was.
-        suspect: somebody writes without a trace, again and again: nothing is known for longer than it takes to look.
         adopted: whether a run drives it. None drives what came along when a Parameter or a module was copied out of its
             model: these are dense, with the values that they were given.
     """
@@ -104,8 +96,6 @@ class SparseWeight:
     part: Part | None = None
     ranges: tuple[Range, ...] = ()
     active: int = 0
-    changes: int = 0
-    dense_grad: bool = False
     scores: Tensor | None = None
     grown: Tensor | None = None
     young: Young | None = None
@@ -125,13 +115,8 @@ class SparseWeight:
     follows: bool = False
     moved: bool = False
     version: int = UNKNOWN
-    masked: tuple[TensorWeakRef, int, int, int] | None = None
-    computed: tuple[StorageWeakRef, tuple[Any, ...], int, int] | None = None
-    adding: tuple[int, int] | None = None
     driver: Callable[[], object] | None = None
     orphaned: bool = False
-    doubted: bool = False
-    suspect: bool = False
     adopted: bool = True
     attention: AttentionState = field(default_factory=AttentionState)
     uses: Uses = field(default_factory=Uses)
@@ -393,70 +378,6 @@ class SparseWeight:
         if known or self.dirty == now:
             return known
         return (gathered(parameter) and self.clean != UNKNOWN) or self.look_here(parameter)
-
-    def note_masked(self, gradient: Tensor) -> None:
-        """The gradient is 0 outside the active blocks, as it is now."""
-        known = self.masked
-        same = known is not None and known[0]() is gradient
-        reference = known[0] if same else TensorWeakRef(gradient)  # type: ignore[index]
-        self.masked, self.doubted = (reference, gradient._version, address_of(gradient), self.changes), False
-
-    def is_masked(self, gradient: Tensor) -> bool:
-        """Whether nobody has written to the gradient since it was masked with the present mask."""
-        return not (self.suspect or self.doubted) and self.was_masked(gradient)
-
-    def was_masked(self, gradient: Tensor) -> bool:
-        """As far as writes leave a trace: the same on all ranks of a spread weight, which must read scores together."""
-        return self.masked is not None and self._was_masked(gradient, gradient._version)
-
-    def _was_masked(self, gradient: Tensor, at: int) -> bool:
-        reference, version, address, changes = self.masked  # type: ignore[misc]
-        same = changes == self.changes and version == at and address == address_of(gradient)
-        return same and reference() is gradient
-
-    def note_computed(self, gradient: Tensor) -> None:
-        """A backward pass has computed this of the gradient, with zeros outside the active blocks."""
-        known = StorageWeakRef(gradient.untyped_storage()), lying(gradient), gradient._version, self.changes
-        self.computed, self.adding = None if self.dense_grad else known, None
-
-    def _is_computed(self, gradient: Tensor) -> bool:
-        """Whether a gradient is the one that was computed with zeros, and nobody has added to it or written to it on
-        its way. It will not be asked again.
-
-        The same memory is meant, not the same address: what is referred to, if weakly, is not another's. And the same
-        elements of it: a hook may have turned them about.
-        """
-        computed, self.computed = self.computed, None
-        if computed is None:
-            return False
-        reference, lies, version, changes = computed
-        same = reference.cdata == gradient.untyped_storage()._cdata and version == gradient._version
-        return same and changes == self.changes and lies == lying(gradient)
-
-    def take_computed(self, gradient: Tensor) -> bool:
-        """A gradient has arrived: where it is the one that was computed, it is masked. Returns whether it is."""
-        known = self._is_computed(gradient)
-        if known:
-            self.note_masked(gradient)
-        return known
-
-    def note_adding(self, gradient: Tensor, held: Tensor) -> None:
-        """A gradient is about to be added, in this backward pass, to what has arrived before."""
-        computed = self._is_computed(gradient)
-        self.adding = (torch._C._current_graph_task_id(), held._version) if computed else None
-
-    def take_sum(self, gradient: Tensor) -> bool:
-        """It has been added: where both held zeros, and nothing else has been written, so does the sum. Returns whether
-        it is known to."""
-        adding, self.adding = self.adding, None
-        if adding is None or self.masked is None or self.doubted:
-            return False
-        backward, version = adding
-        alone = backward == torch._C._current_graph_task_id() and gradient._version == version + 1
-        known = alone and self._was_masked(gradient, version)
-        if known:
-            self.note_masked(gradient)
-        return known
 
     def mask_gradient(self, gradient: Tensor) -> None:
         """Set a gradient to 0 outside the active blocks unless it is known to be."""
