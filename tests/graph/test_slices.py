@@ -193,6 +193,19 @@ def test_a_decoder_trains_as_in_eager_mode(inner: str) -> None:
     assert statuses(models[1])["multihead_attn.in_proj_weight"].startswith("matched (2 uses)")
 
 
+@pytest.mark.parametrize(("width", "block"), [(64, 8), (36, 8)])
+def test_a_decoder_of_any_width(width: int, block: int) -> None:
+    """Thirds of its packed projections may begin within blocks."""
+    model = check_model(
+        lambda: nn.TransformerDecoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True),
+        torch.randn(2, 5, width), torch.randn(2, 7, width), sparsity=0.5, block=block,
+    )  # fmt: skip
+    (cross,) = (w for name, w in sparsifier(model).weights.items() if name == "multihead_attn.in_proj_weight")
+    assert [one.part.rows for one in cross.ranges] == [width, 2 * width]
+    assert (width % cross.grid.block > 0) is (width == 36)
+    assert statuses(model)[cross.name].startswith("matched (2 uses)")
+
+
 def test_gradients_on_all_blocks_where_growth_reads_them() -> None:
     model = mst_compile.sparsify(Layer(gated), static(), include="w", block=8)
     (weight,) = sparsifier(model).weights.values()
