@@ -16,25 +16,27 @@ from mst_compile.graph.fx import computes, name, storage, value
 # each of them as it is.
 _VIEWS = {
     "getitem", "chunk", "split", "split_with_sizes", "tensor_split", "hsplit", "vsplit", "narrow", "select", "unbind",
-    "view", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze",
+    "view", "reshape", "unflatten", "flatten", "squeeze", "unsqueeze", "slice",
 }  # fmt: skip
 
 
 def is_view(node: Any) -> bool:
     """Whether a node is of the calls that may lead to a part."""
-    found = isinstance(node, fx.Node) and computes(node) and name(node) in _VIEWS and node.args
-    return bool(found) and isinstance(node.args[0], fx.Node)
+    if not isinstance(node, fx.Node) or not computes(node) or not node.args:
+        return False
+    called = name(node).partition(".")[0]  # of operators, as compiled autograd has them, without the overload
+    return called in _VIEWS and isinstance(node.args[0], fx.Node)
 
 
 def before_part(node: Any) -> tuple[fx.Node, Part] | None:
     """The matrix that ``node``, a matrix too, is a part of in the same memory, and which part; None if it is none."""
-    tensor = value(node)
-    if not isinstance(tensor, Tensor):
+    tensor, memory = value(node), storage(node)
+    if not isinstance(tensor, Tensor) or memory is None:
         return None
     source = node
     while is_view(source):
         source = source.args[0]
-        part = _part(value(source), tensor) if storage(source) == storage(node) else None
+        part = _part(value(source), tensor) if storage(source) == memory else None
         if part is not None:
             return source, part
     return None

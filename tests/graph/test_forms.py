@@ -174,4 +174,4 @@ def test_near_misses_warn_once() -> None:
         for batch in (2, 3, 4):  # compiled twice: the batch becomes dynamic
             fast(torch.randn(batch, 8, 32))
     (message,) = [str(w.message) for w in caught if w.category is MSTWarning]
-    assert "w: used by chunk" in message
+    assert "w: used by getitem" in message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,13 @@ from hypothesis import strategies as st
 from mask_cases import element_masks
 from mst_compile.lowering import device
 from oracles import assert_reordered
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import mst_compile
+from mst_compile.blocks.layout import Part
 from mst_compile.cost.flops import CompiledFlopCounter
+from mst_compile.graph.views import before_part
 from mst_compile.ops import watching
 from mst_compile.state import weight as weights
 from mst_compile.state.sparsifier import sparsifier
@@ -190,6 +193,19 @@ def test_a_decoder_trains_as_in_eager_mode(inner: str) -> None:
     assert statuses(models[1])["multihead_attn.in_proj_weight"].startswith("matched (2 uses)")
 
 
+@pytest.mark.parametrize(("width", "block"), [(64, 8), (36, 8)])
+def test_a_decoder_of_any_width(width: int, block: int) -> None:
+    """Thirds of its packed projections may begin within blocks."""
+    model = check_model(
+        lambda: nn.TransformerDecoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True),
+        torch.randn(2, 5, width), torch.randn(2, 7, width), sparsity=0.5, block=block,
+    )  # fmt: skip
+    (cross,) = (w for name, w in sparsifier(model).weights.items() if name == "multihead_attn.in_proj_weight")
+    assert [one.part.rows for one in cross.ranges] == [width, 2 * width]
+    assert (width % cross.grid.block > 0) is (width == 36)
+    assert statuses(model)[cross.name].startswith("matched (2 uses)")
+
+
 def test_gradients_on_all_blocks_where_growth_reads_them() -> None:
     model = mst_compile.sparsify(Layer(gated), static(), include="w", block=8)
     (weight,) = sparsifier(model).weights.values()
@@ -308,6 +324,22 @@ def test_a_part_that_was_written_to_stays_dense() -> None:
         assert_reordered(compiled(model)(x), model(x), 2 * COLS)
     assert "matched (1 use" in statuses(model)["w"]
     assert "its values are changed before by mul_" in statuses(model)["w"]
+
+
+def test_operators_are_the_same_views_as_methods() -> None:
+    """Compiled autograd hands graphs of operators over."""
+    graph, w = fx.Graph(), torch.empty(ROWS, COLS)
+    source = graph.placeholder("w")
+    rows = graph.call_function(torch.ops.aten.slice.Tensor, (source, 0, 8, 32))
+    both = graph.call_function(torch.ops.aten.split.Tensor, (source, 48))
+    half = graph.call_function(operator.getitem, (both, 1))
+    pairs = (source, w), (rows, w[8:32]), (both, w.split(48)), (half, w.split(48)[1])
+    for node, example in pairs:
+        node.meta["example_value"] = example
+    assert before_part(rows) == (source, Part(8, 0, 24, COLS))
+    assert before_part(half) == (source, Part(48, 0, 48, COLS))
+    rows.meta["example_value"] = w[8:32].clone()
+    assert before_part(rows) is None
 
 
 # -- for inference, and for who watches --------------------------------------------------------------------------------
