@@ -21,6 +21,8 @@ from mst_compile.rules.masks import following_mask
 
 from .weight import SparseWeight
 
+_SHOWN = 1e-4  # the smallest share that two digits of a percentage show
+
 
 def settle(
     own: Iterable[tuple[SparseWeight, nn.Parameter]],
@@ -100,9 +102,10 @@ def _following(weight: SparseWeight, magnitude: torch.Tensor) -> torch.Tensor:
 def _warn(cut: dict[str, float]) -> None:
     worst = max(cut, key=lambda name: cut[name])
     more = f" and of {len(cut) - 1} more" if len(cut) > 1 else ""
+    share = f"{cut[worst]:.2%}" if cut[worst] >= _SHOWN else f"less than {_SHOWN:.2%}"
     warnings.warn(
         f"values stood outside the active blocks of {worst}{more}, loaded without their topology or written by the "
-        f"program, and are set to 0 now that an optimizer steps: {cut[worst]:.2%} of its squared magnitude. To keep "
+        f"program, and are set to 0 now that an optimizer steps: {share} of its squared magnitude. To keep "
         "them load the optimizer's or the sparsifier's state of the same checkpoint, give "
         "sparsifier(model).apply_mask(...) the blocks that they need, or densify(model)",
         MSTWarning,

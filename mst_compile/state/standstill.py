@@ -90,7 +90,7 @@ class Standstill:
                 self._warn_of_writes(weight, looks.arrivals)
 
     def _warn_of_writes(self, weight: SparseWeight, arrivals: int) -> None:
-        do = f"Let a torch.optim.Optimizer train model.parameters(), or {_BY_HAND}"
+        do = f"Let step() of a torch.optim.Optimizer train model.parameters(), or {_BY_HAND}"
         if not self._auto_step:
             do = "sparsify was told auto_step=False: call sparsifier(model).step() after every training step"
         warnings.warn(

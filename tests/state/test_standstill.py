@@ -64,7 +64,7 @@ def into_other_memory(model: nn.Module) -> None:
 @pytest.mark.parametrize("auto_step", [True, False])
 def test_weights_that_no_optimizer_writes(update: Callable[[nn.Module], None], auto_step: bool) -> None:
     model = fresh(auto_step=auto_step)
-    advice = "Let a torch.optim.Optimizer train" if auto_step else r"call sparsifier\(model\).step\(\) after every"
+    advice = r"Let step\(\) of a torch.optim.Optimizer" if auto_step else r"call sparsifier\(model\).step\(\) after"
     with pytest.warns(MSTWarning, match=rf"{SILENT}: 20 gradients of [02].weight have arrived.*{advice}") as caught:
         repeat(60, lambda: (backward(model), update(model)))
     assert len([w for w in caught if SILENT in str(w.message)]) == 1

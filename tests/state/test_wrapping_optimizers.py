@@ -261,3 +261,16 @@ def test_optimizers_of_other_models_are_left_alone() -> None:
     for x in batches(4):
         plain(optimizer, model, x)
     assert all(torch.equal(a, b) for a, b in zip(before, kept(apart, other.weight), strict=True))
+
+
+def test_what_is_added_behind_a_step_is_cut_and_its_share_said_however_small() -> None:
+    """As some sharpness-aware optimizers do: two digits of a percentage would say that nothing was cut."""
+    model, optimizer = start(lambda m: torch.optim.SGD(m.parameters(), 1e-2), Constant(0.6, growth="none"))
+    data = list(batches(2))
+    plain(optimizer, model, data[0])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1e-6)
+    with pytest.warns(MSTWarning, match=r"steps: less than 0\.01% of its squared magnitude"):
+        plain(optimizer, model, data[1])
+    assert all(not model.get_parameter(n).detach()[~mask].any() for n, mask in element_masks(model).items())
