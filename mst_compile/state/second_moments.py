@@ -50,7 +50,9 @@ def start_fresh(optimizer: Optimizer, own: Iterable[tuple[SparseWeight, Tensor]]
                 continue
             local, part = local_part(state[key])
             blocks = part.of(weight.grid.expand(weight.grown)).to(local.device)
-            begun = torch.where(blocks, torch.as_tensor(group[keys[key]], dtype=local.dtype, device=local.device), local)
+            begun = torch.where(
+                blocks, torch.as_tensor(group[keys[key]], dtype=local.dtype, device=local.device), local
+            )
             local.copy_(begun)
             if local.data_ptr() != state[key].data_ptr() and not is_sharded(state[key]):
                 state[key].copy_(begun.view_as(state[key]))  # a stack that is no matrix by its strides
