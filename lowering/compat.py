@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -38,3 +39,12 @@ def tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", "none")
     return precision == "tf32" or (precision == "none" and bool(matmul.allow_tf32))
+
+
+def compile_session() -> contextlib.AbstractContextManager[None]:
+    """Within it the process says that it compiles (``torch.compiler.is_compiling()``), as Dynamo has it say; without,
+    another thread that calls a compiled function meanwhile is told that it must not be traced. PyTorch from 2.13 on."""
+    session: contextlib.AbstractContextManager[None] = getattr(
+        torch.compiler, "_compile_session_context", contextlib.nullcontext
+    )()
+    return session

@@ -286,8 +286,13 @@ def outside_of_all(whole: Sequence[tuple[Tensor, BlockGrid, Tensor]]) -> list[bo
 def any_outside(tensor: Tensor, grid: BlockGrid, mask: Tensor) -> bool:
     """Whether a matrix that is not spread over ranks holds anything outside the blocks of its mask (bool ``[R, C]`` on
     the CPU), by its blocks' sums of squares: what is so small that its square is 0 is not seen."""
-    held = tensor if grid.block == 1 else _measured([(tensor, grid)], "squares")[0]
-    return bool(held.masked_fill(mask, 0).any())
+    if grid.block == 1:
+        held = tensor
+    elif (kernels := _native(tensor, grid)) is not None and kernels.measures(tensor, "squares"):
+        held = kernels.measure([tensor], [grid], "squares").view(grid.shape)
+    else:
+        held = _measure(tensor, grid, "squares")
+    return bool(held.cpu().masked_fill(mask, 0).any())
 
 
 @torch.no_grad()

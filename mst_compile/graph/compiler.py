@@ -25,6 +25,7 @@ from mst_compile.graph.notes import note_attention, warn_unmatched
 from mst_compile.graph.passes import Stage
 from mst_compile.graph.served import fake_index, multiplied_alone, multiplied_inputs
 from mst_compile.lowering import device
+from mst_compile.lowering.compat import compile_session
 from mst_compile.state import binding
 from mst_compile.state.uses import note_multiplied
 from mst_compile.state.weight import SparseWeight
@@ -106,6 +107,7 @@ def compiling_late(
         if torch._guards.TracingContext.try_get() is None:
             what = str(compile_context.compile_id if compile_context is not None else None)
             stack.enter_context(callback_handler.install_callbacks(CallbackTrigger.DYNAMO, what))
+            stack.enter_context(compile_session())
             if tracing is not None:
                 stack.enter_context(torch._guards.compile_context(compile_context))  # type: ignore[arg-type]
                 stack.enter_context(torch._guards.tracing(_late(tracing)))

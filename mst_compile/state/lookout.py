@@ -19,6 +19,8 @@ device that the host would have to wait for they look at the first, second, four
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -44,21 +46,30 @@ class Lookout:
 
     def __init__(self) -> None:
         self._turn = 0
+        self._weights: list[SparseWeight] = []  # that the plan is of
+        self._ends: list[int] = []  # of each weight's turns in a cycle through all
 
     def sees(self, own: Own) -> bool:
         """Whether values stand outside the active blocks of a weight of which nothing was known to be written; or
         whether it is time to look at all of them."""
         self._turn += 1
-        here = [(weight, parameter) for weight, parameter in own if parameter.is_cpu]
-        if len(here) < len(own) and self._turn % _SELDOM == 0:
-            return any(_can_look(weight, parameter) for weight, parameter in own if not parameter.is_cpu)
-        steps = [_steps_of(weight.grid) for weight, _ in here]
-        at = self._turn % max(1, sum(steps))
-        for (weight, parameter), count in zip(here, steps, strict=True):
-            if at < count:
-                return _can_look(weight, parameter) and not _are_zero(weight, parameter.detach(), at)
-            at -= count
-        return False
+        waits = [(weight, parameter) for weight, parameter in own if not parameter.is_cpu]
+        if waits and self._turn % _SELDOM == 0:
+            return any(_can_look(weight, parameter) for weight, parameter in waits)
+        here = [pair for pair in own if pair[1].is_cpu] if waits else own
+        weights = [weight for weight, _ in here]
+        if weights != self._weights:
+            self._weights, self._ends = (
+                weights,
+                list(itertools.accumulate(_steps_of(weight.grid) for weight in weights)),
+            )
+        if not weights:
+            return False
+        at = self._turn % self._ends[-1]
+        i = bisect.bisect_right(self._ends, at)
+        weight, parameter = here[i]
+        at -= self._ends[i - 1] if i else 0
+        return _can_look(weight, parameter) and not _are_zero(weight, parameter.detach(), at)
 
 
 def look_at_copies(held: Own) -> bool:
@@ -104,6 +115,9 @@ def _are_zero(weight: SparseWeight, tensor: Tensor, at: int) -> bool:
     if tensor.dim() == 3 and not are_one_matrix(tensor):
         return weight.look(tensor)
     first, rows = at * _rows_of(grid), _rows_of(grid)
+    if rows >= grid.rows:
+        whole = grid if not grid.matrices else replace(grid, matrices=0)
+        return not any_outside(as_matrix(tensor), whole, weight.mask)
     some = as_matrix(tensor)[first : first + rows]
     blocks = weight.mask[first // grid.block : (first + rows) // grid.block]
     return not any_outside(some, replace(grid, rows=len(some), matrices=0), blocks)

@@ -39,14 +39,16 @@ def settle(
         alone: of those that are spread over ranks at what this rank holds, as others may not look now.
     """
     cut, changed = {}, False
-    trained = [(weight, parameter) for weight, parameter in own if parameter.requires_grad]  # others never change
-    own, parts = [], []
-    for weight, parameter in trained:
+    given, own, parts = own, [], []
+    for weight, parameter in given:
         spread = is_sharded(parameter)
-        if (look and not (alone and spread)) or not weight.is_clean(parameter):
+        if weight.is_clean(parameter) and not (look and not (alone and spread)):
+            if spread and parameter.requires_grad and (look or weight.suspect or was_written_here(weight, parameter)):
+                parts.append((weight, parameter))
+        elif parameter.requires_grad:  # a frozen weight never changes
             own.append((weight, parameter))
-        elif spread and (look or weight.suspect or was_written_here(weight, parameter)):
-            parts.append((weight, parameter))
+    if not own and not parts:
+        return False
     found = outside_of_all([(parameter, weight.grid, weight.mask) for weight, parameter in own])
     for (weight, parameter), outside_mask in zip(own, found, strict=True):
         if weight.look(parameter, outside_mask):

@@ -100,15 +100,21 @@ class Sparsifier:
         return self._run.step_count
 
     @property
+    def _weights(self) -> Weights:
+        """The weights, under the names that they have now."""
+        self._run.weights.follow_exchanged()
+        return self._run.weights
+
+    @property
     def weights(self) -> dict[str, SparseWeight]:
         """Parameter name -> :class:`~mst_compile.SparseWeight`."""
-        return dict(self._run.weights.by_name)
+        return dict(self._weights.by_name)
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Parameter name -> block mask, bool ``[ceil(rows / block), ceil(cols / block)]`` on the CPU (copies); of a
         stack of matrices the masks of all, one below the other."""
-        return {w.name: w.mask.clone() for w in self._run.weights}
+        return {w.name: w.mask.clone() for w in self._weights}
 
     @property
     def density(self) -> float:
@@ -145,12 +151,12 @@ class Sparsifier:
 
     def parameters(self) -> Iterator[tuple[SparseWeight, nn.Parameter]]:
         """Each sparse weight with the Parameter that its module holds now."""
-        return self._run.weights.parameters()
+        return self._weights.parameters()
 
     def held(self) -> Iterator[tuple[SparseWeight, nn.Parameter | None, list[nn.Module]]]:
         """Each sparse weight, its Parameter, None if that is gone, and the modules that held it at first: the model
         may hold others in their place by now."""
-        there = dict(self._run.weights.held())
+        there = dict(self._weights.held())
         for name, weight in self._run.weights.by_name.items():
             yield weight, there.get(weight), self._run.weights.owners(name)
 
@@ -210,7 +216,7 @@ class Sparsifier:
         """Step count, seed, masks and what else the next step depends on; loads with ``torch.load(weights_only=True)``
         and through ``torch.distributed.checkpoint`` (this object is Stateful in its sense)."""
         run = self._run
-        return resume.state_dict(run.weights, run.progress, run.keeps_scores, run.keeps_young)
+        return resume.state_dict(self._weights, run.progress, run.keeps_scores, run.keeps_young)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Load the model's own state dict as well, before or after.
@@ -218,7 +224,7 @@ class Sparsifier:
         Raises:
             CheckpointError: the state is of another format, or its masks do not fit this model. Nothing has changed.
         """
-        self._run.go_on(*resume.from_state_dict(state, self._run.weights))
+        self._run.go_on(*resume.from_state_dict(state, self._weights))
 
     def belongs_to(self, model: nn.Module) -> None:
         """The weights are those of ``model``."""

@@ -321,7 +321,8 @@ class SparseWeight(KnownGradient):
             self._write_index()
         if self.is_dense or is_sharded(parameter):
             return self.is_dense or self.clean != UNKNOWN
-        return self.clean == parameter._version and self.address == address_of(parameter) and not self.was_freed()
+        known = self.clean == parameter._version and self.address == address_of(parameter)
+        return known and (self.memory is None or not self.memory.expired())
 
     def was_freed(self) -> bool:
         """Whether the memory is gone in which the elements were known to be 0: ``parameter.data`` was replaced."""

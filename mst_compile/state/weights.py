@@ -24,6 +24,7 @@ from mst_compile.rules.schedule import Schedule
 from . import names  # noqa: F401  (tells the profiler)
 from .attention import AttentionState
 from .binding import bind, is_at_home, of, unbind
+from .indexes import epoch
 from .ownership import forget_owner, remember_owner
 from .selection import Candidate
 from .weight import SparseWeight
@@ -63,7 +64,11 @@ class Weights:
         Asked of every optimizer of the process: one that trains none of them is told nothing of their troubles.
         """
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [(weight, parameter) for weight, parameter in self.held() if id(parameter) in known]
+        own = list(self.held())
+        if any(of(parameter) is not weight for weight, parameter in own):
+            self.follow_exchanged()
+            own = list(self.held())
+        return [(weight, parameter) for weight, parameter in own if id(parameter) in known]
 
     def held(self) -> Iterator[tuple[SparseWeight, nn.Parameter]]:
         """As :meth:`parameters`, without the weights that are gone from their modules."""
@@ -71,6 +76,32 @@ class Weights:
             parameter = held_parameter(*self._owners[weight.name][0])
             if parameter is not None:
                 yield weight, parameter
+
+    def follow_exchanged(self) -> None:
+        """Let masks go along with Parameters that modules have exchanged among each other, as state in an optimizer
+        does: each keeps its sparse state, under the name that it has now. What belongs to the place is the name, by
+        which random numbers are drawn, and the density that is aimed at.
+
+        Only where each of some weights is in the place of another of them, on the same grid, and none is shared.
+        """
+        there: dict[str, SparseWeight] = {}
+        for name, weight in self.by_name.items():
+            parameter = held_parameter(*self._owners[name][0])
+            other = None if parameter is None else of(parameter)
+            if other is not None and other is not weight:
+                there[name] = other
+        before = {name: self.by_name[name] for name in there}
+        moved = {id(weight) for weight in there.values()}
+        if not there or len(moved) < len(there) or moved != {id(weight) for weight in before.values()}:
+            return
+        if any(before[name].grid != weight.grid or len(self._owners[name]) > 1 for name, weight in there.items()):
+            return
+        places = {name: (weight.density_target, weight.visits) for name, weight in before.items()}
+        for name, weight in there.items():
+            self.by_name[name], weight.name = weight, name
+            weight.density_target, weight.visits = places[name]
+            remember_owner(*self._owners[name][0], weight)
+        epoch.value += 1
 
     def check_replaced(self, model: nn.Module | None) -> None:
         """Raise :class:`WeightError` if ``model`` holds another, dense Parameter in a weight's place."""
@@ -137,6 +168,7 @@ class Weights:
                 that had one each share one since.
         """
         known: dict[int, str] = {}
+        self.follow_exchanged()
         for weight, parameter in self.parameters():
             first = known.setdefault(id(parameter), weight.name)
             if first is not weight.name:

@@ -95,3 +95,45 @@ def test_threads_that_need_a_variant_at_once_compile_it_once(monkeypatch: pytest
     for got in results:
         assert_reordered(got, model(x).detach(), 64)
     assert len(results) == 3
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "_compile_session_context"), reason="this PyTorch refuses the call under any backend"
+)
+def test_a_thread_may_call_while_another_compiles_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What traces a variant says so for the whole process, and a compiled function must not be traced."""
+    models = layers()
+    fast, x = [compiled(model, "eager") for model in models], torch.randn(4, 32)
+    found: list[Any] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            try:
+                found.append(fast[1](x))
+            except RuntimeError as error:
+                found.append(error)
+
+    class Tracer(torch.fx.Tracer):
+        def create_arg(self, a: Any) -> Any:
+            thread = threading.Thread(target=call)  # in the middle of a trace
+            thread.start()
+            thread.join()
+            return super().create_arg(a)
+
+    def traced(self: Compiler, *args: Any) -> Any:
+        compile_fn = self._compile_fn
+        monkeypatch.setattr(self, "_compile_fn", lambda *given: (Tracer().trace(nn.Identity()), compile_fn(*given))[1])
+        return compile_one(self, *args)
+
+    compile_one = Compiler._compile
+    with torch.no_grad():
+        for run in fast:
+            run(x)
+        want = models[1](x)
+        monkeypatch.setattr(Compiler, "_compile", traced)
+        models[0].fc.weight.add_(1.0)  # type: ignore[union-attr, operator]
+        fast[0](x)  # the dense variant
+    assert found
+    for got in found:
+        assert isinstance(got, torch.Tensor), got
+        assert_reordered(got, want, 64)

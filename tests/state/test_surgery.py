@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import Blocks, compiled, static, statuses
+from oracles import assert_reordered
 from situations import X, same, start, train
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from training import assert_zero_outside
 
-from mst_compile import MSTWarning, densify, explain, sparsifier, sparsify
+from mst_compile import Constant, MSTWarning, Override, densify, explain, sparsifier, sparsify
 from mst_compile.errors import NotSparseError, WeightError
 from mst_compile.state.binding import of
 
@@ -45,6 +46,69 @@ def test_weights_that_are_tied_later_are_refused() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with pytest.raises(WeightError, match=r"layers\.0\.1\.weight and layers\.1\.1\.weight .* tie weights before"):
         train(run, optimizer)
+
+
+def _exchange(model: nn.Module, names: list[str]) -> None:
+    """Each module gets the Parameter of the next one."""
+    modules = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    weights = [module.weight for module in modules]
+    for module, weight in zip(modules, weights[1:] + weights[:1], strict=True):
+        module.weight = weight
+
+
+@pytest.mark.parametrize("run", ["eager", "compiled"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_parameters_that_modules_exchange_keep_their_masks(count: int, run: str) -> None:
+    """As they keep the optimizer's state: nothing is cut, and the masks are those of other names from now on."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    schedule = Constant(0.7, interval=4, growth="gradient")
+    model = sparsify(Blocks(depth=3), schedule, block=4, overrides={"layers.0.1.weight": Override(sparsity=0.5)})
+    function = compiled(model) if run == "compiled" else model
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    train(function, optimizer, 2)
+    names = [f"layers.{i}.1.weight" for i in range(count)]
+    masks, own = sparsifier(model).masks, sparsifier(model)
+    weights = {n: own.weights[n] for n in names}
+    _exchange(model, names)
+    values = {n: model.get_parameter(n).detach().clone() for n in names}
+    with torch.no_grad():
+        assert_reordered(function(X), model(X), 128)
+    for name, other in zip(names, names[1:] + names[:1], strict=True):
+        assert torch.equal(own.masks[name], masks[other])
+        assert own.weights[name] is weights[other]
+        assert own.weights[name].name == name
+    assert own.weights[names[0]].density_target != own.weights[names[1]].density_target
+    assert list(own.weights) == list(masks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MSTWarning)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        train(function, optimizer)
+        for name, value in values.items():
+            assert torch.equal(model.get_parameter(name), value)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
+        train(function, optimizer, 6)  # through an event
+    assert_zero_outside(model, optimizer)
+    saved = own.state_dict()
+    own.load_state_dict(saved)
+    assert all(of(model.get_parameter(n)) is w for n, w in own.weights.items())
+    with torch.no_grad():
+        assert_reordered(function(X), model(X), 128)
+
+
+def test_masks_stay_where_parameters_of_another_grid_come_in() -> None:
+    """A Parameter in blocks of another size cannot bring its mask: its values are cut, and that is said."""
+    torch.manual_seed(0)
+    model = sparsify(Blocks(), static(), overrides={"layers.0.*": Override(block=4), "layers.1.*": Override(block=2)})
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    train(model, optimizer, 2)
+    masks = sparsifier(model).masks
+    _exchange(model, ["layers.0.1.weight", "layers.1.1.weight"])
+    with pytest.warns(MSTWarning, match="are set to 0 now that an optimizer steps"):
+        train(model, optimizer)
+    assert all(torch.equal(mask, masks[n]) for n, mask in sparsifier(model).masks.items())
 
 
 @pytest.mark.parametrize(
