@@ -61,11 +61,12 @@ REMEMBERS = [
 # A fused optimizer is told of the scale of gradients, and of those that are not finite: between two gradients that
 # growth adds up, so that they have other scales, and just after blocks have grown.
 SCALED, BAD = ("scaled", (BATCH,), False, False, "none"), ("scaled", (BATCH,), False, True, "none")
+OTHER = ("scaled", ((7, 2, 4),), False, False, "none")
 IS_SCALED = replace(
     REMEMBERS[0],
     optimizer="adamw fused",
     course=Course("constant", 0.7, interval=2, growth="gradient", gradient_steps=2, drop=0.4),
-    ops=(*(SCALED,) * 3, BAD, SCALED, BAD, *(SCALED,) * 3),
+    ops=(*(SCALED,) * 2, OTHER, BAD, SCALED, BAD, OTHER, OTHER, BAD, *(SCALED, OTHER) * 2),
 )
 # Values that come without their masks: more of them than blocks are active, and fewer; just after blocks have grown.
 FOLLOWS = replace(
