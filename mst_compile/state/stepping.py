@@ -54,7 +54,7 @@ class _Turn:
         late: weights whose training step was counted before.
         scores: growth scores before it, by name.
         versions: of the Parameters, by name.
-        first: whether the optimizer had no state of them.
+        fresh: names of the weights that the optimizer had no state of.
         young: values of young blocks before it, by name.
         written: frozen weights with values outside the active blocks, which stay, by name.
         done: how much of what follows a step has happened: an interrupt may come anywhere, and then the rest is done.
@@ -65,7 +65,7 @@ class _Turn:
     late: set[str]
     scores: dict[str, Tensor | None]
     versions: dict[str, int]
-    first: bool
+    fresh: set[str]
     young: dict[str, Tensor]
     written: set[str]
     done: int = 0
@@ -173,10 +173,10 @@ class Stepping:
             step.at_end(lambda _: restore_rates(scaled))
             scale_rates(optimizer, own, scaled)
         scores, versions = {w.name: w.scores for w, _ in own}, {w.name: p._version for w, p in own}
-        first = not any(optimizer.state.get(p) for _, p in own)
+        fresh = {w.name for w, p in own if not optimizer.state.get(p)}
         young = regrown.values_before(run.schedule, own)
         written = {w.name for w, p in own if not p.requires_grad and not (w.is_clean(p) or w.look(p))}
-        turn = self._turns[step] = _Turn(own, set(), scores, versions, first, young, written)
+        turn = self._turns[step] = _Turn(own, set(), scores, versions, fresh, young, written)
         step.at_end(lambda failed: self._end(step, turn, failed))
         turn.late = self._clock.turn(set(versions), run.weights.with_gradients(), nested=step.nested)
         if self._clock.missed:
@@ -349,8 +349,9 @@ class Stepping:
             kept = kept and id(parameter) not in divided
             if not (known and kept):
                 weight.zero_inactive_(parameter)
-            if not kept or (not known and turn.first and optimizer not in self._checked):
-                optimizers.zero_state_(optimizer, weight, parameter, first=turn.first)
+            fresh = weight.name in turn.fresh
+            if not kept or (not known and fresh and optimizer not in self._checked):
+                optimizers.zero_state_(optimizer, weight, parameter, first=fresh)
             elif look and not weight.is_dense:
                 known_keys = begin_elsewhere(optimizer)  # Rprop's step sizes are never 0, and begin anew
                 found = optimizers.not_of_elements(optimizer, weight, parameter)

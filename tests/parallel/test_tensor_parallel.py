@@ -224,7 +224,7 @@ def other_layers() -> None:
 
 
 def written_weights() -> None:
-    """What stands outside the masks is multiplied as in eager mode, and cut at the next topology event."""
+    """What stands outside the masks is multiplied as in eager mode, and cut at the next step."""
     model = sparsify(tensor_parallel(net(torch.float32)), Constant(0.7, interval=3))
     fast = always_sparse(model, "aot_eager")
     x, _ = next(batches(1, torch.float32))
@@ -237,9 +237,9 @@ def written_weights() -> None:
         for write in (lambda p: p.fill_(0.1), lambda p: p.to_local().fill_(0.2)):
             write(model.first.up.weight)
             torch.testing.assert_close(fast(x), model(x))
-    for event in (False, True):
+    for first in (True, False):
         mse(fast(x), x[:, :5]).backward()
-        with pytest.warns(UserWarning, match="values stood outside") if event else torch.enable_grad():
+        with pytest.warns(UserWarning, match="values stood outside") if first else torch.enable_grad():
             optimizer.step()
         optimizer.zero_grad()
     mask = element_masks(model)["first.up.weight"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import Blocks, compiled
 from mask_cases import element_masks
-from oracles import assert_reordered
+from oracles import assert_reordered, of_rounding
 from torch import Tensor, nn
 from training import batches, loss_of
 
@@ -189,7 +189,7 @@ def test_masked_weights_and_dropped_state_are_zero(name: str) -> None:
                     if value.dtype != torch.uint8 or step % 3 == 0:  # bitsandbytes rounds a 0 to a code beside it
                         # Adamax's own eps, Rprop's smallest step size.
                         least = {"adamax": 1e-8, "rprop": 1e-6 if key == "step_size" else 0.0}.get(name, 0.0)
-                        least *= 1 + torch.finfo(torch.float32).eps
+                        least *= 1 + of_rounding(torch.float32)
                         assert not (numbers(optimizer.state[p], key)[~mask].abs() > least).any(), key
         assert seen >= len(own.masks) or name in FOREIGN
     assert all(not torch.equal(mask, first[n]) for n, mask in own.masks.items())
