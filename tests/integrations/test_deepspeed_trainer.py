@@ -24,20 +24,25 @@ STEPS, SAVED = 12, 6
 MIXED = MixedSparsity.published(STEPS, 0.8, warmup=4, restoration=3, settle=1, interval=2, ramp_interval=1)
 
 
-@pytest.fixture(autouse=True)
-def _alone() -> Iterator[None]:
-    """The Trainer begins a process group of one itself."""
+@pytest.fixture(scope="module", autouse=True)
+def _group() -> Iterator[None]:
+    """Of one process: the Trainer begins it, and DeepSpeed can follow no second one."""
     names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29733", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", MSTWarning)
-        warnings.filterwarnings("ignore", "no graph compiled", MSTWarning)
-        yield
+    yield
     if dist.is_initialized():
         dist.destroy_process_group()
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(autouse=True)
+def _nothing_to_say() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", MSTWarning)
+        warnings.filterwarnings("ignore", "no graph compiled", MSTWarning)
+        yield
 
 
 def run(folder: Path, stage: int | None, *, resume: bool = False) -> Any:
