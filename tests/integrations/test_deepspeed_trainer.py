@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import results_of
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from mst_compile import MixedSparsity, sparsifier
@@ -24,28 +24,7 @@ STEPS, SAVED = 12, 6
 MIXED = MixedSparsity.published(STEPS, 0.8, warmup=4, restoration=3, settle=1, interval=2, ramp_interval=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _group() -> Iterator[None]:
-    """Of one process: the Trainer begins it, and DeepSpeed can follow no second one."""
-    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29733", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@pytest.fixture(autouse=True)
-def _nothing_to_say() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", MSTWarning)
-        warnings.filterwarnings("ignore", "no graph compiled", MSTWarning)
-        yield
-
-
-def run(folder: Path, stage: int | None, *, resume: bool = False) -> Any:
+def trained(folder: Path, stage: int | None, *, resume: bool = False) -> Any:
     """A Trainer that has trained to the end; to ``resume`` is to begin at the checkpoint that another has left."""
     config = {
         "zero_optimization": {"stage": stage},
@@ -82,12 +61,40 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_trainer_with_zero_trains_and_resumes_as_without(stage: int, tmp_path: Path) -> None:
-    expected = run(tmp_path / "without", None)
-    for found in (run(tmp_path / "with", stage), run(tmp_path / "with", stage, resume=True)):
-        assert sparsifier(found.model).step_count == STEPS
-        assert sparsifier(found.model).density == 1
-        assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
-        for one, other in zip(found.model.parameters(), expected.model.parameters(), strict=True):
-            assert_same_course(one.detach(), other.detach(), parted=1000)
+def as_without(stage: int) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29735",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }
+    warnings.simplefilter("error", MSTWarning)
+    warnings.filterwarnings("ignore", "no graph compiled", MSTWarning)
+    with tempfile.TemporaryDirectory() as folder:
+        expected = trained(Path(folder, "without"), None)
+        for resume in (False, True):
+            found = trained(Path(folder, "with"), stage, resume=resume)
+            assert sparsifier(found.model).step_count == STEPS
+            assert sparsifier(found.model).density == 1
+            assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+            for one, other in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+                assert_same_course(one.detach(), other.detach(), parted=1000)
+
+
+def stage_1() -> None:
+    as_without(1)
+
+
+def stage_2() -> None:
+    as_without(2)
+
+
+SCENARIOS = [stage_1, stage_2]
+one = results_of(SCENARIOS, 1)  # a process of its own, as DeepSpeed follows no second process group
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("scenario", [s.__name__ for s in SCENARIOS])
+def test_a_trainer_with_zero_trains_and_resumes_as_without(one: dict[str, str], scenario: str) -> None:
+    assert not one[scenario], one[scenario]
