@@ -38,6 +38,7 @@ from mst_compile.errors import CheckpointError, ParallelismError
 from tests.oracles import assert_same_bits, assert_same_course
 
 deepspeed = pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.xdist_group("deepspeed")  # one process group, at one port
 GROWING = SCHEDULES["by gradient"]
 RESTORED = SCHEDULES["restored"]
 CASES = {case.name: case for case in [Case("no ZeRO", zero(0)), *WIDE, *NARROW]}
