@@ -12,6 +12,7 @@ from training import assert_zero_outside
 
 import mst_compile
 from mst_compile import MixedSparsity, MSTWarning, sparsifier, sparsify
+from mst_compile.state.uses import is_compiled
 
 STEPS = 14
 MIXED = MixedSparsity.published(STEPS, 0.8, warmup=4, restoration=4, settle=2, interval=2, ramp_interval=1)
@@ -104,3 +105,13 @@ def test_content_of_another_shape_is_as_a_parameter_that_was_replaced() -> None:
     train(model, optimizer, range(6))
     torch.utils.swap_tensors(model[0].weight, nn.Parameter(torch.ones(64, 16)))
     assert model(torch.ones(2, 16)).shape == (2, 32)
+
+
+def test_what_was_noted_of_a_parameter_is_noted_after_a_swap() -> None:
+    """As that a graph takes it: who makes it sparse again, on another grid, resets Dynamo for that."""
+    model, _ = fresh()
+    compiled(model)(batch(0))
+    weight = model[0].weight
+    assert is_compiled(weight)
+    model.double()
+    assert is_compiled(weight)
