@@ -94,8 +94,16 @@ class Run:
         self.active = True
         self.overdue = False
         self._completion: Completion | None = None  # of a step, while it is under way or after an interrupt
-        self.root: Callable[[], nn.Module | None] = _unknown
         self._steps_here = 0  # in this process, until weights that no graph takes were looked for
+        self.first_masks = FirstMasks()
+        self._lookout = Lookout()
+        self._traceless = 0  # times that values were found which nobody was seen to write
+        self._know_nobody()
+        self._drive()
+
+    def _know_nobody(self) -> None:
+        """Neither the model, nor optimizers, nor who listens: of a run that is new, and of a copy."""
+        self.root: Callable[[], nn.Module | None] = _unknown
         self.optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         # All that have stepped, and how many Parameters each trains: what a topology change drops is 0 in all of them.
         self._sizes: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -105,10 +113,6 @@ class Run:
         self._loaded: weakref.WeakKeyDictionary[Optimizer, dict[str, int]] = weakref.WeakKeyDictionary()
         self.listeners = Listeners()
         self.masters = Masters()
-        self.first_masks = FirstMasks()
-        self._lookout = Lookout()
-        self._traceless = 0  # times that values were found which nobody was seen to write
-        self._drive()
 
     def _drive(self) -> None:
         for weight in self.weights:
@@ -119,16 +123,8 @@ class Run:
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A copy knows none yet.
-        self.__dict__.update(
-            {"_completion": None, "_traceless": 0, "_lookout": Lookout()} | state,
-            optimizers=weakref.WeakSet(),
-            root=_unknown,
-            listeners=Listeners(),
-            masters=Masters(),
-        )
-        self._sizes, self._others = weakref.WeakKeyDictionary(), weakref.WeakSet()
-        self._loaded = weakref.WeakKeyDictionary()
+        self.__dict__.update({"_completion": None, "_traceless": 0, "_lookout": Lookout()} | state)
+        self._know_nobody()
         self._drive()
 
     @property
