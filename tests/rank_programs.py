@@ -440,20 +440,6 @@ class RankRun:
         want.copy_(got)
 
 
-# What a draw may miss: values that are brought to each layout, just before and after events, and steps left out there.
-_COURSE = Course("constant", 0.7, interval=2, growth="mixed", drop=0.4, regrown_warmup=3)
-_OPS: tuple[Op, ...] = (
-    ("step", 1, ""), ("bring", 1, 1.0), ("step", 2, ""), ("bring", 2, 0.2), ("scaled", True), ("scaled", False),
-    ("move", "ddp active blocks", False), ("bring", 3, 0.5), ("step", 1, ""), ("step", 1, "norm"),
-)  # fmt: skip
-EXAMPLES = [
-    RankProgram(n, _COURSE, at, dtype, False, 4, "coverage", "random", optimizer, False, False, experts, _OPS)
-    for n, (at, dtype, optimizer, experts) in enumerate(
-        [("fsdp", torch.float64, "adamw", True), ("tensor parallel", torch.float64, "adam amsgrad", False)], 10**6
-    )
-]
-
-
 def check(program: RankProgram, folder: Path) -> None:
     """Run a program, and compare after each of its operations."""
     with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -54,6 +55,24 @@ class Alone:
         return found
 
 
+def steps_as_alone(model: Any, optimizer: torch.optim.Optimizer, alone: Alone) -> Iterator[int]:
+    """Take steps; after each the weight is where ``alone`` puts its blocks, and enough of them live and end."""
+    own, lives = sparsifier(model), 0
+    for step in range(STEPS):
+        model.weight.grad = gradient_of(model, step)
+        mask = own.masks["weight"]
+        optimizer.step()
+        alone.step(model.weight.grad)
+        lives += int((mask & ~own.masks["weight"]).sum())
+        alone.follow(own.masks["weight"], model.weight)
+        exact = alone.value(model.weight)
+        # A few roundings a step of averages, quotient and sum; RAdam's and NAdam's factors lose a digit at first.
+        allowed = of_rounding(torch.float32, times=32 * (step + 1)) * (exact.abs() + 1e-2)
+        assert_within(model.weight.detach(), exact, allowed, f"step {step}")
+        yield step
+    assert lives > 20
+
+
 @pytest.mark.parametrize(("warmup", "many"), [(0, 2.0), (3, young.MANY), (12, 0.0)])
 @pytest.mark.parametrize("name", OWN)
 def test_a_regrown_block_steps_as_a_parameter_of_its_own(
@@ -66,21 +85,9 @@ def test_a_regrown_block_steps_as_a_parameter_of_its_own(
     own, optimizer = sparsifier(model), OWN[name](model.parameters())
     # Blocks of the first masks are not regrown and have no warm-up.
     alone = Alone(model.weight, own.masks["weight"], BLOCK, OWN[name.replace(" fused", "")], warmup)
-    lives = 0
-    for step in range(STEPS):
-        model.weight.grad = gradient_of(model, step)
-        mask = own.masks["weight"]
-        optimizer.step()
-        alone.step(model.weight.grad)
-        lives += int((mask & ~own.masks["weight"]).sum())
-        alone.follow(own.masks["weight"], model.weight)
-        exact = alone.value(model.weight)
-        # A few roundings a step of averages, quotient and sum; RAdam's and NAdam's factors lose a digit at first.
-        allowed = of_rounding(torch.float32, times=32 * (step + 1)) * (exact.abs() + 1e-2)
-        assert_within(model.weight.detach(), exact, allowed, f"{name}, step {step}")
+    for _ in steps_as_alone(model, optimizer, alone):
         if name != "adamax":  # it adds eps to the norm of a gradient of 0, here as in the Parameters of their own
             assert_zero_outside(model, optimizer)
-    assert lives > 20
 
 
 BEGINS: dict[str, Maker] = {
@@ -98,18 +105,8 @@ def test_state_begins_where_the_optimizer_begins_it(name: str) -> None:
     model = single(often(regrown="first estimate", regrown_warmup=0))
     own, optimizer = sparsifier(model), BEGINS[name](model.parameters())
     alone = Alone(model.weight, own.masks["weight"], BLOCK, BEGINS[name.replace(" fused", "")], 0)
-    lives = 0
-    for step in range(STEPS):
-        model.weight.grad = gradient_of(model, step)
-        mask = own.masks["weight"]
-        optimizer.step()
-        alone.step(model.weight.grad)
-        lives += int((mask & ~own.masks["weight"]).sum())
-        alone.follow(own.masks["weight"], model.weight)
-        exact = alone.value(model.weight)
-        allowed = of_rounding(torch.float32, times=32 * (step + 1)) * (exact.abs() + 1e-2)
-        assert_within(model.weight.detach(), exact, allowed, f"{name}, step {step}")
-    assert lives > 20
+    for _ in steps_as_alone(model, optimizer, alone):
+        pass
 
 
 @pytest.mark.parametrize("block", [1, 8, 32])
